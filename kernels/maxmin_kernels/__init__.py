@@ -1,0 +1,1 @@
+"""Fused operators for max-min preference learning; torch and triton only."""

@@ -1,0 +1,28 @@
+"""The distribution: two packages, one of them kept in a folder named after what it holds.
+
+``kernels/`` has no ``__init__.py`` on purpose: as a top-level package it would shadow
+Hugging Face's ``kernels`` and break ``import transformers`` from the repository root.
+"""
+
+from setuptools import find_packages, setup
+
+LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5"]
+PLOT = ["matplotlib>=3.8"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+LINT = ["ruff>=0.9", "mypy>=1.13", "pre-commit>=4"]
+
+setup(
+    package_dir={"maxmin_kernels": "kernels/maxmin_kernels"},
+    packages=["maxmin_kernels", *find_packages(include=["torchrl_maxmin", "torchrl_maxmin.*"])],
+    package_data={
+        "maxmin_kernels": ["py.typed"],
+        "torchrl_maxmin": ["py.typed", "cli/configs/*.yaml"],
+    },
+    extras_require={
+        "llm": LLM,
+        "plot": PLOT,
+        "test": [*LLM, *PLOT, *TEST],
+        "lint": LINT,
+        "all": [*LLM, *PLOT, *TEST, *LINT],
+    },
+)

@@ -1,0 +1,3 @@
+"""MaxMin-RLHF for TorchRL."""
+
+__version__ = "0.1.0"
