@@ -1,0 +1,1 @@
+"""Pairs and users in: schemas, checks, tokenising, and the embedded world."""
