@@ -1,0 +1,65 @@
+"""Utilities of the groups in a batch, and the weights the adversary answers with."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from torchrl_maxmin.welfare import Adversary
+
+__all__ = ["GroupStatistics", "mean_over_ranks"]
+
+
+def mean_over_ranks(total: Tensor, count: Tensor | float) -> Tensor:
+    """Mean [K] of all ranks' rows, from this rank's column sums [K] and number of rows.
+
+    The sums are added up *before* any minimum: with a minimum of its own each rank would
+    train for another group.
+    """
+    packed = torch.cat([total.double(), torch.as_tensor(count, dtype=torch.float64, device=total.device).reshape(1)])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(packed)
+    return (packed[:-1] / packed[-1]).float()
+
+
+class GroupStatistics(nn.Module):
+    """Post-processing of a batch: what each group got, and how much each counts.
+
+    Works as the ``postproc`` of any TorchRL collector and on any tensordict with a vector
+    reward. Utilities are means over finished episodes of ``("next", "episode_reward")`` where
+    the data have it (:class:`~torchrl.envs.transforms.RewardSum`), else means of the reward.
+    Without a finished episode the weights stay.
+
+    Args:
+        adversary: turns utilities [K] into weights [K].
+        reward_key: group rewards [*B, K].
+
+    Writes ``group_utilities`` and ``group_weights``, both [*B, K].
+    """
+
+    def __init__(self, adversary: Adversary, reward_key: NestedKey = ("next", "reward")):
+        super().__init__()
+        self.adversary = adversary
+        self.reward_key = reward_key
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the two entries; returns the same tensordict."""
+        reward = tensordict.get(self.reward_key)
+        episodes = tensordict.get(("next", "episode_reward"), None)
+        rows = reward.flatten(0, -2)
+        if episodes is not None:
+            rows = episodes[tensordict["next", "done"].squeeze(-1)]
+        if rows.shape[-1] != self.adversary.num_groups:
+            raise ValueError(
+                f"the reward has {rows.shape[-1]} columns and the adversary {self.adversary.num_groups} "
+                "groups; give both the same number"
+            )
+        utilities = mean_over_ranks(rows.sum(0), len(rows))
+        weights = self.adversary.weights if utilities.isnan().any() and not len(rows) else self.adversary.update(utilities)
+        shape = (*tensordict.batch_size, len(utilities))
+        tensordict["group_utilities"] = utilities.expand(shape).clone()
+        tensordict["group_weights"] = weights.to(utilities).expand(shape).clone()
+        return tensordict

@@ -1,0 +1,242 @@
+"""Figures: group utilities over training, and win rates by policy and group.
+
+Each figure is written as PNG and SVG, with the numbers it shows as CSV beside it. Matplotlib comes with
+the ``plot`` extra and is imported only when a figure is drawn; no backend and no global setting changes.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["plot_training", "plot_win_rates"]
+
+# Okabe and Ito's colours, told apart by colour-blind readers; yellow is left out, too pale on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", "-.", ":")
+_FONT = 13
+_MEAN_KEY = re.compile(r"^rewards/(\d+)/mean$")
+
+History = Sequence[Mapping[str, float]]
+
+
+def plot_training(
+    histories: Mapping[str, History | Sequence[History]],
+    path: str | Path,
+    *,
+    group_names: Sequence[str] | None = None,
+) -> list[Path]:
+    """Group utilities, and the group weights where there are any, over training.
+
+    One column a policy; every seed a thin line, their mean a thick one.
+
+    Args:
+        histories: Policy name -> one metric dict an iteration, or a list of such lists, one a seed. Keys
+            read: ``rewards/{k}/mean`` and ``maxmin/weights/{k}``; k must be the same group for every policy.
+        path: Where to write, without suffix: .png, .svg and .csv are added.
+        group_names: Names of the groups 0..K-1.
+
+    Returns:
+        The three paths.
+
+    Raises:
+        ImportError: If Matplotlib is missing.
+        ValueError: If there is nothing to draw.
+
+    Example:
+        >>> import tempfile
+        >>> history = [{"rewards/0/mean": 0.1 * i, "rewards/1/mean": 0.2 * i} for i in range(5)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [p.suffix for p in plot_training({"maxmin": history}, folder + "/training")]
+        ['.png', '.svg', '.csv']
+    """
+    seeds = {policy: _as_seeds(history) for policy, history in histories.items()}
+    num_groups = _num_groups(seeds)
+    names = [f"group {k}" for k in range(num_groups)] if group_names is None else list(group_names)
+    if len(names) != num_groups:
+        raise ValueError(f"{len(names)} group names for {num_groups} groups in the histories")
+    utility, weight = "rewards/{}/mean", "maxmin/weights/{}"
+    weighted = any(weight.format(0) in row for runs in seeds.values() for run in runs for row in run)
+    num_rows = 2 if weighted else 1
+    width = max(3.6 * len(seeds), 5.0)
+    figure = _figure(width + 0.6, 3.1 * num_rows + 0.9)
+    axes = figure.subplots(num_rows, len(seeds), squeeze=False, sharex="col", sharey="row")
+    rows: list[dict[str, Any]] = []
+    for column, (policy, runs) in enumerate(seeds.items()):
+        drawn = False
+        for row, key in enumerate((utility, weight)[:num_rows]):
+            axis = axes[row][column]
+            for k, name in enumerate(names):
+                curves = [_curve(run, key.format(k)) for run in runs]
+                curves = [curve for curve in curves if np.isfinite(curve).any()]
+                if not curves:
+                    continue
+                drawn = drawn or row == 1
+                _draw_curves(axis, curves, k, name)
+                rows += [
+                    {"policy": policy, "seed_index": s, "iteration": i, "metric": key.format(k),
+                     "group": name, "value": value}
+                    for s, curve in enumerate(curves)
+                    for i, value in enumerate(curve)
+                    if np.isfinite(value)
+                ]  # fmt: skip
+            _tidy(axis)
+        axes[0][column].set_title(policy, fontsize=_FONT + 1)
+        axes[-1][column].set_xlabel("iteration", fontsize=_FONT)
+        if weighted:
+            axes[1][column].set_ylim(-0.03, 1.03)
+            if not drawn:
+                axes[1][column].text(
+                    0.5, 0.5, "no group weights", ha="center", va="center", color="0.4",
+                    fontsize=_FONT - 1, transform=axes[1][column].transAxes,
+                )  # fmt: skip
+    axes[0][0].set_ylabel("group utility", fontsize=_FONT)
+    if weighted:
+        axes[1][0].set_ylabel("group weight", fontsize=_FONT)
+    _legend(figure, *axes[0][0].get_legend_handles_labels())
+    return _write(figure, path, rows)
+
+
+def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
+    """Win rates against the reference policy by policy and group, with intervals and the line at 1/2.
+
+    Args:
+        summary: What :func:`summarise` returned.
+        path: Where to write, without suffix: .png, .svg and .csv are added.
+
+    Returns:
+        The three paths.
+
+    Raises:
+        ImportError: If Matplotlib is missing.
+        ValueError: If there is no policy beside the reference.
+
+    Example:
+        >>> import tempfile
+        >>> rate = {"mean": 0.8, "low": 0.7, "high": 0.9}
+        >>> summary = {"groups": [{"name": "all", "share": 1.0}],
+        ...            "policies": {"maxmin": {"win_rate_vs_sft": {"all": rate}}}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [p.suffix for p in plot_win_rates(summary, folder + "/win_rates")]
+        ['.png', '.svg', '.csv']
+    """
+    policies = [policy for policy in summary["policies"] if policy != "sft"]
+    if not policies:
+        raise ValueError("no policy to draw beside the reference")
+    groups = summary["groups"]
+    # Room for one number over every interval, side by side.
+    figure = _figure(max(len(policies) * (0.62 * len(groups) + 0.5) + 1.2, 5.4), 4.4)
+    axis = figure.subplots()
+    step = 0.8 / (len(groups) + 0.6)
+    rows = []
+    for k, group in enumerate(groups):
+        rates = [summary["policies"][policy]["win_rate_vs_sft"][group["name"]] for policy in policies]
+        means = np.array([rate["mean"] for rate in rates])
+        errors = np.clip(
+            [[r["mean"] - r["low"] for r in rates], [r["high"] - r["mean"] for r in rates]], 0, None
+        )
+        offset = step * (k - (len(groups) - 1) / 2)
+        colour, marker = _COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]
+        where = np.arange(len(policies)) + offset
+        axis.errorbar(
+            where, means, yerr=errors, fmt=marker, color=colour, markersize=6, capsize=7, capthick=2,
+            elinewidth=2.2, label=f"{group['name']} ({group['share']:.0%})",
+        )  # fmt: skip
+        for x, rate in zip(where, rates, strict=True):
+            # Numbers stand on the far side of the line at 1/2, so that it does not strike them through.
+            end, shift, side = ("high", 5, "bottom") if rate["mean"] >= 0.5 else ("low", -5, "top")
+            axis.annotate(
+                f"{rate['mean']:.2f}", (x, rate[end]), xytext=(0, shift), textcoords="offset points",
+                ha="center", va=side, fontsize=_FONT - 1, color="0.2",
+            )  # fmt: skip
+        rows += [
+            {"policy": policy, "group": group["name"], **{key: rate[key] for key in ("mean", "low", "high")}}
+            for policy, rate in zip(policies, rates, strict=True)
+        ]
+    axis.axhline(0.5, color="0.35", linewidth=1.4, linestyle="--", zorder=0)
+    axis.text(
+        1.01, 0.5, "as good\nas sft", transform=axis.get_yaxis_transform(), color="0.35", ha="left",
+        va="center", fontsize=_FONT - 2,
+    )  # fmt: skip
+    axis.set_xticks(range(len(policies)), policies)
+    axis.set_xlim(-0.55, len(policies) - 0.45)
+    axis.set_yticks(np.linspace(0, 1, 6))
+    axis.set_ylim(-0.09, 1.09)
+    axis.set_ylabel("win rate against sft", fontsize=_FONT)
+    _tidy(axis)
+    axis.tick_params(axis="x", labelsize=_FONT)
+    _legend(figure, *axis.get_legend_handles_labels())
+    return _write(figure, path, rows)
+
+
+def _as_seeds(history: History | Sequence[History]) -> list[History]:
+    runs: list[Any] = list(history)
+    return [runs] if runs and isinstance(runs[0], Mapping) else runs
+
+
+def _num_groups(seeds: Mapping[str, list[History]]) -> int:
+    keys = {key for runs in seeds.values() for run in runs for row in run for key in row}
+    found = [int(match[1]) for match in map(_MEAN_KEY.match, keys) if match]
+    if not found:
+        raise ValueError("no 'rewards/{k}/mean' in the histories: nothing to draw")
+    return max(found) + 1
+
+
+def _curve(run: History, key: str) -> np.ndarray:
+    return np.array([row.get(key, np.nan) for row in run], dtype=float)
+
+
+def _draw_curves(axis: Any, curves: list[np.ndarray], k: int, name: str) -> None:
+    colour, dash = _COLOURS[k % len(_COLOURS)], _DASHES[k % len(_DASHES)]
+    if len(curves) > 1:
+        for curve in curves:
+            axis.plot(curve, color=colour, linewidth=1.0, alpha=0.4)
+    # Seeds may stop early: the mean goes as far as all of them.
+    shortest = min(len(curve) for curve in curves)
+    mean = np.mean([curve[:shortest] for curve in curves], axis=0)
+    axis.plot(mean, color=colour, linestyle=dash, linewidth=2.8, label=name)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need Matplotlib: pip install 'torchrl-maxmin[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _legend(figure: Any, handles: list[Any], labels: list[str]) -> None:
+    # A letter is about 0.11 inch wide at this size, handle and gap about 1 inch.
+    columns = int(figure.get_size_inches()[0] / (1.0 + 0.11 * max(map(len, labels))))
+    columns = min(max(columns, 1), len(labels))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=_FONT)
+
+
+def _tidy(axis: Any) -> None:
+    axis.tick_params(labelsize=_FONT - 1)
+    axis.grid(axis="y", color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _write(figure: Any, path: str | Path, rows: list[dict[str, Any]]) -> list[Path]:
+    import matplotlib
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png, svg, table = (path.with_name(path.name + suffix) for suffix in (".png", ".svg", ".csv"))
+    figure.savefig(png, dpi=150)
+    # A fixed salt and no date: the same numbers give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "torchrl-maxmin"}):
+        figure.savefig(svg, metadata={"Date": None})
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return [png, svg, table]

@@ -1,0 +1,317 @@
+"""``report.md`` and the terminal table, from a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchrl_maxmin.evaluation.plots import plot_training, plot_win_rates
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["rich_table", "write_report"]
+
+_ROWS = {
+    "worst_group_relative_gain": "worst group",
+    "average_relative_gain": "average over groups",
+    "majority_relative_change": "majority",
+}
+
+
+def write_report(
+    folder: str | Path,
+    summary: Mapping[str, Any],
+    *,
+    histories: Mapping[str, Any] | None = None,
+    title: str = "Results by group",
+    figures: bool | None = None,
+) -> Path:
+    """Write ``report.md`` and its figures into ``folder``.
+
+    Args:
+        folder: Output folder (made if missing); figures go to ``folder/figures``.
+        summary: What :func:`summarise` returned.
+        histories: Training metrics for :func:`plot_training`; without them that figure is left out.
+        title: First heading.
+        figures: Draw figures; None draws them if Matplotlib is there, and says so in the report if not.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        ImportError: If ``figures`` is True and Matplotlib is missing.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from torchrl_maxmin.evaluation import SeedResult, summarise
+        >>> result = SeedResult(0, ["a", "b"], [0.9, 0.1], {"sft": np.zeros((4, 2, 2)),
+        ...     "single": np.ones((4, 2, 2)), "maxmin": np.ones((4, 2, 2))})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_report(folder, summarise([result]), figures=False).name
+        'report.md'
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [
+        f"# {title}",
+        _what_was_done(summary),
+        "## Win rates by group\n\n" + _policy_table(summary),
+        _comparison_block(summary),
+    ]
+    if figures is None:
+        figures = find_spec("matplotlib") is not None
+        if not figures:
+            parts.append("No figures: Matplotlib is missing (`pip install 'torchrl-maxmin[plot]'`).")
+    if figures:
+        plot_win_rates(summary, folder / "figures" / "win_rates")
+        parts.append(
+            "![Win rates against sft by policy and group, with intervals](figures/win_rates.png)\n\n"
+            "Bars are the bootstrap intervals of the table. Numbers: "
+            "[figures/win_rates.csv](figures/win_rates.csv)"
+        )
+        if histories:
+            names = [group["name"] for group in summary["groups"]]
+            plot_training(histories, folder / "figures" / "training", group_names=names)
+            parts.append(
+                "![Group utilities and weights over training](figures/training.png)\n\n"
+                "Thin lines are seeds, thick lines their mean. Numbers: "
+                "[figures/training.csv](figures/training.csv)"
+            )
+    parts += [
+        _em_block(summary),
+        _certificate_block(summary),
+        *_calibration_block(summary),
+        _caveats(summary),
+    ]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def rich_table(summary: Mapping[str, Any]) -> Table:
+    """The policies x groups table for a terminal: win rate against sft with interval, worst, average, KL.
+
+    Args:
+        summary: What :func:`summarise` returned.
+
+    Returns:
+        A ``rich.table.Table``; print it with ``rich.console.Console().print``.
+
+    Example:
+        >>> rate = {"mean": 0.8, "low": 0.7, "high": 0.9}
+        >>> policy = {"win_rate_vs_sft": {"all": rate}, "worst_group_win_rate": 0.8,
+        ...           "average_win_rate": 0.8, "kl": 3.0}
+        >>> rich_table({"groups": [{"name": "all", "share": 1.0}], "policies": {"maxmin": policy},
+        ...             "seeds": [0]}).row_count
+        1
+    """
+    from rich.table import Table
+
+    table = Table(title=f"Win rate against sft, {_seeds(summary)}", title_justify="left")
+    table.add_column("policy", style="bold")
+    for group in summary["groups"]:
+        table.add_column(f"{group['name']} ({group['share']:.0%})", justify="right")
+    for column in ("worst group", "average", "KL"):
+        table.add_column(column, justify="right")
+    for name, policy in summary["policies"].items():
+        table.add_row(
+            name,
+            *(_rate(policy["win_rate_vs_sft"][group["name"]]) for group in summary["groups"]),
+            _number(policy["worst_group_win_rate"], ".3f"),
+            _number(policy["average_win_rate"], ".3f"),
+            _number(policy["kl"], ".2f"),
+        )
+    return table
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "n/a" if value is None else format(value, spec)
+
+
+def _interval(interval: Mapping[str, Any], spec: str, prefix: str = "") -> str:
+    low, high = interval.get(f"{prefix}low"), interval.get(f"{prefix}high")
+    return "n/a" if low is None or high is None else f"[{low:{spec}}, {high:{spec}}]"
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    return f"{_number(rate['mean'], '.3f')} {_interval(rate, '.3f')}"
+
+
+def _seeds(summary: Mapping[str, Any]) -> str:
+    count = len(summary["seeds"])
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _what_was_done(summary: Mapping[str, Any]) -> str:
+    groups = " and ".join(f"{group['name']} ({group['share']:.0%})" for group in summary["groups"])
+    policies = ", ".join(summary["policies"])
+    wall = summary.get("wall_seconds")
+    took = "" if wall is None else f" The whole run took {wall:.0f} s."
+    level = f"{summary['confidence']:.0%}"
+    source = (
+        "resampling prompts only, as there is one seed"
+        if len(summary["seeds"]) == 1
+        else "resampling seeds first, then prompts, the same prompts for all seeds"
+    )
+    return (
+        f"Policies ({policies}) were trained with {_seeds(summary)} "
+        f"({', '.join(map(str, summary['seeds']))}) for a population of {groups}, and each was sampled on "
+        f"the same {summary['num_prompts']} held-out prompts. A win rate is how often a group's own utility "
+        "prefers the policy's sample to the sft policy's on the same prompt, over all pairs of samples, ties "
+        f"counting one half. Intervals are {level} bootstrap intervals, {source}.{took}"
+    )
+
+
+def _policy_table(summary: Mapping[str, Any]) -> str:
+    names = [group["name"] for group in summary["groups"]]
+    header = ["policy", *names, "worst group", "average", "KL (nats)", "length"]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for name, policy in summary["policies"].items():
+        cells = [
+            name,
+            *(_rate(policy["win_rate_vs_sft"][group]) for group in names),
+            f"{_number(policy['worst_group_win_rate'], '.3f')} "
+            f"{_interval(policy['worst_group_win_rate_interval'], '.3f')}",
+            f"{_number(policy['average_win_rate'], '.3f')} "
+            f"{_interval(policy['average_win_rate_interval'], '.3f')}",
+            _number(policy["kl"], ".2f"),
+            _number(policy["length"], ".1f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _comparison_block(summary: Mapping[str, Any]) -> str:
+    compared = summary["comparison"]
+    policy, baseline = compared["policy"], compared["baseline"]
+    heading = f"## {policy} against {baseline}\n\n"
+    if compared["worst_group_relative_gain"] is None:
+        return heading + f"Not compared: the results hold no {policy}, no {baseline}, or a win rate of zero."
+    several = len(summary["seeds"]) > 1
+    header = ["relative change of the win rate against sft", "estimate", "bootstrap"]
+    header += ["t over seeds"] if several else []
+    header += ["by seed"]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for key, label in _ROWS.items():
+        interval = compared[f"{key}_interval"]
+        if key == "majority_relative_change":
+            label = f"{label} ({compared['majority_group']})"
+        cells = [label, _number(compared[key], "+.1%"), _interval(interval, "+.1%")]
+        cells += [_interval(interval, "+.1%", "t_")] if several else []
+        cells += [" ".join(_number(entry[key], "+.0%") for entry in compared["per_seed"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = heading + "\n".join(lines)
+    head_to_head = summary["policies"][policy].get("win_rate_vs_single")
+    if head_to_head:
+        text += "\n\nHead to head, each group prefers " + policy + " to " + baseline + " with win rate: "
+        text += ", ".join(f"{name} {_rate(rate)}" for name, rate in head_to_head.items()) + "."
+        text += (
+            " The baseline is trained for the majority, so the majority's preference for it is expected: "
+            "what it gives up is the last row of the table."
+        )
+    if compared.get("oracle_ratio") is not None:
+        text += (
+            f"\n\nWorst group relative to MaxMin on the true utilities: {compared['oracle_ratio']:.3f} "
+            f"{_interval(compared['oracle_ratio_interval'], '.3f')}."
+        )
+    return text
+
+
+def _em_block(summary: Mapping[str, Any]) -> str:
+    em = summary["em"]
+    users = ", ".join(
+        f"{group['name']} {group['users']}" for group in summary["groups"] if group["users"] is not None
+    )
+    lines = [
+        "## Groups found",
+        "",
+        f"- Users assigned to the right group: {_number(em['user_accuracy'], '.3f')}"
+        + (f" (worst seed {em['user_accuracy_min']:.3f})" if em.get("user_accuracy_min") is not None else ""),
+        f"- Number of groups selected: {_number(em['num_groups_selected'], '.0f')}",
+        f"- Held-out log-likelihood, nats a pair: {_number(em['heldout_log_likelihood'], '.3f')}",
+    ]
+    if users:
+        lines.append(f"- Users: {users}")
+    shown = {"user_accuracy", "num_groups_selected", "heldout_log_likelihood", "per_seed"}
+    for key, value in em.items():
+        if key in shown or key.removesuffix("_min") in shown or value is None:
+            continue
+        if key.endswith("_min") and key.removesuffix("_min") in em:
+            continue
+        lines.append(f"- {key.replace('_', ' ')}: {_compact(value)}")
+    return "\n".join(lines)
+
+
+def _compact(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_compact(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " / ".join(_compact(item) for item in value)
+    return "n/a" if value is None else str(value)
+
+
+def _certificate_block(summary: Mapping[str, Any]) -> str:
+    certificate = summary["certificate"]
+    heading = "## Certificate\n\n"
+    if certificate["value"] is None:
+        reason = str(certificate["reason"]).rstrip(".")
+        return heading + f"No certificate of the distance to the max-min optimum: {reason}."
+    several = " (mean; smallest low and largest high over seeds)" if len(summary["seeds"]) > 1 else ""
+    return heading + (
+        f"The worst group's utility is within {certificate['value']:.3f} "
+        f"{_interval(certificate, '.3f')} of the best that any policy can give its worst group{several}. "
+        "Modes that nobody sampled are not certified."
+    )
+
+
+def _calibration_block(summary: Mapping[str, Any]) -> list[str]:
+    calibration = summary.get("calibration")
+    if not calibration or not calibration["worst_group"]:
+        return []
+    found = "; ".join(
+        f"under `{convention}` it is "
+        + ", ".join(f"{group} (in {count})" for group, count in sorted(counts.items()))
+        for convention, counts in calibration["worst_group"].items()
+    )
+    verdict = (
+        "**The worst group changes with the convention** (seeds "
+        + ", ".join(map(str, calibration["seeds_where_it_changes"]))
+        + "): who is protected is then a choice of scale, not a finding."
+        if calibration["worst_group_changes"]
+        else "The worst group is the same under every convention."
+    )
+    used = f" Training used `{calibration['used']}`." if calibration.get("used") else ""
+    return [
+        "## Calibration\n\nPreferences fix a reward only up to an offset and a scale, so a minimum over "
+        f"groups needs a convention.{used} {verdict} The worst group in the number of seeds named: {found}."
+    ]
+
+
+def _caveats(summary: Mapping[str, Any]) -> str:
+    count = len(summary["seeds"])
+    seeds = (
+        "One seed: intervals hold prompts only, and say nothing about another training run."
+        if count == 1
+        else f"{count} seeds are few, and the bootstrap over few seeds is too narrow: simulated, a nominal "
+        "95% covers about 0.66 / 0.78 / 0.87 with 2 / 3 / 5 seeds, the t interval over seeds (`t_low` and "
+        "`t_high` in summary.json) 0.88 / 0.93 / 0.95. Read the latter."
+        if count < 10
+        else f"{count} seeds: chance in training is measured by these alone."
+    )
+    return "\n".join(
+        [
+            "## How to read this",
+            "",
+            "- The world is synthetic and its conflict between groups was chosen. The size of the effect is "
+            "a fact about this world, not about people.",
+            "- The minimum over groups of noisy win rates is biased low, most where groups are close. The "
+            "interval of the worst group is [smallest low, smallest high] over groups.",
+            f"- {seeds}",
+            "- Win rates use the groups' true utilities, which training never sees.",
+        ]
+    )

@@ -1,0 +1,77 @@
+"""Hugging Face models and tokenizers in, with one clear error where they cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchrl_maxmin.errors import UserError
+
+__all__ = ["ensure_pad_token", "load_causal_lm", "load_tokenizer", "require_model"]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("language models need transformers: pip install 'torchrl-maxmin[llm]'") from error
+    # its load reports and bars would tear ours apart
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def require_model(name_or_path: str) -> None:
+    """Raise :class:`UserError` unless ``name_or_path`` holds, or can fetch, a model's config."""
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name_or_path} is a folder without config.json: give one that save_pretrained() wrote"
+        )
+    try:
+        _transformers().AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no model at {name_or_path!r}: it is neither a local folder nor a hub name that can be reached; "
+            "check --model_name_or_path"
+        ) from error
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """Load a tokenizer; prompts are padded left, responses right, by this package itself."""
+    require_model(name_or_path)
+    return _transformers().AutoTokenizer.from_pretrained(name_or_path)
+
+
+def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
+    """Give tokenizer and model a pad token that is not the end of a text.
+
+    With ``pad == eos`` a policy is never trained to stop and a Hugging Face classifier reads
+    its score at the wrong place.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos_token, so a response has no end; set one and save it")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load a causal language model without dropout, in evaluation mode.
+
+    Dropout would make the log-probabilities of rollout and training differ, so it is off
+    for good: modules stay in evaluation mode while they are trained.
+    """
+    require_model(name_or_path)
+    model = _transformers().AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    if model.generation_config is not None:
+        # sampling parameters come from the call alone
+        model.generation_config = _transformers().GenerationConfig(
+            bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
+        )
+    return model.eval()

@@ -1,0 +1,63 @@
+"""Ragged token sequences as padded tensors: prompts padded left, responses padded right.
+
+Masks are boolean and come from lengths, never from token ids: a model may emit its own pad
+token, and a pad id may equal another special token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["backbone_of", "hidden_states", "last_index", "mask_after_eos", "pad_left", "pad_right"]
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pad token rows on the right; returns (tokens [B, T] int64, mask [B, T] bool)."""
+    return _pad(rows, pad_id, left=False)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pad token rows on the left; returns (tokens [B, T] int64, mask [B, T] bool)."""
+    return _pad(rows, pad_id, left=True)
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max()) if len(rows) else 0
+    tokens = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    columns = torch.arange(longest)
+    mask = columns >= longest - lengths[:, None] if left else columns < lengths[:, None]
+    tokens[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    return tokens, mask
+
+
+def mask_after_eos(tokens: Tensor, eos_id: int) -> Tensor:
+    """Mask [B, R] of generated tokens up to and with the first ``eos_id``."""
+    ended_before = (tokens == eos_id).int().cumsum(-1) - (tokens == eos_id).int()
+    return ended_before == 0
+
+
+def last_index(mask: Tensor) -> Tensor:
+    """Index [B] of the last real token of each row, whichever side is padded."""
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    return (positions * mask).amax(-1)
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The trunk of a Hugging Face model: what maps tokens to hidden states, without any head."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, inner.base_model_prefix, inner)
+
+
+def hidden_states(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Run a trunk on padded tokens; hidden states [B, T, H].
+
+    Position ids are counted over real tokens only, so that padding on either side leaves
+    every real token where it would be without padding (absolute positions included).
+    """
+    positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    output = backbone(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+    return output.last_hidden_state

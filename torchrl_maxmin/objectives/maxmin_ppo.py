@@ -1,0 +1,526 @@
+"""Clipped PPO for K groups: the surrogate of the weighted advantage, with a K-head critic."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams, is_tensor_collection
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    dispatch,
+)
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.objectives import ClipPPOLoss, LossModule, PPOLoss, ValueEstimators
+from torchrl.objectives.ppo import _broadcast_advantage_to_log_weight, _check_advantage_broadcast
+from torchrl.objectives.utils import (
+    _clip_value_loss,
+    _maybe_add_or_extend_key,
+    _sum_td_features,
+    distance_loss,
+)
+
+from torchrl_maxmin.objectives.scalarise import (
+    masked_explained_variance,
+    masked_mean,
+    scalarise_advantage,
+    whiten,
+)
+from torchrl_maxmin.objectives.vector_gae import VectorGAE
+
+
+class _Scored(NamedTuple):
+    """What one pass of the actor says about the actions in the data; stands where PPO has its ``dist``."""
+
+    log_prob: Any  # Tensor [*B], or a tensordict of them for composite actions
+    entropy: Tensor | None  # [*B], from an actor that scores actions itself
+    dist: Any  # the distribution, from a probabilistic actor
+
+
+class MaxMinPPOLoss(ClipPPOLoss):
+    """Clipped PPO whose advantage, value target and critic have one column per group.
+
+    In MaxMin-RLHF (https://arxiv.org/abs/2402.08925) the policy climbs ``sum_k w_k F_k`` for group
+    weights ``w`` that an adversary moves. The policy gradient is linear in the advantage, so it is the
+    *advantages* that are weighted, while the critic keeps a value for every group. The class covers
+    language models (``[B, R]`` response tokens) and any other environment (``[*B, T]`` steps). Against
+    :class:`~torchrl.objectives.ClipPPOLoss`:
+
+    1. An advantage of K columns is scalarised with the group weights in the data; if it has K + 1, the
+       last belongs to the KL penalty and has weight 1. Without weights it raises, where the parent
+       averages in silence.
+    2. The validity mask (:attr:`~torchrl.objectives.LossModule.loss_mask_key`) is respected by every
+       output: the losses, the whitening of ``normalize_advantage=True`` (after scalarising, with the
+       biased variance) and the metrics. Masked steps may hold anything, NaN included.
+    3. The actor may be any module that writes the log-probability of the given action from a fused
+       operator, see below.
+    4. A KL penalty to a reference policy (k3, http://joschu.net/blog/kl-approx.html) can be added to the
+       loss.
+
+    With one group, no mask and the same advantage, losses and gradients equal the parent's to the bit.
+
+    Args:
+        actor_network (ProbabilisticTensorDictSequential or TensorDictModule): the policy. Either a
+            probabilistic module as for the parent, or one that scores actions by itself: a
+            :class:`~tensordict.nn.TensorDictModule` whose ``in_keys`` hold the action and whose
+            ``out_keys`` hold ``tensor_keys.log_prob`` (default ``"log_prob"``), the log-probability of
+            that action in the shape of ``sample_log_prob``, and, for an entropy bonus,
+            ``tensor_keys.entropy`` (default ``"entropy"``) in the same shape. Use ``functional=False``
+            for language models and sharded modules.
+        critic_network (TensorDictModule, optional): writes ``state_value`` ``[*B, K]`` or
+            ``[*B, K + 1]``; the loss is the mean over columns and valid steps.
+
+    Keyword Args:
+        kl_to_ref_coeff (float): weight of the KL penalty to the reference, whose log-probabilities of
+            the actions are read from ``ref_log_prob``. 0 leaves the term out; a positive value can be
+            rescheduled later. Defaults to ``0.0``.
+        loss_mask_key (NestedKey, "auto" or None): the entry that marks valid steps, as the attribute of
+            that name. Defaults to ``"auto"``.
+        **kwargs: those of :class:`~torchrl.objectives.ClipPPOLoss`.
+
+    Outputs: ``loss_objective``, ``loss_entropy``, ``loss_critic`` and ``loss_kl_to_ref`` where they
+    apply (add them up for the loss); for logging ``clip_fraction``, ``kl_approx``, ``ESS`` (a scalar
+    share of the valid steps), ``max_ratio``, ``mean_ratio``, ``entropy``, ``kl_to_ref``,
+    ``value_clip_fraction`` and ``explained_variance`` (one entry a column of the critic).
+
+    Raises:
+        TypeError: on an unknown argument, or an actor of neither kind.
+        ValueError: in ``forward``, if a K-column advantage has no weights, or shapes do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.modules import ProbabilisticActor
+        >>> from torchrl_maxmin.objectives import MaxMinPPOLoss
+        >>> module = TensorDictModule(torch.nn.Linear(3, 4), in_keys=["observation"], out_keys=["logits"])
+        >>> actor = ProbabilisticActor(
+        ...     module, in_keys=["logits"], distribution_class=torch.distributions.Categorical
+        ... )
+        >>> critic = TensorDictModule(
+        ...     torch.nn.Linear(3, 2), in_keys=["observation"], out_keys=["state_value"]
+        ... )
+        >>> loss = MaxMinPPOLoss(actor, critic)
+        >>> loss.set_keys(sample_log_prob="sample_log_prob")
+        >>> data = TensorDict(
+        ...     {
+        ...         "observation": torch.randn(5, 3),
+        ...         "action": torch.randint(4, (5,)),
+        ...         "sample_log_prob": torch.full((5,), -1.4),
+        ...         "advantage": torch.randn(5, 2),
+        ...         "group_weights": torch.tensor([0.3, 0.7]).expand(5, 2),
+        ...         "value_target": torch.randn(5, 2),
+        ...     },
+        ...     batch_size=[5],
+        ... )
+        >>> sorted(key for key in loss(data).keys() if key.startswith("loss_"))
+        ['loss_critic', 'loss_entropy', 'loss_objective']
+
+        By keyword, with the outputs in the order of ``out_keys``:
+
+        >>> _ = loss.select_out_keys("loss_objective", "loss_critic")
+        >>> loss_objective, loss_critic = loss(
+        ...     observation=torch.randn(5, 3),
+        ...     action=torch.randint(4, (5,)),
+        ...     sample_log_prob=torch.full((5,), -1.4),
+        ...     advantage=torch.randn(5, 2),
+        ...     group_weights=torch.tensor([0.3, 0.7]).expand(5, 2),
+        ...     value_target=torch.randn(5, 2),
+        ... )
+    """
+
+    @dataclass
+    class _AcceptedKeys(ClipPPOLoss._AcceptedKeys):
+        """The entries that :meth:`set_keys` can rename, besides those of PPO.
+
+        Attributes:
+            group_weights (NestedKey): The group weights ``[*B, K]``. Defaults to ``"group_weights"``.
+            ref_log_prob (NestedKey): The reference policy's log-probability of the action.
+                Defaults to ``"ref_log_prob"``.
+            log_prob (NestedKey): Where an actor that scores actions itself writes the log-probability.
+                Defaults to ``"log_prob"``.
+            entropy (NestedKey): Where such an actor writes the entropy. Defaults to ``"entropy"``.
+        """
+
+        group_weights: NestedKey = "group_weights"
+        ref_log_prob: NestedKey = "ref_log_prob"
+        log_prob: NestedKey = "log_prob"
+        entropy: NestedKey = "entropy"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    _schedulable_buffers = frozenset({"kl_to_ref_coeff"})
+
+    actor_network: TensorDictModule
+    critic_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    critic_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    target_critic_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential | TensorDictModule | None = None,
+        critic_network: TensorDictModule | None = None,
+        *,
+        kl_to_ref_coeff: float = 0.0,
+        loss_mask_key: NestedKey | None = "auto",
+        **kwargs: Any,
+    ) -> None:
+        # The parent swallows unknown arguments, and with them typing errors.
+        known = {*inspect.signature(ClipPPOLoss).parameters, *inspect.signature(PPOLoss).parameters}
+        unknown = sorted(set(kwargs) - known - {"critic_coef", "entropy_coef"})
+        if unknown:
+            raise TypeError(f"MaxMinPPOLoss got unknown arguments: {', '.join(unknown)}.")
+        super().__init__(actor_network, critic_network, **kwargs)
+        if kl_to_ref_coeff < 0:
+            raise ValueError(f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}.")
+        self.register_coeff_buffer(
+            "kl_to_ref_coeff", float(kl_to_ref_coeff) or None, device=self.entropy_coeff.device
+        )
+        self.loss_mask_key = loss_mask_key
+        if not self._is_probabilistic:
+            self.set_keys(sample_log_prob="sample_log_prob")
+
+    # -- keys -----------------------------------------------------------------------------------------
+
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        keys: list[NestedKey] = sorted(self._in_keys, key=str)
+        optional = ("advantage", "value_target", "value", "group_weights", "ref_log_prob")
+        for name in optional:
+            _maybe_add_or_extend_key(keys, getattr(self.tensor_keys, name))
+        _maybe_add_or_extend_key(keys, list(self._loss_mask_keys()))
+        self._in_keys = list(dict.fromkeys(keys))
+
+    @property
+    def loss_mask_key(self) -> NestedKey | None:
+        """The entry that marks valid steps; see :attr:`torchrl.objectives.LossModule.loss_mask_key`."""
+        return self._loss_mask_key
+
+    @loss_mask_key.setter
+    def loss_mask_key(self, value: NestedKey | None) -> None:
+        LossModule.loss_mask_key.fset(self, value)
+        self._in_keys = None  # the mask is one of them
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """What ``forward`` returns, in the order of a keyword call."""
+        if self._out_keys is None:
+            keys = ["loss_objective", "clip_fraction"]
+            if self.entropy_bonus:
+                keys += ["entropy", "loss_entropy"]
+            if self.kl_to_ref_coeff is not None:
+                keys += ["kl_to_ref", "loss_kl_to_ref"]
+            if self._has_critic:
+                keys.append("loss_critic")
+                if self.clip_value is not None:
+                    keys.append("value_clip_fraction")
+                if self.log_explained_variance:
+                    keys.append("explained_variance")
+            self._out_keys = [*keys, "ESS", "kl_approx", "max_ratio", "mean_ratio"]
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[NestedKey]) -> None:
+        self._out_keys = values
+
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        super()._forward_value_estimator_keys(**kwargs)
+        if isinstance(self._value_estimator, VectorGAE):
+            self._value_estimator.set_keys(group_weights=self.tensor_keys.group_weights)
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | type | Any | None = None, **hyperparams: Any
+    ) -> None:
+        """Choose the value estimator; :class:`VectorGAE` unless another is named.
+
+        Args:
+            value_type: as for the parent; None and ``ValueEstimators.GAE`` mean :class:`VectorGAE`.
+            **hyperparams: its arguments; ``gamma=.99`` and ``lmbda=.95`` by default.
+        """
+        if value_type is None or value_type == ValueEstimators.GAE:
+            value_type = VectorGAE
+            defaults = {"gamma": 0.99, "lmbda": 0.95, "value_network": self.critic_network}
+            hyperparams = {**defaults, **hyperparams}
+        super().make_value_estimator(value_type, **hyperparams)
+        self._forward_value_estimator_keys()
+
+    # -- the policy -----------------------------------------------------------------------------------
+
+    @property
+    def _is_probabilistic(self) -> bool:
+        actor = self.actor_network
+        if isinstance(actor, (ProbabilisticTensorDictSequential, ProbabilisticTensorDictModule)):
+            return True
+        return self.tensor_keys.log_prob not in getattr(actor, "out_keys", ()) and hasattr(actor, "get_dist")
+
+    def _get_cur_log_prob(
+        self, tensordict: TensorDictBase, params: TensorDictParams | None = None
+    ) -> tuple[Any, _Scored, bool]:
+        if self._is_probabilistic:
+            log_prob, dist, is_composite = super()._get_cur_log_prob(tensordict, params)
+            return log_prob, _Scored(log_prob, None, dist), is_composite
+        actor, keys = self.actor_network, self.tensor_keys
+        if keys.log_prob not in getattr(actor, "out_keys", ()):
+            raise TypeError(
+                "The actor must be a probabilistic TensorDict module, or a TensorDict module that writes "
+                f"the log-probability of the given action under {keys.log_prob!r} (set_keys(log_prob=...)); "
+                f"got {type(actor).__name__} with out_keys {getattr(actor, 'out_keys', None)}."
+            )
+        params = self.actor_network_params if params is None else params
+        with (
+            params.to_module(actor, preserve_module_state=False)
+            if self.functional
+            else contextlib.nullcontext()
+        ):
+            # A selection, so that the actor's entries do not end up in the caller's data.
+            scored = actor(tensordict.select(*actor.in_keys, strict=False))
+        log_prob = scored.get(keys.log_prob)
+        expected = tensordict.get(keys.sample_log_prob).shape
+        if log_prob.shape != expected:
+            raise ValueError(
+                f"The actor's {keys.log_prob!r} has shape {tuple(log_prob.shape)}, but "
+                f"{keys.sample_log_prob!r} has {tuple(expected)}."
+            )
+        return log_prob, _Scored(log_prob, scored.get(keys.entropy, None), None), False
+
+    def _get_entropy(self, dist: _Scored, adv_shape: torch.Size) -> Tensor | TensorDictBase:
+        if dist.dist is not None:
+            return super()._get_entropy(dist.dist, adv_shape)
+        if dist.entropy is None:
+            raise ValueError(
+                f"The actor writes no {self.tensor_keys.entropy!r}: let it, or pass entropy_bonus=False."
+            )
+        return dist.entropy.unsqueeze(-1)
+
+    def _kl_to_ref(self, scored: _Scored, tensordict: TensorDictBase, mask: Tensor | None) -> Tensor:
+        """The k3 estimate ``exp(d) - d - 1`` with ``d = log pi_ref - log pi``, ``[*B, 1]``."""
+        ref_log_prob = tensordict.get(self.tensor_keys.ref_log_prob, None)
+        log_prob = scored.log_prob
+        if ref_log_prob is None:
+            raise KeyError(
+                "kl_to_ref_coeff needs the reference's log-probabilities of the actions in "
+                f"{self.tensor_keys.ref_log_prob!r}."
+            )
+        if is_tensor_collection(log_prob):
+            log_prob = _sum_td_features(log_prob)
+        if ref_log_prob.shape != log_prob.shape:
+            raise ValueError(
+                f"{self.tensor_keys.ref_log_prob!r} has shape {tuple(ref_log_prob.shape)}, the policy's "
+                f"log-probability {tuple(log_prob.shape)}."
+            )
+        difference = (ref_log_prob - log_prob).unsqueeze(-1)
+        if mask is not None:
+            difference = torch.where(mask, difference, 0.0)
+        return difference.exp() - difference - 1.0
+
+    # -- the critic -----------------------------------------------------------------------------------
+
+    def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The critic's loss, times ``critic_coeff``, and its masked metrics.
+
+        Args:
+            tensordict: the data, with ``value_target`` and what the critic reads.
+
+        Returns:
+            The loss of every step and column ``[*B, C]``, the fraction of clipped values or None, the
+            explained variance of every column ``[C]`` or None.
+        """
+        keys = self.tensor_keys
+        if self.separate_losses:
+            tensordict = tensordict.detach()
+        target = tensordict.get(keys.value_target, None)
+        if target is None:
+            raise KeyError(
+                f"The value target {keys.value_target!r} is not in the data: compute it with VectorGAE, "
+                "or leave the advantage out for the loss to compute both."
+            )
+        old_value = tensordict.get(keys.value, None) if self.clip_value is not None else None
+        if self.clip_value is not None and old_value is None:
+            raise KeyError(f"clip_value needs the values {keys.value!r} of the rollout in the data.")
+        with (
+            self.critic_network_params.to_module(self.critic_network, preserve_module_state=False)
+            if self.functional
+            else contextlib.nullcontext()
+        ):
+            value = self.critic_network(tensordict).get(keys.value)
+        if value is None or value.shape != target.shape:
+            raise ValueError(
+                f"The critic's {keys.value!r} has shape {None if value is None else tuple(value.shape)}, "
+                f"but {keys.value_target!r} has {tuple(target.shape)}: they need one column per group each, "
+                "and one more each if the KL penalty has its own."
+            )
+        target, value, old_value = self._critic_loss_inputs(target, value, old_value)
+        mask = self._mask(tensordict, value)
+        if mask is not None:
+            # Padding may hold NaN, which would survive a multiplication by 0 in the backward pass.
+            target = torch.where(mask, target, 0.0)
+            value = torch.where(mask, value, 0.0)
+            old_value = None if old_value is None else torch.where(mask, old_value, 0.0)
+        loss = distance_loss(target, value, loss_function=self.loss_critic_type)
+        clip_fraction = None
+        if old_value is not None:
+            loss, _ = _clip_value_loss(old_value, value, self.clip_value, target, loss, self.loss_critic_type)
+            clipped = (value - old_value).detach().abs() > self.clip_value
+            clip_fraction = masked_mean(clipped.to(value.dtype), mask)
+        explained_variance = None
+        if self.log_explained_variance:
+            explained_variance = masked_explained_variance(target.detach(), value.detach(), mask)
+        return (self.critic_coeff * loss if self._has_critic else loss), clip_fraction, explained_variance
+
+    # -- the loss -------------------------------------------------------------------------------------
+
+    def _mask(self, tensordict: TensorDictBase, values: Tensor) -> Tensor | None:
+        """The validity mask, expanded to ``values`` ``[*B, C]``; None if the data hold none."""
+        result = None
+        for key in self._loss_mask_keys():
+            mask = tensordict.get(key, default=None)
+            if mask is not None:
+                mask = self._expand_loss_mask(mask.to(torch.bool), values)
+                result = mask if result is None else result & mask
+        return result
+
+    def _scalar_advantage(self, tensordict: TensorDictBase) -> Tensor:
+        """The advantage ``[*B, 1]``; a K-column one is weighted."""
+        keys = self.tensor_keys
+        advantage = tensordict.get(keys.advantage)
+        if advantage.shape == tensordict.batch_size and advantage.shape[-1:] != (1,):
+            raise ValueError(
+                f"The advantage has shape {tuple(advantage.shape)}, that of the batch: it misses its last "
+                "dimension, one column per group or a single one (advantage.unsqueeze(-1))."
+            )
+        if advantage.shape[-1] == 1:
+            return advantage
+        weights = tensordict.get(keys.group_weights, None)
+        if weights is None:
+            raise ValueError(
+                f"The advantage has {advantage.shape[-1]} columns (shape {tuple(advantage.shape)}) and the "
+                f"data hold no {keys.group_weights!r} to weigh them. Set the group weights, or scalarise the "
+                "advantage; if it has one value a step, it misses its last dimension (unsqueeze(-1))."
+            )
+        return scalarise_advantage(advantage, weights)
+
+    def _normalise(
+        self, advantage: Tensor, tensordict: TensorDictBase, mask: Tensor | None, fresh: bool
+    ) -> Tensor:
+        if self.advantage_norm is not None:
+            shape = advantage.shape
+            advantage = self._scale_advantage(advantage, tensordict, update=fresh)
+            if advantage.shape != shape:
+                raise ValueError(
+                    "advantage_norm has a scale for every column of the value target, but the advantage is "
+                    "scalarised before it is normalised. Use normalize_advantage=True, or a ValueNorm of "
+                    "shape 1."
+                )
+        elif self.normalize_advantage and advantage.numel() > 1:
+            advantage = whiten(advantage, mask, exclude_dims=self.normalize_advantage_exclude_dims)
+        return advantage
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The losses and metrics of one (mini)batch.
+
+        Args:
+            tensordict: the data; what it holds is described in the class. If there is no ``advantage``,
+                advantage and value target are computed by the value estimator.
+
+        Returns:
+            A tensordict with the entries of :attr:`out_keys` (and ``composite_entropy`` for composite
+            actions).
+        """
+        tensordict = tensordict.clone(False)
+        fresh = tensordict.get(self.tensor_keys.advantage, None) is None
+        if fresh:
+            if self.critic_network is None:
+                raise RuntimeError(
+                    f"There is neither an {self.tensor_keys.advantage!r} in the data nor a critic to "
+                    "compute it from."
+                )
+            self.value_estimator(
+                tensordict,
+                params=self._cached_critic_network_params_detached,
+                target_params=self.target_critic_network_params,
+            )
+        advantage = self._scalar_advantage(tensordict)
+        log_weight, scored, kl_approx, log_is_weight = self._log_weight(
+            tensordict, adv_shape=advantage.shape[:-1]
+        )
+        advantage = _broadcast_advantage_to_log_weight(advantage, log_weight)
+        _check_advantage_broadcast(advantage, log_weight)
+        mask = self._mask(tensordict, log_weight)
+        advantage = self._normalise(advantage, tensordict, mask, fresh=fresh)
+        if mask is not None:
+            # Select before the exponential: padding may hold anything.
+            advantage = torch.where(mask, advantage, 0.0)
+            log_weight = torch.where(mask, log_weight, 0.0)
+            kl_approx = torch.where(mask, kl_approx, 0.0)
+            log_is_weight = None if log_is_weight is None else torch.where(mask, log_is_weight, 0.0)
+
+        # The clip acts on pi / pi_prox, the surrogate is weighted by pi / pi_behaviour; the two are one
+        # unless the proximal policy is delayed or the ratio capped.
+        log_behaviour = log_weight if log_is_weight is None else log_weight + log_is_weight
+        clipped = log_weight.clamp(*self._clip_bounds)
+        clip_fraction = masked_mean((clipped != log_weight).to(log_weight.dtype), mask)
+        log_clipped = clipped if log_is_weight is None else clipped + log_is_weight
+        gains = torch.stack([log_behaviour.exp() * advantage, log_clipped.exp() * advantage], -1)
+        out = TensorDict({"loss_objective": -gains.min(dim=-1).values})
+        out.set("clip_fraction", clip_fraction)
+        out.set("kl_approx", masked_mean(kl_approx.detach(), mask))
+
+        if self.entropy_bonus:
+            entropy = self._get_entropy(scored, adv_shape=advantage.shape[:-1])
+            total = entropy
+            if is_tensor_collection(entropy):
+                out.set("composite_entropy", entropy.detach())
+                total = _sum_td_features(entropy)
+            out.set("entropy", masked_mean(total.detach(), mask))
+            out.set("loss_entropy", self._weighted_loss_entropy(entropy))
+        if self.kl_to_ref_coeff is not None:
+            kl_to_ref = self._kl_to_ref(scored, tensordict, mask)
+            out.set("kl_to_ref", masked_mean(kl_to_ref.detach(), mask))
+            out.set("loss_kl_to_ref", self.kl_to_ref_coeff * kl_to_ref)
+        if self._has_critic:
+            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict)
+            out.set("loss_critic", loss_critic)
+            if value_clip_fraction is not None:
+                out.set("value_clip_fraction", value_clip_fraction)
+            if explained_variance is not None:
+                out.set("explained_variance", explained_variance)
+        out.update(self._ratio_metrics(log_behaviour.detach(), mask))
+        out = out.named_apply(
+            lambda name, value: (
+                self._reduce_loss(value, tensordict).squeeze(-1) if name.startswith("loss_") else value
+            )
+        )
+        self._clear_weakrefs(
+            tensordict,
+            out,
+            "actor_network_params",
+            "critic_network_params",
+            "target_actor_network_params",
+            "target_critic_network_params",
+        )
+        return out
+
+    @staticmethod
+    def _ratio_metrics(log_ratio: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Statistics of the importance ratios over the valid steps; 0 where there are none."""
+        if mask is None:
+            mask = torch.ones_like(log_ratio, dtype=torch.bool)
+        count = mask.sum()
+        ratio = torch.where(mask, log_ratio.exp(), 0.0)
+        # Relative to the largest, so that the squares do not overflow.
+        scaled = ratio / ratio.max().clamp_min(torch.finfo(ratio.dtype).tiny)
+        ess = scaled.sum().square() / scaled.square().sum().clamp_min(torch.finfo(ratio.dtype).tiny)
+        return {
+            "ESS": ess / count.clamp_min(1),
+            "max_ratio": ratio.max(),
+            "mean_ratio": ratio.sum() / count.clamp_min(1),
+        }

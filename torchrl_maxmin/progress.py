@@ -1,0 +1,82 @@
+"""Progress bars: drawn here, or sent to the process that draws them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["bars", "console", "forward_to", "progress_bar"]
+
+console = Console(stderr=True)
+_INTERVAL_S = 0.2  # a bar that moves more often than this only costs time
+
+_queue: Any = None
+_prefix = ""
+
+
+def forward_to(queue: Any, prefix: str = "") -> None:
+    """Send this process's progress to ``queue`` instead of drawing it; None draws again."""
+    global _queue, _prefix
+    _queue, _prefix = queue, prefix
+
+
+def bars() -> Progress:
+    """The one look that every bar has."""
+    return Progress(
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=bool(os.environ.get("TORCHRL_MAXMIN_QUIET")),
+    )
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show one bar; yields ``advance(steps=1, note="")``.
+
+    Args:
+        description: what is being done.
+        total: how many steps it takes.
+
+    Example:
+        >>> with progress_bar("counting", 3) as advance:
+        ...     for _ in range(3):
+        ...         advance()
+    """
+    if _queue is not None:
+        yield from _forwarded(description, total)
+        return
+    with bars() as progress:
+        task = progress.add_task(description, total=total, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            progress.update(task, advance=steps, note=note)
+
+        yield advance
+
+
+def _forwarded(description: str, total: int) -> Iterator[Callable[..., None]]:
+    done, last = 0, 0.0
+    key = f"{os.getpid()}-{time.monotonic_ns()}"
+    queue, title = _queue, _prefix + description
+    queue.put((key, title, 0, total, ""))
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += steps
+        now = time.monotonic()
+        if done >= total or now - last > _INTERVAL_S:
+            last = now
+            queue.put((key, title, done, total, note))
+
+    yield advance
+    queue.put((key, title, total, total, ""))

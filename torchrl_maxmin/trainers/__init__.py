@@ -1,0 +1,1 @@
+"""The stages: supervised fine-tuning, reward mixture, policy."""

@@ -1,0 +1,131 @@
+"""Settings of the policy stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+
+__all__ = ["PPOConfig"]
+
+OBJECTIVES = ("min_of_means", "mean_of_mins")
+WELFARES = ("egalitarian", "utilitarian")
+ADVERSARIES = ("entropy_regularized", "hard_min", "exponentiated_gradient")
+
+
+@dataclass
+class PPOConfig:
+    """MaxMin PPO of a causal language model.
+
+    Args:
+        model_name_or_path: the reference policy, usually what sft wrote.
+        dataset_name: prompts; json, jsonl, csv or parquet file, saved dataset or hub name with a
+            column prompt.
+        output_dir: folder for the policy; must be empty or absent, unless a run is resumed in it.
+        reward_model_path: folder that reward wrote (or any sequence classifier with K labels).
+        reward_funcs: instead of a reward model, functions by name, as module:function.
+        monitor_funcs: functions by name, or a world's json, that are logged and never trained on.
+        objective: min_of_means (the paper, the minimum over groups of the mean reward) or
+            mean_of_mins (the mean of every response's smallest reward).
+        welfare: egalitarian (max-min) or utilitarian (mean weighted by population shares).
+        adversary: who moves the group weights; entropy_regularized, hard_min (the paper) or
+            exponentiated_gradient.
+        tau: entropy weight of entropy_regularized, in standard deviations of the calibrated reward.
+        adversary_step_size: step of exponentiated_gradient.
+        calibration: scale of the reward heads before any minimum; sft_std, sft_mean, win_rate, none.
+        calibration_prompts: prompts of the reference samples for the calibration.
+        calibration_samples: reference samples a prompt.
+        beta: weight of the KL penalty to the reference, paid for every token.
+        kl_controller: constant, or adaptive towards kl_target.
+        kl_target: KL a response that the adaptive controller aims at, in nats.
+        kl_horizon: responses over which the adaptive controller moves.
+        num_iterations: rollouts, each followed by updates.
+        rollout_batch_size: responses a rollout.
+        num_ppo_epochs: passes over a rollout.
+        mini_batch_size: responses an optimizer step.
+        learning_rate: peak learning rate of the policy.
+        critic_learning_rate: peak learning rate of the critic; 0 takes that of the policy.
+        warmup_iterations: iterations of linear warm-up; then linear decay to 0.
+        cliprange: clipping of the probability ratio.
+        cliprange_value: clipping of the value update; 0 turns it off.
+        lam: lambda of the advantage estimate.
+        gamma: discount.
+        entropy_coeff: weight of an entropy bonus.
+        max_grad_norm: gradient clipping, for policy and critic apart.
+        temperature: of sampling and scoring.
+        response_length: most tokens of a response.
+        max_prompt_length: longest prompt in tokens; longer ones lose their start.
+        missing_eos_penalty: taken from every calibrated reward of a response that does not end.
+        save_steps: write a checkpoint every so many iterations; 0 writes none.
+        stop_at_iteration: stop there with a checkpoint, as if interrupted; 0 runs to the end.
+        resume_from_checkpoint: checkpoint folder of output_dir, or last.
+        report_to: also log to csv, tensorboard, wandb or mlflow.
+        dataset_split: split of the prompts.
+        seed: seed of everything random.
+        device: cpu, cuda or auto.
+    """
+
+    model_name_or_path: str
+    dataset_name: str
+    output_dir: str
+    reward_model_path: str | None = None
+    reward_funcs: list[str] = field(default_factory=list)
+    monitor_funcs: list[str] = field(default_factory=list)
+    objective: str = "min_of_means"
+    welfare: str = "egalitarian"
+    adversary: str = "entropy_regularized"
+    tau: float = 0.1
+    adversary_step_size: float = 0.5
+    calibration: str = "sft_std"
+    calibration_prompts: int = 512
+    calibration_samples: int = 2
+    beta: float = 0.05
+    kl_controller: str = "constant"
+    kl_target: float = 6.0
+    kl_horizon: int = 10000
+    num_iterations: int = 200
+    rollout_batch_size: int = 64
+    num_ppo_epochs: int = 4
+    mini_batch_size: int = 16
+    learning_rate: float = 3e-6
+    critic_learning_rate: float = 0.0
+    warmup_iterations: int = 5
+    cliprange: float = 0.2
+    cliprange_value: float = 0.0
+    lam: float = 0.95
+    gamma: float = 1.0
+    entropy_coeff: float = 0.0
+    max_grad_norm: float = 1.0
+    temperature: float = 1.0
+    response_length: int = 53
+    max_prompt_length: int = 512
+    missing_eos_penalty: float = 1.0
+    save_steps: int = 0
+    stop_at_iteration: int = 0
+    resume_from_checkpoint: str | None = None
+    report_to: str | None = None
+    dataset_split: str = "train"
+    seed: int = 0
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work together."""
+        for name, value, known in (
+            ("objective", self.objective, OBJECTIVES),
+            ("welfare", self.welfare, WELFARES),
+            ("adversary", self.adversary, ADVERSARIES),
+            ("calibration", self.calibration, CALIBRATIONS),
+            ("kl_controller", self.kl_controller, ("constant", "adaptive")),
+        ):
+            if value not in known:
+                raise UserError(f"--{name} {value!r} is none of {', '.join(known)}")
+        if bool(self.reward_model_path) == bool(self.reward_funcs):
+            raise UserError("give a reward: either --reward_model_path or --reward_funcs")
+        for name in ("num_iterations", "rollout_batch_size", "num_ppo_epochs", "mini_batch_size", "response_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        if self.calibration == "sft_std" and self.calibration_samples < 2:
+            raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
+        if self.temperature <= 0:
+            raise UserError("--temperature must be positive")

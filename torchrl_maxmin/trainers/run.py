@@ -1,0 +1,114 @@
+"""What every stage does around its work: seeds, output folder, resolved config, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from torchrl_maxmin.errors import UserError
+
+__all__ = ["MetricsLog", "prepare_output_dir", "require_finite", "resolve_device", "seed_everything", "write_config", "write_json"]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of ``--device``; raises :class:`UserError` where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is no device; give cpu, cuda, cuda:0 or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but this torch sees no GPU; use --device cpu or install a CUDA build")
+    return device
+
+
+def prepare_output_dir(path: str | Path) -> Path:
+    """Create an output folder; raises :class:`UserError` if it holds anything already."""
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output folder {folder} is not empty; choose another --output_dir or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write json whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2, default=float) + "\n")
+    os.replace(partial, path)
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Write the resolved config of a stage; the file is what ``--config`` takes."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+class MetricsLog:
+    """One json object a line in ``metrics.jsonl``, and any TorchRL logger beside it.
+
+    Args:
+        folder: where the file goes.
+        report_to: a TorchRL logger (``csv``, ``tensorboard``, ``wandb``, ``mlflow``) or None.
+        keep: lines to keep of a file that is there already (on resume).
+    """
+
+    def __init__(self, folder: Path, report_to: str | None = None, keep: int = 0):
+        self.path = folder / "metrics.jsonl"
+        kept = self.path.read_text().splitlines()[:keep] if keep else []
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.logger = None
+        if report_to:
+            from torchrl.record.loggers import get_logger
+
+            self.logger = get_logger(report_to, str(folder / "logs"), folder.name)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of one step."""
+        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.logger is not None:
+            for name, value in metrics.items():
+                self.logger.log_scalar(name, float(value), step=step)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """Read what :class:`MetricsLog` wrote."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def require_finite(value: float, batch: Any, folder: Path, what: str) -> None:
+    """Stop the run on a NaN or infinity, with the offending batch saved for inspection."""
+    if not math.isfinite(value):
+        path = folder / "nonfinite_batch.pt"
+        torch.save(batch, path)
+        raise FloatingPointError(f"{what} is {value}; the batch that gave it is in {path}")
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in its place; a crash leaves the old one or the new one, never half."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

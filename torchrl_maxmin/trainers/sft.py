@@ -1,0 +1,140 @@
+"""Supervised fine-tuning: the reference policy, by the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer
+from torchrl_maxmin.modules.sequences import pad_right
+from torchrl_maxmin.preferences import encode, load_table
+from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
+
+__all__ = ["SFTConfig", "run_sft"]
+
+
+@dataclass
+class SFTConfig:
+    """Supervised fine-tuning of a causal language model.
+
+    Args:
+        model_name_or_path: Hugging Face model folder or hub name.
+        dataset_name: json, jsonl, csv or parquet file, saved dataset or hub name, with columns
+            prompt and completion, or text, or prompt and chosen.
+        output_dir: folder for the model; must be empty or absent.
+        dataset_split: split to train on.
+        max_steps: optimizer steps; -1 trains num_train_epochs.
+        num_train_epochs: passes over the data when max_steps is -1.
+        per_device_train_batch_size: rows a step.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler_type: schedule by its Hugging Face name.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: AdamW weight decay.
+        max_length: longest text in tokens; longer ones lose their start.
+        completion_only_loss: leave the prompt's tokens out of the loss.
+        seed: seed of everything random.
+        device: cpu, cuda or auto.
+    """
+
+    model_name_or_path: str
+    dataset_name: str
+    output_dir: str
+    dataset_split: str = "train"
+    max_steps: int = -1
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 16
+    learning_rate: float = 2e-5
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_length: int = 1024
+    completion_only_loss: bool = False
+    seed: int = 0
+    device: str = "auto"
+
+
+def _read_texts(config: SFTConfig) -> list[tuple[str, str]]:
+    """(prompt, completion) of every row; a plain text is a completion without prompt."""
+    table = load_table(config.dataset_name, config.dataset_split)
+    names = table.column_names
+    if "prompt" in names and "completion" in names:
+        return list(zip(table["prompt"][:], table["completion"][:], strict=True))
+    if "text" in names:
+        return [("", text) for text in table["text"][:]]
+    if "prompt" in names and "chosen" in names:
+        return list(zip(table["prompt"][:], table["chosen"][:], strict=True))
+    raise UserError(
+        f"sft needs columns prompt and completion, or text, or prompt and chosen; found {', '.join(names)}"
+    )
+
+
+def run_sft(config: SFTConfig) -> Path:
+    """Fine-tune a model and save it with its tokenizer; returns the folder.
+
+    Raises:
+        UserError: before any work, for a model, data set or folder that cannot be used.
+    """
+    device = resolve_device(config.device)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    texts = _read_texts(config)
+    folder = prepare_output_dir(config.output_dir)
+    seed_everything(config.seed)
+    model = load_causal_lm(config.model_name_or_path)
+    ensure_pad_token(tokenizer, model)
+    rows = []
+    for prompt, completion in texts:
+        ids = encode(tokenizer, prompt, completion, config.max_length)
+        skip = len(tokenizer(prompt).input_ids) if config.completion_only_loss else 0
+        rows.append({"input_ids": ids, "skip": min(skip, len(ids) - 1)})
+
+    def collate(batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tokens, mask = pad_right([row["input_ids"] for row in batch], tokenizer.pad_token_id)
+        skip = torch.tensor([row["skip"] for row in batch])
+        scored = mask & (torch.arange(tokens.shape[1]) >= skip[:, None])
+        return {"input_ids": tokens, "attention_mask": mask.long(), "labels": tokens.masked_fill(~scored, -100)}
+
+    _train(config, model, rows, collate, folder, device)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_config(folder, config)
+    return folder
+
+
+def _train(config: SFTConfig, model: Any, rows: Any, collate: Any, folder: Path, device: torch.device) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments, logging
+
+    logging.set_verbosity_error()
+    steps_per_epoch = -(-len(rows) // config.per_device_train_batch_size)
+    total = config.max_steps if config.max_steps > 0 else int(steps_per_epoch * config.num_train_epochs)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=1.0,
+        seed=config.seed,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type != "cpu",
+    )
+    with progress_bar("fine-tuning the reference", total) as advance:
+
+        class Bar(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                advance()
+
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Bar()]).train()
+    model.eval()
