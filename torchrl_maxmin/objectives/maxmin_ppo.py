@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams, is_tensor_collection
 from tensordict.nn import (
-    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     dispatch,
@@ -26,24 +25,18 @@ from torchrl.objectives.utils import (
     distance_loss,
 )
 
-from torchrl_maxmin.objectives.scalarise import (
+from torchrl_maxmin.objectives.masked import (
     masked_explained_variance,
     masked_mean,
-    scalarise_advantage,
+    ratio_statistics,
     whiten,
 )
+from torchrl_maxmin.objectives.scalarise import scalarise_advantage
+from torchrl_maxmin.objectives.scoring import ScoredActions, ScoringActorMixin
 from torchrl_maxmin.objectives.vector_gae import VectorGAE
 
 
-class _Scored(NamedTuple):
-    """What one pass of the actor says about the actions in the data; stands where PPO has its ``dist``."""
-
-    log_prob: Any  # Tensor [*B], or a tensordict of them for composite actions
-    entropy: Tensor | None  # [*B], from an actor that scores actions itself
-    dist: Any  # the distribution, from a probabilistic actor
-
-
-class MaxMinPPOLoss(ClipPPOLoss):
+class MaxMinPPOLoss(ScoringActorMixin, ClipPPOLoss):
     """Clipped PPO whose advantage, value target and critic have one column per group.
 
     In MaxMin-RLHF (https://arxiv.org/abs/2402.08925) the policy climbs ``sum_k w_k F_k`` for group
@@ -155,6 +148,8 @@ class MaxMinPPOLoss(ClipPPOLoss):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    _in_keys: list[NestedKey] | None
+    _out_keys: list[NestedKey] | None
     _schedulable_buffers = frozenset({"kl_to_ref_coeff"})
 
     actor_network: TensorDictModule
@@ -178,6 +173,7 @@ class MaxMinPPOLoss(ClipPPOLoss):
         unknown = sorted(set(kwargs) - known - {"critic_coef", "entropy_coef"})
         if unknown:
             raise TypeError(f"MaxMinPPOLoss got unknown arguments: {', '.join(unknown)}.")
+        kwargs["clip_value"] = kwargs.get("clip_value") or None  # False and 0 mean no clipping
         super().__init__(actor_network, critic_network, **kwargs)
         if kl_to_ref_coeff < 0:
             raise ValueError(f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}.")
@@ -192,7 +188,7 @@ class MaxMinPPOLoss(ClipPPOLoss):
 
     def _set_in_keys(self) -> None:
         super()._set_in_keys()
-        keys: list[NestedKey] = sorted(self._in_keys, key=str)
+        keys: list[NestedKey] = sorted(self._in_keys or (), key=str)
         optional = ("advantage", "value_target", "value", "group_weights", "ref_log_prob")
         for name in optional:
             _maybe_add_or_extend_key(keys, getattr(self.tensor_keys, name))
@@ -213,7 +209,7 @@ class MaxMinPPOLoss(ClipPPOLoss):
     def out_keys(self) -> list[NestedKey]:
         """What ``forward`` returns, in the order of a keyword call."""
         if self._out_keys is None:
-            keys = ["loss_objective", "clip_fraction"]
+            keys: list[NestedKey] = ["loss_objective", "clip_fraction"]
             if self.entropy_bonus:
                 keys += ["entropy", "loss_entropy"]
             if self.kl_to_ref_coeff is not None:
@@ -252,55 +248,9 @@ class MaxMinPPOLoss(ClipPPOLoss):
         super().make_value_estimator(value_type, **hyperparams)
         self._forward_value_estimator_keys()
 
-    # -- the policy -----------------------------------------------------------------------------------
+    # -- the reference --------------------------------------------------------------------------------
 
-    @property
-    def _is_probabilistic(self) -> bool:
-        actor = self.actor_network
-        if isinstance(actor, (ProbabilisticTensorDictSequential, ProbabilisticTensorDictModule)):
-            return True
-        return self.tensor_keys.log_prob not in getattr(actor, "out_keys", ()) and hasattr(actor, "get_dist")
-
-    def _get_cur_log_prob(
-        self, tensordict: TensorDictBase, params: TensorDictParams | None = None
-    ) -> tuple[Any, _Scored, bool]:
-        if self._is_probabilistic:
-            log_prob, dist, is_composite = super()._get_cur_log_prob(tensordict, params)
-            return log_prob, _Scored(log_prob, None, dist), is_composite
-        actor, keys = self.actor_network, self.tensor_keys
-        if keys.log_prob not in getattr(actor, "out_keys", ()):
-            raise TypeError(
-                "The actor must be a probabilistic TensorDict module, or a TensorDict module that writes "
-                f"the log-probability of the given action under {keys.log_prob!r} (set_keys(log_prob=...)); "
-                f"got {type(actor).__name__} with out_keys {getattr(actor, 'out_keys', None)}."
-            )
-        params = self.actor_network_params if params is None else params
-        with (
-            params.to_module(actor, preserve_module_state=False)
-            if self.functional
-            else contextlib.nullcontext()
-        ):
-            # A selection, so that the actor's entries do not end up in the caller's data.
-            scored = actor(tensordict.select(*actor.in_keys, strict=False))
-        log_prob = scored.get(keys.log_prob)
-        expected = tensordict.get(keys.sample_log_prob).shape
-        if log_prob.shape != expected:
-            raise ValueError(
-                f"The actor's {keys.log_prob!r} has shape {tuple(log_prob.shape)}, but "
-                f"{keys.sample_log_prob!r} has {tuple(expected)}."
-            )
-        return log_prob, _Scored(log_prob, scored.get(keys.entropy, None), None), False
-
-    def _get_entropy(self, dist: _Scored, adv_shape: torch.Size) -> Tensor | TensorDictBase:
-        if dist.dist is not None:
-            return super()._get_entropy(dist.dist, adv_shape)
-        if dist.entropy is None:
-            raise ValueError(
-                f"The actor writes no {self.tensor_keys.entropy!r}: let it, or pass entropy_bonus=False."
-            )
-        return dist.entropy.unsqueeze(-1)
-
-    def _kl_to_ref(self, scored: _Scored, tensordict: TensorDictBase, mask: Tensor | None) -> Tensor:
+    def _kl_to_ref(self, scored: ScoredActions, tensordict: TensorDictBase, mask: Tensor | None) -> Tensor:
         """The k3 estimate ``exp(d) - d - 1`` with ``d = log pi_ref - log pi``, ``[*B, 1]``."""
         ref_log_prob = tensordict.get(self.tensor_keys.ref_log_prob, None)
         log_prob = scored.log_prob
@@ -385,6 +335,10 @@ class MaxMinPPOLoss(ClipPPOLoss):
             if mask is not None:
                 mask = self._expand_loss_mask(mask.to(torch.bool), values)
                 result = mask if result is None else result & mask
+            elif self.loss_mask_key != "auto":
+                raise KeyError(
+                    f"The mask {key!r} (loss_mask_key) is not in the data; padding would be trained on."
+                )
         return result
 
     def _scalar_advantage(self, tensordict: TensorDictBase) -> Tensor:
@@ -493,7 +447,7 @@ class MaxMinPPOLoss(ClipPPOLoss):
                 out.set("value_clip_fraction", value_clip_fraction)
             if explained_variance is not None:
                 out.set("explained_variance", explained_variance)
-        out.update(self._ratio_metrics(log_behaviour.detach(), mask))
+        out.update(ratio_statistics(log_behaviour.detach(), mask))
         out = out.named_apply(
             lambda name, value: (
                 self._reduce_loss(value, tensordict).squeeze(-1) if name.startswith("loss_") else value
@@ -508,19 +462,3 @@ class MaxMinPPOLoss(ClipPPOLoss):
             "target_critic_network_params",
         )
         return out
-
-    @staticmethod
-    def _ratio_metrics(log_ratio: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Statistics of the importance ratios over the valid steps; 0 where there are none."""
-        if mask is None:
-            mask = torch.ones_like(log_ratio, dtype=torch.bool)
-        count = mask.sum()
-        ratio = torch.where(mask, log_ratio.exp(), 0.0)
-        # Relative to the largest, so that the squares do not overflow.
-        scaled = ratio / ratio.max().clamp_min(torch.finfo(ratio.dtype).tiny)
-        ess = scaled.sum().square() / scaled.square().sum().clamp_min(torch.finfo(ratio.dtype).tiny)
-        return {
-            "ESS": ess / count.clamp_min(1),
-            "max_ratio": ratio.max(),
-            "mean_ratio": ratio.sum() / count.clamp_min(1),
-        }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from maxmin_kernels import vector_gae
 from tensordict import TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
@@ -257,7 +258,6 @@ class VectorGAE(GAE):
             return generalized_advantage_estimate(
                 gamma, lmbda, value, next_value, reward, done, terminated=terminated, time_dim=time_dim
             )
-        from maxmin_kernels import vector_gae
 
         def time_last(x: Tensor) -> Tensor:
             return x.movedim(time_dim, -2)

@@ -22,11 +22,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import logsumexp
 from scipy.stats import t as student
 from torch import Tensor
 
 from torchrl_maxmin.welfare.dual import Array, check_samples, dual_terms, minimise_dual
+
+Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Certificate:
     reason: str | None = None
 
 
-def _halves(num_responses: int) -> tuple[Array, Array]:
+def _halves(num_responses: int) -> tuple[Indices, Indices]:
     # 0 3 4 7 ... and 1 2 5 6 ...: each half holds as many policy as reference responses, whether the two
     # lie one behind the other or alternate.
     first = np.isin(np.arange(num_responses) % 4, (0, 3))

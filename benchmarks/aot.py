@@ -1,0 +1,307 @@
+"""Build every kernel configuration ahead of time, without a GPU, and look for register spills.
+
+    python benchmarks/aot.py [--targets sm_80 sm_90 sm_100 gfx942] [--csv FILE]
+
+For NVIDIA targets the table gives registers, shared memory, the number of local loads and stores (LDL + STL:
+a spill) and how many global loads have which width. AMD targets are built and reported. The exit status is 1
+if a build fails, a kernel spills, or the spill detector misses the spill that is provoked to test it.
+"""
+
+import argparse
+import collections
+import csv
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    sys.exit("Unset TRITON_INTERPRET: interpreted kernels cannot be compiled.")
+
+import triton
+from maxmin_kernels.em import triton_kernels as em
+from maxmin_kernels.gae import triton_kernels as gae
+from maxmin_kernels.heads import triton_kernels as heads
+from maxmin_kernels.log_probs import triton_kernels as log_probs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclasses.dataclass
+class Case:
+    """One kernel with the types, constants and options that its launcher would give it."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...] = ()
+
+    def source(self) -> tuple[ASTSource, dict[str, Any]]:
+        options = {k: v for k, v in self.constants.items() if k in ("num_warps", "num_stages", "maxnreg")}
+        constants = {k: v for k, v in self.constants.items() if k not in options}
+        names = self.kernel.arg_names
+        signature = {n: "constexpr" if n in constants else self.types[n] for n in names}
+        aligned = [n for n in names if signature[n].startswith("*") or n in self.divisible]
+        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def heads_cases() -> list[Case]:
+    outputs = {"p_rewards": "*fp32", "p_min": "*fp32", "p_arg": "*i64", "p_soft": "*fp32"}
+    scalars = {
+        "temperature": "fp32",
+        "N": "i32",
+        "stride_hidden": "i32",
+        "stride_weight": "i32",
+    }
+    cases = []
+    for rows, width, k, dtype, weight in [
+        (512, 4096, 4, "bf16", "bf16"),
+        (8192, 4096, 8, "bf16", "bf16"),
+        (131072, 4096, 4, "bf16", "bf16"),
+        (131072, 4096, 32, "bf16", "bf16"),
+        (131072, 4096, 64, "bf16", "bf16"),
+        (131072, 4096, 8, "fp16", "fp16"),
+        (512, 768, 2, "fp32", "fp32"),
+        (8192, 768, 8, "fp32", "fp32"),
+        (131072, 4096, 8, "fp32", "fp32"),
+        (131072, 4096, 64, "fp32", "fp32"),
+        (131072, 4096, 4, "bf16", "fp32"),
+        (131072, 4000, 5, "bf16", "bf16"),
+        (512, 72, 3, "fp32", "fp32"),
+    ]:
+        vectors = {"p_bias": f"*{weight}", "p_shift": "*fp32", "p_scale": "*fp32"}
+        constants = {
+            "H": width,
+            "K": k,
+            "HAS_BIAS": True,
+            "HAS_SHIFT": True,
+            "HAS_SCALE": True,
+            "UPCAST": dtype != weight,
+            **heads.heads_config(rows, k, SIZES[dtype]),
+        }
+        strides = ("stride_hidden", "stride_weight") if width % 16 == 0 else ()
+        cases.append(
+            Case(
+                f"heads_forward {dtype}/{weight} N={rows} H={width} K={k}",
+                heads.heads_forward_kernel,
+                {"p_hidden": f"*{dtype}", "p_weight": f"*{weight}", **vectors, **outputs, **scalars},
+                constants,
+                strides,
+            )
+        )
+    gradients = {f"p_grad{s}": "*fp32" for s in ("_rewards", "_min", "_soft", "")}
+    for k in (2, 4, 8, 17):
+        types = {**outputs, **scalars, **gradients}
+        flags = {"HAS_REWARDS": True, "HAS_MIN": True, "HAS_SOFT": True}
+        config = {"K": k, **heads.row_config(k)}
+        cases.append(Case(f"min_forward fp32 K={k}", heads.min_forward_kernel, types, config))
+        cases.append(Case(f"min_backward fp32 K={k}", heads.min_backward_kernel, types, config | flags))
+    return cases
+
+
+def em_cases() -> list[Case]:
+    cases = []
+    plan = {f"p_{n}": "*i64" for n in ("segment_offsets", "segment_user", "segment_slot")}
+    plan |= {"p_split_user": "*i64", "p_split_offsets": "*i64", "S": "i32"}
+    floats = {f"p_{n}": "*fp32" for n in ("log_prior", "partial", "resp", "like", "grad")}
+    for dtype, k, mean in [
+        ("fp32", 1, 100),
+        ("fp32", 2, 100),
+        ("fp32", 4, 100),
+        ("fp32", 4, 8),
+        ("fp32", 5, 100),
+        ("fp32", 8, 100),
+        ("fp32", 16, 100),
+        ("fp32", 32, 100),
+        ("bf16", 2, 100),
+        ("bf16", 4, 100),
+        ("bf16", 8, 100),
+        ("bf16", 8, 8),
+        ("fp16", 4, 100),
+    ]:
+        types = {f"p_{n}": f"*{dtype}" for n in ("chosen", "rejected", "grad_chosen", "grad_rejected")}
+        constants = {"K": k, "STRIDE_CHOSEN": k, "STRIDE_REJECTED": k}
+        constants |= em.segment_config(mean * 1000, 1000, k)
+        for kernel in (em.em_forward_kernel, em.em_backward_kernel):
+            name = f"{kernel.__name__.removesuffix('_kernel')} {dtype} K={k} mean={mean}"
+            cases.append(Case(name, kernel, types | plan | floats, constants))
+    for k in (2, 8, 16):
+        cases.append(
+            Case(f"em_finish K={k}", em.em_finish_kernel, plan | floats, {"K": k, **em.finish_config(k)})
+        )
+    return cases
+
+
+def gae_cases() -> list[Case]:
+    cases = []
+    for dtype, steps, k, mask in [
+        ("fp32", 64, 2, True),
+        ("fp32", 1024, 1, False),
+        ("fp32", 1024, 2, True),
+        ("fp32", 1024, 4, False),
+        ("fp32", 1024, 5, True),
+        ("fp32", 4096, 8, True),
+        ("bf16", 1024, 8, True),
+        ("fp32", 1024, 32, False),
+    ]:
+        types = {f"p_{n}": f"*{dtype}" for n in ("reward", "value", "next_value")}
+        types |= {f"p_{n}": "*u8" for n in ("done", "terminated", "mask")}
+        types |= {"p_advantage": "*fp32", "p_target": "*fp32", "gamma": "fp32", "decay": "fp32", "T": "i32"}
+        constants = {"K": k, "HAS_MASK": mask, **gae.gae_config(steps, k)} | (
+            {} if mask else {"p_mask": None}
+        )
+        cases.append(
+            Case(f"gae {dtype} T={steps} K={k} mask={mask}", gae.gae_kernel, types, constants, ("T",))
+        )
+    return cases
+
+
+def log_probs_cases() -> list[Case]:
+    cases = []
+    names = ("logits", "log_probs", "logsumexp", "entropy", "grad_log_probs", "grad_entropy")
+    for vocabulary in (203, 50257, 151936):
+        for entropy in (False, True):
+            types = {f"p_{n}": "*fp32" for n in names} | {"p_targets": "*i64"}
+            types |= {"temperature": "fp32", "stride": "i32"}
+            constants = {"V": vocabulary, **log_probs.row_config(vocabulary)}
+            divisible = ("stride",) if vocabulary % 16 == 0 else ()
+            missing = {} if entropy else {"p_entropy": None}
+            name = f"V={vocabulary} entropy={entropy}"
+            cases.append(
+                Case(
+                    f"log_probs_forward {name}",
+                    log_probs.log_probs_forward_kernel,
+                    types,
+                    constants | missing | {"ENTROPY": entropy},
+                    divisible,
+                )
+            )
+            missing = {} if entropy else {"p_entropy": None, "p_grad_entropy": None}
+            for out in ("fp32", "bf16"):
+                cases.append(
+                    Case(
+                        f"log_probs_backward {out} {name}",
+                        log_probs.log_probs_backward_kernel,
+                        types | {"p_grad": f"*{out}"},
+                        constants | missing | {"HAS_LOG_PROBS": True, "HAS_ENTROPY": entropy},
+                        divisible,
+                    )
+                )
+    return cases
+
+
+def inspect_cubin(cubin: bytes) -> dict[str, Any]:
+    """Return registers, spills and load widths of a compiled NVIDIA kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(*command: str) -> str:
+            program = [str(NVIDIA_BIN / command[0]), *command[1:], file.name]
+            return subprocess.run(program, check=True, capture_output=True, text=True).stdout
+
+        usage = tool("cuobjdump", "--dump-resource-usage")
+        sass = tool("nvdisasm", "-c")
+    opcodes = re.findall(
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE
+    )
+    if not opcodes:
+        raise RuntimeError("nvdisasm gave no instructions: its output has changed.")
+    widths: collections.Counter[str] = collections.Counter()
+    for opcode in opcodes:
+        name, *suffixes = opcode.split(".")
+        if name in ("LDG", "LDGSTS"):
+            width = next((s for s in suffixes if s in ("128", "64", "U16", "U8", "S8", "S16")), "32")
+            widths[f"{'async ' if name == 'LDGSTS' else ''}{width}"] += 1
+    registers = re.search(r"REG:(\d+)", usage)
+    return {
+        "registers": int(registers.group(1)) if registers else -1,
+        "spills": sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes),
+        "loads": ", ".join(f"{count}x{width}" for width, count in sorted(widths.items())),
+    }
+
+
+def inspect_amdgcn(text: str) -> dict[str, Any]:
+    """Return registers and spills that the AMD assembler reports."""
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        return int(found.group(1)) if found else -1
+
+    return {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count"), "loads": ""}
+
+
+def build(case: Case, target: GPUTarget) -> dict[str, Any]:
+    source, options = case.source()
+    compiled = triton.compile(source, target=target, options=options)
+    if target.backend == "cuda":
+        result = inspect_cubin(compiled.asm["cubin"])
+    else:
+        result = inspect_amdgcn(compiled.asm["amdgcn"])
+    return {"kernel": case.name, "shared": compiled.metadata.shared, **result}
+
+
+def spill_is_detected(target: GPUTarget) -> bool:
+    """Positive control: a kernel held to 32 registers must be reported as spilling."""
+    case = next(c for c in em_cases() if c.name.startswith("em_forward fp32 K=4"))
+    starved = dataclasses.replace(case, constants=case.constants | {"num_warps": 1, "maxnreg": 32})
+    return build(starved, target)["spills"] > 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--csv", type=Path, help="write the table to this file too")
+    parser.add_argument("--only", default="", help="build only kernels whose name contains this")
+    args = parser.parse_args()
+    cases = [c for c in heads_cases() + em_cases() + gae_cases() + log_probs_cases() if args.only in c.name]
+    print(f"triton {triton.__version__}, {len(cases)} configurations")
+    print(f"{'kernel':58} {'target':7} {'regs':>4} {'shared':>7} {'spills':>6}  loads")
+    rows, failures = [], []
+    for name in args.targets:
+        target = TARGETS[name]
+        if target.backend == "cuda" and not spill_is_detected(target):
+            failures.append(f"{name}: the spill detector misses a provoked spill")
+        for case in cases:
+            try:
+                row = {"target": name, **build(case, target)}
+            except Exception as error:  # whatever the compiler raises is a failed build
+                failures.append(f"{name} {case.name}: {type(error).__name__}: {error}")
+                continue
+            rows.append(row)
+            print(
+                f"{row['kernel']:58} {name:7} {row['registers']:4} {row['shared']:7} {row['spills']:6}"
+                f"  {row['loads']}"
+            )
+            if row["spills"] and target.backend == "cuda":
+                failures.append(f"{name} {case.name}: {row['spills']} local loads and stores")
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    print(f"{len(rows)} built, {len(failures)} failures")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

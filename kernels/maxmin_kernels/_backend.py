@@ -1,0 +1,104 @@
+"""Which implementation runs: the Triton kernel, or the PyTorch reference.
+
+CPU tensors take the PyTorch path. With ``TRITON_INTERPRET=1`` in the environment *before* the
+first import of Triton, CPU tensors run the Triton kernels in Triton's interpreter instead, so that
+the very same operators can be tested without a GPU. CUDA tensors always run the compiled kernels.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "torch"]
+
+HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
+INTERPRET: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether a CPU call runs the Triton kernel: interpreter asked for, and no float64 among the inputs."""
+    return INTERPRET and not any(t is not None and t.dtype == torch.float64 for t in tensors)
+
+
+def require_triton() -> None:
+    """Raise one clear error if Triton is missing.
+
+    Raises:
+        RuntimeError: If Triton cannot be imported.
+    """
+    if not HAS_TRITON:
+        raise RuntimeError(
+            "maxmin_kernels needs Triton for CUDA tensors and it is not installed: `pip install triton`, "
+            'or pass backend="torch" for the plain PyTorch implementation.'
+        )
+
+
+def check_backend(backend: str) -> None:
+    """Raise if ``backend`` is not one of ``"auto"`` and ``"torch"``.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if backend not in ("auto", "torch"):
+        raise ValueError(f'backend must be "auto" or "torch", got {backend!r}.')
+
+
+def check_inputs(**tensors: Tensor | None) -> None:
+    """Raise unless all tensors are floating point and on one device.
+
+    Raises:
+        TypeError: If a tensor is not floating point.
+        ValueError: If two tensors are on different devices.
+    """
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it with .float().")
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the other tensors on {device}; move it there.")
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype of sums and outputs: float64 if any input is float64, else float32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+@contextlib.contextmanager
+def on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Make the tensor's CUDA device current, because Triton launches on the current device."""
+    guard: Any = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    with guard:
+        yield
+
+
+def without_autocast(tensor: Tensor) -> Any:
+    """Return a context in which products keep the dtype that the operator chose.
+
+    Autocast also reaches the code inside an operator, where it would turn float32 products into bfloat16.
+    """
+    device = tensor.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least ``n`` (and at least 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def aligned_rows(tensor: Tensor) -> Tensor:
+    """Return the matrix with unit column stride and a 16-byte aligned base, copying only if it must."""
+    if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor

@@ -1,0 +1,45 @@
+"""Batching rules shared by the operators."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _unbind(arg: Any, dim: Any, size: int) -> list[Any]:
+    """Return one argument per batch element; ``dim`` is None, an int, or a list of these."""
+    if isinstance(arg, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(arg)
+        columns = [_unbind(a, d, size) for a, d in zip(arg, dims, strict=True)]
+        return [[column[i] for column in columns] for i in range(size)]
+    return [arg] * size if dim is None else list(arg.unbind(dim))
+
+
+def loop_vmap(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+    """Batch by calling ``op`` once per batch element and stacking the outputs."""
+    per_arg = [_unbind(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
+    outputs = [op(*call) for call in zip(*per_arg, strict=True)]
+    stacked = tuple(torch.stack(column) for column in zip(*outputs, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def fold_vmap(
+    op: Callable[..., Any], row_args: Sequence[int], info: Any, in_dims: Sequence[Any], args: Sequence[Any]
+) -> Any:
+    """Batch by folding the batch into the leading (row) dimension of the arguments ``row_args``.
+
+    Falls back to one call per element if any other argument is batched.
+    """
+    rows = set(row_args)
+    if info.batch_size == 0 or any(d is not None for i, d in enumerate(in_dims) if i not in rows):
+        return loop_vmap(op, info, in_dims, args)
+    folded = list(args)
+    for i in row_args:
+        arg, dim = args[i], in_dims[i]
+        if isinstance(arg, Tensor):
+            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            folded[i] = arg.flatten(0, 1)
+    outputs = op(*folded)
+    unfolded = tuple(out.unflatten(0, (info.batch_size, -1)) if out.shape[0] else out for out in outputs)
+    return unfolded, (0,) * len(unfolded)

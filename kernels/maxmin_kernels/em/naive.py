@@ -1,0 +1,60 @@
+"""The E-step of a Bradley-Terry mixture over users, in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backend import accumulate_dtype
+
+
+def posterior(total: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax and logsumexp over the last dimension of ``total [U, K]``, the log joint.
+
+    A user whose every group has likelihood zero gets the prior, and log-likelihood -inf.
+    """
+    likelihood = torch.logsumexp(total, dim=-1)
+    impossible = (total == -torch.inf).all(dim=-1, keepdim=True)
+    return torch.softmax(torch.where(impossible, log_prior, total), dim=-1), likelihood
+
+
+def em_responsibilities_naive(
+    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return responsibilities ``[U, K]`` and log-likelihood ``[U]``, the latter differentiable.
+
+    Arguments and policies as :func:`maxmin_kernels.em_responsibilities`.
+    """
+    dtype = accumulate_dtype(chosen, rejected, log_prior)
+    log_prior = log_prior.to(dtype)
+    log_choice = F.logsigmoid(chosen.to(dtype) - rejected.to(dtype))
+    # A user may have millions of pairs: the sum is taken in float64.
+    sums = _sum_by_user(log_choice.double(), user_offsets)
+    responsibilities, log_likelihood = posterior(sums + log_prior.double(), log_prior.double())
+    return responsibilities.detach().to(dtype), log_likelihood.to(dtype)
+
+
+def _sum_by_user(rows: Tensor, user_offsets: Tensor) -> Tensor:
+    """Sum consecutive rows ``[P, K]`` of each user: ``[U, K]``."""
+    users = user_of_pair(user_offsets, rows.shape[0])
+    return rows.new_zeros(user_offsets.shape[0] - 1, rows.shape[1]).index_add(0, users, rows)
+
+
+def user_of_pair(user_offsets: Tensor, num_pairs: int) -> Tensor:
+    """Return the user index of each of the ``num_pairs`` rows."""
+    rows = torch.arange(num_pairs, device=user_offsets.device)
+    return torch.searchsorted(user_offsets[1:].contiguous(), rows, right=True)
+
+
+def em_backward_naive(
+    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, responsibilities: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``sum_u grad_u log_likelihood_u`` with respect to chosen and rejected.
+
+    Fisher's identity: the gradient of the marginal log-likelihood is the responsibility times that of the
+    complete one, ``resp_uk * sigmoid(-(chosen - rejected))``.
+    """
+    dtype = responsibilities.dtype
+    users = user_of_pair(user_offsets, chosen.shape[0])
+    weights = responsibilities * grad.to(dtype).unsqueeze(-1)
+    slope = torch.sigmoid(rejected.to(dtype) - chosen.to(dtype)).mul_(weights[users])
+    return slope.to(chosen.dtype), slope.neg().to(rejected.dtype)

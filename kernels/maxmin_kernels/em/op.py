@@ -1,0 +1,214 @@
+"""``em_responsibilities`` as a PyTorch operator (namespace ``maxmin``)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import (
+    Backend,
+    accumulate_dtype,
+    check_backend,
+    check_inputs,
+    require_triton,
+    use_triton_on_cpu,
+)
+from .._vmap import loop_vmap
+from .naive import em_backward_naive, em_responsibilities_naive
+from .plan import UserPlan, build_plan, check_user_offsets
+
+
+@torch.library.custom_op("maxmin::em_responsibilities", mutates_args=(), device_types="cpu")
+def _em_op(
+    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    check_user_offsets(user_offsets, chosen.shape[0])
+    if use_triton_on_cpu(chosen, rejected, log_prior):
+        return _em_cuda(chosen, rejected, user_offsets, log_prior, plan)
+    return em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
+
+
+@_em_op.register_kernel("cuda")
+def _em_cuda(
+    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    if accumulate_dtype(chosen, rejected, log_prior) == torch.float64:
+        return em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
+    require_triton()
+    from .triton_kernels import em_forward
+
+    users = user_offsets.shape[0] - 1
+    return em_forward(chosen, rejected, log_prior, users, _plan(plan, user_offsets, chosen.shape[0]))
+
+
+def _plan(plan: Sequence[Tensor], user_offsets: Tensor, num_pairs: int) -> UserPlan:
+    if plan:
+        return UserPlan(*plan)
+    if user_offsets.is_cuda:  # On the device and without waiting for it.
+        rising = (user_offsets.diff() >= 0).all()
+        ends = (user_offsets[0] == 0) & (user_offsets[-1] == num_pairs)
+        torch._assert_async(rising & ends, "user_offsets must rise from 0 to the number of pairs")
+    return build_plan(user_offsets, num_pairs)
+
+
+@_em_op.register_fake
+def _em_fake(
+    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    users, groups = user_offsets.shape[0] - 1, chosen.shape[1]
+    dtype = accumulate_dtype(chosen, rejected, log_prior)
+    return chosen.new_empty(users, groups, dtype=dtype), chosen.new_empty(users, dtype=dtype)
+
+
+@torch.library.custom_op("maxmin::em_backward", mutates_args=(), device_types="cpu")
+def _em_backward_op(
+    chosen: Tensor,
+    rejected: Tensor,
+    user_offsets: Tensor,
+    responsibilities: Tensor,
+    grad: Tensor,
+    plan: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    if use_triton_on_cpu(chosen, rejected, responsibilities):
+        return _em_backward_cuda(chosen, rejected, user_offsets, responsibilities, grad, plan)
+    return em_backward_naive(chosen, rejected, user_offsets, responsibilities, grad)
+
+
+@_em_backward_op.register_kernel("cuda")
+def _em_backward_cuda(
+    chosen: Tensor,
+    rejected: Tensor,
+    user_offsets: Tensor,
+    responsibilities: Tensor,
+    grad: Tensor,
+    plan: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    if responsibilities.dtype == torch.float64:
+        return em_backward_naive(chosen, rejected, user_offsets, responsibilities, grad)
+    require_triton()
+    from .triton_kernels import em_backward
+
+    return em_backward(chosen, rejected, responsibilities, grad, _plan(plan, user_offsets, chosen.shape[0]))
+
+
+@_em_backward_op.register_fake
+def _em_backward_fake(
+    chosen: Tensor,
+    rejected: Tensor,
+    user_offsets: Tensor,
+    responsibilities: Tensor,
+    grad: Tensor,
+    plan: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    return chosen.new_empty(chosen.shape), rejected.new_empty(rejected.shape)
+
+
+def _em_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    chosen, rejected, user_offsets, log_prior, plan = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[0])
+    ctx.save_for_backward(chosen, rejected, user_offsets, output[0], *plan)
+    ctx.prior_dtype = log_prior.dtype
+
+
+def _em_autograd(ctx: Any, _: Any, grad: Tensor | None) -> Any:
+    chosen, rejected, user_offsets, responsibilities, *plan = ctx.saved_tensors
+    no_plan = [None] * len(plan)
+    if grad is None:
+        return None, None, None, None, no_plan
+    need = ctx.needs_input_grad
+    d_chosen = d_rejected = d_prior = None
+    if need[0] or need[1]:
+        d_chosen, d_rejected = _em_backward_op(chosen, rejected, user_offsets, responsibilities, grad, plan)
+    if need[3]:
+        d_prior = (responsibilities * grad.unsqueeze(-1)).sum(0).to(ctx.prior_dtype)
+    return d_chosen, d_rejected, None, d_prior, no_plan
+
+
+torch.library.register_autograd("maxmin::em_responsibilities", _em_autograd, setup_context=_em_setup)
+
+
+@_em_op.register_vmap
+def _em_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return loop_vmap(_em_op, info, in_dims, args)
+
+
+@_em_backward_op.register_vmap
+def _em_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return loop_vmap(_em_backward_op, info, in_dims, args)
+
+
+def em_responsibilities(
+    chosen: Tensor,
+    rejected: Tensor,
+    user_offsets: Tensor,
+    log_prior: Tensor,
+    *,
+    plan: UserPlan | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""E-step of a Bradley-Terry mixture over users: who belongs to which group.
+
+    .. math::
+        \ell_u = \log \sum_k \exp\Big(\log \pi_k + \sum_{p \in u} \log \sigma(c_{pk} - r_{pk})\Big)
+
+    and the responsibilities are the softmax of the same terms (Chakraborty et al., ICML 2024,
+    arXiv 2402.08925, Algorithm 2, in its soft form; the hard form is their argmax). The gradient of the
+    log-likelihood is the M-step's at the same responsibilities (Fisher's identity):
+    :math:`\partial \ell_u / \partial c_{pk} = \rho_{uk}\, \sigma(r_{pk} - c_{pk})`.
+
+    A user without pairs gets the prior. A user whose every group has likelihood zero gets the prior and
+    log-likelihood -inf. A NaN stays with its user. A prior weight of zero (log -inf) is allowed. No atomics:
+    equal inputs give bit-equal outputs.
+
+    Args:
+        chosen: ``[P, K]`` rewards of the chosen responses, rows sorted by user; float32, bfloat16 or float16
+            (float64 takes the PyTorch path). K a power of two loads widest.
+        rejected: ``[P, K]`` rewards of the rejected responses.
+        user_offsets: ``[U + 1]`` int64: the pairs of user u are rows ``user_offsets[u]:user_offsets[u + 1]``.
+        log_prior: ``[K]`` log mixing weights.
+        plan: :func:`plan_users` of the same offsets; built on every call if None. On CUDA the plan also
+            spares the check of the offsets, which is otherwise a device-side assertion.
+        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, differentiable twice).
+
+    Returns:
+        ``(responsibilities [U, K], log_likelihood [U])`` in float32. Only the log-likelihood is
+        differentiable, with respect to chosen, rejected and log_prior.
+
+    Raises:
+        TypeError: If a reward is not floating point or the offsets are not int64.
+        ValueError: If shapes or devices do not fit, or (CPU) the offsets are impossible.
+
+    Example:
+        >>> import torch
+        >>> from maxmin_kernels import em_responsibilities
+        >>> chosen, rejected = torch.tensor([[4.0, -4.0], [4.0, -4.0], [-4.0, 4.0]]), torch.zeros(3, 2)
+        >>> log_prior = torch.tensor([0.5, 0.5]).log()
+        >>> responsibilities, _ = em_responsibilities(chosen, rejected, torch.tensor([0, 2, 3]), log_prior)
+        >>> responsibilities.argmax(-1).tolist()
+        [0, 1]
+    """
+    check_backend(backend)
+    check_inputs(chosen=chosen, rejected=rejected, log_prior=log_prior)
+    if chosen.ndim != 2 or chosen.shape != rejected.shape or chosen.shape[1] == 0:
+        raise ValueError(
+            "chosen and rejected must both be [P, K] with K >= 1, "
+            f"got {tuple(chosen.shape)} and {tuple(rejected.shape)}."
+        )
+    if log_prior.shape != (chosen.shape[1],):
+        raise ValueError(f"log_prior must be [K] = [{chosen.shape[1]}], got {tuple(log_prior.shape)}.")
+    if user_offsets.dtype != torch.int64:
+        raise TypeError(f"user_offsets must be int64, got {user_offsets.dtype}; convert it with .long().")
+    if user_offsets.ndim != 1 or user_offsets.shape[0] == 0:
+        raise ValueError(f"user_offsets must be [U + 1], got shape {tuple(user_offsets.shape)}.")
+    if user_offsets.device != chosen.device:
+        raise ValueError(
+            f"user_offsets is on {user_offsets.device}, chosen on {chosen.device}; move it there."
+        )
+    if backend == "torch":
+        return em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
+    responsibilities, log_likelihood = _em_op(
+        chosen, rejected, user_offsets, log_prior, [] if plan is None else list(plan)
+    )
+    return responsibilities, log_likelihood

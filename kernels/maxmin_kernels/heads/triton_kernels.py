@@ -1,0 +1,285 @@
+"""Triton kernels of the reward heads, and their launchers.
+
+Names: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._backend import INTERPRET, aligned_rows, next_power_of_2, on_device_of, without_autocast
+
+# Beyond this many heads the rewards come from the library's matrix product.
+MAX_FUSED_HEADS = 64
+
+
+@triton.jit
+def lowest_head(b_r, m_k, o_k, temperature, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return minimum, argmin, soft minimum of each row of a block ``[N, BLOCK_K]`` of rewards."""
+    m_nan = (b_r != b_r) & m_k
+    b_min = tl.min(tl.where(m_nan | (m_k == 0), float("inf"), b_r), axis=1)
+    b_nan = tl.sum(tl.where(m_nan, b_r, 0.0), axis=1)
+    m_any = tl.max(m_nan.to(tl.int32), axis=1) > 0
+    m_hit = tl.where(m_any[:, None], m_nan, (b_r == b_min[:, None]) & m_k)
+    b_arg = tl.min(tl.where(m_hit, o_k[None, :], BLOCK_K), axis=1)
+    b_exp = exp_above(b_r, b_min, m_k, temperature)
+    b_soft = b_min - temperature * tl.log(tl.sum(b_exp, axis=1) / K)
+    b_min = tl.where(m_any, b_nan, b_min)
+    b_soft = tl.where(m_any, b_nan, b_soft)
+    return b_min, b_arg, b_soft
+
+
+@triton.jit
+def exp_above(b_r, b_min, m_k, temperature):
+    """Return ``exp(-(r - min) / T)``, 0 in padding; a head at an infinite minimum counts as 1."""
+    b_above = tl.where(b_r == b_min[:, None], 0.0, b_r - b_min[:, None])
+    return tl.where(m_k, tl.exp(-b_above / temperature), 0.0)
+
+
+@triton.jit
+def heads_forward_kernel(
+    p_hidden,
+    p_weight,
+    p_bias,
+    p_shift,
+    p_scale,
+    p_rewards,
+    p_min,
+    p_arg,
+    p_soft,
+    temperature,
+    N,
+    stride_hidden,
+    stride_weight,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rewards of BLOCK_N rows, and the lowest of each, in one pass over the hidden states."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_h = tl.arange(0, BLOCK_H)
+    o_k = tl.arange(0, BLOCK_K)
+    m_n = o_n < N
+    m_k = o_k < K
+    p_h = p_hidden + o_n[:, None] * stride_hidden + o_h[None, :]
+    p_w = p_weight + o_k[None, :] * stride_weight + o_h[:, None]
+    b_r = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for i_h in range(0, H, BLOCK_H):
+        if H % BLOCK_H == 0:
+            b_h = tl.load(p_h + i_h, mask=m_n[:, None], other=0.0)
+            b_w = tl.load(p_w + i_h, mask=m_k[None, :], other=0.0)
+        else:
+            m_h = i_h + o_h < H
+            b_h = tl.load(p_h + i_h, mask=m_n[:, None] & m_h[None, :], other=0.0)
+            b_w = tl.load(p_w + i_h, mask=m_k[None, :] & m_h[:, None], other=0.0)
+        if UPCAST:
+            b_h = b_h.to(tl.float32)
+            b_w = b_w.to(tl.float32)
+        b_r = tl.dot(b_h, b_w, acc=b_r, input_precision="ieee")
+    if HAS_BIAS:
+        b_r += tl.load(p_bias + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+    if HAS_SHIFT:
+        b_r -= tl.load(p_shift + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        b_r /= tl.load(p_scale + o_k, mask=m_k, other=1.0).to(tl.float32)[None, :]
+    m_k = m_k[None, :]
+    b_min, b_arg, b_soft = lowest_head(b_r, m_k, o_k, temperature, K, BLOCK_K)
+    tl.store(p_rewards + o_n[:, None] * K + o_k[None, :], b_r, mask=m_n[:, None] & m_k)
+    tl.store(p_min + o_n, b_min, mask=m_n)
+    tl.store(p_arg + o_n, b_arg.to(tl.int64), mask=m_n)
+    tl.store(p_soft + o_n, b_soft, mask=m_n)
+
+
+@triton.jit
+def min_forward_kernel(
+    p_rewards,
+    p_min,
+    p_arg,
+    p_soft,
+    temperature,
+    N,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The lowest of each row of given rewards."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_n = o_n < N
+    m_k = (o_k < K)[None, :]
+    b_r = tl.load(p_rewards + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & m_k, other=0.0)
+    b_r = b_r.to(tl.float32)
+    b_min, b_arg, b_soft = lowest_head(b_r, m_k, o_k, temperature, K, BLOCK_K)
+    tl.store(p_min + o_n, b_min, mask=m_n)
+    tl.store(p_arg + o_n, b_arg.to(tl.int64), mask=m_n)
+    tl.store(p_soft + o_n, b_soft, mask=m_n)
+
+
+@triton.jit
+def min_backward_kernel(
+    p_rewards,
+    p_arg,
+    p_grad_rewards,
+    p_grad_min,
+    p_grad_soft,
+    p_grad,
+    temperature,
+    N,
+    K: tl.constexpr,
+    HAS_REWARDS: tl.constexpr,
+    HAS_MIN: tl.constexpr,
+    HAS_SOFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add up the gradients that reach each reward directly, as the minimum, and in the soft minimum."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_n = o_n < N
+    m_k = (o_k < K)[None, :]
+    m_nk = m_n[:, None] & m_k
+    b_grad = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    if HAS_REWARDS:
+        b_grad = tl.load(p_grad_rewards + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0)
+        b_grad = b_grad.to(tl.float32)
+    if HAS_MIN:
+        b_arg = tl.load(p_arg + o_n, mask=m_n, other=0).to(tl.int32)
+        b_grad_min = tl.load(p_grad_min + o_n, mask=m_n, other=0.0).to(tl.float32)
+        b_grad += tl.where(b_arg[:, None] == o_k[None, :], b_grad_min[:, None], 0.0)
+    if HAS_SOFT:
+        b_r = tl.load(p_rewards + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0)
+        b_r = b_r.to(tl.float32)
+        m_nan = (b_r != b_r) & m_k
+        b_nan = tl.sum(tl.where(m_nan, b_r, 0.0), axis=1)
+        b_min = tl.min(tl.where(m_nan | (m_k == 0), float("inf"), b_r), axis=1)
+        b_exp = exp_above(b_r, b_min, m_k, temperature)
+        b_grad_soft = tl.load(p_grad_soft + o_n, mask=m_n, other=0.0).to(tl.float32)
+        b_grad += b_exp * ((b_grad_soft + b_nan) / tl.sum(b_exp, axis=1))[:, None]
+    tl.store(p_grad + o_n[:, None] * K + o_k[None, :], b_grad, mask=m_nk)
+
+
+def heads_config(rows: int, heads: int, itemsize: int) -> dict[str, int]:
+    """Return tile sizes: few rows a program while there are too few programs to fill the GPU."""
+    block_n = 16 if rows <= 2048 else 32 if rows <= 8192 else 64
+    return {
+        "BLOCK_N": block_n,
+        "BLOCK_H": 64 if itemsize == 2 else 32,
+        "BLOCK_K": max(16, next_power_of_2(heads)),
+        "num_warps": 4,
+        "num_stages": 4,
+    }
+
+
+def row_config(heads: int) -> dict[str, int]:
+    """Return tile sizes of the row kernels: about 1024 rewards a program."""
+    block_k = next_power_of_2(heads)
+    return {"BLOCK_N": max(1, 1024 // block_k), "BLOCK_K": block_k, "num_warps": 4}
+
+
+def heads_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch :func:`heads_forward_kernel`."""
+    (rows, width), heads = hidden.shape, weight.shape[0]
+    if heads > MAX_FUSED_HEADS:
+        with without_autocast(hidden):
+            rewards = hidden.float() @ weight.float().mT
+        rewards = rewards if bias is None else rewards + bias.float()
+        rewards = rewards if shift is None else rewards - shift.float()
+        rewards = rewards if scale is None else rewards / scale.float()
+        return (rewards, *min_forward(rewards, temperature))
+    rewards = hidden.new_empty(rows, heads, dtype=torch.float32)
+    minimum, softmin = rewards.new_empty(rows), rewards.new_empty(rows)
+    argmin = hidden.new_empty(rows, dtype=torch.int64)
+    if rows == 0:
+        return rewards, minimum, argmin, softmin
+    hidden, weight = aligned_rows(hidden), aligned_rows(weight)
+    vectors = [None if v is None else v.contiguous() for v in (bias, shift, scale)]
+    config = heads_config(rows, heads, hidden.element_size())
+    with on_device_of(hidden):
+        heads_forward_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
+            hidden,
+            weight,
+            *vectors,
+            rewards,
+            minimum,
+            argmin,
+            softmin,
+            temperature,
+            rows,
+            hidden.stride(0),
+            weight.stride(0),
+            H=width,
+            K=heads,
+            HAS_BIAS=bias is not None,
+            HAS_SHIFT=shift is not None,
+            HAS_SCALE=scale is not None,
+            # The interpreter is wrong on bf16 products, and a product has factors of one dtype.
+            UPCAST=INTERPRET or hidden.dtype != weight.dtype,
+            **config,
+        )
+    return rewards, minimum, argmin, softmin
+
+
+def min_forward(rewards: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch :func:`min_forward_kernel`."""
+    rows, heads = rewards.shape
+    minimum = rewards.new_empty(rows, dtype=torch.float32)
+    softmin, argmin = torch.empty_like(minimum), rewards.new_empty(rows, dtype=torch.int64)
+    if rows == 0:
+        return minimum, argmin, softmin
+    rewards = rewards.contiguous()
+    config = row_config(heads)
+    with on_device_of(rewards):
+        min_forward_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
+            rewards, minimum, argmin, softmin, temperature, rows, K=heads, **config
+        )
+    return minimum, argmin, softmin
+
+
+def min_backward(
+    rewards: Tensor,
+    argmin: Tensor,
+    grad_rewards: Tensor | None,
+    grad_minimum: Tensor | None,
+    grad_softmin: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """Launch :func:`min_backward_kernel`."""
+    rows, heads = rewards.shape
+    grad = rewards.new_empty(rows, heads, dtype=torch.float32)
+    if rows == 0:
+        return grad
+    rewards = rewards.contiguous()
+    given = [None if g is None else g.contiguous() for g in (grad_rewards, grad_minimum, grad_softmin)]
+    config = row_config(heads)
+    with on_device_of(rewards):
+        min_backward_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
+            rewards,
+            argmin.contiguous(),
+            *given,
+            grad,
+            temperature,
+            rows,
+            K=heads,
+            HAS_REWARDS=grad_rewards is not None,
+            HAS_MIN=grad_minimum is not None,
+            HAS_SOFT=grad_softmin is not None,
+            **config,
+        )
+    return grad

@@ -1,0 +1,166 @@
+"""The loop over chunks of tokens: one library matrix product and one pass over the logits per chunk."""
+
+import torch
+from torch import Tensor
+
+from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu
+
+# Elements of one chunk of logits, and the least rows with which a matrix product is still efficient.
+_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
+_LEAST_ROWS = {"cpu": 64, "cuda": 512}
+
+
+def pick_chunk_size(rows: int, vocabulary: int, device: str) -> int:
+    """Return the tokens per chunk: as few equal chunks as the budget allows, one if the problem is small."""
+    most = max(_ELEMENTS[device] // max(vocabulary, 1), _LEAST_ROWS[device])
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
+
+
+def _matrices(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return both matrices in the dtype of the product, and the dtype of the logits."""
+    wide = accumulate_dtype(hidden, lm_head)
+    low = hidden.is_cuda and hidden.dtype == lm_head.dtype
+    dtype = hidden.dtype if low else wide
+    return hidden.detach().to(dtype), lm_head.detach().to(dtype), wide
+
+
+def _logits(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> Tensor:
+    """Return one chunk of logits; low-precision factors still give float32 sums."""
+    if hidden.dtype == wide:
+        return hidden @ lm_head.mT
+    return torch.mm(hidden, lm_head.mT, out_dtype=wide)
+
+
+def _row_kernels(hidden: Tensor, lm_head: Tensor) -> bool:
+    """Whether the pass over the logits is a Triton kernel."""
+    if accumulate_dtype(hidden, lm_head) == torch.float64:
+        return False
+    if hidden.is_cuda:
+        require_triton()
+        return True
+    return use_triton_on_cpu(hidden)
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    if not targets.is_cuda and targets.numel():
+        low, high = (int(x) for x in targets.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise IndexError(
+                f"targets must be in [0, {vocabulary}), got {low} to {high}; drop padded positions first."
+            )
+
+
+def rows_forward(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> list[Tensor]:
+    """Return log-probability, logsumexp and (if asked) entropy of one chunk. Overwrites the logits."""
+    logits.div_(temperature)
+    total = torch.logsumexp(logits, dim=-1)
+    log_probs = logits.gather(-1, targets.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1) - total
+    log_probs.masked_fill_((targets < 0) | (targets >= logits.shape[-1]), torch.nan)
+    if not entropy:
+        return [log_probs, total]
+    logits.sub_(total.unsqueeze(-1))
+    probabilities = logits.exp()
+    # xlogy-like: a token of probability zero adds nothing.
+    logits.masked_fill_(logits == -torch.inf, 0.0)
+    return [log_probs, total, -probabilities.mul_(logits).sum(-1)]
+
+
+def rows_backward(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor | None,
+    logsumexp: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """Return the gradient with respect to one chunk of logits. Overwrites the logits.
+
+    ``d log p_target / dx = onehot - p`` and ``dH / dx = -p (log p + H)``, both over T.
+    """
+    log_p = logits.div_(temperature).sub_(logsumexp.unsqueeze(-1))
+    grad = log_p.exp()
+    slope = 0.0 if grad_log_probs is None else grad_log_probs.unsqueeze(-1)
+    if grad_entropy is not None and entropy is not None:
+        log_p.masked_fill_(log_p == -torch.inf, 0.0)
+        slope = log_p.add_(entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1)).add_(slope)
+    grad.mul_(slope).neg_()
+    if grad_log_probs is not None:
+        grad.scatter_add_(-1, targets.unsqueeze(-1), grad_log_probs.unsqueeze(-1))
+    return grad.div_(temperature)
+
+
+def chunked_forward(
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(log_probs [N], entropy [N] or [0], logsumexp [N])``; ``chunk_size`` 0 picks one."""
+    rows, vocabulary = hidden.shape[0], lm_head.shape[0]
+    _check_targets(targets, vocabulary)
+    kernels = _row_kernels(hidden, lm_head)
+    hidden, lm_head, wide = _matrices(hidden, lm_head)
+    chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
+    outputs = [hidden.new_empty(rows, dtype=wide) for _ in range(3 if entropy else 2)]
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        logits = _logits(hidden[part], lm_head, wide)
+        if kernels:
+            from .triton_kernels import log_probs_forward
+
+            results = log_probs_forward(logits, targets[part], temperature, entropy)
+        else:
+            results = rows_forward(logits, targets[part], temperature, entropy)
+        for out, result in zip(outputs, results, strict=True):
+            out[part] = result
+    return outputs[0], outputs[2] if entropy else hidden.new_empty(0, dtype=wide), outputs[1]
+
+
+def chunked_backward(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    chunk_size: int,
+    need_hidden: bool,
+    need_lm_head: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of hidden and lm_head, each empty (``[0]``) if it is not needed."""
+    rows, vocabulary = hidden.shape[0], lm_head.shape[0]
+    kernels = _row_kernels(hidden, lm_head)
+    dtypes = hidden.dtype, lm_head.dtype
+    hidden, lm_head, wide = _matrices(hidden, lm_head)
+    chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtypes[0])
+    # Chunks add up in the wide dtype, one after the other: the same sum every time.
+    d_lm_head: Tensor | None = None
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        logits = _logits(hidden[part], lm_head, wide)
+        row_args = (
+            targets[part],
+            entropy[part] if entropy.numel() else None,
+            logsumexp[part],
+            None if grad_log_probs is None else grad_log_probs[part].to(wide),
+            None if grad_entropy is None else grad_entropy[part].to(wide),
+            temperature,
+        )
+        if kernels:
+            from .triton_kernels import log_probs_backward
+
+            grad = log_probs_backward(logits, *row_args, out_dtype=hidden.dtype)
+        else:
+            grad = rows_backward(logits, *row_args).to(hidden.dtype)
+        if need_hidden:
+            d_hidden[part] = grad @ lm_head
+        if need_lm_head:
+            added = _logits(grad.mT, hidden[part].mT, wide)
+            d_lm_head = added if d_lm_head is None else d_lm_head.add_(added)
+    if not need_lm_head:
+        return d_hidden, lm_head.new_empty(0, dtype=dtypes[1])
+    if d_lm_head is None:
+        return d_hidden, torch.zeros_like(lm_head, dtype=dtypes[1])
+    return d_hidden, d_lm_head.to(dtypes[1])

@@ -1,0 +1,186 @@
+"""``token_log_probs`` as a PyTorch operator (namespace ``maxmin``)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import Backend, accumulate_dtype, check_backend, check_inputs, without_autocast
+from .._vmap import fold_vmap, loop_vmap
+from .chunked import chunked_backward, chunked_forward
+from .naive import token_log_probs_naive
+
+
+@torch.library.custom_op("maxmin::token_log_probs", mutates_args=(), device_types=("cpu", "cuda"))
+def _log_probs_op(
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    with without_autocast(hidden):
+        return chunked_forward(hidden, lm_head, targets, temperature, entropy, chunk_size)
+
+
+@_log_probs_op.register_fake
+def _log_probs_fake(
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = hidden.shape[0], accumulate_dtype(hidden, lm_head)
+    log_probs = hidden.new_empty(rows, dtype=dtype)
+    return log_probs, hidden.new_empty(rows if entropy else 0, dtype=dtype), torch.empty_like(log_probs)
+
+
+@torch.library.custom_op("maxmin::token_log_probs_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _log_probs_backward_op(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    chunk_size: int,
+    need_hidden: bool,
+    need_lm_head: bool,
+) -> tuple[Tensor, Tensor]:
+    with without_autocast(hidden):
+        return chunked_backward(
+            hidden,
+            lm_head,
+            targets,
+            entropy,
+            logsumexp,
+            grad_log_probs,
+            grad_entropy,
+            temperature,
+            chunk_size,
+            need_hidden,
+            need_lm_head,
+        )
+
+
+@_log_probs_backward_op.register_fake
+def _log_probs_backward_fake(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    chunk_size: int,
+    need_hidden: bool,
+    need_lm_head: bool,
+) -> tuple[Tensor, Tensor]:
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    return d_hidden, lm_head.new_empty(lm_head.shape if need_lm_head else (0,))
+
+
+def _log_probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, lm_head, targets, ctx.temperature, _, ctx.chunk_size = inputs
+    _, entropy, logsumexp = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.save_for_backward(hidden, lm_head, targets, entropy, logsumexp)
+
+
+def _log_probs_autograd(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> Any:
+    need_hidden, need_lm_head = ctx.needs_input_grad[:2]
+    if (grad_log_probs is None and grad_entropy is None) or not (need_hidden or need_lm_head):
+        return None, None, None, None, None, None
+    d_hidden, d_lm_head = _log_probs_backward_op(
+        *ctx.saved_tensors,
+        grad_log_probs,
+        grad_entropy,
+        ctx.temperature,
+        ctx.chunk_size,
+        need_hidden,
+        need_lm_head,
+    )
+    return d_hidden if need_hidden else None, d_lm_head if need_lm_head else None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "maxmin::token_log_probs", _log_probs_autograd, setup_context=_log_probs_setup
+)
+
+
+@_log_probs_op.register_vmap
+def _log_probs_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    entropy = args[4]
+    if entropy:
+        return fold_vmap(_log_probs_op, (0, 2), info, in_dims, args)
+    return loop_vmap(_log_probs_op, info, in_dims, args)
+
+
+@_log_probs_backward_op.register_vmap
+def _log_probs_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return loop_vmap(_log_probs_backward_op, info, in_dims, args)
+
+
+def token_log_probs(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk_size: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    r"""Log-probability of each taken token, and the entropy, without the ``[N, V]`` logits.
+
+    :math:`\log \text{softmax}(h W^\top / T)` at the target, computed for a chunk of tokens at a time with the
+    library's matrix product and computed again in the backward pass, so that the memory is that of one chunk.
+
+    Args:
+        hidden: ``[N, H]`` hidden states at the positions that predict the targets; float32, bfloat16 or
+            float16 (float64 is kept). Under autocast, both matrices are cast to its dtype.
+        lm_head: ``[V, H]`` output embedding. If its dtype differs, both matrices are widened.
+        targets: ``[N]`` int64 token ids in ``[0, V)``. On CUDA an id outside gives NaN.
+        temperature: T > 0, that of sampling.
+        entropy: Whether to return the entropy of the whole distribution too.
+        chunk_size: Tokens per chunk; None takes one that keeps a chunk of logits near 16 MB (CPU) or 128 MB.
+        backend: ``"auto"`` or ``"torch"`` (the full logits, differentiable twice).
+
+    Returns:
+        ``(log_probs [N], entropy [N] or None)`` in float32, differentiable in hidden and lm_head.
+
+    Raises:
+        TypeError: If hidden or lm_head is not floating point, or the targets are not int64.
+        ValueError: If shapes or devices do not fit, or temperature or chunk_size is not positive.
+        IndexError: If a target is outside the vocabulary (CPU).
+
+    Example:
+        >>> import torch
+        >>> from maxmin_kernels import token_log_probs
+        >>> hidden, lm_head, target = torch.zeros(1, 4), torch.ones(8, 4), torch.tensor([3])
+        >>> log_probs, entropy = token_log_probs(hidden, lm_head, target, entropy=True)
+        >>> torch.allclose(-log_probs, entropy)
+        True
+    """
+    check_backend(backend)
+    check_inputs(hidden=hidden, lm_head=lm_head)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}.")
+    if hidden.ndim != 2 or lm_head.ndim != 2 or hidden.shape[1] != lm_head.shape[1] or lm_head.shape[0] == 0:
+        raise ValueError(
+            "hidden must be [N, H] and lm_head [V, H] with the same H and V >= 1, "
+            f"got {tuple(hidden.shape)} and {tuple(lm_head.shape)}."
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}; convert it with .long().")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be [N] = [{hidden.shape[0]}], got {tuple(targets.shape)}.")
+    if targets.device != hidden.device:
+        raise ValueError(f"targets is on {targets.device}, hidden on {hidden.device}; move it there.")
+    if chunk_size is not None and chunk_size <= 0:
+        raise ValueError(f"chunk_size must be positive, got {chunk_size}.")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        hidden, lm_head = hidden.to(low), lm_head.to(low)
+    if backend == "torch":
+        return token_log_probs_naive(hidden, lm_head, targets, temperature, entropy)
+    log_probs, entropies, _ = _log_probs_op(hidden, lm_head, targets, temperature, entropy, chunk_size or 0)
+    return log_probs, entropies if entropy else None

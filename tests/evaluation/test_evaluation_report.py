@@ -1,0 +1,409 @@
+"""Records, summary, report and figures on made-up results."""
+
+import builtins
+import csv
+import doctest
+import importlib
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from torchrl_maxmin.evaluation import (
+    SeedResult,
+    group_win_rates,
+    plot_training,
+    plot_win_rates,
+    rich_table,
+    summarise,
+    write_report,
+    write_summary,
+)
+
+NAMES = ["sentiment", "conciseness"]
+MODULES = ["aggregate", "gap", "intervals", "plots", "report", "results", "summary", "win_rates"]
+
+
+def make_result(seed, oracle=True, extra=None, num_prompts=40):
+    rng = np.random.default_rng(seed)
+
+    def draw(shift, samples):
+        return (rng.normal(size=(num_prompts, samples, 2)) + shift).astype(np.float32)
+
+    utilities = {"sft": draw(0, 3), "maxmin": draw(1.0, 4), "single": draw([2.0, -0.5], 2)}
+    if oracle:
+        utilities["oracle"] = draw(1.1, 2)
+    shapes = {policy: array.shape[:2] for policy, array in utilities.items()}
+    default = {
+        "em": {
+            "user_accuracy": 0.97 + 0.01 * seed,
+            "num_groups_selected": 2 + (seed == 2),
+            "heldout_log_likelihood": -0.4 - 0.01 * seed,
+            "head_accuracy": {"sentiment": 0.9, "conciseness": 0.8 + 0.02 * seed},
+        },
+        "certificate": {"value": 0.1 * (seed + 1), "low": 0.05, "high": 0.5 + seed, "reason": None},
+        "calibration": {
+            "used": "sft_std",
+            "worst_group": {"sft_std": "sentiment", "win_rate": NAMES[int(seed == 1)]},
+        },
+        "group_users": [273, 27],
+        "timings": {"ppo": 10.0 + seed},
+        "note": "kept",
+    }
+    return SeedResult(
+        seed=seed,
+        group_names=NAMES,
+        group_shares=[10 / 11, 1 / 11],
+        utilities=utilities,
+        kl={p: rng.normal(3.0, 1.0, shape) for p, shape in shapes.items() if p != "sft"},
+        length={p: rng.integers(4, 20, shape) for p, shape in shapes.items()},
+        extra=default if extra is None else extra,
+    )
+
+
+def make_histories(num_seeds=2, length=6):
+    def run(s):
+        return [
+            {
+                "rewards/0/mean": 0.1 * i + s,
+                "rewards/1/mean": 0.2 * i,
+                "maxmin/weights/0": 0.4,
+                "maxmin/weights/1": 0.6,
+            }
+            for i in range(length)
+        ]
+
+    plain = [{"rewards/0/mean": 0.3 * i, "rewards/1/mean": -0.1 * i} for i in range(length)]
+    return {"single": [plain] * num_seeds, "maxmin": [run(s) for s in range(num_seeds)]}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return [make_result(seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def summary(results):
+    return summarise(results, wall_seconds=123.4, num_resamples=300)
+
+
+def test_record_survives_saving(tmp_path, results):
+    results[1].save(tmp_path / "seed_1")
+    loaded = SeedResult.load(tmp_path / "seed_1")
+    assert loaded.seed == 1
+    assert loaded.group_names == NAMES
+    assert loaded.group_shares == results[1].group_shares
+    assert loaded.extra == results[1].extra
+    assert loaded.policies == results[1].policies
+    for name in ("utilities", "kl", "length"):
+        before, after = getattr(results[1], name), getattr(loaded, name)
+        assert list(before) == list(after)
+        for policy in before:
+            np.testing.assert_array_equal(before[policy], after[policy])
+            assert before[policy].dtype == after[policy].dtype
+    assert summarise([loaded], num_resamples=50) == summarise([results[1]], num_resamples=50)
+
+
+def test_loading_nothing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no saved result"):
+        SeedResult.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"utilities": {"maxmin": np.zeros((4, 2, 2))}}, "no utilities for 'sft'"),
+        ({"utilities": {"sft": np.zeros((4, 2, 3))}}, "must be"),
+        ({"utilities": {"sft": np.zeros((4, 2, 2)), "b": np.zeros((5, 2, 2))}}, "utilities of 'b' must be"),
+        ({"utilities": {"sft": np.full((4, 2, 2), np.nan)}}, "NaN or infinity"),
+        ({"kl": {"sft": np.zeros((4, 3))}}, "kl of 'sft' must be"),
+        ({"length": {"other": np.zeros((4, 2))}}, "which has no utilities"),
+        ({"group_shares": [1.0]}, "1 shares"),
+        ({"group_names": ["a", "a"]}, "repeat"),
+    ],
+)
+def test_bad_records_are_named(change, message):
+    fields = {
+        "seed": 0,
+        "group_names": ["a", "b"],
+        "group_shares": [0.5, 0.5],
+        "utilities": {"sft": np.zeros((4, 2, 2))},
+    }
+    with pytest.raises(ValueError, match=message):
+        SeedResult(**{**fields, **change})
+
+
+def test_summary_schema(summary):
+    assert summary["seeds"] == [0, 1, 2]
+    assert summary["wall_seconds"] == 123.4
+    assert summary["groups"] == [
+        {"name": "sentiment", "share": pytest.approx(10 / 11), "users": 273},
+        {"name": "conciseness", "share": pytest.approx(1 / 11), "users": 27},
+    ]
+    assert list(summary["policies"]) == ["sft", "single", "maxmin", "oracle"]
+    for name, policy in summary["policies"].items():
+        for against in ("win_rate_vs_sft", "win_rate_vs_single"):
+            for group in NAMES:
+                rate = policy[against][group]
+                assert rate["low"] <= rate["mean"] <= rate["high"]
+        for key in ("worst_group_win_rate", "average_win_rate", "length"):
+            assert isinstance(policy[key], float)
+            assert policy[f"{key}_interval"]["low"] <= policy[f"{key}_interval"]["high"]
+        assert set(policy["utility"]) == set(NAMES)
+        assert [entry["seed"] for entry in policy["per_seed"]] == [0, 1, 2]
+        assert (policy["kl"] is None) == (name == "sft")
+    for key in ("worst_group_relative_gain", "average_relative_gain", "majority_relative_change"):
+        assert isinstance(summary["comparison"][key], float)
+        assert set(summary["comparison"][f"{key}_interval"]) == {"low", "high", "t_low", "t_high"}
+        assert all(key in entry for entry in summary["comparison"]["per_seed"])
+    assert set(summary["certificate"]) >= {"value", "low", "high", "reason"}
+
+
+def test_summary_numbers_are_those_of_the_parts(summary, results):
+    rates = group_win_rates(
+        np.stack([r.utilities["maxmin"] for r in results]),
+        np.stack([r.utilities["sft"] for r in results]),
+        num_resamples=300,
+    )
+    maxmin, single = summary["policies"]["maxmin"], summary["policies"]["single"]
+    for k, group in enumerate(NAMES):
+        given = maxmin["win_rate_vs_sft"][group]
+        assert (given["mean"], given["low"], given["high"]) == (rates.mean[k], rates.low[k], rates.high[k])
+    compared = summary["comparison"]
+    assert compared["worst_group_relative_gain"] == pytest.approx(
+        maxmin["worst_group_win_rate"] / single["worst_group_win_rate"] - 1
+    )
+    assert compared["average_relative_gain"] == pytest.approx(
+        maxmin["average_win_rate"] / single["average_win_rate"] - 1
+    )
+    assert compared["majority_relative_change"] == pytest.approx(
+        maxmin["win_rate_vs_sft"]["sentiment"]["mean"] / single["win_rate_vs_sft"]["sentiment"]["mean"] - 1
+    )
+    assert compared["oracle_ratio"] == pytest.approx(
+        maxmin["worst_group_win_rate"] / summary["policies"]["oracle"]["worst_group_win_rate"]
+    )
+    assert maxmin["kl"] == pytest.approx(np.mean([r.kl["maxmin"].mean() for r in results]))
+    assert maxmin["length"] == pytest.approx(np.mean([r.length["maxmin"].mean() for r in results]))
+    assert maxmin["utility"]["conciseness"] == pytest.approx(
+        np.mean([r.utilities["maxmin"][..., 1].mean(dtype=np.float64) for r in results])
+    )
+
+
+def test_extra_is_aggregated(summary):
+    em = summary["em"]
+    assert em["user_accuracy"] == pytest.approx(0.98)
+    assert em["user_accuracy_min"] == pytest.approx(0.97)
+    assert em["num_groups_selected"] == 2
+    assert em["head_accuracy"]["conciseness"] == pytest.approx(0.82)
+    assert [entry["num_groups_selected"] for entry in em["per_seed"]] == [2, 2, 3]
+    certificate = summary["certificate"]
+    assert certificate["value"] == pytest.approx(0.2)
+    assert (certificate["low"], certificate["high"], certificate["reason"]) == (0.05, 2.5, None)
+    calibration = summary["calibration"]
+    assert calibration["worst_group"] == {
+        "sft_std": {"sentiment": 3},
+        "win_rate": {"sentiment": 2, "conciseness": 1},
+    }
+    assert calibration["worst_group_changes"] is True
+    assert calibration["seeds_where_it_changes"] == [1]
+    assert summary["timings"] == {"ppo": 11.0}
+    assert summary["extra"][2] == {"seed": 2, "note": "kept"}
+
+
+def test_worst_group_by_convention_is_read_off_utilities():
+    utilities = {
+        "none": {"sentiment": 1.0, "conciseness": 2.0},
+        "sft_std": {"sentiment": 2.0, "conciseness": 1.0},
+    }
+    out = summarise([make_result(0, extra={"calibration": {"utilities": utilities}})], num_resamples=20)
+    assert out["calibration"]["worst_group"] == {"none": {"sentiment": 1}, "sft_std": {"conciseness": 1}}
+
+
+def test_one_silent_certificate_silences_all(results):
+    mute = {"certificate": {"value": None, "low": None, "high": None, "reason": "effective sample size 4"}}
+    out = summarise([results[0], make_result(1, extra=mute)], num_resamples=20)["certificate"]
+    assert (out["value"], out["low"], out["high"]) == (None, None, None)
+    assert "seed 1: effective sample size 4" in out["reason"]
+
+
+def test_summary_is_deterministic_whatever_the_order_of_seeds(tmp_path, results, summary):
+    again = summarise(results[::-1], wall_seconds=123.4, num_resamples=300)
+    one = write_summary(tmp_path / "a", summary).read_bytes()
+    two = write_summary(tmp_path / "b", again).read_bytes()
+    assert one == two
+    assert json.loads(one) == summary
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    lost = SeedResult(
+        0, NAMES, [0.9, 0.1],
+        {"sft": np.zeros((5, 1, 2)), "single": -np.ones((5, 1, 2)), "maxmin": np.ones((5, 1, 2))},
+        extra={"em": {"heldout_log_likelihood": float("nan")}},
+    )  # fmt: skip
+    out = summarise([lost], num_resamples=20)
+    assert out["comparison"]["worst_group_relative_gain"] is None
+    assert out["em"]["heldout_log_likelihood"] is None
+    text = write_summary(tmp_path, out).read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert "Not compared" in write_report(tmp_path, out, figures=False).read_text()
+
+
+def test_single_seed_and_bare_policies(tmp_path):
+    bare = SeedResult(7, NAMES, [0.5, 0.5], {"sft": np.zeros((5, 1, 2)), "maxmin": np.ones((5, 1, 2))})
+    out = summarise([bare], num_resamples=20)
+    assert out["seeds"] == [7]
+    assert out["comparison"]["worst_group_relative_gain"] is None
+    assert "oracle_ratio" not in out["comparison"]
+    assert "win_rate_vs_single" not in out["policies"]["maxmin"]
+    assert out["policies"]["maxmin"]["worst_group_win_rate"] == 1.0
+    assert out["policies"]["maxmin"]["win_rate_vs_sft"]["sentiment"]["t_low"] is None
+    assert out["em"]["user_accuracy"] is None
+    assert out["certificate"]["reason"] == "not computed"
+    text = write_report(tmp_path, out, figures=False).read_text()
+    assert "One seed" in text
+    assert "not computed" in text
+
+
+def test_policy_that_only_some_seeds_hold(results):
+    out = summarise([results[0], make_result(1, oracle=False)], num_resamples=50)
+    assert [entry["seed"] for entry in out["policies"]["oracle"]["per_seed"]] == [0]
+    assert [entry["seed"] for entry in out["comparison"]["oracle_ratio_per_seed"]] == [0]
+    assert [entry["seed"] for entry in out["comparison"]["per_seed"]] == [0, 1]
+
+
+def test_seeds_that_do_not_belong_together_are_named(results):
+    with pytest.raises(ValueError, match="no seed results"):
+        summarise([])
+    with pytest.raises(ValueError, match="seeds repeat"):
+        summarise([results[0], results[0]])
+    with pytest.raises(ValueError, match="held-out prompts"):
+        summarise([results[0], make_result(1, num_prompts=41)])
+    other = SeedResult(5, NAMES[::-1], [0.1, 0.9], results[1].utilities)
+    with pytest.raises(ValueError, match="name other groups"):
+        summarise([results[0], other])
+
+
+def test_report_holds_the_numbers(tmp_path, summary):
+    path = write_report(tmp_path, summary, histories=make_histories(), title="Demo")
+    text = path.read_text()
+    assert text.startswith("# Demo")
+    for policy in summary["policies"].values():
+        for group in NAMES:
+            rate = policy["win_rate_vs_sft"][group]
+            assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in text
+        assert f"{policy['worst_group_win_rate']:.3f}" in text
+        assert f"{policy['average_win_rate']:.3f}" in text
+    compared = summary["comparison"]
+    for key in ("worst_group_relative_gain", "average_relative_gain", "majority_relative_change"):
+        assert f"{compared[key]:+.1%}" in text
+    assert f"{compared['oracle_ratio']:.3f}" in text
+    assert "0.980 (worst seed 0.970)" in text
+    assert "0.200 [0.050, 2.500]" in text
+    assert "The worst group changes with the convention" in text
+    for caveat in ("synthetic", "biased low", "3 seeds are few"):
+        assert caveat in text
+    for name in ("win_rates", "training"):
+        assert f"](figures/{name}.png)" in text
+        assert (tmp_path / "figures" / f"{name}.png").is_file()
+
+
+def test_terminal_table(summary):
+    table = rich_table(summary)
+    assert table.row_count == len(summary["policies"])
+    output = io.StringIO()
+    Console(file=output, width=160).print(table)
+    for policy in summary["policies"].values():
+        rate = policy["win_rate_vs_sft"]["conciseness"]
+        assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in output.getvalue()
+
+
+def test_win_rate_figure_and_its_numbers(tmp_path, summary):
+    png, svg, table = plot_win_rates(summary, tmp_path / "deep" / "win_rates")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in svg.read_text()
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["policy"], row["group"]) for row in rows] == [
+        (policy, group) for group in NAMES for policy in ("single", "maxmin", "oracle")
+    ]
+    for row in rows:
+        rate = summary["policies"][row["policy"]]["win_rate_vs_sft"][row["group"]]
+        assert [float(row[key]) for key in ("mean", "low", "high")] == [
+            rate["mean"],
+            rate["low"],
+            rate["high"],
+        ]
+    again = plot_win_rates(summary, tmp_path / "again")
+    assert again[1].read_bytes() == svg.read_bytes()
+
+
+def test_training_figure_and_its_numbers(tmp_path):
+    histories = make_histories(num_seeds=2, length=6)
+    paths = plot_training(histories, tmp_path / "training", group_names=NAMES)
+    assert all(path.stat().st_size > 0 for path in paths)
+    rows = list(csv.DictReader(paths[2].open()))
+    assert len(rows) == 2 * 6 * 2 + 2 * 6 * 4
+    row = next(
+        r for r in rows
+        if (r["policy"], r["seed_index"], r["iteration"]) == ("maxmin", "1", "3")
+        and r["metric"] == "rewards/0/mean"
+    )  # fmt: skip
+    assert float(row["value"]) == pytest.approx(1.3)
+    one_seed = {policy: runs[0] for policy, runs in histories.items()}
+    assert len(plot_training(one_seed, tmp_path / "one")) == 3
+
+
+def test_runs_of_different_lengths_are_drawn(tmp_path):
+    histories = {"maxmin": [make_histories(length=n)["maxmin"][0] for n in (3, 5)]}
+    rows = list(csv.DictReader(plot_training(histories, tmp_path / "training")[2].open()))
+    assert len(rows) == (3 + 5) * 4
+
+
+def test_drawing_changes_no_global_setting(tmp_path, summary):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plot_win_rates(summary, tmp_path / "win_rates")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_nothing_to_draw_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_training({"maxmin": [{"loss": 1.0}]}, tmp_path / "x")
+    with pytest.raises(ValueError, match="no policy to draw"):
+        plot_win_rates({"policies": {"sft": {}}, "groups": []}, tmp_path / "x")
+    with pytest.raises(ValueError, match="1 group names for 2 groups"):
+        plot_training(make_histories(), tmp_path / "x", group_names=["a"])
+
+
+def test_missing_matplotlib_names_the_extra(tmp_path, summary, monkeypatch):
+    real_import = builtins.__import__
+
+    def no_matplotlib(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    with pytest.raises(ImportError, match=r"torchrl-maxmin\[plot\]"):
+        plot_win_rates(summary, tmp_path / "x")
+    monkeypatch.setattr("torchrl_maxmin.evaluation.report.find_spec", lambda name: None)
+    text = write_report(tmp_path, summary).read_text()
+    assert "Matplotlib is missing" in text
+    assert "figures/win_rates.png" not in text
+
+
+def test_importing_needs_no_matplotlib():
+    code = "import sys, torchrl_maxmin.evaluation; print('matplotlib' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(f"torchrl_maxmin.evaluation.{name}")
+    assert doctest.testmod(module).failed == 0

@@ -1,0 +1,314 @@
+"""E-step of the mixture over users."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernels_oracles import COMPILER, INTERPRET, LOW_BAR, PROPERTY, em_oracle, gradients, rms_error
+from maxmin_kernels import em_responsibilities, plan_users
+from maxmin_kernels.em.plan import SEGMENT_PAIRS
+
+INF, NAN = float("inf"), float("nan")
+
+
+def offsets_of(counts):
+    return torch.tensor([0, *counts]).cumsum(0)
+
+
+def make(counts, groups, dtype=torch.float32, scale=1.0):
+    pairs = sum(counts)
+    chosen = (torch.randn(pairs, groups) * scale).to(dtype)
+    rejected = (torch.randn(pairs, groups) * scale).to(dtype)
+    return chosen, rejected, offsets_of(counts), torch.randn(groups).log_softmax(0)
+
+
+def likelihood_bar(expected, counts):
+    return 1.2e-7 * torch.tensor(counts) + 2e-6 * expected.abs() + 1e-7
+
+
+LONG = [0, 5, SEGMENT_PAIRS, SEGMENT_PAIRS + 1, 0, 2 * SEGMENT_PAIRS, 3, 3500, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "groups"),
+    [([1], 1), ([3, 0, 7, 90, 1], 2), ([2] * 40, 4), (LONG, 3), ([300, 20], 17)],
+    ids=["one", "ragged", "short", "split", "K17"],
+)
+def test_values_and_gradients_equal_the_oracle(counts, groups, dtype):
+    chosen, rejected, offsets, log_prior = make(counts, groups, dtype)
+
+    def call(c, r, p):
+        return em_responsibilities(c, r, offsets, p)
+
+    (resp, like), grads = gradients(call, [chosen, rejected, log_prior])
+    inputs = [chosen.double(), rejected.double(), log_prior.double()]
+    (exp_resp, exp_like), exp_grads = gradients(lambda c, r, p: em_oracle(c, r, offsets, p), inputs)
+    assert resp.dtype == like.dtype == torch.float32
+    assert ((like - exp_like).abs() <= likelihood_bar(exp_like, counts)).all()
+    # A responsibility moves with the error of the log joint, which grows with a user's pairs.
+    assert ((resp - exp_resp).abs().amax(-1) <= 5e-6 + 5e-7 * torch.tensor(counts)).all()
+    bar = LOW_BAR.get(dtype, 5e-5 if counts is LONG else 5e-6)
+    for actual, reference in zip(grads, exp_grads, strict=True):
+        assert rms_error(actual, reference) < bar
+
+
+@pytest.mark.parametrize("margin", [0.0, 7.0, -7.0, 20.0, -20.0, 1e4, -1e4])
+@pytest.mark.parametrize("count", [1, 100, 1024, 5000])
+def test_log_likelihood_is_accurate_at_large_margins(margin, count):
+    chosen = margin + torch.rand(count, 2) * (margin != 0)
+    rejected = torch.zeros(count, 2)
+    arguments = chosen, rejected, offsets_of([count]), torch.tensor([0.5, 0.5]).log()
+    expected = em_oracle(*arguments)[1]
+    error = (em_responsibilities(*arguments)[1].double() - expected).abs()
+    assert error <= 1.2e-7 * count + 2e-6 * expected.abs()
+
+
+@PROPERTY
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=0, max_size=12),
+    groups=st.integers(1, 17),
+    layout=st.sampled_from(["plain", "transposed", "padded"]),
+    planned=st.booleans(),
+)
+def test_any_shape_and_layout(counts, groups, layout, planned):
+    chosen, rejected, offsets, log_prior = make(counts, groups, scale=3.0)
+    view_c, view_r = chosen, rejected
+    if layout == "transposed":
+        view_c = chosen.mT.contiguous().mT
+    elif layout == "padded":
+        view_c = torch.cat([chosen, chosen + 9], 1)[:, :groups]
+        view_r = torch.cat([rejected - 9, rejected], 1)[:, groups:]
+    plan = plan_users(offsets) if planned else None
+    resp, like = em_responsibilities(view_c, view_r, offsets, log_prior, plan=plan)
+    assert resp.shape == (len(counts), groups)
+    assert like.shape == (len(counts),)
+    if counts:
+        expected = em_oracle(chosen, rejected, offsets, log_prior)
+        assert (resp - expected[0]).abs().max() <= 2e-5
+        assert ((like - expected[1]).abs() <= likelihood_bar(expected[1], counts)).all()
+        torch.testing.assert_close(resp.sum(-1), torch.ones(len(counts)))
+
+
+@PROPERTY
+@given(st.lists(st.integers(0, 3000), min_size=0, max_size=20))
+def test_plan_covers_every_pair_once(counts):
+    offsets = offsets_of(counts)
+    plan = plan_users(offsets)
+    seen = torch.full((sum(counts),), -1)
+    slots = {}
+    for s, (user, slot) in enumerate(
+        zip(plan.segment_user.tolist(), plan.segment_slot.tolist(), strict=True)
+    ):
+        first, last = plan.segment_offsets[s : s + 2].tolist()
+        if user < 0:
+            continue
+        assert last - first <= SEGMENT_PAIRS
+        assert (seen[first:last] == -1).all()
+        seen[first:last] = user
+        if slot >= 0:
+            slots.setdefault(user, []).append(slot)
+    assert torch.equal(seen, torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts).long()))
+    # The rows that are added up for a split user are the rows that its segments wrote.
+    ranges = {}
+    for i, user in enumerate(plan.split_user.tolist()):
+        if user >= 0:
+            ranges[user] = list(range(*plan.split_offsets[i : i + 2].tolist()))
+    assert ranges == slots
+    assert set(ranges) == {u for u, n in enumerate(counts) if n > SEGMENT_PAIRS}
+    assert (
+        max((s for group in slots.values() for s in group), default=-1) < 2 * sum(counts) // SEGMENT_PAIRS + 1
+    )
+
+
+def test_plan_and_repetition_give_equal_bits():
+    arguments = make(LONG, 4)
+    first = em_responsibilities(*arguments)
+    for plan in (None, plan_users(arguments[2])):
+        for a, b in zip(first, em_responsibilities(*arguments, plan=plan), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_user_without_pairs_gets_the_prior():
+    log_prior = torch.tensor([0.2, 0.3, 0.5]).log()
+    empty = torch.zeros(0, 3)
+    for counts in ([0], [0, 0, 0]):
+        resp, like = em_responsibilities(empty, empty, offsets_of(counts), log_prior)
+        torch.testing.assert_close(resp, log_prior.exp().expand(len(counts), 3))
+        torch.testing.assert_close(like, torch.zeros(len(counts)), atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize("length", [3, 2500], ids=["short", "split"])
+def test_impossible_user_gets_the_prior_and_minus_infinity(length):
+    chosen, rejected, offsets, log_prior = make([4, length, 4], 2)
+    clean = em_responsibilities(chosen, rejected, offsets, log_prior)
+    chosen[5] = -INF
+    leaf = chosen.clone().requires_grad_()
+    resp, like = em_responsibilities(leaf, rejected, offsets, log_prior)
+    torch.testing.assert_close(resp[1], log_prior.exp())
+    assert like[1] == -INF
+    assert torch.equal(resp[[0, 2]], clean[0][[0, 2]])
+    assert torch.equal(like[[0, 2]], clean[1][[0, 2]])
+    like[[0, 2]].sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [3, 2500], ids=["short", "split"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_nan_stays_with_its_user(length, value):
+    chosen, rejected, offsets, log_prior = make([4, length, 4], 3)
+    clean = em_responsibilities(chosen, rejected, offsets, log_prior)
+    chosen[5, 1], rejected[5, 1] = value, value  # inf - inf is NaN too
+    resp, like = em_responsibilities(chosen, rejected, offsets, log_prior)
+    assert resp[1].isnan().all()
+    assert like[1].isnan()
+    assert torch.equal(resp[[0, 2]], clean[0][[0, 2]])
+    assert torch.equal(like[[0, 2]], clean[1][[0, 2]])
+
+
+def test_group_of_prior_zero_is_never_chosen():
+    chosen, rejected, offsets, _ = make([4, 0, 2000], 3)
+    log_prior = torch.tensor([0.4, 0.0, 0.6]).log().requires_grad_()
+    resp, like = em_responsibilities(chosen, rejected, offsets, log_prior)
+    assert (resp[:, 1] == 0).all()
+    two = [0, 2]
+    expected = em_oracle(chosen[:, two], rejected[:, two], offsets, log_prior.detach()[two])
+    torch.testing.assert_close(resp[:, two].double(), expected[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(like.double(), expected[1], rtol=2e-6, atol=1e-4)
+    (grad,) = torch.autograd.grad(like.sum(), log_prior)
+    torch.testing.assert_close(grad, resp.sum(0))
+
+
+def test_one_impossible_group_loses():
+    chosen, rejected, offsets, log_prior = make([6], 3)
+    chosen[2, 0] = -INF
+    chosen[3, 1] = INF
+    resp, like = em_responsibilities(chosen, rejected, offsets, log_prior)
+    expected = em_oracle(chosen, rejected, offsets, log_prior)
+    assert resp[0, 0] == 0
+    torch.testing.assert_close(resp.double(), expected[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(like.double(), expected[1])
+
+
+@pytest.mark.skipif(
+    INTERPRET, reason="ten million pairs; the interpreter adds the same partial sums in float64"
+)
+def test_sum_over_a_very_long_user_keeps_its_digits():
+    count = 10_000_000
+    chosen = torch.full((count, 1), 0.3)
+    arguments = chosen, torch.zeros_like(chosen), offsets_of([count]), torch.zeros(1)
+    expected = -count * torch.log1p(torch.exp(-chosen[0, 0].double()))
+    assert abs(em_responsibilities(*arguments)[1].double() / expected - 1) < 5e-7
+
+
+def test_gradcheck_in_float64():
+    chosen, rejected, offsets, log_prior = make([2, 0, 3], 3)
+    inputs = [x.double().requires_grad_() for x in (chosen, rejected, log_prior)]
+    assert torch.autograd.gradcheck(lambda c, r, p: em_responsibilities(c, r, offsets, p)[1], inputs)
+
+
+def test_responsibilities_are_not_differentiable():
+    chosen, rejected, offsets, log_prior = make([2, 3], 2)
+    resp, like = em_responsibilities(chosen.requires_grad_(), rejected, offsets, log_prior)
+    assert not resp.requires_grad
+    assert like.requires_grad
+
+
+def test_backend_torch_is_the_same_function_and_differentiable_twice():
+    chosen, rejected, offsets, log_prior = make([2, 30, 0], 3)
+    leaf = chosen.requires_grad_()
+    reference = em_responsibilities(leaf, rejected, offsets, log_prior, backend="torch")
+    for actual, expected in zip(
+        em_responsibilities(leaf, rejected, offsets, log_prior), reference, strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    (first,) = torch.autograd.grad(reference[1].sum(), leaf, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), leaf)[0].abs().sum() > 0
+
+
+def test_vmap_over_score_sets_with_the_backward_outside():
+    chosen, rejected, offsets, log_prior = make([2, 5, 0], 3)
+    many = torch.randn(4, *chosen.shape).requires_grad_()
+    resp, like = torch.vmap(lambda c: em_responsibilities(c, rejected, offsets, log_prior))(many)
+    (grad,) = torch.autograd.grad(like.sum(), many)
+    for i in range(4):
+        leaf = many[i].detach().requires_grad_()
+        expected = em_responsibilities(leaf, rejected, offsets, log_prior)
+        torch.testing.assert_close(resp[i], expected[0])
+        torch.testing.assert_close(grad[i], torch.autograd.grad(expected[1].sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("counts", [[0], [3, 0, 2], [2000, 1]], ids=str)
+def test_opcheck(counts):
+    chosen, rejected, offsets, log_prior = make(counts, 3)
+    plan = list(plan_users(offsets))
+    forward = torch.ops.maxmin.em_responsibilities.default
+    for given_plan in ([], plan):
+        leaves = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
+        torch.library.opcheck(forward, (*leaves, offsets, log_prior.clone().requires_grad_(), given_plan))
+    resp, grad = torch.rand(len(counts), 3), torch.randn(len(counts))
+    backward = torch.ops.maxmin.em_backward.default
+    torch.library.opcheck(backward, (chosen, rejected, offsets, resp, grad, plan))
+
+
+def test_compile_in_one_dynamic_graph():
+    def loss(chosen, rejected, offsets, log_prior):
+        resp, like = em_responsibilities(chosen, rejected, offsets, log_prior)
+        return like.sum() + resp.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=COMPILER)
+    for counts in ([3, 4], [6, 0, 1100]):
+        chosen, rejected, offsets, log_prior = make(counts, 3)
+        chosen.requires_grad_(), log_prior.requires_grad_()
+        arguments, leaves = (chosen, rejected, offsets, log_prior), (chosen, log_prior)
+        expected = torch.autograd.grad(loss(*arguments), leaves)
+        actual = torch.autograd.grad(compiled(*arguments), leaves)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "error", "message"),
+    [
+        ([1, 3], ValueError, "start at 0"),
+        ([0, 2], ValueError, "end at the number of pairs"),
+        ([0, 4, 3], ValueError, "never fall"),
+        ([], ValueError, r"U \+ 1"),
+        ([0.0, 3.0], TypeError, "int64"),
+    ],
+    ids=str,
+)
+def test_impossible_offsets_are_named(offsets, error, message):
+    scores = torch.zeros(3, 2)
+    offsets = torch.tensor(offsets, dtype=None if offsets else torch.int64)
+    with pytest.raises(error, match=message):
+        em_responsibilities(scores, scores, offsets, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rejected": torch.zeros(2, 2)}, ValueError, r"\[P, K\]"),
+        ({"log_prior": torch.zeros(3)}, ValueError, "log_prior"),
+        ({"chosen": torch.zeros(3, 2).long()}, TypeError, "floating"),
+        ({"backend": "cuda"}, ValueError, "backend"),
+    ],
+    ids=["shape", "prior", "dtype", "backend"],
+)
+def test_bad_input_is_named(change, error, message):
+    scores = torch.zeros(3, 2)
+    arguments = {
+        "chosen": scores,
+        "rejected": scores,
+        "user_offsets": torch.tensor([0, 3]),
+        "log_prior": torch.zeros(2),
+    }
+    with pytest.raises(error, match=message):
+        em_responsibilities(**(arguments | change))
+
+
+def test_plan_checks_the_offsets():
+    with pytest.raises(ValueError, match="start at 0"):
+        plan_users(torch.tensor([2, 3]))
+    with pytest.raises(TypeError, match="int64"):
+        plan_users(torch.tensor([0, 3], dtype=torch.int32))

@@ -1,0 +1,183 @@
+"""Generalised advantage estimation with a vector reward."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernels_oracles import COMPILER, PROPERTY, gae_oracle, rms_error
+from maxmin_kernels import vector_gae
+from torchrl.objectives.value.functional import generalized_advantage_estimate
+
+NAN = float("nan")
+
+
+def make(batch, steps, columns, dtype=torch.float32, ends=0.2):
+    signals = [torch.randn(batch, steps, columns).to(dtype) for _ in range(3)]
+    terminated = torch.rand(batch, steps, 1) < ends / 2
+    done = terminated | (torch.rand(batch, steps, 1) < ends)
+    return *signals, done, terminated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "steps", "columns"),
+    [(1, 1, 1), (3, 16, 2), (2, 17, 5), (2, 65, 17), (1, 70, 40)],
+    ids=lambda x: str(x),
+)
+def test_equals_the_defining_sum(batch, steps, columns, dtype):
+    inputs = make(batch, steps, columns, dtype)
+    outputs = vector_gae(*inputs, gamma=0.97, lmbda=0.9)
+    for actual, expected in zip(outputs, gae_oracle(*inputs, 0.97, 0.9), strict=True):
+        assert actual.dtype == torch.float32
+        assert rms_error(actual, expected) < 2e-6
+
+
+@pytest.mark.parametrize(("steps", "columns"), [(1500, 1), (1025, 4), (300, 5)])
+def test_long_trajectories_equal_torchrl_column_by_column(steps, columns):
+    reward, value, next_value, done, terminated = make(2, steps, columns, ends=0.002)
+    outputs = vector_gae(reward, value, next_value, done, terminated, gamma=0.99, lmbda=0.95)
+    for k in range(columns):
+        column = [x[..., k : k + 1].double() for x in (value, next_value, reward)]
+        expected = generalized_advantage_estimate(0.99, 0.95, *column, done=done, terminated=terminated)
+        for actual, reference in zip(outputs, expected, strict=True):
+            assert rms_error(actual[..., k : k + 1], reference) < 2e-6
+
+
+def test_with_lambda_one_the_sum_telescopes():
+    # One trajectory whose next values are its own values: A_t is the discounted return minus the value.
+    reward, value, *_ = make(2, 1200, 2)
+    next_value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], 3.0)], 1)
+    no_end = torch.zeros(2, 1200, 1, dtype=torch.bool)
+    advantage, target = vector_gae(reward, value, next_value, no_end, no_end, gamma=0.995, lmbda=1.0)
+    following = torch.full((2, 2), 3.0, dtype=torch.float64)
+    for t in range(1199, -1, -1):
+        following = reward[:, t].double() + 0.995 * following
+        assert (target[:, t] - following).abs().max() < 1e-4
+        assert (advantage[:, t] - (following - value[:, t])).abs().max() < 1e-4
+
+
+@PROPERTY
+@given(
+    batch=st.integers(0, 4),
+    steps=st.integers(0, 40),
+    columns=st.integers(1, 17),
+    gamma=st.sampled_from([0.0, 0.5, 1.0]),
+    lmbda=st.sampled_from([0.0, 0.7, 1.0]),
+    layout=st.sampled_from(["plain", "time-first", "columns-first", "expanded"]),
+    masked=st.booleans(),
+)
+def test_any_shape_layout_and_mask(batch, steps, columns, gamma, lmbda, layout, masked):
+    inputs = make(batch, steps, columns)
+    mask = torch.rand(batch, steps) < 0.7 if masked else None
+    views = list(inputs)
+    if layout == "time-first":
+        views = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    elif layout == "columns-first":
+        views = [x.movedim(-1, 0).contiguous().movedim(0, -1) for x in inputs]
+    elif layout == "expanded":
+        views[0] = torch.ones(1).expand(batch, steps, columns)
+        inputs = (views[0].clone(), *inputs[1:])
+    outputs = vector_gae(*views, gamma=gamma, lmbda=lmbda, mask=mask)
+    for actual, expected in zip(outputs, gae_oracle(*inputs, gamma, lmbda, mask), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_right_padding_equals_the_short_trajectory_whatever_is_stored_there():
+    reward, value, next_value, done, terminated = make(3, 20, 2)
+    lengths = torch.tensor([20, 7, 0])
+    mask = torch.arange(20) < lengths[:, None]
+    reward[~mask], next_value[~mask] = NAN, NAN
+    value[~mask] = 5.0
+    advantage, target = vector_gae(
+        reward, value, next_value, done, terminated, gamma=0.9, lmbda=0.8, mask=mask
+    )
+    assert (advantage[~mask] == 0).all()
+    assert (target[~mask] == 5.0).all()
+    short = [x[1:2, :7] for x in (reward, value, next_value, done, terminated)]
+    for actual, expected in zip((advantage, target), vector_gae(*short, gamma=0.9, lmbda=0.8), strict=True):
+        torch.testing.assert_close(actual[1:2, :7], expected)
+
+
+def test_a_nan_behind_an_end_does_not_reach_the_steps_before_it():
+    reward, value, next_value, *_ = make(1, 30, 3)
+    done = torch.zeros(1, 30, 1, dtype=torch.bool)
+    done[0, 11] = done[0, 29] = True
+    clean, _ = vector_gae(reward, value, next_value, done, done, gamma=0.9, lmbda=0.8)
+    next_value[0, 11] = NAN  # behind a terminal state there is no value
+    reward[0, 20, 1] = NAN
+    advantage, _ = vector_gae(reward, value, next_value, done, done, gamma=0.9, lmbda=0.8)
+    assert torch.equal(advantage[0, :12], clean[0, :12])
+    assert torch.equal(advantage[0, 21:], clean[0, 21:])
+    assert torch.equal(advantage[0, :, [0, 2]], clean[0, :, [0, 2]])
+    assert advantage[0, 12:21, 1].isnan().all()
+
+
+def test_numbers_as_flags_and_more_batch_dimensions():
+    inputs = make(6, 9, 2)
+    expected = vector_gae(*inputs, gamma=0.9, lmbda=0.8)
+    signals = [x.unflatten(0, (2, 3)) for x in (*inputs[:3], inputs[3].float(), inputs[4].long())]
+    outputs = vector_gae(*signals, gamma=torch.tensor(0.9), lmbda=0.8)
+    for actual, reference in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(actual, reference.unflatten(0, (2, 3)))
+
+
+def test_estimates_are_targets_and_the_torch_backend_agrees():
+    inputs = make(2, 12, 3)
+    inputs[1].requires_grad_()
+    outputs = vector_gae(*inputs, gamma=0.9, lmbda=0.8)
+    reference = vector_gae(*inputs, gamma=0.9, lmbda=0.8, backend="torch")
+    for actual, expected in zip(outputs, reference, strict=True):
+        assert not actual.requires_grad
+        assert not expected.requires_grad
+        torch.testing.assert_close(actual, expected)
+    wide = vector_gae(*(x.double() for x in inputs[:3]), *inputs[3:], gamma=0.9, lmbda=0.8)
+    assert wide[0].dtype == torch.float64
+
+
+def test_vmap_with_a_shared_value():
+    _, value, next_value, done, terminated = make(2, 9, 3)
+    many = torch.randn(5, 2, 9, 3)
+    outputs = torch.vmap(lambda r: vector_gae(r, value, next_value, done, terminated, gamma=0.9, lmbda=0.8))(
+        many
+    )
+    for i in range(5):
+        expected = vector_gae(many[i], value, next_value, done, terminated, gamma=0.9, lmbda=0.8)
+        for out, reference in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(out[i], reference)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (0, 4, 2)], ids=str)
+def test_opcheck(shape):
+    inputs = make(*shape)
+    for mask in (None, torch.rand(shape[:2]) < 0.5):
+        torch.library.opcheck(torch.ops.maxmin.vector_gae.default, (*inputs, mask, 0.9, 0.8))
+
+
+def test_compile_in_one_dynamic_graph():
+    def call(*inputs):
+        advantage, target = vector_gae(*inputs, gamma=0.9, lmbda=0.8)
+        return advantage * 2 + target
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=COMPILER)
+    for steps in (7, 12):
+        inputs = make(3, steps, 2)
+        torch.testing.assert_close(compiled(*inputs), call(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"value": torch.zeros(2, 4, 1)}, ValueError, r"\[..., T, K\]"),
+        ({"done": torch.zeros(2, 4, 3)}, ValueError, "done"),
+        ({"terminated": torch.zeros(2, 4)}, ValueError, "terminated"),
+        ({"mask": torch.ones(2, 4, 1)}, ValueError, "mask"),
+        ({"reward": torch.zeros(2, 4, 3).long()}, TypeError, "floating"),
+        ({"backend": "numpy"}, ValueError, "backend"),
+    ],
+    ids=lambda x: str(x)[:15],
+)
+def test_bad_input_is_named(change, error, message):
+    zeros, ends = torch.zeros(2, 4, 3), torch.zeros(2, 4, 1)
+    arguments = {"reward": zeros, "value": zeros, "next_value": zeros, "done": ends, "terminated": ends}
+    with pytest.raises(error, match=message):
+        vector_gae(**(arguments | change), gamma=0.9, lmbda=0.8)

@@ -1,0 +1,147 @@
+"""The package as a whole: the interpreter's runs, import without Triton, examples in docstrings."""
+
+import doctest
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import maxmin_kernels
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def run(*command, **environment):
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=settings, check=False
+    )
+
+
+@pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
+@pytest.mark.parametrize("room", ["heads", "em", "gae", "log_probs"])
+def test_triton_kernels_pass_the_same_tests_in_the_interpreter(room):
+    # Triton reads the variable when it is imported, so a process of its own.
+    pytest.importorskip("triton")
+    file = HERE / f"test_kernels_{room}.py"
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(INTERPRET, reason="counts launches of its own process")
+def test_the_interpreter_really_runs_the_kernels():
+    pytest.importorskip("triton")
+    code = """
+import torch
+from maxmin_kernels import em_responsibilities, min_over_heads, reward_heads_min, token_log_probs, vector_gae
+from maxmin_kernels.em import triton_kernels as em
+from maxmin_kernels.gae import triton_kernels as gae
+from maxmin_kernels.heads import triton_kernels as heads
+from maxmin_kernels.log_probs import triton_kernels as log_probs
+
+launched = []
+def spy(module, name):
+    original = getattr(module, name)
+    def call(*args, **kwargs):
+        launched.append(name)
+        return original(*args, **kwargs)
+    setattr(module, name, call)
+
+names = [(heads, "heads_forward"), (heads, "min_forward"), (heads, "min_backward"), (em, "em_forward"),
+         (em, "em_backward"), (gae, "gae_forward"), (log_probs, "log_probs_forward"),
+         (log_probs, "log_probs_backward")]
+for module, name in names:
+    spy(module, name)
+x = torch.randn(4, 3, requires_grad=True)
+reward_heads_min(x, x.detach())[1].sum().backward()
+min_over_heads(x)
+em_responsibilities(x, x.detach(), torch.tensor([0, 4]), torch.zeros(3))[1].sum().backward()
+end = torch.zeros(1, 4, 1, dtype=torch.bool)
+vector_gae(x[None], x[None], x[None], end, end, gamma=0.9, lmbda=0.9)
+token_log_probs(x, x.detach(), torch.zeros(4, dtype=torch.int64))[0].sum().backward()
+assert set(launched) == {name for _, name in names}, launched
+"""
+    result = run("-c", code, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_and_cpu_work_without_triton():
+    code = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
+import torch
+from maxmin_kernels import min_over_heads
+from maxmin_kernels._backend import require_triton
+assert min_over_heads(torch.tensor([2.0, 1.0]))[0] == 1
+try:
+    require_triton()
+except RuntimeError as error:
+    assert "pip install triton" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+    result = run("-c", code, TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr
+
+
+def test_nothing_above_torch_and_triton_is_imported():
+    code = """
+import sys
+import maxmin_kernels
+import maxmin_kernels.heads.op
+bad = {"torchrl", "tensordict", "transformers", "torchrl_maxmin"} & set(sys.modules)
+assert not bad, bad
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", ["heads.op", "em.op", "em.plan", "gae.op", "log_probs.op"])
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(importlib.import_module(f"maxmin_kernels.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_every_public_name_is_documented():
+    for name in maxmin_kernels.__all__:
+        assert getattr(maxmin_kernels, name).__doc__
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("groups", [2, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_kernels_equal_the_reference_on_the_gpu(groups, dtype):
+    def both(function, *inputs, **options):
+        leaves = [x.cuda() for x in inputs]
+        kwargs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        wide = [x.double() if x.is_floating_point() else x for x in leaves]
+        actual, expected = function(*leaves, **kwargs), function(*wide, **kwargs, backend="torch")
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-3)
+
+    hidden, weight = torch.randn(300, 256).to(dtype), torch.randn(groups, 256).to(dtype)
+    both(maxmin_kernels.reward_heads_min, hidden, weight)
+    scores = torch.randn(5000, groups).to(dtype), torch.randn(5000, groups).to(dtype)
+    offsets = torch.tensor([0, 3, 3, 3000, 5000])
+    both(maxmin_kernels.em_responsibilities, *scores, offsets, torch.full((groups,), 1.0 / groups).log())
+    ends = torch.rand(4, 1500, 1) < 0.01
+    signals = [torch.randn(4, 1500, groups).to(dtype) for _ in range(3)]
+    both(maxmin_kernels.vector_gae, *signals, ends, ends, gamma=0.99, lmbda=0.95)
+    tokens = torch.randint(0, 1000, (300,))
+    both(maxmin_kernels.token_log_probs, hidden, torch.randn(1000, 256).to(dtype) / 16, tokens, entropy=True)

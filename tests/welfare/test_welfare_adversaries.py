@@ -1,0 +1,192 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from welfare_bandits import BANDITS, VALUE, mirror_ascent
+
+from torchrl_maxmin.welfare import (
+    ADVERSARIES,
+    EntropyRegularized,
+    ExponentiatedGradient,
+    FixedWeights,
+    HardMin,
+    SoftMin,
+    make_adversary,
+)
+
+MAKERS = {
+    "hard_min": lambda k: HardMin(k),
+    "exponentiated_gradient": lambda k: ExponentiatedGradient(k, step_size=0.3, scale=2.0),
+    "entropy_regularized": lambda k: EntropyRegularized(k),
+    "fixed": lambda k: FixedWeights(torch.full((k,), 1.0 / k)),
+}
+each_adversary = pytest.mark.parametrize("name", MAKERS)
+
+
+def test_hard_min_is_the_argmin_with_ties_to_the_first():
+    adversary = HardMin(3)
+    assert adversary.weights.tolist() == pytest.approx([1 / 3] * 3)
+    assert adversary.update(torch.tensor([0.4, 0.1, 0.1])).tolist() == [0.0, 1.0, 0.0]
+    assert adversary.update(torch.tensor([-1.0, 0.1, 0.1])).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_exponentiated_gradient_by_hand():
+    adversary = ExponentiatedGradient(2, step_size=0.5, scale=2.0)
+    adversary.update(torch.tensor([1.0, 3.0]))
+    weights = adversary.update(torch.tensor([1.0, 0.0]))
+    # exponents add up: -(0.5 / 2) * (1 + 1) and -(0.5 / 2) * (3 + 0)
+    expected = torch.tensor([-0.5, -0.75], dtype=torch.float64).softmax(0)
+    torch.testing.assert_close(weights.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_exponentiated_gradient_comes_back_from_a_weight_below_the_smallest_float():
+    adversary = ExponentiatedGradient(2, step_size=1.0)
+    adversary.update(torch.tensor([0.0, 500.0]))
+    assert adversary.weights[1] == 0.0
+    adversary.update(torch.tensor([500.0, 0.0]))
+    torch.testing.assert_close(adversary.weights, torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("eta_tau", [0.1, 0.5, 1.0])
+def test_entropy_regularized_fixed_point_is_the_softmin(eta_tau):
+    utilities = torch.tensor([0.3, -0.1, 0.05])
+    adversary = EntropyRegularized(3, tau=0.1, eta_tau=eta_tau, scale=2.0)
+    for _ in range(300):
+        weights = adversary.update(utilities)
+    torch.testing.assert_close(weights, SoftMin(0.1 * 2.0).weights(utilities))
+    torch.testing.assert_close(weights, (-utilities / 0.2).softmax(0))
+
+
+def test_entropy_regularized_first_step_by_hand():
+    adversary = EntropyRegularized(2, tau=0.25, eta_tau=0.5, scale=1.0)
+    adversary.update(torch.tensor([0.0, 1.0]))
+    weights = adversary.update(torch.tensor([0.0, 0.0]))
+    # eta = 2: log-weights (0, -2), then halved
+    torch.testing.assert_close(weights, torch.tensor([0.0, -1.0]).softmax(0))
+
+
+def test_fixed_weights_do_not_move():
+    adversary = FixedWeights([0.75, 0.25])
+    assert adversary.update(torch.tensor([5.0, -5.0])).tolist() == [0.75, 0.25]
+
+
+@each_adversary
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1, max_size=8))
+def test_weights_stay_on_the_simplex(name, rounds):
+    adversary = MAKERS[name](3)
+    for utilities in rounds:
+        weights = adversary.update(torch.tensor(utilities))
+        assert (weights >= 0).all()
+        assert weights.sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@each_adversary
+def test_one_group_has_weight_one_exactly(name):
+    adversary = MAKERS[name](1)
+    for utility in (3.0, -1e6, 0.1):
+        assert adversary.update(torch.tensor([utility])).tolist() == [1.0]
+    assert adversary.weights.tolist() == [1.0]
+
+
+@each_adversary
+def test_state_dict_round_trip_continues_bit_equal(name):
+    generator = torch.Generator().manual_seed(0)
+    rounds = torch.randn(10, 3, generator=generator)
+    straight, resumed = MAKERS[name](3), MAKERS[name](3)
+    for utilities in rounds[:5]:
+        straight.update(utilities)
+    resumed.load_state_dict(straight.state_dict())
+    assert torch.equal(resumed.weights, straight.weights)
+    for utilities in rounds[5:]:
+        assert torch.equal(straight.update(utilities), resumed.update(utilities))
+
+
+@each_adversary
+def test_the_returned_weights_are_a_copy(name):
+    adversary = MAKERS[name](2)
+    first = adversary.update(torch.tensor([0.0, 1.0]))
+    kept = first.clone()
+    adversary.update(torch.tensor([5.0, 0.0]))
+    assert torch.equal(first, kept)
+
+
+@each_adversary
+@pytest.mark.parametrize(
+    ("utilities", "match"),
+    [
+        ([float("nan"), 0.0], "NaN"),
+        ([float("-inf"), 0.0], "infinite"),
+        ([0.0, 0.0, 0.0], "Expected the utilities of 2 groups"),
+        ([[0.0, 0.0]], "average over samples"),
+    ],
+    ids=["nan", "inf", "length", "batch"],
+)
+def test_bad_utilities_raise_and_leave_the_state(name, utilities, match):
+    adversary = MAKERS[name](2)
+    before = adversary.weights.clone()
+    with pytest.raises(ValueError, match=match):
+        adversary.update(torch.tensor(utilities))
+    assert torch.equal(adversary.weights, before)
+
+
+def test_factory():
+    assert sorted(ADVERSARIES) == sorted(MAKERS)
+    assert isinstance(make_adversary("entropy_regularized", 2, tau=0.1), EntropyRegularized)
+    assert make_adversary("fixed", 2, weights=[0.9, 0.1]).weights.tolist() == pytest.approx([0.9, 0.1])
+    assert make_adversary("fixed", 4).weights.tolist() == [0.25] * 4
+    with pytest.raises(ValueError, match=r"Unknown adversary 'argmin'.*entropy_regularized.*hard_min"):
+        make_adversary("argmin", 2)
+    with pytest.raises(ValueError, match="2 fixed weights were given for 3 groups"):
+        make_adversary("fixed", 3, weights=[0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: HardMin(0), "at least 1"),
+        (lambda: ExponentiatedGradient(2, step_size=-1.0), "step_size"),
+        (lambda: ExponentiatedGradient(2, step_size=1.0, scale=0.0), "scale"),
+        (lambda: EntropyRegularized(2, tau=0.0), "tau"),
+        (lambda: EntropyRegularized(2, eta_tau=1.5), "eta_tau"),
+        (lambda: FixedWeights([0.5, 0.6]), "sum to 1"),
+    ],
+)
+def test_bad_settings_raise(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("name", BANDITS)
+def test_entropy_regularized_is_within_its_bias_of_the_max_min(name):
+    rewards = BANDITS[name]
+    adversary = EntropyRegularized(rewards.shape[1], tau=0.05)
+    values, _ = mirror_ascent(adversary, rewards, step_size=0.1, steps=2000)
+    gap = VALUE[name] - values
+    assert adversary.bias == pytest.approx(0.05 * math.log(rewards.shape[1]), rel=1e-6)
+    assert gap.max().item() <= adversary.bias
+    assert gap.min().item() >= -1e-4
+    # It settles, where the hard minimum goes on alternating.
+    assert (gap.max() - gap.min()).item() < 1e-6
+
+
+@pytest.mark.parametrize("name", BANDITS)
+def test_exponentiated_gradient_reaches_the_max_min(name):
+    rewards = BANDITS[name]
+    values, _ = mirror_ascent(ExponentiatedGradient(rewards.shape[1], 0.1), rewards, 0.5, 1000)
+    assert (VALUE[name] - values).abs().max().item() < 1e-3
+
+
+@pytest.mark.parametrize("name", BANDITS)
+def test_hard_min_oscillates_with_an_amplitude_set_by_the_step(name):
+    rewards = BANDITS[name]
+    gaps = {}
+    for step_size in (0.5, 0.1):
+        values, weights = mirror_ascent(HardMin(rewards.shape[1]), rewards, step_size, 3000)
+        gaps[step_size] = (VALUE[name] - values).mean().item()
+        switches = (weights.argmax(-1).diff() != 0).sum().item()
+        assert switches >= 90
+    assert gaps[0.5] >= 0.005
+    assert 3.0 < gaps[0.5] / gaps[0.1] < 8.0
