@@ -18,7 +18,9 @@ def mean_over_ranks(total: Tensor, count: Tensor | float) -> Tensor:
     The sums are added up *before* any minimum: with a minimum of its own each rank would
     train for another group.
     """
-    packed = torch.cat([total.double(), torch.as_tensor(count, dtype=torch.float64, device=total.device).reshape(1)])
+    packed = torch.cat(
+        [total.double(), torch.as_tensor(count, dtype=torch.float64, device=total.device).reshape(1)]
+    )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(packed)
     return (packed[:-1] / packed[-1]).float()
@@ -58,7 +60,11 @@ class GroupStatistics(nn.Module):
                 "groups; give both the same number"
             )
         utilities = mean_over_ranks(rows.sum(0), len(rows))
-        weights = self.adversary.weights if utilities.isnan().any() and not len(rows) else self.adversary.update(utilities)
+        weights = (
+            self.adversary.weights
+            if utilities.isnan().any() and not len(rows)
+            else self.adversary.update(utilities)
+        )
         shape = (*tensordict.batch_size, len(utilities))
         tensordict["group_utilities"] = utilities.expand(shape).clone()
         tensordict["group_weights"] = weights.to(utilities).expand(shape).clone()

@@ -17,7 +17,9 @@ __all__ = ["encode_prompts", "sample_responses", "to_texts"]
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int | None = None) -> TensorDict:
     """Prompts padded left: ``prompt_tokens`` and ``prompt_mask``, both [N, P]."""
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
-    tokens, mask = pad_left([row if max_length is None else row[-max_length:] for row in rows], tokenizer.pad_token_id)
+    tokens, mask = pad_left(
+        [row if max_length is None else row[-max_length:] for row in rows], tokenizer.pad_token_id
+    )
     return TensorDict({"prompt_tokens": tokens, "prompt_mask": mask}, [len(rows)])
 
 
@@ -45,7 +47,12 @@ def sample_responses(
 
 def to_texts(tokenizer: Any, responses: TensorDict) -> tuple[list[str], list[str]]:
     """Prompts and completions of sampled responses as text, special tokens left out."""
-    prompts = [row[mask].tolist() for row, mask in zip(responses["prompt_tokens"], responses["prompt_mask"], strict=True)]
-    actions = [row[mask].tolist() for row, mask in zip(responses["action"], responses["action_mask"], strict=True)]
+    prompts = [
+        row[mask].tolist()
+        for row, mask in zip(responses["prompt_tokens"], responses["prompt_mask"], strict=True)
+    ]
+    actions = [
+        row[mask].tolist() for row, mask in zip(responses["action"], responses["action_mask"], strict=True)
+    ]
     decode = tokenizer.batch_decode
     return decode(prompts, skip_special_tokens=True), decode(actions, skip_special_tokens=True)

@@ -108,15 +108,32 @@ class PreferenceDataset:
                     f"row {odd}: column {name!r} holds {type(values[odd]).__name__}, not text; "
                     "turn conversations into text with your tokenizer's chat template first"
                 )
-        same = next((i for i, (c, r) in enumerate(zip(columns["chosen"], columns["rejected"], strict=True)) if c == r), None)
+        same = next(
+            (
+                i
+                for i, (c, r) in enumerate(zip(columns["chosen"], columns["rejected"], strict=True))
+                if c == r
+            ),
+            None,
+        )
         if same is not None:
-            raise UserError(f"row {same}: chosen equals rejected ({columns['chosen'][same]!r}); drop such pairs")
+            raise UserError(
+                f"row {same}: chosen equals rejected ({columns['chosen'][same]!r}); drop such pairs"
+            )
         users = table[user_column][:]
-        empty = next((i for i, user in enumerate(users) if user is None or user != user or str(user) == ""), None)
+        empty = next(
+            (i for i, user in enumerate(users) if user is None or user != user or str(user) == ""), None
+        )
         if empty is not None:
-            raise UserError(f"row {empty}: no user id in column {user_column!r}; drop the row or give it an id")
+            raise UserError(
+                f"row {empty}: no user id in column {user_column!r}; drop the row or give it an id"
+            )
         groups = table[group_column][:] if group_column else None
-        ignored = [c for c in table.column_names if c not in ("prompt", "chosen", "rejected", user_column, group_column)]
+        ignored = [
+            c
+            for c in table.column_names
+            if c not in ("prompt", "chosen", "rejected", user_column, group_column)
+        ]
         return cls._sorted(columns, [str(user) for user in users], groups, ignored)
 
     @classmethod
@@ -201,7 +218,9 @@ class PreferenceDataset:
         if self.num_users == 1:
             lines.append("will fail later  one user only: groups cannot be told apart")
         if median < 5:
-            lines.append("will be weak     fewer than 5 pairs per user: most users cannot be placed in a group")
+            lines.append(
+                "will be weak     fewer than 5 pairs per user: most users cannot be placed in a group"
+            )
         return "\n".join(lines)
 
     def require_users(self, num_groups: int) -> None:
@@ -223,7 +242,9 @@ def _find_user_column(names: Sequence[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"several columns could be the user: {', '.join(found)}; say which with --user_column")
+        raise UserError(
+            f"several columns could be the user: {', '.join(found)}; say which with --user_column"
+        )
     raise UserError(
         f"no user column among {', '.join(names)}; name it with --user_column "
         f"(known names: {', '.join(USER_ALIASES)})"

@@ -5,6 +5,7 @@ decides how often its clauses praise or complain. Nothing in this file knows of 
 users or rewards.
 """
 
+# ruff: noqa: SIM905 - a list of words reads better as one string
 from __future__ import annotations
 
 import random

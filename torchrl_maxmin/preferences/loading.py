@@ -40,8 +40,10 @@ def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
         if path.is_file():
             if path.suffix not in _READERS:
                 raise UserError(f"{path} is none of {', '.join(_READERS)}; convert it to one of these")
-            return datasets.Dataset.from_list(_read_rows(path)) if path.suffix in (".json", ".jsonl") else (
-                datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+            return (
+                datasets.Dataset.from_list(_read_rows(path))
+                if path.suffix in (".json", ".jsonl")
+                else (datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train"))
             )
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))

@@ -87,9 +87,13 @@ class World:
     def raw_utilities(self, reviews: Sequence[str]) -> np.ndarray:
         """Utilities [N, 2] of whole reviews, before division by ``utility_std``."""
         words = [review.split() for review in reviews]
-        mood = np.array([sum(w in PRAISE for w in r) - sum(w in COMPLAINT for w in r) for r in words], dtype=float)
+        mood = np.array(
+            [sum(w in PRAISE for w in r) - sum(w in COMPLAINT for w in r) for r in words], dtype=float
+        )
         length = np.array([len(r) for r in words], dtype=float)
-        return np.stack([np.tanh(mood / self.sentiment_scale), -length / 10], axis=-1).reshape(-1, len(GROUPS))
+        return np.stack([np.tanh(mood / self.sentiment_scale), -length / 10], axis=-1).reshape(
+            -1, len(GROUPS)
+        )
 
     def utilities(self, reviews: Sequence[str]) -> np.ndarray:
         """Utilities [N, 2] of whole reviews in standard deviations of the reference policy."""
@@ -158,7 +162,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {word: index for index, word in enumerate([PAD, BOS, EOS, UNK, *WORDS])}
     core = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,

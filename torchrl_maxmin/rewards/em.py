@@ -81,7 +81,9 @@ class _PairTokens:
     """Both sides of every pair as token rows."""
 
     def __init__(self, data: PreferenceDataset, tokenizer: Any, max_length: int | None):
-        self.chosen = [encode(tokenizer, p, c, max_length) for p, c in zip(data.prompts, data.chosen, strict=True)]
+        self.chosen = [
+            encode(tokenizer, p, c, max_length) for p, c in zip(data.prompts, data.chosen, strict=True)
+        ]
         self.rejected = [
             encode(tokenizer, p, r, max_length) for p, r in zip(data.prompts, data.rejected, strict=True)
         ]
@@ -164,7 +166,9 @@ def fit_mixture(
         raise ValueError(f"assignment is 'soft' or 'hard', not {assignment!r}")
     data.require_users(2 if num_groups == "auto" else int(num_groups))
     torch.manual_seed(seed)
-    warm, choice = _warm_start(data, model, num_groups, assignment, num_restarts, max_groups, max_length, seed, device)
+    warm, choice = _warm_start(
+        data, model, num_groups, assignment, num_restarts, max_groups, max_length, seed, device
+    )
     mixture = RewardMixture.from_causal_lm(model, warm.shape[-1]).to(device)
     pairs = _PairTokens(data, mixture.tokenizer, max_length)
     optimizer = torch.optim.AdamW(
@@ -182,7 +186,9 @@ def fit_mixture(
         for round_index in range(num_rounds):
             loss = 0.0
             for _ in range(steps_per_round):
-                loss = _maximisation_step(mixture, pairs, next(batches), responsibilities, optimizer, reward_l2)
+                loss = _maximisation_step(
+                    mixture, pairs, next(batches), responsibilities, optimizer, reward_l2
+                )
                 schedule.step()
                 advance(note=f"loss {loss:.3f}")
             log_prior = mixing_weights(responsibilities)
@@ -190,16 +196,24 @@ def fit_mixture(
             responsibilities, user_ll = expectation(
                 pairs.margins(mixture), pairs.user_offsets, log_prior, assignment
             )
-            responsibilities, repaired = _repair_empty_groups(mixture, responsibilities, user_ll, pairs.user_offsets)
+            responsibilities, repaired = _repair_empty_groups(
+                mixture, responsibilities, user_ll, pairs.user_offsets
+            )
             record = _round_record(round_index, before, responsibilities, user_ll, len(pairs), loss, repaired)
             history.append(record)
             if not math.isfinite(record["em/log_likelihood"]):
-                raise FloatingPointError(f"EM round {round_index}: the log-likelihood is not finite; lower the rates")
+                raise FloatingPointError(
+                    f"EM round {round_index}: the log-likelihood is not finite; lower the rates"
+                )
             if _converged(history, convergence_tolerance):
                 break
     responsibilities = _sort_groups(mixture, responsibilities)
     mixture.log_prior.copy_(mixing_weights(responsibilities))
-    figures = {} if heldout is None else _heldout_figures(mixture, heldout, data.user_ids, responsibilities, max_length)
+    figures = (
+        {}
+        if heldout is None
+        else _heldout_figures(mixture, heldout, data.user_ids, responsibilities, max_length)
+    )
     return MixtureFit(
         mixture, data.user_ids, responsibilities, mixture.log_prior.cpu().clone(), history, figures, choice
     )
@@ -231,7 +245,12 @@ def _warm_start(
     choice = None
     if num_groups == "auto":
         choice = select_num_groups(
-            differences, data.user_offsets, max_groups, seed=seed, num_restarts=num_restarts, assignment=assignment
+            differences,
+            data.user_offsets,
+            max_groups,
+            seed=seed,
+            num_restarts=num_restarts,
+            assignment=assignment,
         )
         num_groups = choice.num_groups
     fitted = fit_linear_mixture(

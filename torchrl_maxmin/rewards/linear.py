@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_index, pad_right
 from torchrl_maxmin.progress import progress_bar
 
-__all__ = ["LinearMixture", "NumGroupsChoice", "fit_linear_mixture", "text_features", "select_num_groups"]
+__all__ = ["LinearMixture", "NumGroupsChoice", "fit_linear_mixture", "select_num_groups", "text_features"]
 
 
 @torch.no_grad()
@@ -93,7 +93,9 @@ def fit_linear_mixture(
     """
     best: LinearMixture | None = None
     for _ in range(num_restarts if num_groups > 1 else 1):
-        start = torch.randn(num_groups, differences.shape[1], generator=generator) * differences.shape[1] ** -0.5
+        start = (
+            torch.randn(num_groups, differences.shape[1], generator=generator) * differences.shape[1] ** -0.5
+        )
         fitted = _fit_once(
             differences, user_offsets, start, assignment, num_rounds, steps_per_round, learning_rate, l2
         )
@@ -119,7 +121,9 @@ def _fit_once(
     optimizer = torch.optim.Adam([weight], lr=learning_rate)
     log_prior = torch.full((num_groups,), 1.0 / num_groups).log()
     for _ in range(num_rounds):
-        responsibilities = expectation(differences @ weight.detach().T, user_offsets, log_prior, assignment)[0]
+        responsibilities = expectation(differences @ weight.detach().T, user_offsets, log_prior, assignment)[
+            0
+        ]
         log_prior = mixing_weights(responsibilities)
         row_weights = responsibilities[row_users]
         for _ in range(steps_per_round):

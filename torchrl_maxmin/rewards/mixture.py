@@ -117,7 +117,9 @@ class RewardMixture(nn.Module):
         shift, scale = (None, None)
         if calibrated:
             shift, scale = (t.to(last.device) for t in (self.calibration.shift, self.calibration.scale))
-        return reward_heads_min(last, self.model.score.weight, self.model.score.bias, shift=shift, scale=scale)[0]
+        return reward_heads_min(
+            last, self.model.score.weight, self.model.score.bias, shift=shift, scale=scale
+        )[0]
 
     @torch.no_grad()
     def score(

@@ -83,5 +83,7 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
         try:
             functions.append(getattr(importlib.import_module(module), name))
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"no reward function {spec!r}: write module:function, importable from here") from error
+            raise UserError(
+                f"no reward function {spec!r}: write module:function, importable from here"
+            ) from error
     return functions

@@ -22,7 +22,7 @@ def random_state() -> dict[str, Any]:
     """State of all global random generators."""
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 - libraries draw from it
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -31,7 +31,7 @@ def random_state() -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any]) -> None:
     """Set all global random generators to what :func:`random_state` gave."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -55,7 +55,11 @@ def find_checkpoint(folder: Path, name: str) -> dict[str, Any]:
     """
     chosen = Path(name)
     if name == "last":
-        steps = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+        steps = {
+            int(m[1]): p
+            for p in folder.glob("checkpoint-*")
+            if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+        }
         if not steps:
             raise UserError(f"no checkpoint in {folder}; start the run without --resume_from_checkpoint")
         chosen = steps[max(steps)]

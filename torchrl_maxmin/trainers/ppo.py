@@ -83,12 +83,18 @@ class PPOTrainer:
             require_model(config.reward_model_path)
         functions, monitors = load_functions(config.reward_funcs), load_functions(config.monitor_funcs)
         self.folder = Path(config.output_dir)
-        saved = find_checkpoint(self.folder, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+        saved = (
+            find_checkpoint(self.folder, config.resume_from_checkpoint)
+            if config.resume_from_checkpoint
+            else None
+        )
         if saved is None:
             prepare_output_dir(self.folder)
 
         seed_everything(config.seed)
-        self.prompts = encode_prompts(self.tokenizer, list(dict.fromkeys(table["prompt"][:])), config.max_prompt_length)
+        self.prompts = encode_prompts(
+            self.tokenizer, list(dict.fromkeys(table["prompt"][:])), config.max_prompt_length
+        )
         self.reference = self._load_policy()
         self.policy = self._load_policy()
         self.rewards: MixtureRewards | FunctionRewards
@@ -139,7 +145,9 @@ class PPOTrainer:
             return FixedWeights([1.0])
         if config.welfare == "utilitarian":
             # population shares where they are known: an equal-weight mean is another welfare
-            return FixedWeights(torch.ones(groups) / groups if mixture is None else mixture.log_prior.exp().cpu())
+            return FixedWeights(
+                torch.ones(groups) / groups if mixture is None else mixture.log_prior.exp().cpu()
+            )
         if groups == 1:
             return FixedWeights([1.0])
         settings: dict[str, dict[str, float]] = {
@@ -170,7 +178,10 @@ class PPOTrainer:
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.policy.parameters(), "lr": config.learning_rate},
-                {"params": self.critic.parameters(), "lr": config.critic_learning_rate or config.learning_rate},
+                {
+                    "params": self.critic.parameters(),
+                    "lr": config.critic_learning_rate or config.learning_rate,
+                },
             ],
             eps=1e-8,
             weight_decay=0.0,
@@ -244,9 +255,13 @@ class PPOTrainer:
                 log.write(iteration, metrics)
                 self.schedule.step()
                 self.kl_controller.update([metrics["objective/kl"]])
-                if config.save_steps and (iteration + 1) % config.save_steps == 0 or iteration + 1 == config.stop_at_iteration:
+                if (
+                    config.save_steps and (iteration + 1) % config.save_steps == 0
+                ) or iteration + 1 == config.stop_at_iteration:
                     self._save(iteration + 1)
-                advance(note=f"worst group {metrics['objective/welfare']:+.2f}  kl {metrics['objective/kl']:.1f}")
+                advance(
+                    note=f"worst group {metrics['objective/welfare']:+.2f}  kl {metrics['objective/kl']:.1f}"
+                )
         self.collector.shutdown(close_env=False)
         if stop == config.num_iterations:
             self._finish()
@@ -271,7 +286,9 @@ class PPOTrainer:
         """Clipped PPO on a rollout; metrics averaged over optimizer steps."""
         config = self.config
         self.buffer.empty()
-        self.buffer.extend(batch.select(*(key for key in batch.keys() if key not in ("next", "group_utilities"))))
+        self.buffer.extend(
+            batch.select(*(key for key in batch.keys() if key not in ("next", "group_utilities")))
+        )
         records = []
         for _ in range(config.num_ppo_epochs):
             for minibatch in self.buffer:
@@ -281,7 +298,9 @@ class PPOTrainer:
                 total.backward()
                 norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
                 nn.utils.clip_grad_norm_(self.critic.parameters(), config.max_grad_norm)
-                require_finite(total.item() + norm.item(), minibatch, self.folder, "the PPO loss or its gradient")
+                require_finite(
+                    total.item() + norm.item(), minibatch, self.folder, "the PPO loss or its gradient"
+                )
                 self.optimizer.step()
                 records.append(losses.detach())
         return {name: torch.stack([record[name] for record in records]).mean(0) for name in records[0].keys()}

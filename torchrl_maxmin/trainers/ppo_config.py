@@ -122,7 +122,13 @@ class PPOConfig:
                 raise UserError(f"--{name} {value!r} is none of {', '.join(known)}")
         if bool(self.reward_model_path) == bool(self.reward_funcs):
             raise UserError("give a reward: either --reward_model_path or --reward_funcs")
-        for name in ("num_iterations", "rollout_batch_size", "num_ppo_epochs", "mini_batch_size", "response_length"):
+        for name in (
+            "num_iterations",
+            "rollout_batch_size",
+            "num_ppo_epochs",
+            "mini_batch_size",
+            "response_length",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1")
         if self.calibration == "sft_std" and self.calibration_samples < 2:

@@ -18,13 +18,21 @@ import yaml
 
 from torchrl_maxmin.errors import UserError
 
-__all__ = ["MetricsLog", "prepare_output_dir", "require_finite", "resolve_device", "seed_everything", "write_config", "write_json"]
+__all__ = [
+    "MetricsLog",
+    "prepare_output_dir",
+    "require_finite",
+    "resolve_device",
+    "seed_everything",
+    "write_config",
+    "write_json",
+]
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from it
     torch.manual_seed(seed)
 
 

@@ -97,7 +97,11 @@ def run_sft(config: SFTConfig) -> Path:
         tokens, mask = pad_right([row["input_ids"] for row in batch], tokenizer.pad_token_id)
         skip = torch.tensor([row["skip"] for row in batch])
         scored = mask & (torch.arange(tokens.shape[1]) >= skip[:, None])
-        return {"input_ids": tokens, "attention_mask": mask.long(), "labels": tokens.masked_fill(~scored, -100)}
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask.long(),
+            "labels": tokens.masked_fill(~scored, -100),
+        }
 
     _train(config, model, rows, collate, folder, device)
     model.save_pretrained(folder)
@@ -106,7 +110,9 @@ def run_sft(config: SFTConfig) -> Path:
     return folder
 
 
-def _train(config: SFTConfig, model: Any, rows: Any, collate: Any, folder: Path, device: torch.device) -> None:
+def _train(
+    config: SFTConfig, model: Any, rows: Any, collate: Any, folder: Path, device: torch.device
+) -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments, logging
 
     logging.set_verbosity_error()
@@ -136,5 +142,7 @@ def _train(config: SFTConfig, model: Any, rows: Any, collate: Any, folder: Path,
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 advance()
 
-        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Bar()]).train()
+        Trainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Bar()]
+        ).train()
     model.eval()

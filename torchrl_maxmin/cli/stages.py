@@ -1,0 +1,110 @@
+"""Stages with dependencies, run in a few processes that share one display of bars."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_maxmin.progress import bars, forward_to
+
+__all__ = ["Task", "run_tasks"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call that waits for others.
+
+    Attributes:
+        function: a module-level function, called with ``config`` in a process of its own.
+        config: its only argument.
+        after: names of the tasks that must be done before.
+    """
+
+    function: Callable[[Any], Any]
+    config: Any
+    after: tuple[str, ...] = ()
+
+
+def run_tasks(tasks: Mapping[str, Task], num_workers: int) -> dict[str, float]:
+    """Run tasks, each as soon as what it waits for is done; earlier ones go first.
+
+    Args:
+        tasks: by name; the name's part before ``/`` stands before the task's bars.
+        num_workers: processes. Each uses one thread: small models run fastest that way.
+
+    Returns:
+        Seconds of each task.
+
+    Raises:
+        Exception: what a task raised; tasks that have not started are dropped.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        queue = manager.Queue()
+        seconds: dict[str, float] = {}
+        waiting, running = dict(tasks), {}
+        with _drawing(queue), ProcessPoolExecutor(num_workers, context, _start_worker) as pool:
+            while waiting or running:
+                ready = [name for name, task in waiting.items() if all(dep in seconds for dep in task.after)]
+                for name in ready[: num_workers - len(running)]:
+                    task = waiting.pop(name)
+                    label = name.split("/")[0] + ": " if "/" in name else ""
+                    running[pool.submit(_call, task, queue, label)] = name
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    seconds[running.pop(future)] = _result(future, pool)
+        return seconds
+
+
+def _result(future: Future, pool: ProcessPoolExecutor) -> float:
+    try:
+        return future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _start_worker() -> None:
+    """One thread a process, and no chatter of libraries over the bars."""
+    import torch
+
+    from torchrl_maxmin.cli.main import quiet
+
+    torch.set_num_threads(1)
+    quiet()
+
+
+def _call(task: Task, queue: Any, label: str) -> float:
+    forward_to(queue, label)
+    start = time.perf_counter()
+    task.function(task.config)
+    return time.perf_counter() - start
+
+
+class _drawing:
+    """Draws the bars that workers send through a queue, in a thread, until the block ends."""
+
+    def __init__(self, queue: Any):
+        self.queue = queue
+
+    def __enter__(self) -> None:
+        self.thread = threading.Thread(target=self._draw, daemon=True)
+        self.thread.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.queue.put(None)
+        self.thread.join()
+
+    def _draw(self) -> None:
+        known: dict[str, Any] = {}
+        with bars() as progress:
+            while (event := self.queue.get()) is not None:
+                key, title, done, total, note = event
+                if key not in known:
+                    known[key] = progress.add_task(title, total=total, note="")
+                progress.update(known[key], completed=done, note=note)

@@ -1,0 +1,288 @@
+"""The evaluation stage: policies answer held-out prompts, a judge scores them for every group."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tensordict import TensorDict
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.evaluation.report import write_report
+from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
+from torchrl_maxmin.evaluation.summary import summarise, write_summary
+from torchrl_maxmin.modules import TokenPolicy
+from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer, require_model
+from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.preferences import World, load_table
+from torchrl_maxmin.preferences.loading import require_columns
+from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+from torchrl_maxmin.rewards.source import load_functions
+from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
+from torchrl_maxmin.welfare import certify
+
+__all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
+
+
+@dataclass
+class EvaluateConfig:
+    """Results by group of several policies on held-out prompts.
+
+    Args:
+        policies: policy folders as name=folder; sft, the reference, must be one of them.
+        dataset_name: held-out prompts; file, saved dataset or hub name with a column prompt.
+        output_dir: folder for the results; must be empty or absent.
+        judge: who says what a response is worth to each group; a world's json, module:function that
+            gives one column a group, or a reward folder (its calibrated heads).
+        reward_model_path: the reward mixture that trained the policies; adds its figures, the
+            calibration's sensitivity and the certificate.
+        certify: policy whose distance to the optimum is certified under that mixture.
+        certificate_prompts: prompts that the certificate uses.
+        certificate_samples: responses a prompt, half of the policy, half of the reference.
+        num_samples: responses a prompt of every policy.
+        num_prompts: use the first so many prompts; 0 uses all.
+        response_length: most tokens of a response.
+        max_prompt_length: longest prompt in tokens.
+        temperature: of sampling.
+        dataset_split: split of the prompts.
+        seed: seed of the sampling, and the number that the results are filed under.
+        device: cpu, cuda or auto.
+    """
+
+    policies: list[str]
+    dataset_name: str
+    output_dir: str
+    judge: str
+    reward_model_path: str | None = None
+    certify: str = "maxmin"
+    certificate_prompts: int = 16
+    certificate_samples: int = 128
+    num_samples: int = 4
+    num_prompts: int = 0
+    response_length: int = 53
+    max_prompt_length: int = 512
+    temperature: float = 1.0
+    dataset_split: str = "test"
+    seed: int = 0
+    device: str = "auto"
+    beta: float | None = field(default=None)
+
+    def folders(self) -> dict[str, str]:
+        """Policy folders by name; raises :class:`UserError` for what is no name=folder."""
+        pairs = [spec.partition("=") for spec in self.policies]
+        odd = [name for name, _, path in pairs if not path]
+        if odd:
+            raise UserError(f"--policies takes name=folder; {odd[0]!r} has no folder")
+        folders = {name: path for name, _, path in pairs}
+        if REFERENCE not in folders:
+            raise UserError(f"--policies needs {REFERENCE}=folder, the reference that all are compared with")
+        return folders
+
+
+def run_evaluate(config: EvaluateConfig) -> Path:
+    """Measure policies and write ``summary.json``, ``report.md`` and plots; returns the folder."""
+    result, folder = _measure(config)
+    summary = summarise([result])
+    write_summary(folder, summary)
+    write_report(folder, summary)
+    return folder
+
+
+def measure_policies(config: EvaluateConfig) -> Path:
+    """Measure policies and save the raw result alone; seeds are summarised together later."""
+    return _measure(config)[1]
+
+
+def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
+    folders = config.folders()
+    device = resolve_device(config.device)
+    for path in folders.values():
+        require_model(path)
+    judge = _Judge(config.judge, device)
+    mixture = None
+    if config.reward_model_path:
+        require_model(config.reward_model_path)
+        mixture = RewardMixture.from_pretrained(config.reward_model_path).to(device)
+    split = config.dataset_split
+    table = load_table(config.dataset_name, split)
+    require_columns(table, ["prompt"], "evaluate")
+    texts = table["prompt"][:][: config.num_prompts or None]
+    folder = prepare_output_dir(config.output_dir)
+    tokenizer = load_tokenizer(folders[REFERENCE])
+    prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
+    reference = _load_policy(folders[REFERENCE], tokenizer, config, device)
+
+    utilities, kl, length, responses = {}, {}, {}, {}
+    shape = (len(texts), config.num_samples)
+    with progress_bar("evaluating policies", len(folders)) as advance:
+        for name, path in folders.items():
+            seed_everything(config.seed)
+            policy = _load_policy(path, tokenizer, config, device)
+            sampled = sample_responses(policy, prompts, config.num_samples)
+            written = to_texts(tokenizer, sampled)
+            responses[name] = written
+            utilities[name] = judge(*written).reshape(*shape, -1)
+            ratio = sampled["sample_log_prob"] - _log_prob(reference, sampled)
+            kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
+            length[name] = sampled["action_mask"].sum(-1).double().numpy().reshape(shape)
+            advance(note=name)
+    extra: dict[str, Any] = {}
+    if mixture is not None:
+        extra = _mixture_figures(config, folders, mixture, judge, responses, tokenizer, prompts, reference, device)
+    result = SeedResult(
+        seed=config.seed,
+        group_names=judge.group_names,
+        group_shares=judge.group_shares,
+        utilities=utilities,
+        kl=kl,
+        length=length,
+        extra=extra,
+    )
+    result.save(folder / "result")
+    write_config(folder, config)
+    return result, folder
+
+
+class _Judge:
+    """Utilities [N, G] of completions, by ground truth, a function, or reward heads."""
+
+    def __init__(self, spec: str, device: torch.device):
+        self.group_names: list[str] = []
+        self.group_shares: list[float] = []
+        if Path(spec).is_dir():
+            require_model(spec)
+            mixture = RewardMixture.from_pretrained(spec).to(device)
+            self._call: Any = lambda prompts, completions: mixture.score(prompts, completions, calibrated=True)
+            self.group_shares = mixture.log_prior.exp().cpu().tolist()
+            self.group_names = [f"group {k}" for k in range(mixture.num_groups)]
+            return
+        function = load_functions([spec])[0]
+        self._call = function
+        if isinstance(function, World):
+            self.group_names, self.group_shares = list(function.group_names), list(function.shares)
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
+        values = np.asarray(self._call(prompts, completions), dtype=float).reshape(len(prompts), -1)
+        if not self.group_names:
+            self.group_names = [f"group {k}" for k in range(values.shape[1])]
+            self.group_shares = [1 / values.shape[1]] * values.shape[1]
+        return values
+
+
+def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
+    model = load_causal_lm(path)
+    ensure_pad_token(tokenizer, model)
+    return TokenPolicy(
+        model,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=config.response_length,
+        temperature=config.temperature,
+    ).to(device)
+
+
+@torch.no_grad()
+def _log_prob(policy: TokenPolicy, responses: TensorDict) -> torch.Tensor:
+    """Log-probabilities [N, R] on the CPU, by batches."""
+    device = next(policy.parameters()).device
+    return torch.cat([policy.log_prob(part.to(device)).cpu() for part in responses.split(512)])
+
+
+def _mixture_figures(
+    config: EvaluateConfig,
+    folders: dict[str, str],
+    mixture: RewardMixture,
+    judge: _Judge,
+    responses: dict[str, tuple[list[str], list[str]]],
+    tokenizer: Any,
+    prompts: TensorDict,
+    reference: TokenPolicy,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
+    extra: dict[str, Any] = {}
+    told = Path(str(config.reward_model_path)) / "reward.json"
+    reward = json.loads(told.read_text()) if told.is_file() else {}
+    raw = mixture.score(*responses[REFERENCE])
+    extra["em"] = {
+        "num_groups_selected": mixture.num_groups,
+        "user_accuracy": reward.get("user_accuracy"),
+        "heldout_log_likelihood": reward.get("heldout", {}).get("log_likelihood"),
+        "head_accuracy": reward.get("heldout", {}).get("head_accuracy"),
+    }
+    heads = reward.get("head_of_group", {})
+    if all(name in heads for name in judge.group_names):
+        truth = judge(*responses[REFERENCE])
+        extra["em"]["head_correlation"] = {
+            name: float(np.corrcoef(raw[:, heads[name]].numpy(), truth[:, g])[0, 1])
+            for g, name in enumerate(judge.group_names)
+        }
+        extra["group_users"] = [reward["users"][heads[name]] for name in judge.group_names]
+    if config.certify not in folders:
+        return extra
+    name_of = {head: name for name, head in heads.items()}
+    trained = _trained_with(folders[config.certify])
+    by_prompt = raw.reshape(len(prompts), config.num_samples, -1)
+    target = mixture.score(*responses[config.certify])
+    conventions = {}
+    for method in CALIBRATIONS:
+        if method == "sft_std" and config.num_samples < 2:
+            continue
+        mean = Calibration.fit(by_prompt, method).apply(target).mean(0).tolist()
+        conventions[method] = {name_of.get(k, f"group {k}"): value for k, value in enumerate(mean)}
+    extra["calibration"] = {"used": trained.get("calibration", {}).get("method"), "utilities": conventions}
+    extra["certificate"] = _certificate(config, folders, mixture, trained, tokenizer, prompts, reference, device)
+    return extra
+
+
+def _trained_with(folder: str) -> dict[str, Any]:
+    """Calibration and beta that a policy was trained with, where its folder says so."""
+    outcome, settings = Path(folder) / "training.json", Path(folder) / "config.yaml"
+    told = json.loads(outcome.read_text()) if outcome.is_file() else {}
+    return {**told, **({"beta": yaml.safe_load(settings.read_text()).get("beta")} if settings.is_file() else {})}
+
+
+def _certificate(
+    config: EvaluateConfig,
+    folders: dict[str, str],
+    mixture: RewardMixture,
+    trained: dict[str, Any],
+    tokenizer: Any,
+    prompts: TensorDict,
+    reference: TokenPolicy,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Gap of the certified policy to the optimum of the objective that it was trained on."""
+    beta = config.beta if config.beta is not None else trained.get("beta")
+    missing = {"value": None, "low": None, "high": None}
+    if not beta or "calibration" not in trained:
+        return {**missing, "reason": f"{folders[config.certify]} does not say its beta and calibration"}
+    calibration = Calibration.from_dict(trained["calibration"])
+    if len(calibration.shift) != mixture.num_groups:
+        return {**missing, "reason": "the policy was not trained on this reward mixture"}
+    seed_everything(config.seed)
+    some = prompts[: config.certificate_prompts]
+    half = config.certificate_samples // 2
+    policy = _load_policy(folders[config.certify], tokenizer, config, device)
+    drawn = [sample_responses(who, some, half).reshape(len(some), half) for who in (policy, reference)]
+    both = torch.cat(drawn, 1).reshape(-1)
+    shape = (len(some), 2 * half)
+    log_policy = _log_prob(policy, both).double().sum(-1).reshape(shape)
+    log_reference = _log_prob(reference, both).double().sum(-1).reshape(shape)
+    rewards = calibration.apply(mixture.score(*to_texts(tokenizer, both))).double().reshape(*shape, -1)
+    log_mixture = torch.logaddexp(log_policy, log_reference) - np.log(2)
+    penalty = beta * (log_policy - log_reference)[:, :half, None]
+    certificate = certify(
+        rewards,
+        log_reference - log_mixture - np.log(2 * half),
+        (rewards[:, :half] - penalty).mean(1),
+        beta,
+    )
+    return {"value": certificate.value, "low": certificate.low, "high": certificate.high, "reason": certificate.reason}
