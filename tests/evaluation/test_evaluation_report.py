@@ -305,7 +305,8 @@ def test_report_holds_the_numbers(tmp_path, summary):
     assert "0.980 (worst seed 0.970)" in text
     assert "0.200 [0.050, 2.500]" in text
     assert "The worst group changes with the convention" in text
-    for caveat in ("synthetic", "biased low", "3 seeds are few"):
+    assert "Uncalibrated" not in text
+    for caveat in ("what the judge says", "biased low", "3 seeds are few"):
         assert caveat in text
     for name in ("win_rates", "training"):
         assert f"](figures/{name}.png)" in text
@@ -407,3 +408,16 @@ def test_importing_needs_no_matplotlib():
 def test_examples_in_docstrings_run(name):
     module = importlib.import_module(f"torchrl_maxmin.evaluation.{name}")
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize(("judge", "told"), [("world", "synthetic"), ("reward heads", "optimistic")])
+def test_report_says_who_judged(tmp_path, judge, told):
+    summary = summarise([make_result(0, extra={"judge": judge})], num_resamples=20)
+    assert told in write_report(tmp_path, summary).read_text()
+
+
+def test_report_warns_of_an_uncalibrated_minimum(tmp_path):
+    utilities = {"none": {"sentiment": 0.1, "conciseness": 0.2}}
+    extra = {"calibration": {"used": "none", "utilities": utilities}}
+    summary = summarise([make_result(0, extra=extra)], num_resamples=20)
+    assert "Uncalibrated" in write_report(tmp_path, summary).read_text()

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, INTERPRET, LOW_BAR, PROPERTY, em_oracle, gradients, rms_error
 from maxmin_kernels import em_responsibilities, plan_users
+from maxmin_kernels.em.cpu import em_backward_cpu, em_forward_cpu
+from maxmin_kernels.em.naive import em_backward_naive
 from maxmin_kernels.em.plan import SEGMENT_PAIRS
 
 INF, NAN = float("inf"), float("nan")
@@ -119,6 +121,19 @@ def test_plan_covers_every_pair_once(counts):
     assert (
         max((s for group in slots.values() for s in group), default=-1) < 2 * sum(counts) // SEGMENT_PAIRS + 1
     )
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_cpu_blocks_never_cut_a_user(monkeypatch, block):
+    chosen, rejected, offsets, log_prior = make([0, 3, 0, 40, 7, 1, 0, 0, 8, 0], 3)
+    whole = em_responsibilities(chosen, rejected, offsets, log_prior, backend="torch")
+    gradient = em_backward_naive(chosen, rejected, offsets, *whole)
+    monkeypatch.setattr("maxmin_kernels.em.cpu.BLOCK_PAIRS", block)
+    interleaved = torch.stack([offsets, offsets], -1)[:, 0]
+    for actual, expected in zip(em_forward_cpu(chosen, rejected, interleaved, log_prior), whole, strict=True):
+        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(em_backward_cpu(chosen, rejected, offsets, *whole), gradient, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_plan_and_repetition_give_equal_bits():
@@ -238,6 +253,15 @@ def test_vmap_over_score_sets_with_the_backward_outside():
         torch.testing.assert_close(grad[i], torch.autograd.grad(expected[1].sum(), leaf)[0])
 
 
+def test_batched_cotangents_equal_one_by_one():
+    chosen, rejected, offsets, log_prior = make([2, 0, 4], 3)
+    leaf = chosen.requires_grad_()
+    like = em_responsibilities(leaf, rejected, offsets, log_prior)[1]
+    rows = torch.autograd.grad(like, leaf, torch.eye(3), is_grads_batched=True, retain_graph=True)[0]
+    for u in range(3):
+        torch.testing.assert_close(rows[u], torch.autograd.grad(like[u], leaf, retain_graph=True)[0])
+
+
 @pytest.mark.parametrize("counts", [[0], [3, 0, 2], [2000, 1]], ids=str)
 def test_opcheck(counts):
     chosen, rejected, offsets, log_prior = make(counts, 3)
@@ -248,7 +272,8 @@ def test_opcheck(counts):
         torch.library.opcheck(forward, (*leaves, offsets, log_prior.clone().requires_grad_(), given_plan))
     resp, grad = torch.rand(len(counts), 3), torch.randn(len(counts))
     backward = torch.ops.maxmin.em_backward.default
-    torch.library.opcheck(backward, (chosen, rejected, offsets, resp, grad, plan))
+    for segments in ((None, None), plan[:2]):
+        torch.library.opcheck(backward, (chosen, rejected, offsets, resp, grad, *segments))
 
 
 def test_compile_in_one_dynamic_graph():

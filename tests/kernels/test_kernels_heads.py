@@ -219,6 +219,16 @@ def test_vmap_over_samples():
     assert torch.equal(lowest, rewards.amin(-1))
 
 
+def test_batched_cotangents_equal_one_by_one():
+    hidden, weight, *_ = make(4, 6, 3)
+    weight.requires_grad_()
+    _, minimum, _, softmin = reward_heads_min(hidden, weight)
+    total = minimum + softmin
+    rows = torch.autograd.grad(total, weight, torch.eye(4), is_grads_batched=True, retain_graph=True)[0]
+    for n in range(4):
+        torch.testing.assert_close(rows[n], torch.autograd.grad(total[n], weight, retain_graph=True)[0])
+
+
 @pytest.mark.parametrize("rows", [0, 1, 9])
 def test_opcheck(rows):
     hidden, weight, bias, _, scale = (x.requires_grad_() for x in make(rows, 6, 3))

@@ -129,6 +129,21 @@ def test_a_forbidden_token_has_probability_zero_and_no_gradient():
     assert weight.grad.isfinite().all()
 
 
+def test_a_nan_stays_in_its_row():
+    hidden, lm_head, targets = make(6, 4, 30)
+    clean = token_log_probs(hidden, lm_head, targets, entropy=True)
+    hidden[2, 1] = float("nan")
+    leaf = hidden.clone().requires_grad_()
+    dirty = token_log_probs(leaf, lm_head, targets, entropy=True)
+    (grad,) = torch.autograd.grad(sum(x.sum() for x in dirty), leaf)
+    rest = torch.arange(6) != 2
+    for before, after in zip(clean, dirty, strict=True):
+        torch.testing.assert_close(after[rest], before[rest])
+        assert after[2].isnan()
+    assert grad[2].isnan().all()
+    assert grad[rest].isfinite().all()
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the size in bytes of the largest tensor that an operation returned."""
 
@@ -203,6 +218,15 @@ def test_vmap_with_the_backward_outside(entropy):
     stacked = torch.randn(3, 9, 4)
     out = torch.vmap(call)(many, stacked)
     torch.testing.assert_close(out, torch.stack([call(h, w) for h, w in zip(many, stacked, strict=True)]))
+
+
+def test_batched_cotangents_equal_one_by_one():
+    hidden, lm_head, targets = make(4, 6, 9)
+    hidden.requires_grad_()
+    total = sum(token_log_probs(hidden, lm_head, targets, entropy=True))
+    rows = torch.autograd.grad(total, hidden, torch.eye(4), is_grads_batched=True, retain_graph=True)[0]
+    for n in range(4):
+        torch.testing.assert_close(rows[n], torch.autograd.grad(total[n], hidden, retain_graph=True)[0])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 6])

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from torchrl_maxmin.cli.stages import Task, run_tasks
@@ -193,17 +194,17 @@ def _write_results(config: DemoConfig, folder: Path, seconds: dict[str, float], 
         timings = {name.split("/")[1]: s for name, s in seconds.items() if name.startswith(f"seed {seed}/")}
         result.extra["timings"] = timings
         results.append(result)
+        start_from = result.utilities["sft"].mean((0, 1))
         for kind in config.policies:
-            histories[kind].append([_true_utilities(row) for row in read_metrics(home / kind)])
+            histories[kind].append([_true_utilities(row, start_from) for row in read_metrics(home / kind)])
     summary = summarise(results, wall_seconds=time.perf_counter() - start)
     write_summary(folder, summary)
     write_report(folder, summary, histories=histories)
     console.print(rich_table(summary))
 
 
-def _true_utilities(row: dict[str, float]) -> dict[str, float]:
-    """Metrics with the true utilities, which every policy logs, in the place of its own rewards."""
+def _true_utilities(row: dict[str, float], start_from: np.ndarray) -> dict[str, float]:
+    """Metrics with the true utilities, less the reference's, where a policy logs its own rewards."""
     own = {name: value for name, value in row.items() if not name.startswith("rewards/")}
-    return own | {
-        name.replace("monitor/", "rewards/"): value for name, value in row.items() if name.startswith("monitor/")
-    }
+    truth = {f"rewards/{k}/mean": row[f"monitor/{k}/mean"] - mean for k, mean in enumerate(start_from)}
+    return own | truth

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(_usage())
         return 0
     os.environ.setdefault("RL_WARNINGS", "0")
+    os.environ.setdefault("RL_LOGGING_LEVEL", "ERROR")
     try:
         if verb in STAGES:
             return _run_stage(verb, arguments)

@@ -48,7 +48,7 @@ def run_tasks(tasks: Mapping[str, Task], num_workers: int) -> dict[str, float]:
         queue = manager.Queue()
         seconds: dict[str, float] = {}
         waiting, running = dict(tasks), {}
-        with _drawing(queue), ProcessPoolExecutor(num_workers, context, _start_worker) as pool:
+        with _Drawing(queue), ProcessPoolExecutor(num_workers, context, _start_worker) as pool:
             while waiting or running:
                 ready = [name for name, task in waiting.items() if all(dep in seconds for dep in task.after)]
                 for name in ready[: num_workers - len(running)]:
@@ -86,7 +86,7 @@ def _call(task: Task, queue: Any, label: str) -> float:
     return time.perf_counter() - start
 
 
-class _drawing:
+class _Drawing:
     """Draws the bars that workers send through a queue, in a thread, until the block ends."""
 
     def __init__(self, queue: Any):

@@ -133,9 +133,9 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
             length[name] = sampled["action_mask"].sum(-1).double().numpy().reshape(shape)
             advance(note=name)
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"judge": judge.kind}
     if mixture is not None:
-        extra = _mixture_figures(config, folders, mixture, judge, responses, tokenizer, prompts, reference, device)
+        extra |= _mixture_figures(config, folders, mixture, judge, responses, tokenizer, prompts, reference, device)
     result = SeedResult(
         seed=config.seed,
         group_names=judge.group_names,
@@ -154,9 +154,11 @@ class _Judge:
     """Utilities [N, G] of completions, by ground truth, a function, or reward heads."""
 
     def __init__(self, spec: str, device: torch.device):
+        self.kind = "function"
         self.group_names: list[str] = []
         self.group_shares: list[float] = []
         if Path(spec).is_dir():
+            self.kind = "reward heads"
             require_model(spec)
             mixture = RewardMixture.from_pretrained(spec).to(device)
             self._call: Any = lambda prompts, completions: mixture.score(prompts, completions, calibrated=True)
@@ -166,6 +168,7 @@ class _Judge:
         function = load_functions([spec])[0]
         self._call = function
         if isinstance(function, World):
+            self.kind = "world"
             self.group_names, self.group_shares = list(function.group_names), list(function.shares)
 
     def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:

@@ -286,6 +286,11 @@ def _calibration_block(summary: Mapping[str, Any]) -> list[str]:
         else "The worst group is the same under every convention."
     )
     used = f" Training used `{calibration['used']}`." if calibration.get("used") else ""
+    if calibration.get("used") == "none":
+        used += (
+            " **Uncalibrated: a constant added to a head, or an offset of its own for every prompt, leaves the "
+            "likelihood of all preferences as it is and changes which group this policy was trained for.**"
+        )
     return [
         "## Calibration\n\nPreferences fix a reward only up to an offset and a scale, so a minimum over "
         f"groups needs a convention.{used} {verdict} The worst group in the number of seeds named: {found}."
@@ -307,11 +312,25 @@ def _caveats(summary: Mapping[str, Any]) -> str:
         [
             "## How to read this",
             "",
-            "- The world is synthetic and its conflict between groups was chosen. The size of the effect is "
-            "a fact about this world, not about people.",
+            *_about_the_judge(summary),
             "- The minimum over groups of noisy win rates is biased low, most where groups are close. The "
             "interval of the worst group is [smallest low, smallest high] over groups.",
             f"- {seeds}",
-            "- Win rates use the groups' true utilities, which training never sees.",
         ]
     )
+
+
+def _about_the_judge(summary: Mapping[str, Any]) -> list[str]:
+    kinds = {extra.get("judge") for extra in summary.get("extra", [])}
+    if kinds == {"world"}:
+        return [
+            "- The world is synthetic and its conflict between groups was chosen. The size of the effect is "
+            "a fact about this world, not about people.",
+            "- Win rates use the groups' true utilities, which training never sees.",
+        ]
+    if kinds == {"reward heads"}:
+        return [
+            "- The judge is a reward mixture. Where the policies were trained on it, win rates are "
+            "optimistic: a policy learns its judge's mistakes too."
+        ]
+    return ["- Win rates are what the judge says; they are as good as the judge."]

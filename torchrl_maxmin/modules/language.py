@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from torchrl_maxmin.modules.loading import plain_generation
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, mask_after_eos
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
@@ -81,6 +82,7 @@ class TokenPolicy(TensorDictModuleBase):
                 "log-probabilities leave out; use a model with a plain lm_head"
             )
         super().__init__()
+        plain_generation(model)
         self.in_keys = ["prompt_tokens", "prompt_mask"]
         self.out_keys = ["action", "action_mask", "sample_log_prob"]
         self.model = model

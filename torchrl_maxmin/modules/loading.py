@@ -10,10 +10,18 @@ from torch import nn
 
 from torchrl_maxmin.errors import UserError
 
-__all__ = ["ensure_pad_token", "load_causal_lm", "load_tokenizer", "require_model"]
+__all__ = [
+    "ensure_pad_token",
+    "import_transformers",
+    "load_causal_lm",
+    "load_tokenizer",
+    "plain_generation",
+    "require_model",
+]
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The transformers package, quiet; raises :class:`UserError` where it is not installed."""
     try:
         import transformers
     except ImportError as error:
@@ -32,7 +40,7 @@ def require_model(name_or_path: str) -> None:
             f"{name_or_path} is a folder without config.json: give one that save_pretrained() wrote"
         )
     try:
-        _transformers().AutoConfig.from_pretrained(name_or_path)
+        import_transformers().AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no model at {name_or_path!r}: it is neither a local folder nor a hub name that can be reached; "
@@ -43,7 +51,7 @@ def require_model(name_or_path: str) -> None:
 def load_tokenizer(name_or_path: str) -> Any:
     """Load a tokenizer; prompts are padded left, responses right, by this package itself."""
     require_model(name_or_path)
-    return _transformers().AutoTokenizer.from_pretrained(name_or_path)
+    return import_transformers().AutoTokenizer.from_pretrained(name_or_path)
 
 
 def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
@@ -61,6 +69,14 @@ def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def plain_generation(model: Any) -> None:
+    """Drop the sampling parameters that a model brings along, so that those of a call are all there are."""
+    if model.generation_config is not None:
+        model.generation_config = import_transformers().GenerationConfig(
+            bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
+        )
+
+
 def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load a causal language model without dropout, in evaluation mode.
 
@@ -68,10 +84,6 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> nn.
     for good: modules stay in evaluation mode while they are trained.
     """
     require_model(name_or_path)
-    model = _transformers().AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    if model.generation_config is not None:
-        # sampling parameters come from the call alone
-        model.generation_config = _transformers().GenerationConfig(
-            bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
-        )
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    plain_generation(model)
     return model.eval()

@@ -91,6 +91,8 @@ class PreferenceDataset:
                 empty user id, or a pair whose chosen equals its rejected text.
         """
         table = load_table(source, split)
+        if len(table) == 0:  # first: a file without rows has no columns either
+            raise UserError("the preference data has no rows")
         require_columns(table, ["prompt", "chosen", "rejected"], "preference data")
         user_column = user_column or _find_user_column(table.column_names)
         require_columns(table, [user_column], "preference data (user column)")
@@ -98,8 +100,6 @@ class PreferenceDataset:
             require_columns(table, [group_column], "preference data (group column)")
         elif "group" in table.column_names:
             group_column = "group"
-        if len(table) == 0:
-            raise UserError("the preference data has no rows")
         columns = {name: table[name][:] for name in ("prompt", "chosen", "rejected")}
         for name, values in columns.items():
             odd = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
@@ -152,7 +152,9 @@ class PreferenceDataset:
             for row, group in zip(row_user, groups, strict=True):
                 by_user[row] = str(group)
         return cls(
-            *([columns[name][i] for i in order] for name in ("prompt", "chosen", "rejected")),
+            prompts=[columns["prompt"][i] for i in order],
+            chosen=[columns["chosen"][i] for i in order],
+            rejected=[columns["rejected"][i] for i in order],
             user_ids=user_ids,
             user_offsets=offsets,
             groups=by_user,

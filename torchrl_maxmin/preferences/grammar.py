@@ -20,19 +20,25 @@ NEGATIVE = (
 ).split()
 POSITIVE_VERBS = "loved enjoyed admired adored liked praised treasured cherished".split()
 NEGATIVE_VERBS = "hated disliked regretted endured loathed resented mocked despised".split()
-NEUTRAL = "long short quiet loud early late simple modern famous recent strange foreign small big local unusual".split()
+NEUTRAL = (
+    "long short quiet loud early late simple modern famous recent strange foreign small big local unusual"
+).split()
 NEUTRAL_VERBS = "watched saw noticed followed finished discussed recorded remembered found".split()
 ASPECTS = (
     "film movie story plot acting cast script music ending opening pacing dialogue scenery lighting "
     "editing humour drama camera hero villain sequel premise costume dance song voice tone mood scene "
     "romance chase twist finale sound colour dream joke plan lesson letter"
 ).split()
-PEOPLE = "director writer actor actress singer editor producer critic stuntman narrator dancer composer".split()
+PEOPLE = (
+    "director writer actor actress singer editor producer critic stuntman narrator dancer composer".split()
+)
 COMPANIONS = "friend sister brother mother father neighbour teacher colleague uncle cousin".split()
 PLACES = "home school work noon night dawn".split()
 TIMES = "yesterday today tonight twice again once recently alone together".split()
 ADVERBS = "really very quite truly rather simply so fairly deeply utterly almost somewhat".split()
-FUNCTION = "the a i we it was felt seemed looked and but while because with my at in its this that , .".split()
+FUNCTION = (
+    "the a i we it was felt seemed looked and but while because with my at in its this that , .".split()
+)
 
 WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(

@@ -40,11 +40,9 @@ def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
         if path.is_file():
             if path.suffix not in _READERS:
                 raise UserError(f"{path} is none of {', '.join(_READERS)}; convert it to one of these")
-            return (
-                datasets.Dataset.from_list(_read_rows(path))
-                if path.suffix in (".json", ".jsonl")
-                else (datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train"))
-            )
+            if path.suffix in (".json", ".jsonl"):
+                return datasets.Dataset.from_list(_read_rows(path))
+            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
             return _pick_split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded
@@ -52,19 +50,21 @@ def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
     except UserError:
         raise
     except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"cannot read data from {str(source)!r} ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "give a local json, jsonl, csv or parquet file, a saved dataset, or a hub name that can be reached"
+            f"cannot read data from {str(source)!r} ({type(error).__name__}: {reason}); "
+            "give a json, jsonl, csv or parquet file, a saved dataset, or a hub name that can be reached"
         ) from error
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     import json
 
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json" and text.lstrip().startswith("["):
         return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    # not splitlines(): a text may hold other line separators, unescaped
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _pick_split(splits: Any, split: str) -> Dataset:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -81,8 +81,9 @@ class World:
     @classmethod
     def load(cls, path: str | Path) -> World:
         """Read a world that :meth:`save` wrote."""
-        raw = json.loads(Path(path).read_text())
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        raw: dict[str, Any] = json.loads(Path(path).read_text())
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(**settings)
 
     def raw_utilities(self, reviews: Sequence[str]) -> np.ndarray:
         """Utilities [N, 2] of whole reviews, before division by ``utility_std``."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import load_causal_lm, load_tokenizer
+from torchrl_maxmin.modules.loading import import_transformers, load_causal_lm, load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.preferences.world import (
     World,
@@ -43,10 +43,8 @@ def write_world(
     completion), ``prompts.jsonl`` and ``prompts_test.jsonl``. Test prompts are the same for
     every seed and occur in nothing that is trained on.
     """
-    from transformers import GPT2LMHeadModel
-
     torch.manual_seed(seed)
-    GPT2LMHeadModel(build_config()).save_pretrained(folder / "base_model")
+    import_transformers().GPT2LMHeadModel(build_config()).save_pretrained(folder / "base_model")
     build_tokenizer().save_pretrained(folder / "base_model")
     texts = (
         {"prompt": prompt, "completion": completion}

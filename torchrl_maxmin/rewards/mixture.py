@@ -107,19 +107,15 @@ class RewardMixture(nn.Module):
         Args:
             tokens: [N, T] int64, padded on either side.
             mask: [N, T] bool, True at real tokens.
-            calibrated: apply :attr:`calibration`'s shift and scale.
+            calibrated: apply :attr:`calibration`.
 
         Returns:
             Rewards [N, K] in fp32, read at the last real token.
         """
         states = hidden_states(backbone_of(self.model), tokens, mask)
         last = states[torch.arange(len(tokens), device=tokens.device), last_index(mask)]
-        shift, scale = (None, None)
-        if calibrated:
-            shift, scale = (t.to(last.device) for t in (self.calibration.shift, self.calibration.scale))
-        return reward_heads_min(
-            last, self.model.score.weight, self.model.score.bias, shift=shift, scale=scale
-        )[0]
+        rewards = reward_heads_min(last, self.model.score.weight, self.model.score.bias)[0]
+        return self.calibration.apply(rewards) if calibrated else rewards
 
     @torch.no_grad()
     def score(

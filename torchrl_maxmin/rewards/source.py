@@ -18,7 +18,7 @@ from torchrl_maxmin.rewards.mixture import RewardMixture
 
 __all__ = ["FunctionRewards", "MixtureRewards", "load_functions"]
 
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[..., Any]  # f(prompts, completions) -> floats [N] or [N, k]
 
 
 class MixtureRewards:

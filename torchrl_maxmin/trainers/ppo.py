@@ -78,6 +78,8 @@ class PPOTrainer:
         require_model(config.model_name_or_path)
         table = load_table(config.dataset_name, config.dataset_split)
         require_columns(table, ["prompt"], "ppo")
+        if len(table) == 0:
+            raise UserError(f"{config.dataset_name} has no prompts")
         self.tokenizer = load_tokenizer(config.model_name_or_path)
         if config.reward_model_path:
             require_model(config.reward_model_path)
@@ -92,11 +94,11 @@ class PPOTrainer:
             prepare_output_dir(self.folder)
 
         seed_everything(config.seed)
+        self.reference = self._load_policy()
+        self.policy = copy.deepcopy(self.reference)  # not loaded again: a new pad token's row is random
         self.prompts = encode_prompts(
             self.tokenizer, list(dict.fromkeys(table["prompt"][:])), config.max_prompt_length
         )
-        self.reference = self._load_policy()
-        self.policy = self._load_policy()
         self.rewards: MixtureRewards | FunctionRewards
         mixture = None
         if config.reward_model_path:
@@ -136,8 +138,9 @@ class PPOTrainer:
         samples = sample_responses(self.reference, chosen, config.calibration_samples)
         raw = torch.cat([self.rewards(part.to(self.device)).cpu() for part in samples.split(512)])
         raw = raw.reshape(len(chosen), config.calibration_samples, -1)
+        calibration = Calibration.fit(raw, config.calibration)
         torch.save(raw, self.folder / "reference_rewards.pt")
-        return Calibration.fit(raw, config.calibration)
+        return calibration
 
     def _make_adversary(self, mixture: RewardMixture | None) -> Adversary:
         config, groups = self.config, self.rewards.num_groups
@@ -232,6 +235,7 @@ class PPOTrainer:
     def _group_rewards(self, responses: TensorDictBase) -> Tensor:
         """Calibrated rewards [B, K], with the penalty for a response that does not end."""
         rewards = self.calibration.apply(self.rewards(responses))
+        require_finite(rewards.sum().item(), responses, self.folder, "a reward")
         ended = (responses["action"] == self.tokenizer.eos_token_id) & responses["action_mask"]
         return rewards - self.config.missing_eos_penalty * (~ended.any(-1, keepdim=True))
 
@@ -254,7 +258,7 @@ class PPOTrainer:
                     metrics |= {f"monitor/{k}/mean": value for k, value in enumerate(truth.tolist())}
                 log.write(iteration, metrics)
                 self.schedule.step()
-                self.kl_controller.update([metrics["objective/kl"]])
+                self._control_kl(metrics["objective/kl"])
                 if (
                     config.save_steps and (iteration + 1) % config.save_steps == 0
                 ) or iteration + 1 == config.stop_at_iteration:
@@ -265,6 +269,12 @@ class PPOTrainer:
         self.collector.shutdown(close_env=False)
         if stop == config.num_iterations:
             self._finish()
+
+    def _control_kl(self, kl: float) -> None:
+        # the controller takes the penalty that each response paid, -coef * kl
+        controller = self.kl_controller
+        controller.update([-controller.coef * kl] * self.config.rollout_batch_size)
+        controller.coef = float(controller.coef)
 
     @torch.no_grad()
     def _prepare(self, rollout: TensorDictBase) -> TensorDict:
@@ -286,9 +296,7 @@ class PPOTrainer:
         """Clipped PPO on a rollout; metrics averaged over optimizer steps."""
         config = self.config
         self.buffer.empty()
-        self.buffer.extend(
-            batch.select(*(key for key in batch.keys() if key not in ("next", "group_utilities")))
-        )
+        self.buffer.extend(batch.exclude("next", "group_utilities"))
         records = []
         for _ in range(config.num_ppo_epochs):
             for minibatch in self.buffer:
@@ -303,7 +311,7 @@ class PPOTrainer:
                 )
                 self.optimizer.step()
                 records.append(losses.detach())
-        return {name: torch.stack([record[name] for record in records]).mean(0) for name in records[0].keys()}
+        return torch.stack(records).mean(0).to_dict()
 
     # -- state ----------------------------------------------------------------------------------
 

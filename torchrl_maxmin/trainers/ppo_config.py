@@ -133,5 +133,9 @@ class PPOConfig:
                 raise UserError(f"--{name} must be at least 1")
         if self.calibration == "sft_std" and self.calibration_samples < 2:
             raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
+        if self.stop_at_iteration > self.num_iterations:
+            raise UserError("--stop_at_iteration is after --num_iterations")
+        if self.kl_controller == "adaptive" and self.beta <= 0:
+            raise UserError("--kl_controller adaptive starts from --beta, which must be positive")
         if self.temperature <= 0:
             raise UserError("--temperature must be positive")

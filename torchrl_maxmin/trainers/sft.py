@@ -83,15 +83,18 @@ def run_sft(config: SFTConfig) -> Path:
     device = resolve_device(config.device)
     tokenizer = load_tokenizer(config.model_name_or_path)
     texts = _read_texts(config)
+    if not texts:
+        raise UserError(f"{config.dataset_name} has no rows to train on")
     folder = prepare_output_dir(config.output_dir)
     seed_everything(config.seed)
     model = load_causal_lm(config.model_name_or_path)
     ensure_pad_token(tokenizer, model)
     rows = []
     for prompt, completion in texts:
-        ids = encode(tokenizer, prompt, completion, config.max_length)
+        whole = encode(tokenizer, prompt, completion)
+        ids = whole[-config.max_length :]
         skip = len(tokenizer(prompt).input_ids) if config.completion_only_loss else 0
-        rows.append({"input_ids": ids, "skip": min(skip, len(ids) - 1)})
+        rows.append({"input_ids": ids, "skip": max(skip - (len(whole) - len(ids)), 0)})  # the start was cut
 
     def collate(batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokens, mask = pad_right([row["input_ids"] for row in batch], tokenizer.pad_token_id)
@@ -113,9 +116,8 @@ def run_sft(config: SFTConfig) -> Path:
 def _train(
     config: SFTConfig, model: Any, rows: Any, collate: Any, folder: Path, device: torch.device
 ) -> None:
-    from transformers import Trainer, TrainerCallback, TrainingArguments, logging
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    logging.set_verbosity_error()
     steps_per_epoch = -(-len(rows) // config.per_device_train_batch_size)
     total = config.max_steps if config.max_steps > 0 else int(steps_per_epoch * config.num_train_epochs)
     arguments = TrainingArguments(

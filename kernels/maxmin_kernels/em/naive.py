@@ -13,8 +13,9 @@ def posterior(total: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
     A user whose every group has likelihood zero gets the prior, and log-likelihood -inf.
     """
     likelihood = torch.logsumexp(total, dim=-1)
-    impossible = (total == -torch.inf).all(dim=-1, keepdim=True)
-    return torch.softmax(torch.where(impossible, log_prior, total), dim=-1), likelihood
+    impossible = likelihood == -torch.inf
+    share = torch.exp(total - torch.where(impossible, 0.0, likelihood).unsqueeze(-1))
+    return torch.where(impossible.unsqueeze(-1), torch.softmax(log_prior, dim=-1), share), likelihood
 
 
 def em_responsibilities_naive(
@@ -28,21 +29,15 @@ def em_responsibilities_naive(
     log_prior = log_prior.to(dtype)
     log_choice = F.logsigmoid(chosen.to(dtype) - rejected.to(dtype))
     # A user may have millions of pairs: the sum is taken in float64.
-    sums = _sum_by_user(log_choice.double(), user_offsets)
+    sums = log_choice.new_zeros(user_offsets.shape[0] - 1, chosen.shape[1], dtype=torch.float64)
+    sums = sums.index_add(0, user_of_pair(user_offsets, chosen.shape[0]), log_choice.double())
     responsibilities, log_likelihood = posterior(sums + log_prior.double(), log_prior.double())
     return responsibilities.detach().to(dtype), log_likelihood.to(dtype)
 
 
-def _sum_by_user(rows: Tensor, user_offsets: Tensor) -> Tensor:
-    """Sum consecutive rows ``[P, K]`` of each user: ``[U, K]``."""
-    users = user_of_pair(user_offsets, rows.shape[0])
-    return rows.new_zeros(user_offsets.shape[0] - 1, rows.shape[1]).index_add(0, users, rows)
-
-
 def user_of_pair(user_offsets: Tensor, num_pairs: int) -> Tensor:
     """Return the user index of each of the ``num_pairs`` rows."""
-    rows = torch.arange(num_pairs, device=user_offsets.device)
-    return torch.searchsorted(user_offsets[1:].contiguous(), rows, right=True)
+    return torch.repeat_interleave(user_offsets.diff(), output_size=num_pairs)
 
 
 def em_backward_naive(
@@ -54,7 +49,7 @@ def em_backward_naive(
     complete one, ``resp_uk * sigmoid(-(chosen - rejected))``.
     """
     dtype = responsibilities.dtype
-    users = user_of_pair(user_offsets, chosen.shape[0])
     weights = responsibilities * grad.to(dtype).unsqueeze(-1)
-    slope = torch.sigmoid(rejected.to(dtype) - chosen.to(dtype)).mul_(weights[users])
+    users = user_of_pair(user_offsets, chosen.shape[0])
+    slope = torch.sigmoid(rejected.to(dtype) - chosen.to(dtype)) * weights[users]
     return slope.to(chosen.dtype), slope.neg().to(rejected.dtype)

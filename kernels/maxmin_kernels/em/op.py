@@ -15,6 +15,7 @@ from .._backend import (
     use_triton_on_cpu,
 )
 from .._vmap import loop_vmap
+from .cpu import em_backward_cpu, em_forward_cpu
 from .naive import em_backward_naive, em_responsibilities_naive
 from .plan import UserPlan, build_plan, check_user_offsets
 
@@ -26,7 +27,7 @@ def _em_op(
     check_user_offsets(user_offsets, chosen.shape[0])
     if use_triton_on_cpu(chosen, rejected, log_prior):
         return _em_cuda(chosen, rejected, user_offsets, log_prior, plan)
-    return em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
+    return em_forward_cpu(chosen, rejected, user_offsets, log_prior)
 
 
 @_em_op.register_kernel("cuda")
@@ -68,11 +69,13 @@ def _em_backward_op(
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
-    plan: Sequence[Tensor],
+    segment_offsets: Tensor | None,
+    segment_user: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    args = (chosen, rejected, user_offsets, responsibilities, grad)
     if use_triton_on_cpu(chosen, rejected, responsibilities):
-        return _em_backward_cuda(chosen, rejected, user_offsets, responsibilities, grad, plan)
-    return em_backward_naive(chosen, rejected, user_offsets, responsibilities, grad)
+        return _em_backward_cuda(*args, segment_offsets, segment_user)
+    return em_backward_cpu(*args)
 
 
 @_em_backward_op.register_kernel("cuda")
@@ -82,14 +85,17 @@ def _em_backward_cuda(
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
-    plan: Sequence[Tensor],
+    segment_offsets: Tensor | None,
+    segment_user: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if responsibilities.dtype == torch.float64:
         return em_backward_naive(chosen, rejected, user_offsets, responsibilities, grad)
     require_triton()
     from .triton_kernels import em_backward
 
-    return em_backward(chosen, rejected, responsibilities, grad, _plan(plan, user_offsets, chosen.shape[0]))
+    if segment_offsets is None or segment_user is None:
+        segment_offsets, segment_user, *_ = build_plan(user_offsets, chosen.shape[0])
+    return em_backward(chosen, rejected, responsibilities, grad, segment_offsets, segment_user)
 
 
 @_em_backward_op.register_fake
@@ -99,7 +105,8 @@ def _em_backward_fake(
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
-    plan: Sequence[Tensor],
+    segment_offsets: Tensor | None,
+    segment_user: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return chosen.new_empty(chosen.shape), rejected.new_empty(rejected.shape)
 
@@ -108,19 +115,21 @@ def _em_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     chosen, rejected, user_offsets, log_prior, plan = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(chosen, rejected, user_offsets, output[0], *plan)
-    ctx.prior_dtype = log_prior.dtype
+    ctx.save_for_backward(chosen, rejected, user_offsets, output[0], *plan[:2])
+    ctx.prior_dtype, ctx.plan_length = log_prior.dtype, len(plan)
 
 
 def _em_autograd(ctx: Any, _: Any, grad: Tensor | None) -> Any:
-    chosen, rejected, user_offsets, responsibilities, *plan = ctx.saved_tensors
-    no_plan = [None] * len(plan)
+    no_plan = [None] * ctx.plan_length
     if grad is None:
         return None, None, None, None, no_plan
+    chosen, rejected, user_offsets, responsibilities, *segments = ctx.saved_tensors
     need = ctx.needs_input_grad
     d_chosen = d_rejected = d_prior = None
     if need[0] or need[1]:
-        d_chosen, d_rejected = _em_backward_op(chosen, rejected, user_offsets, responsibilities, grad, plan)
+        d_chosen, d_rejected = _em_backward_op(
+            chosen, rejected, user_offsets, responsibilities, grad, *(segments or (None, None))
+        )
     if need[3]:
         d_prior = (responsibilities * grad.unsqueeze(-1)).sum(0).to(ctx.prior_dtype)
     return d_chosen, d_rejected, None, d_prior, no_plan
@@ -207,6 +216,8 @@ def em_responsibilities(
             f"user_offsets is on {user_offsets.device}, chosen on {chosen.device}; move it there."
         )
     if backend == "torch":
+        if not torch.compiler.is_compiling():
+            check_user_offsets(user_offsets, chosen.shape[0])
         return em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
     responsibilities, log_likelihood = _em_op(
         chosen, rejected, user_offsets, log_prior, [] if plan is None else list(plan)

@@ -260,11 +260,16 @@ def em_forward(
 
 
 def em_backward(
-    chosen: Tensor, rejected: Tensor, responsibilities: Tensor, grad: Tensor, plan: UserPlan
+    chosen: Tensor,
+    rejected: Tensor,
+    responsibilities: Tensor,
+    grad: Tensor,
+    segment_offsets: Tensor,
+    segment_user: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Launch :func:`em_backward_kernel`."""
     pairs, groups = chosen.shape
-    segments = plan.segment_user.shape[0]
+    segments = segment_user.shape[0]
     grad_chosen = torch.empty(chosen.shape, dtype=chosen.dtype, device=chosen.device)
     grad_rejected = torch.empty(rejected.shape, dtype=rejected.dtype, device=chosen.device)
     if pairs == 0:
@@ -277,8 +282,8 @@ def em_backward(
             rejected,
             responsibilities.contiguous(),
             grad.contiguous(),
-            plan.segment_offsets,
-            plan.segment_user,
+            segment_offsets,
+            segment_user,
             grad_chosen,
             grad_rejected,
             segments,

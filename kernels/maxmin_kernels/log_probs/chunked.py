@@ -1,13 +1,16 @@
 """The loop over chunks of tokens: one library matrix product and one pass over the logits per chunk."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu
 
 # Elements of one chunk of logits, and the least rows with which a matrix product is still efficient.
 _ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
-_LEAST_ROWS = {"cpu": 64, "cuda": 512}
+_LEAST_ROWS = {"cpu": 256, "cuda": 512}
 
 
 def pick_chunk_size(rows: int, vocabulary: int, device: str) -> int:
@@ -51,19 +54,25 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
             )
 
 
+def _log_smallest(dtype: torch.dtype) -> float:
+    """Return where ``exp`` is e * tiny: subnormal results, below tiny, cost a CPU ten times more."""
+    return math.log(torch.finfo(dtype).tiny) + 1.0
+
+
 def rows_forward(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> list[Tensor]:
     """Return log-probability, logsumexp and (if asked) entropy of one chunk. Overwrites the logits."""
-    logits.div_(temperature)
-    total = torch.logsumexp(logits, dim=-1)
-    log_probs = logits.gather(-1, targets.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1) - total
-    log_probs.masked_fill_((targets < 0) | (targets >= logits.shape[-1]), torch.nan)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    highest = logits.amax(-1, keepdim=True)
+    below = logits.sub_(highest).clamp_(min=_log_smallest(logits.dtype))
+    weights = below.exp() if entropy else below.exp_()
+    total = weights.sum(-1)
+    log_total = total.log()
+    logsumexp = highest.squeeze(-1) + log_total
     if not entropy:
-        return [log_probs, total]
-    logits.sub_(total.unsqueeze(-1))
-    probabilities = logits.exp()
-    # xlogy-like: a token of probability zero adds nothing.
-    logits.masked_fill_(logits == -torch.inf, 0.0)
-    return [log_probs, total, -probabilities.mul_(logits).sum(-1)]
+        return [picked - logsumexp, logsumexp]
+    return [picked - logsumexp, logsumexp, log_total - weights.mul_(below).sum(-1) / total]
 
 
 def rows_backward(
@@ -79,16 +88,19 @@ def rows_backward(
 
     ``d log p_target / dx = onehot - p`` and ``dH / dx = -p (log p + H)``, both over T.
     """
-    log_p = logits.div_(temperature).sub_(logsumexp.unsqueeze(-1))
-    grad = log_p.exp()
-    slope = 0.0 if grad_log_probs is None else grad_log_probs.unsqueeze(-1)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    log_p = logits.sub_(logsumexp.unsqueeze(-1)).clamp_(min=_log_smallest(logits.dtype))
+    grad = F.threshold_(log_p.exp(), 3 * torch.finfo(log_p.dtype).tiny, 0.0)
+    slope: Tensor | None = None if grad_log_probs is None else grad_log_probs.unsqueeze(-1)
     if grad_entropy is not None and entropy is not None:
-        log_p.masked_fill_(log_p == -torch.inf, 0.0)
-        slope = log_p.add_(entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1)).add_(slope)
-    grad.mul_(slope).neg_()
+        of_entropy = log_p.add_(entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
+        slope = of_entropy if slope is None else of_entropy.add_(slope)
+    if slope is not None:
+        grad.mul_(slope).neg_()
     if grad_log_probs is not None:
         grad.scatter_add_(-1, targets.unsqueeze(-1), grad_log_probs.unsqueeze(-1))
-    return grad.div_(temperature)
+    return grad if temperature == 1.0 else grad.div_(temperature)
 
 
 def chunked_forward(

@@ -140,7 +140,7 @@ def token_log_probs(
         targets: ``[N]`` int64 token ids in ``[0, V)``. On CUDA an id outside gives NaN.
         temperature: T > 0, that of sampling.
         entropy: Whether to return the entropy of the whole distribution too.
-        chunk_size: Tokens per chunk; None takes one that keeps a chunk of logits near 16 MB (CPU) or 128 MB.
+        chunk_size: Tokens per chunk; None keeps the logits of a chunk near 16 MB (CPU) or 128 MB.
         backend: ``"auto"`` or ``"torch"`` (the full logits, differentiable twice).
 
     Returns:

@@ -1,0 +1,44 @@
+# Two commands are all a newcomer needs:  make demo   and   make test
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+# tiny models run fastest with one thread a process; the demo uses two processes
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow lint aot install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("torchrl-maxmin needs Python 3.11 or newer; say which with PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+## the main job on the embedded world; ARGS="--seeds 0 1 2" passes flags on
+demo: install
+	$(BIN)/torchrl-maxmin demo $(ARGS)
+
+## the whole test suite but what is marked slow
+test: install
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+## the slow part: whole demos over several seeds
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+## compile every Triton kernel ahead of time, without a GPU
+aot: install
+	$(BIN)/python benchmarks/aot.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

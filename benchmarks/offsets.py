@@ -1,0 +1,78 @@
+"""What an offset that preferences cannot see does to the policy, with and without calibration.
+
+A Bradley-Terry likelihood does not change when a head gains a constant, or an offset of its own for every
+prompt. Trains the MaxMin policy of a demo's seed on such heads and prints the groups' true utilities:
+
+    python benchmarks/offsets.py runs/demo/seed-0 --output_dir runs/offsets
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from unittest import mock
+
+import torch
+import yaml
+
+from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
+from torchrl_maxmin.rewards.source import MixtureRewards
+from torchrl_maxmin.trainers.ppo import run_ppo
+from torchrl_maxmin.trainers.ppo_config import PPOConfig
+
+
+def offset_rewards(kind: str):
+    """Rewards whose last head gained an offset: a constant 3, or a normal draw of its own for every prompt."""
+
+    class OffsetRewards(MixtureRewards):
+        def __call__(self, responses):
+            rewards = super().__call__(responses).clone()
+            if kind == "constant":
+                rewards[:, -1] += 3.0
+            elif kind == "by prompt":
+                tokens, mask = responses["prompt_tokens"], responses["prompt_mask"]
+                for row in range(len(rewards)):
+                    seed = hash(tuple(tokens[row][mask[row]].tolist())) % 2**31
+                    draw = torch.randn(2, generator=torch.Generator().manual_seed(seed))
+                    rewards[row] += 2.0 * draw + torch.tensor([0.0, 3.0])
+            return rewards
+
+    return OffsetRewards
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seed_folder", type=Path)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    config = PPOConfig(**yaml.safe_load((given.seed_folder / "maxmin/config.yaml").read_text()))
+    evaluation = EvaluateConfig(**yaml.safe_load((given.seed_folder / "evaluation/config.yaml").read_text()))
+    policies = {"sft": config.model_name_or_path}
+    for calibration in ("sft_std", "none"):
+        for kind in ("as learned", "constant", "by prompt"):
+            name = f"{calibration}, {kind}"
+            folder = given.output_dir / name.replace(", ", "-").replace(" ", "_")
+            changed = dataclasses.replace(config, output_dir=str(folder), calibration=calibration)
+            with mock.patch("torchrl_maxmin.trainers.ppo.MixtureRewards", offset_rewards(kind)):
+                run_ppo(changed)
+            policies[name] = str(folder)
+            outcome = json.loads((folder / "training.json").read_text())["calibration"]
+            print(f"{name}: shift {outcome['shift']}, scale {outcome['scale']}", flush=True)
+    run_evaluate(
+        dataclasses.replace(
+            evaluation,
+            policies=[f"{name}={path}" for name, path in policies.items()],
+            output_dir=str(given.output_dir / "results"),
+            reward_model_path=None,
+        )
+    )
+    summary = json.loads((given.output_dir / "results/summary.json").read_text())
+    for name, policy in summary["policies"].items():
+        print(name, {g: (round(v, 3), policy["utility_interval"][g]) for g, v in policy["utility"].items()})
+
+
+if __name__ == "__main__":
+    main()

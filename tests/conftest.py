@@ -1,0 +1,65 @@
+"""Fixtures that several rooms share: a tiny GPT-2 with the embedded world's tokenizer, on one thread."""
+
+import os
+
+os.environ.setdefault("TORCHRL_MAXMIN_QUIET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """Keep what ``datasets`` caches of the tests' files out of the user's own cache."""
+    try:
+        import datasets
+    except ImportError:
+        return
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets_cache")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from torchrl_maxmin.preferences.world import build_tokenizer
+
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer, tmp_path_factory):
+    """Write a tiny GPT-2 and its tokenizer to a folder; settings override its config."""
+
+    def make(name, **settings):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = {
+            "vocab_size": len(tokenizer),
+            "n_positions": 64,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "initializer_range": 0.3,  # logits far from uniform
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        folder = tmp_path_factory.mktemp("models") / name
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config(**(config | settings))).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model):
+    """Folder of the tiny GPT-2 that most tests use."""
+    return make_model("tiny")

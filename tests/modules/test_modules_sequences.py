@@ -1,0 +1,62 @@
+"""Padding, masks and hidden states of ragged rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2LMHeadModel
+
+from torchrl_maxmin.modules.sequences import (
+    backbone_of,
+    hidden_states,
+    last_index,
+    mask_after_eos,
+    pad_left,
+    pad_right,
+)
+
+ROWS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ROWS)
+def test_padding_keeps_every_token_and_masks_come_from_lengths(rows):
+    width = max(map(len, rows))
+    for pad, side in ((pad_left, "left"), (pad_right, "right")):
+        tokens, mask = pad(rows, 0)  # 0 also occurs as a real token
+        assert tokens.shape == mask.shape == (len(rows), width)
+        assert (tokens.dtype, mask.dtype) == (torch.int64, torch.bool)
+        for row, t, m in zip(rows, tokens, mask, strict=True):
+            assert t[m].tolist() == row
+            real = m.tolist()
+            assert real == sorted(real, reverse=side == "right")
+        assert (tokens[~mask] == 0).all()
+        expected = [len(r) - 1 if side == "right" else width - 1 for r in rows]
+        assert last_index(mask).tolist() == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_mask_after_eos_ends_with_the_first_eos(rows):
+    mask = mask_after_eos(torch.tensor(rows), eos_id=2)
+    for row, m in zip(rows, mask.tolist(), strict=True):
+        real = row.index(2) + 1 if 2 in row else 5
+        assert m == [True] * real + [False] * (5 - real)
+
+
+def test_backbone_is_the_trunk(tiny_model):
+    model = GPT2LMHeadModel.from_pretrained(tiny_model)
+    assert backbone_of(model) is model.transformer
+    assert backbone_of(model.transformer) is model.transformer
+
+
+@pytest.mark.parametrize("pad", [pad_left, pad_right])
+def test_hidden_states_do_not_depend_on_padding(tiny_model, pad):
+    trunk = GPT2LMHeadModel.from_pretrained(tiny_model).eval().transformer
+    rows = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
+    tokens, mask = pad([*rows, list(range(20, 33))], 0)
+    with torch.no_grad():
+        states = hidden_states(trunk, tokens, mask)
+        for row, s, m in zip(rows, states, mask, strict=False):
+            alone = trunk(input_ids=torch.tensor([row])).last_hidden_state[0]
+            torch.testing.assert_close(s[m], alone, atol=1e-5, rtol=1e-5)

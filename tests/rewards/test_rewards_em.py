@@ -1,0 +1,283 @@
+"""EM on a reward model: planted users of the embedded world, and what training may not read."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_expit, logsumexp
+from transformers import AutoModelForSequenceClassification
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences import PreferenceDataset, World, encode
+from torchrl_maxmin.preferences.world import sample_reviews
+from torchrl_maxmin.rewards import RewardMixture, fit_mixture
+from torchrl_maxmin.rewards.em import _converged, _repair_empty_groups
+
+USERS, PAIRS = 20, 18
+SETTINGS = {
+    "num_groups": 2,
+    "num_rounds": 2,
+    "steps_per_round": 6,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "head_learning_rate": 1e-3,
+    "num_restarts": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Twenty users, six of them for few words and the rest for praise, hardly any noise."""
+    import datasets
+
+    world = World("planted", (0.7, 0.3), sentiment_scale=4.0, tau=8.0, utility_std=(0.4, 0.5))
+    groups = world.assign_users(USERS, seed=0)
+    owner = np.repeat(np.arange(USERS), PAIRS)
+    reviews = [" ".join(r).split(" ", 2) for r in sample_reviews(2 * len(owner), seed=0)]
+    first, second = reviews[: len(owner)], reviews[len(owner) :]
+    yes = world.label([" ".join(r) for r in first], [" ".join(r) for r in second], groups[owner], seed=1)
+    rows = [
+        {
+            "prompt": "",
+            "chosen": " ".join(a if y else b),
+            "rejected": " ".join(b if y else a),
+            "user_id": f"u{u}",
+            "group": world.group_names[groups[u]],
+        }
+        for a, b, y, u in zip(first, second, yes, owner, strict=True)
+    ]
+    return PreferenceDataset.load(datasets.Dataset.from_list(rows))
+
+
+@pytest.fixture(scope="module")
+def parts(data):
+    return data.split_heldout(0.2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def fit(parts, tiny_model):
+    train, heldout = parts
+    return fit_mixture(train, tiny_model, heldout=heldout, **SETTINGS)
+
+
+def plain_margins(model, data):
+    """Margins [P, K] by the Hugging Face classifier, one unpadded text at a time."""
+    head = model.model
+
+    def score(prompt, text):
+        ids = torch.tensor([encode(model.tokenizer, prompt, text)])
+        return head.score(head.transformer(input_ids=ids).last_hidden_state[0, -1])
+
+    with torch.no_grad():
+        rows = zip(data.prompts, data.chosen, data.rejected, strict=True)
+        return torch.stack([score(p, c) - score(p, r) for p, c, r in rows]).double().numpy()
+
+
+def test_planted_users_are_placed(fit, parts):
+    truth = np.array([name == "conciseness" for name in parts[0].groups])
+    found = fit.responsibilities_matrix.argmax(-1).numpy()  # sorted by size: 0 is the majority
+    assert np.mean([(found[truth == g] == g).mean() for g in (0, 1)]) >= 0.95
+
+
+def test_groups_are_sorted_and_rows_sum_to_one(fit):
+    r = fit.responsibilities_matrix
+    assert r.shape == (USERS, 2)
+    torch.testing.assert_close(r.sum(-1), torch.ones(USERS))
+    mass = r.sum(0)
+    assert mass[0] > mass[1]
+    torch.testing.assert_close(fit.log_prior.exp(), (mass + 0.5) / (USERS + 1))
+    assert torch.equal(fit.model.log_prior, fit.log_prior)
+    assert fit.responsibilities == dict(zip(fit.user_ids, r.tolist(), strict=True))
+
+
+def test_responsibilities_are_bayes_rule_on_the_returned_heads(fit, parts):
+    """The heads were sorted together with the groups."""
+    margins = log_expit(plain_margins(fit.model, parts[0]))
+    sums = np.add.reduceat(margins, parts[0].user_offsets[:-1].numpy())
+    # the E-step used the mixing weights of the round before: take any prior, the ranking is clear
+    joint = sums + fit.log_prior.double().numpy()
+    assert (joint.argmax(-1) == fit.responsibilities_matrix.argmax(-1).numpy()).mean() >= 0.95
+
+
+def test_history(fit):
+    assert len(fit.history) == 2
+    for index, record in enumerate(fit.history):
+        assert set(record) == {
+            "round",
+            "loss",
+            "em/log_likelihood",
+            "em/responsibility_entropy",
+            "em/users_changed",
+            "em/repaired_groups",
+            "em/cluster_mass/0",
+            "em/cluster_mass/1",
+        }
+        assert record["round"] == index
+        assert record["em/cluster_mass/0"] + record["em/cluster_mass/1"] == pytest.approx(USERS, rel=1e-5)
+        assert 0 <= record["em/responsibility_entropy"] <= math.log(2) + 1e-6
+        assert -5 < record["em/log_likelihood"] < 0
+    assert fit.history[-1]["em/log_likelihood"] > fit.history[0]["em/log_likelihood"]
+
+
+def test_heldout_figures_against_plain_sums(fit, parts):
+    heldout = parts[1]
+    margins = plain_margins(fit.model, heldout)
+    known = np.array([fit.responsibilities[u] for u in heldout.user_ids])
+    total, right = 0.0, {0: [], 1: []}
+    for u, (a, b) in enumerate(zip(heldout.user_offsets[:-1], heldout.user_offsets[1:], strict=True)):
+        total += logsumexp(log_expit(margins[a:b]).sum(0), b=known[u])
+        right[known[u].argmax()].extend(margins[a:b, known[u].argmax()] > 0)
+    assert fit.heldout["pairs"] == len(heldout)
+    assert fit.heldout["log_likelihood"] == pytest.approx(total / len(heldout), rel=1e-4)
+    assert fit.heldout["head_accuracy"] == pytest.approx([np.mean(right[0]), np.mean(right[1])])
+
+
+def test_report(fit):
+    report = fit.report()
+    assert report.startswith(f"{USERS} users in 2 group(s)\n  group 0: ")
+    counts = fit.responsibilities_matrix.argmax(-1).bincount(minlength=2).tolist()
+    for k, count in enumerate(counts):
+        assert f"group {k}: {count} users, mixing weight {fit.log_prior[k].exp():.3f}, held-out accuracy" in report
+
+
+@pytest.mark.parametrize("case", ["absent", "shuffled"])
+def test_true_groups_are_never_read(fit, parts, tiny_model, case):
+    """Same seed, so the fit is bit-equal; this is the test of determinism too."""
+    groups = None if case == "absent" else [f"z{i % 3}" for i in range(USERS)]
+    torch.manual_seed(12345)
+    torch.rand(7)
+    hidden = [dataclasses.replace(part, groups=groups) for part in parts]
+    other = fit_mixture(hidden[0], tiny_model, heldout=hidden[1], **SETTINGS)
+    assert torch.equal(other.responsibilities_matrix, fit.responsibilities_matrix)
+    assert other.history == fit.history
+    assert other.heldout == fit.heldout
+    for name, value in fit.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], value), name
+
+
+def test_another_seed_gives_another_fit(fit, parts, tiny_model):
+    other = fit_mixture(parts[0], tiny_model, **(SETTINGS | {"num_rounds": 1}), seed=1)
+    assert not torch.equal(other.model.model.score.weight, fit.model.model.score.weight)
+    assert other.heldout == {}
+
+
+def test_hard_assignment_is_one_hot(parts, tiny_model):
+    fit = fit_mixture(parts[0], tiny_model, assignment="hard", **(SETTINGS | {"num_rounds": 1}))
+    assert set(fit.responsibilities_matrix.flatten().tolist()) == {0.0, 1.0}
+    assert (fit.responsibilities_matrix.sum(-1) == 1).all()
+    assert fit.history[0]["em/responsibility_entropy"] == 0
+
+
+def test_one_group_is_the_plain_bradley_terry_loss(parts, tiny_model):
+    """With learning rates of 0 the loss is that of the first heads, on all pairs at once."""
+    train = parts[0]
+    frozen = {"learning_rate": 0.0, "head_learning_rate": 0.0, "batch_size": len(train), "num_rounds": 1}
+    fit = fit_mixture(train, tiny_model, num_groups=1, steps_per_round=1, **frozen)
+    assert (fit.responsibilities_matrix == 1).all()
+    margins = plain_margins(fit.model, train)
+    loss = -log_expit(margins).mean()
+    assert fit.history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert fit.history[0]["em/log_likelihood"] == pytest.approx(-loss, rel=1e-4)
+
+
+def test_one_group_trains_like_a_plain_bradley_terry_loop(parts, tiny_model):
+    train = parts[0]
+    rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "reward_l2": 0.0, "weight_decay": 0.0}
+    fit = fit_mixture(
+        train, tiny_model, num_groups=1, num_rounds=1, steps_per_round=3, batch_size=len(train), **rates
+    )
+    start = fit_mixture(
+        train, tiny_model, num_groups=1, num_rounds=1, steps_per_round=1, batch_size=4,
+        learning_rate=0.0, head_learning_rate=0.0,
+    ).model  # fmt: skip
+    model = start.model
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in model.named_parameters() if n != "score.weight"], "lr": 1e-3},
+            {"params": [model.score.weight], "lr": 1e-2},
+        ],
+        weight_decay=0.0,
+    )
+    rates_by_group = [group["lr"] for group in optimizer.param_groups]
+    pad = start.tokenizer.pad_token_id
+    rows = [
+        encode(start.tokenizer, p, t)
+        for side in (train.chosen, train.rejected)
+        for p, t in zip(train.prompts, side, strict=True)
+    ]
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+    for step in range(3):  # one step of warm-up, then half a cosine
+        factor = [1.0, 1.0, 0.5 * (1 + math.cos(math.pi / 2))][step]
+        for group, rate in zip(optimizer.param_groups, rates_by_group, strict=True):
+            group["lr"] = rate * factor
+        chosen, rejected = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).chunk(2)
+        optimizer.zero_grad()
+        torch.nn.functional.softplus(rejected - chosen).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        found = fit.model.model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_auto_chooses_two_and_says_so(parts, tiny_model):
+    few = {"num_rounds": 1, "steps_per_round": 1, "num_restarts": 1, "num_groups": "auto", "max_groups": 2}
+    fit = fit_mixture(parts[0], tiny_model, **(SETTINGS | few))
+    assert fit.choice.num_groups == fit.model.num_groups == 2
+    assert "K=2 by the likelihood of left-out users (K=1: " in fit.report()
+
+
+def test_the_fitted_folder_is_a_classifier(fit, tmp_path):
+    fit.model.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(plain.score.weight, fit.model.model.score.weight)
+    torch.testing.assert_close(RewardMixture.from_pretrained(tmp_path).log_prior, fit.log_prior)
+
+
+def test_empty_groups_get_the_users_that_are_explained_worst(tiny_model):
+    torch.manual_seed(0)
+    mixture = RewardMixture.from_causal_lm(tiny_model, 3)
+    before = mixture.model.score.weight.detach().clone()
+    r = torch.tensor([[0.98, 0.01, 0.01]] * 3 + [[0.01, 0.98, 0.01]] * 6)
+    offsets = torch.tensor([0, 1, 3, 5, 7, 9, 11, 13, 15, 17])
+    # a pair at a time: users 0, 4 and 8 are explained worst, user 0 with a single pair
+    user_ll = torch.tensor([-0.9, -0.2, -0.2, -0.2, -1.6, -0.2, -0.2, -0.2, -1.7])
+    repaired, empty = _repair_empty_groups(mixture, r, user_ll, offsets)
+    assert empty == [2]
+    for u in range(9):
+        expected = [0.0, 0.0, 1.0] if u in (0, 4, 8) else r[u].tolist()
+        assert repaired[u].tolist() == pytest.approx(expected)
+    after = mixture.model.score.weight.detach()
+    assert torch.equal(after[:2], before[:2])
+    gap = (after[2] - before[1]).norm() / before[1].norm()  # near the largest group's head, not the same
+    assert 0 < gap < 0.3
+
+    full = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    same, none = _repair_empty_groups(mixture, full, torch.zeros(3), torch.arange(4))
+    assert torch.equal(same, full)
+    assert none == []
+
+
+def test_convergence_needs_a_stable_partition_and_likelihood():
+    def record(ll, changed=0, repaired=()):
+        return {"em/log_likelihood": ll, "em/users_changed": changed, "em/repaired_groups": list(repaired)}
+
+    assert not _converged([record(-0.5)], 1e-3)
+    assert _converged([record(-0.5), record(-0.4995)], 1e-3)
+    assert not _converged([record(-0.5), record(-0.49)], 1e-3)
+    assert not _converged([record(-0.5), record(-0.5, changed=1)], 1e-3)
+    assert not _converged([record(-0.5), record(-0.5, repaired=[1])], 1e-3)
+
+
+def test_mistakes(parts, tiny_model):
+    with pytest.raises(ValueError, match="'soft' or 'hard'"):
+        fit_mixture(parts[0], tiny_model, assignment="medium")
+    with pytest.raises(UserError, match=f"{USERS + 1} is more than the {USERS} users"):
+        fit_mixture(parts[0], tiny_model, num_groups=USERS + 1)
+    with pytest.raises(UserError, match="no model at"):
+        fit_mixture(parts[0], "no/such-model", num_groups=1)

@@ -1,0 +1,64 @@
+"""What the README tells a reader to run is run, word for word."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchrl_maxmin.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+TINY_RECIPE = """
+world: {num_texts: 200, num_prompts: 80, num_test_prompts: 12}
+sft: {max_steps: 4, per_device_train_batch_size: 16, learning_rate: 5.0e-3, max_length: 64}
+reward: {num_rounds: 2, steps_per_round: 3, per_device_train_batch_size: 16, learning_rate: 1.0e-3, max_length: 64}
+ppo: {num_iterations: 2, rollout_batch_size: 16, num_ppo_epochs: 1, mini_batch_size: 8, learning_rate: 1.0e-3,
+      calibration_prompts: 16, response_length: 24, max_prompt_length: 16}
+evaluate: {num_samples: 2, response_length: 24, max_prompt_length: 16, certificate_prompts: 4, certificate_samples: 8}
+"""
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1][:30])
+def test_python_block_runs(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_first_block_names_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = blocks("bash")[0].split("\n")[:-1]
+    assert commands == ["make demo", "make test"]
+    for command in commands:
+        assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE)
+
+
+def test_by_hand_block_runs_after_a_demo(tmp_path, monkeypatch):
+    """The demo's own files, at a small size, then every line of the block in a shell."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(TINY_RECIPE)
+    arguments = ["--recipe", "recipe.yaml", "--num_users", "24", "--pairs_per_user", "6", "--num_groups", "2"]
+    assert main(["demo", *arguments, "--policies", "single", "maxmin"]) == 0
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = "set -euo pipefail\n" + blocks("bash")[1]
+    run = subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "group" not in (tmp_path / "pairs.jsonl").read_text()
+    by_hand = (tmp_path / "mine/maxmin/model.safetensors").read_bytes()
+    assert by_hand == (tmp_path / "runs/demo/seed-0/maxmin/model.safetensors").read_bytes()
+    assert (tmp_path / "mine/results/report.md").is_file()
+    assert (tmp_path / "mine/results/figures/win_rates.png").is_file()
+
+
+@pytest.mark.parametrize("target", re.findall(r"make ([a-z-]+)", README))
+def test_every_make_target_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
