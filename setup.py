@@ -13,7 +13,7 @@ LINT = ["ruff>=0.9", "mypy>=1.13", "pre-commit>=4"]
 
 setup(
     package_dir={"maxmin_kernels": "kernels/maxmin_kernels"},
-    packages=["maxmin_kernels", *find_packages(include=["torchrl_maxmin", "torchrl_maxmin.*"])],
+    packages=[*find_packages("kernels"), *find_packages(include=["torchrl_maxmin", "torchrl_maxmin.*"])],
     package_data={
         "maxmin_kernels": ["py.typed"],
         "torchrl_maxmin": ["py.typed", "cli/configs/*.yaml"],

@@ -1,12 +1,11 @@
 """Fused operators for max-min preference learning; torch and triton only.
 
-========================= ==============================================================================
-:func:`reward_heads_min`  rewards of K linear heads with their minimum, argmin and soft minimum
-:func:`min_over_heads`    the same for rewards that are given
-:func:`em_responsibilities` E-step of a Bradley-Terry mixture over users; :func:`plan_users` once per data set
-:func:`vector_gae`        generalised advantage estimation with a vector reward
-:func:`token_log_probs`   log-probability and entropy from hidden states, never the full logits
-========================= ==============================================================================
+* :func:`reward_heads_min`: rewards of K linear heads with their minimum, argmin and soft minimum;
+  :func:`min_over_heads` the same for rewards that are given.
+* :func:`em_responsibilities`: E-step of a Bradley-Terry mixture over users, with
+  :func:`plan_users` once per data set.
+* :func:`vector_gae`: generalised advantage estimation with a vector reward.
+* :func:`token_log_probs`: log-probability and entropy from hidden states, never the full logits.
 
 Every function works on CPU (PyTorch) and CUDA (Triton), under ``torch.compile(fullgraph=True)`` and
 ``torch.vmap``, takes float32, bfloat16 and float16 and returns float32; float64 is kept and computed in

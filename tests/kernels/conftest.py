@@ -12,3 +12,12 @@ def poisoned_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def no_compile_cache():
+    """Compile anew: the key of PyTorch's graph cache does not hold an operator's schema or backward."""
+    from torch._inductor import config
+
+    with config.patch(force_disable_caches=True):
+        yield

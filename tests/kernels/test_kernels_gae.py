@@ -153,6 +153,7 @@ def test_opcheck(shape):
         torch.library.opcheck(torch.ops.maxmin.vector_gae.default, (*inputs, mask, 0.9, 0.8))
 
 
+@pytest.mark.usefixtures("no_compile_cache")
 def test_compile_in_one_dynamic_graph():
     def call(*inputs):
         advantage, target = vector_gae(*inputs, gamma=0.9, lmbda=0.8)

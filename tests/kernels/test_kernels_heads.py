@@ -240,6 +240,7 @@ def test_opcheck(rows):
     torch.library.opcheck(backward, (rewards.detach(), argmin, None, grad, grad, 0.5))
 
 
+@pytest.mark.usefixtures("no_compile_cache")
 def test_compile_in_one_dynamic_graph():
     def loss(hidden, weight, bias):
         _, minimum, _, softmin = reward_heads_min(hidden, weight, bias)

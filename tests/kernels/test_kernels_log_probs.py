@@ -242,6 +242,7 @@ def test_opcheck(rows, entropy):
     torch.library.opcheck(backward, (*plain, *vectors, 0.7, 4, True, entropy))
 
 
+@pytest.mark.usefixtures("no_compile_cache")
 def test_compile_in_one_dynamic_graph():
     def loss(hidden, lm_head, targets):
         log_probs, entropy = token_log_probs(hidden, lm_head, targets, temperature=0.7, entropy=True)

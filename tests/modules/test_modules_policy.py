@@ -20,7 +20,11 @@ ACTIONS = [[30, 31, EOS], [40, PAD, PAD, 41, EOS], [50, 51, 52, 53, 54]]
 
 def make_policy(folder, temperature=1.0, width=5):
     return TokenPolicy(
-        load_causal_lm(folder), eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=width, temperature=temperature
+        load_causal_lm(folder),
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        max_new_tokens=width,
+        temperature=temperature,
     )
 
 
@@ -81,7 +85,9 @@ def test_scores_do_not_depend_on_padding_or_batch(tiny_model):
             alone = make_batch(PROMPTS[i : i + 1], ACTIONS[i : i + 1])
             size = len(ACTIONS[i])
             torch.testing.assert_close(policy.log_prob(alone)[0], expected[i, :size], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(critic(alone)["state_value"][0], values[i, :size], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                critic(alone)["state_value"][0], values[i, :size], atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -92,7 +98,9 @@ def test_rollout_log_probs_are_those_of_training_and_of_plain_transformers(tiny_
     batch = policy(TensorDict({"prompt_tokens": tokens, "prompt_mask": mask}, [len(tokens)]))
     action, action_mask = batch["action"], batch["action_mask"]
     assert action.shape == action_mask.shape == batch["sample_log_prob"].shape == (180, 12)
-    scored = TokenScorer(policy)(batch.select("prompt_tokens", "prompt_mask", "action", "action_mask").clone())
+    scored = TokenScorer(policy)(
+        batch.select("prompt_tokens", "prompt_mask", "action", "action_mask").clone()
+    )
     torch.testing.assert_close(scored["log_prob"].detach(), batch["sample_log_prob"], atol=1e-6, rtol=0)
     for i in range(30):
         row = action[i][action_mask[i]].tolist()
@@ -114,9 +122,11 @@ def test_rollout_log_probs_are_those_of_training_and_of_plain_transformers(tiny_
 
 
 def first_token_statistics(policy, temperature):
-    """Sampled first tokens against the exact distribution: z-score of the log-probability, total variation."""
+    """Sampled first tokens against the exact distribution: z-score of the surprise, total variation."""
     tokens = torch.tensor([[BOS, 10]]).expand(3000, 2)
-    batch = policy(TensorDict({"prompt_tokens": tokens, "prompt_mask": torch.ones_like(tokens).bool()}, [3000]))
+    batch = policy(
+        TensorDict({"prompt_tokens": tokens, "prompt_mask": torch.ones_like(tokens).bool()}, [3000])
+    )
     with torch.no_grad():
         exact = (policy.model(input_ids=tokens[:1]).logits[0, -1] / temperature).softmax(-1)
     information = -exact.log()
@@ -130,7 +140,13 @@ def first_token_statistics(policy, temperature):
 @pytest.mark.parametrize("source", ["folder", "model"])
 def test_generation_config_of_a_model_does_not_leak_into_sampling(make_model, source):
     folder = make_model(f"opinionated_{source}")
-    opinions = {"do_sample": True, "top_k": 3, "temperature": 0.2, "repetition_penalty": 4.0, "min_new_tokens": 3}
+    opinions = {
+        "do_sample": True,
+        "top_k": 3,
+        "temperature": 0.2,
+        "repetition_penalty": 4.0,
+        "min_new_tokens": 3,
+    }
     GenerationConfig(**opinions, bos_token_id=BOS, eos_token_id=EOS).save_pretrained(folder)
     model = load_causal_lm(folder) if source == "folder" else GPT2LMHeadModel.from_pretrained(folder).eval()
     policy = TokenPolicy(model, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=2, temperature=0.7)
@@ -268,7 +284,7 @@ def test_ensure_pad_token_needs_an_eos(tiny_model):
 def test_missing_models(tmp_path):
     from torchrl_maxmin.errors import UserError
 
-    with pytest.raises(UserError, match="folder without config.json"):
+    with pytest.raises(UserError, match=r"folder without config.json"):
         load_causal_lm(str(tmp_path))
     with pytest.raises(UserError, match="no model at 'no/such-model'"):
         load_causal_lm("no/such-model")

@@ -15,7 +15,9 @@ from torchrl_maxmin.preferences.dataset import USER_ALIASES
 
 ROWS = [
     {"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}", "user_id": user, "group": group}
-    for i, (user, group) in enumerate([("b", "y"), ("a", "x"), ("b", "y"), ("c", "x"), ("a", "x"), ("b", "y")])
+    for i, (user, group) in enumerate(
+        [("b", "y"), ("a", "x"), ("b", "y"), ("c", "x"), ("a", "x"), ("b", "y")]
+    )
 ]
 
 
@@ -120,8 +122,16 @@ def replaced(i, **cells):
         (replaced(2, user_id=""), {}, "row 2: no user id in column 'user_id'"),
         (replaced(2, user_id=None), {}, "row 2: no user id in column 'user_id'"),
         (replaced(4, prompt=None), {}, "row 4: column 'prompt' holds NoneType, not text"),
-        ([{**row, "user_id": float(i) if i else float("nan")} for i, row in enumerate(ROWS)], {}, "row 0: no user id"),
-        ([{**row, "chosen": [{"role": "user", "content": "x"}]} for row in ROWS], {}, "row 0: .*list.*chat template"),
+        (
+            [{**row, "user_id": float(i) if i else float("nan")} for i, row in enumerate(ROWS)],
+            {},
+            "row 0: no user id",
+        ),
+        (
+            [{**row, "chosen": [{"role": "user", "content": "x"}]} for row in ROWS],
+            {},
+            "row 0: .*list.*chat template",
+        ),
         ([{**row, "rejected": 1} for row in ROWS], {}, "row 0: column 'rejected' holds int"),
         ([], {}, "no rows"),
     ],
@@ -148,11 +158,13 @@ def test_unreadable_files(tmp_path, name, content, message):
 
 
 def test_missing_file_and_split(tmp_path):
-    with pytest.raises(UserError, match="cannot read data from 'no/where.jsonl'"):
+    with pytest.raises(UserError, match=r"cannot read data from 'no/where.jsonl'"):
         PreferenceDataset.load("no/where.jsonl")
     with pytest.raises(UserError, match=r"no split 'test'.*train"):
         PreferenceDataset.load(write(tmp_path, "dict"), split="test")
-    both = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2]))
+    both = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2])
+    )
     assert len(load_table(both, "test")) == 2
 
 
@@ -227,12 +239,12 @@ def test_require_users():
         data.require_users(4)
     lone = from_rows(ROWS[:1])
     lone.require_users(1)
-    with pytest.raises(UserError, match="one user.*--num_groups 1"):
+    with pytest.raises(UserError, match=r"one user.*--num_groups 1"):
         lone.require_users(2)
 
 
 def test_encode_keeps_the_end(tokenizer):
-    words = "the film was great".split()
+    words = ["the", "film", "was", "great"]
     ids = encode(tokenizer, "the film", "was great")
     expected = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(words), tokenizer.eos_token_id]
     assert ids == expected

@@ -51,7 +51,9 @@ def test_labels_are_bradley_terry():
         assert abs(no.mean() - (1 - chance)) < 4 * math.sqrt(chance * (1 - chance) / n)
 
 
-@pytest.mark.parametrize(("name", "users", "minority"), [("10:1", 330, 30), ("80:20", 300, 60), ("10:1", 3, 1)])
+@pytest.mark.parametrize(
+    ("name", "users", "minority"), [("10:1", 330, 30), ("80:20", 300, 60), ("10:1", 3, 1)]
+)
 def test_shares_are_exact_and_users_shuffled(name, users, minority):
     world = World.preset(name)
     groups = world.assign_users(users, seed=0)
@@ -100,7 +102,9 @@ def test_tokenizer_round_trip(tiny_model):
     assert ids[0] == tokenizer.bos_token_id
     assert len(ids) == 1 + len(text.split())
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert tokenizer("great", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("great")]
+    assert tokenizer("great", add_special_tokens=False).input_ids == [
+        tokenizer.convert_tokens_to_ids("great")
+    ]
     assert tokenizer("xylophone").input_ids == [tokenizer.bos_token_id, tokenizer.unk_token_id]
     special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
     assert len(set(special)) == 4
@@ -116,7 +120,13 @@ def written(tmp_path_factory, tiny_model):
         folder = tmp_path_factory.mktemp(name)
         write_world(folder, seed=5, num_texts=60, num_prompts=30, num_test_prompts=15)
         world = write_preferences(
-            folder, World.preset("80:20"), tiny_model, 5, num_users=10, pairs_per_user=4, test_pairs_per_user=2
+            folder,
+            World.preset("80:20"),
+            tiny_model,
+            5,
+            num_users=10,
+            pairs_per_user=4,
+            test_pairs_per_user=2,
         )
         folders.append((folder, world))
     return folders
@@ -130,7 +140,9 @@ def test_world_files_are_deterministic(written):
     (one, world), (two, again) = written
     assert world == again == World.load(one / "world.json")
     names = sorted(p.name for p in one.iterdir() if p.is_file())
-    assert {"sft.jsonl", "prompts.jsonl", "prompts_test.jsonl", "preferences.jsonl", "world.json"} <= set(names)
+    assert {"sft.jsonl", "prompts.jsonl", "prompts_test.jsonl", "preferences.jsonl", "world.json"} <= set(
+        names
+    )
     for name in names:
         assert (one / name).read_text() == (two / name).read_text(), name
     weights = "base_model/model.safetensors"
@@ -162,7 +174,9 @@ def test_preferences_have_the_promised_users_and_truth(written):
 def test_written_labels_agree_with_the_utilities_of_the_labeller(tmp_path, tiny_model):
     write_world(tmp_path, seed=1, num_texts=5, num_prompts=30, num_test_prompts=5)
     sharp = World("sharp", (0.5, 0.5), 4.0, tau=100.0)
-    world = write_preferences(tmp_path, sharp, tiny_model, 1, num_users=6, pairs_per_user=10, test_pairs_per_user=0)
+    world = write_preferences(
+        tmp_path, sharp, tiny_model, 1, num_users=6, pairs_per_user=10, test_pairs_per_user=0
+    )
     data = PreferenceDataset.load(tmp_path / "preferences.jsonl")
     group = np.array([world.group_names.index(data.groups[u]) for u in data.row_users])
     gap = (world(data.prompts, data.chosen) - world(data.prompts, data.rejected))[np.arange(len(data)), group]

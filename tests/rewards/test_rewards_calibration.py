@@ -48,10 +48,12 @@ def test_offsets_of_every_prompt_leave_the_scale_but_not_a_pooled_one():
 def test_sft_std_gives_zero_mean_and_unit_within_prompt_deviation():
     raw = samples(prompts=40, n=4) + 3 * torch.randn(40, 1, 3)
     calibrated = Calibration.fit(raw).apply(raw).double()
-    torch.testing.assert_close(calibrated.mean((0, 1)), torch.zeros(3, dtype=torch.float64), atol=1e-5, rtol=0)
-    within = sum(
-        ((row - row.mean(0)) ** 2).sum(0) / 3 for row in calibrated
-    ) / 40  # unbiased variance of each prompt's four samples, averaged
+    torch.testing.assert_close(
+        calibrated.mean((0, 1)), torch.zeros(3, dtype=torch.float64), atol=1e-5, rtol=0
+    )
+    within = (
+        sum(((row - row.mean(0)) ** 2).sum(0) / 3 for row in calibrated) / 40
+    )  # unbiased variance of each prompt's four samples, averaged
     torch.testing.assert_close(within, torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ from scipy.special import log_expit, logsumexp
 from transformers import AutoModelForSequenceClassification
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences import PreferenceDataset, World, encode
+from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.preferences.world import sample_reviews
 from torchrl_maxmin.rewards import RewardMixture, fit_mixture
 from torchrl_maxmin.rewards.em import _converged, _repair_empty_groups
@@ -19,35 +19,31 @@ USERS, PAIRS = 20, 18
 SETTINGS = {
     "num_groups": 2,
     "num_rounds": 2,
-    "steps_per_round": 6,
+    "steps_per_round": 20,
     "batch_size": 32,
-    "learning_rate": 1e-3,
-    "head_learning_rate": 1e-3,
+    "learning_rate": 2e-3,
+    "head_learning_rate": 1e-2,
     "num_restarts": 2,
 }
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Twenty users, six of them for few words and the rest for praise, hardly any noise."""
+    """Twenty users: fourteen pick the longer of two reviews, six the shorter; one pick in twenty is wrong."""
     import datasets
 
-    world = World("planted", (0.7, 0.3), sentiment_scale=4.0, tau=8.0, utility_std=(0.4, 0.5))
-    groups = world.assign_users(USERS, seed=0)
-    owner = np.repeat(np.arange(USERS), PAIRS)
-    reviews = [" ".join(r).split(" ", 2) for r in sample_reviews(2 * len(owner), seed=0)]
-    first, second = reviews[: len(owner)], reviews[len(owner) :]
-    yes = world.label([" ".join(r) for r in first], [" ".join(r) for r in second], groups[owner], seed=1)
-    rows = [
-        {
-            "prompt": "",
-            "chosen": " ".join(a if y else b),
-            "rejected": " ".join(b if y else a),
-            "user_id": f"u{u}",
-            "group": world.group_names[groups[u]],
-        }
-        for a, b, y, u in zip(first, second, yes, owner, strict=True)
-    ]
+    rng = np.random.default_rng(0)
+    short = rng.permutation(USERS) < 6
+    rows = []
+    for i, (prompt, rest) in enumerate(sample_reviews(USERS * PAIRS, seed=0)):
+        words, user = f"{prompt} {rest}".split(), i // PAIRS
+        longer, shorter = " ".join(words), " ".join(words[: len(words) // 2])
+        flip = short[user] ^ (rng.random() < 0.05)
+        chosen, rejected = (shorter, longer) if flip else (longer, shorter)
+        group = "conciseness" if short[user] else "length"
+        rows.append(
+            {"prompt": "", "chosen": chosen, "rejected": rejected, "user_id": f"u{user}", "group": group}
+        )
     return PreferenceDataset.load(datasets.Dataset.from_list(rows))
 
 
@@ -139,7 +135,10 @@ def test_report(fit):
     assert report.startswith(f"{USERS} users in 2 group(s)\n  group 0: ")
     counts = fit.responsibilities_matrix.argmax(-1).bincount(minlength=2).tolist()
     for k, count in enumerate(counts):
-        assert f"group {k}: {count} users, mixing weight {fit.log_prior[k].exp():.3f}, held-out accuracy" in report
+        assert (
+            f"group {k}: {count} users, mixing weight {fit.log_prior[k].exp():.3f}, held-out accuracy"
+            in report
+        )
 
 
 @pytest.mark.parametrize("case", ["absent", "shuffled"])

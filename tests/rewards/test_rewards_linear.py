@@ -75,7 +75,14 @@ def test_soft_em_never_lowers_its_likelihood():
     values = []
     for rounds in range(1, 13):  # the same start and steps: each run is a prefix of the next
         fitted = fit_linear_mixture(
-            x, offsets, 2, num_restarts=1, num_rounds=rounds, steps_per_round=60, l2=0.0, generator=generator(3)
+            x,
+            offsets,
+            2,
+            num_restarts=1,
+            num_rounds=rounds,
+            steps_per_round=60,
+            l2=0.0,
+            generator=generator(3),
         )
         # as the first E-step of the next round sees it
         values.append(fitted.log_likelihood + fitted.log_prior.mean().item())
@@ -144,7 +151,7 @@ def test_mixing_weights_have_one_pseudo_user():
 @pytest.mark.parametrize(("shares", "expected"), [((30,), 1), ((15, 15), 2)])
 def test_select_num_groups(shares, expected):
     x, offsets, _ = planted(shares, seed=3)
-    choice = select_num_groups(x, offsets, max_groups=3, num_folds=3, num_restarts=2, num_rounds=25)
+    choice = select_num_groups(x, offsets, max_groups=3, num_folds=3, num_restarts=2)
     assert choice.num_groups == expected
     assert list(choice.heldout_log_likelihood) == [1, 2, 3]
     best = max(choice.heldout_log_likelihood, key=choice.heldout_log_likelihood.get)

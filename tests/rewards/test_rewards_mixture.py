@@ -15,7 +15,13 @@ from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_
 from torchrl_maxmin.welfare import HardMin
 
 PROMPTS = ["the film", "we loved", "it was really", "the", "i"]
-COMPLETIONS = ["was great .", "the long story and its music", "awful", "", "watched it at home twice with my sister"]
+COMPLETIONS = [
+    "was great .",
+    "the long story and its music",
+    "awful",
+    "",
+    "watched it at home twice with my sister",
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,9 @@ def test_score_is_read_at_the_last_real_token_on_either_side_of_padding(mixture)
     with torch.no_grad():
         alone = torch.cat(
             [
-                mixture.model.score(mixture.model.transformer(input_ids=torch.tensor([r])).last_hidden_state[:, -1])
+                mixture.model.score(
+                    mixture.model.transformer(input_ids=torch.tensor([r])).last_hidden_state[:, -1]
+                )
                 for r in rows
             ]
         )
@@ -115,7 +123,9 @@ def test_scores_do_not_depend_on_batch_or_order(mixture, batch_size):
 def test_calibrated_scores(mixture):
     raw = mixture.score(PROMPTS, COMPLETIONS)
     for method in ("sft_std", "win_rate"):
-        other = RewardMixture(mixture.model, mixture.tokenizer, calibration=Calibration.fit(torch.randn(9, 3, 3), method))
+        other = RewardMixture(
+            mixture.model, mixture.tokenizer, calibration=Calibration.fit(torch.randn(9, 3, 3), method)
+        )
         scores = other.score(PROMPTS, COMPLETIONS, calibrated=True)
         torch.testing.assert_close(scores, other.calibration.apply(raw), atol=1e-6, rtol=1e-6)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
+from torchrl_maxmin.cli.histories import training_histories
+from torchrl_maxmin.cli.parsing import config_from_mapping
 from torchrl_maxmin.cli.stages import Task, run_tasks
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
@@ -21,7 +23,7 @@ from torchrl_maxmin.progress import console
 from torchrl_maxmin.trainers.ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import RewardConfig, run_reward
-from torchrl_maxmin.trainers.run import prepare_output_dir, read_metrics, resolve_device, write_config
+from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, write_config
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 
 __all__ = ["DemoConfig", "run_demo"]
@@ -43,7 +45,8 @@ class DemoConfig:
         policies: what is trained; single, maxmin, and oracle (MaxMin on the true utilities, a
             yardstick that sees what no user of the method has).
         num_workers: processes; 0 takes two on a CPU and one on a GPU.
-        recipe: YAML with the stages' settings; the shipped one when left out.
+        recipe: YAML with the sections world, sft, reward, ppo and evaluate, each with flags of its stage;
+            what it leaves out is as shipped.
         device: cpu, cuda or auto.
     """
 
@@ -52,11 +55,58 @@ class DemoConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     num_users: int = 300
     pairs_per_user: int = 20
-    num_groups: str | int = "auto"
+    num_groups: int | str = "auto"
     policies: list[str] = field(default_factory=lambda: list(POLICIES))
     num_workers: int = 0
     recipe: str | None = None
     device: str = "auto"
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work."""
+        World.preset(self.world)
+        unknown = [name for name in self.policies if name not in POLICIES]
+        if unknown:
+            raise UserError(f"--policies knows {', '.join(POLICIES)}, not {unknown[0]!r}")
+        if len(set(self.policies)) < len(self.policies):
+            raise UserError("--policies names one twice")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UserError("--seeds takes one or more distinct numbers, none below 0")
+        if self.num_users < 2:
+            raise UserError("--num_users must be at least 2: one user has no groups")
+        if self.pairs_per_user < 1:
+            raise UserError("--pairs_per_user must be at least 1")
+        if self.num_workers < 0:
+            raise UserError("--num_workers must be at least 0")
+        if str(self.num_groups).isdigit() and int(self.num_groups) > self.num_users:
+            raise UserError(
+                f"--num_groups {self.num_groups} is more than --num_users {self.num_users}; "
+                f"give at most {self.num_users}"
+            )
+        missing = [name for name in ("transformers", "datasets") if find_spec(name) is None]
+        if missing:
+            raise UserError(f"the demo needs {missing[0]}: pip install 'torchrl-maxmin[llm]'")
+
+
+@dataclass
+class WorldSizes:
+    """How much of the embedded world a demo writes; the section ``world`` of a recipe.
+
+    Args:
+        num_texts: reviews that the reference policy is fine-tuned on.
+        num_prompts: prompts of preferences and of PPO.
+        num_test_prompts: held-out prompts of the evaluation, the same for every seed.
+        test_pairs_per_user: pairs a user that the reward model is only scored on.
+    """
+
+    num_texts: int = 16_000
+    num_prompts: int = 4_000
+    num_test_prompts: int = 512
+    test_pairs_per_user: int = 5
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for an empty world."""
+        if min(self.num_texts, self.num_prompts, self.num_test_prompts, self.test_pairs_per_user) < 1:
+            raise UserError("recipe, section world: every size must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -66,28 +116,27 @@ class _Prepare:
     seed: int
     num_users: int
     pairs_per_user: int
+    sizes: WorldSizes
     sft: SFTConfig
 
 
 def run_demo(config: DemoConfig) -> Path:
-    """Run all seeds and write ``summary.json``, ``report.md`` and plots; returns the folder."""
+    """Run all seeds and write ``summary.json``, ``report.md`` and plots; returns the folder.
+
+    Raises:
+        UserError: before any work, for settings, a recipe or a folder that cannot be used.
+    """
     start = time.perf_counter()
-    World.preset(config.world)
-    unknown = [name for name in config.policies if name not in POLICIES]
-    if unknown or not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise UserError(
-            f"--policies knows {', '.join(POLICIES)}, not {unknown[0]!r}" if unknown else "--seeds takes distinct numbers"
-        )
-    if config.num_users < 2:
-        raise UserError("--num_users must be at least 2: one user has no groups")
+    config.check()
     device = resolve_device(config.device)
     recipe = _read_recipe(config.recipe)
-    folder = prepare_output_dir(config.output_dir or _first_free(Path("runs/demo")))
-    write_config(folder, config)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    folder = Path(config.output_dir) if config.output_dir else _first_free(Path("runs/demo"))
     tasks: dict[str, Task] = {}
     for seed in config.seeds:
         tasks.update(_seed_tasks(config, recipe, folder, seed, str(device)))
+    prepare_output_dir(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    write_config(folder, replace(config, output_dir=str(folder), recipe=str(folder / "recipe.yaml")))
     workers = config.num_workers or (1 if device.type == "cuda" else 2)
     seconds = run_tasks(tasks, workers)
     _write_results(config, folder, seconds, start)
@@ -95,16 +144,35 @@ def run_demo(config: DemoConfig) -> Path:
 
 
 def _read_recipe(path: str | None) -> dict[str, dict[str, Any]]:
+    """The shipped recipe, with what the one at ``path`` says otherwise."""
+    shipped = yaml.safe_load((files("torchrl_maxmin") / "cli/configs/demo.yaml").read_text())
     if path is None:
-        return yaml.safe_load((files("torchrl_maxmin") / "cli/configs/demo.yaml").read_text())
+        return shipped
     if not Path(path).is_file():
         raise UserError(f"no recipe file {path!r}")
-    return yaml.safe_load(Path(path).read_text())
+    try:
+        given = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is no YAML: {error}") from error
+    if not isinstance(given, dict) or not all(isinstance(section, dict) for section in given.values()):
+        raise UserError(f"recipe {path} must hold sections ({', '.join(shipped)}) of key: value lines")
+    unknown = [str(name) for name in given if name not in shipped]
+    if unknown:
+        raise UserError(f"recipe {path} has a section {unknown[0]!r}; it may have {', '.join(shipped)}")
+    return {name: {**section, **given.get(name, {})} for name, section in shipped.items()}
+
+
+def _stage(config_class: type, recipe: dict[str, dict[str, Any]], section: str, **fixed: Any) -> Any:
+    """A stage's config from its section of the recipe and what the demo itself says."""
+    taken = [name for name in recipe[section] if name in fixed]
+    if taken:
+        raise UserError(f"recipe, section {section}: {taken[0]!r} is set by the demo; remove it")
+    return config_from_mapping(config_class, {**recipe[section], **fixed}, f"recipe, section {section}")
 
 
 def _first_free(folder: Path) -> Path:
     candidate, number = folder, 1
-    while candidate.exists() and any(candidate.iterdir()):
+    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
@@ -113,11 +181,18 @@ def _first_free(folder: Path) -> Path:
 def _prepare(task: _Prepare) -> None:
     """The world's files, the reference policy, and people's preferences over its responses."""
     task.folder.mkdir(parents=True)
-    write_world(task.folder, task.seed)
+    sizes = task.sizes
+    write_world(task.folder, task.seed, sizes.num_texts, sizes.num_prompts, sizes.num_test_prompts)
     run_sft(task.sft)
-    world = World.preset(task.world)
     write_preferences(
-        task.folder, world, task.sft.output_dir, task.seed, task.num_users, task.pairs_per_user, device=task.sft.device
+        task.folder,
+        World.preset(task.world),
+        task.sft.output_dir,
+        task.seed,
+        task.num_users,
+        task.pairs_per_user,
+        sizes.test_pairs_per_user,
+        device=task.sft.device,
     )
 
 
@@ -126,39 +201,51 @@ def _seed_tasks(
 ) -> dict[str, Task]:
     home = folder / f"seed-{seed}"
     name = f"seed {seed}"
-    common = {"seed": seed, "device": device}
+    common: dict[str, Any] = {"seed": seed, "device": device}
     reference, world = str(home / "sft"), str(home / "world.json")
 
     def reward(kind: str, num_groups: int | str) -> RewardConfig:
-        return RewardConfig(
+        settings = _stage(
+            RewardConfig,
+            recipe,
+            "reward",
             model_name_or_path=reference,
             dataset_name=str(home / "preferences.jsonl"),
             eval_dataset_name=str(home / "preferences_test.jsonl"),
             output_dir=str(home / f"reward_{kind}"),
             num_groups=num_groups,
             **common,
-            **recipe["reward"],
         )
+        settings.check()
+        return settings
 
     def ppo(kind: str, **rewards: Any) -> PPOConfig:
-        return PPOConfig(
+        settings = _stage(
+            PPOConfig,
+            recipe,
+            "ppo",
             model_name_or_path=reference,
             dataset_name=str(home / "prompts.jsonl"),
             output_dir=str(home / kind),
             monitor_funcs=[world],
             **rewards,
             **common,
-            **recipe["ppo"],
         )
+        settings.check()
+        return settings
 
-    sft = SFTConfig(
+    sft = _stage(
+        SFTConfig,
+        recipe,
+        "sft",
         model_name_or_path=str(home / "base_model"),
         dataset_name=str(home / "sft.jsonl"),
         output_dir=reference,
         **common,
-        **recipe["sft"],
     )
-    prepared = _Prepare(home, config.world, seed, config.num_users, config.pairs_per_user, sft)
+    sizes = _stage(WorldSizes, recipe, "world")
+    sizes.check()
+    prepared = _Prepare(home, config.world, seed, config.num_users, config.pairs_per_user, sizes, sft)
     tasks = {f"{name}/prepare": Task(_prepare, prepared)}
     ready = (f"{name}/prepare",)
     if "maxmin" in config.policies:
@@ -169,42 +256,34 @@ def _seed_tasks(
         if kind == "oracle":
             tasks[f"{name}/oracle"] = Task(run_ppo, ppo("oracle", reward_funcs=[world]), ready)
         else:
-            made = str(home / f"reward_{kind}")
-            tasks[f"{name}/{kind}"] = Task(run_ppo, ppo(kind, reward_model_path=made), (f"{name}/reward_{kind}",))
-    trained = {kind: str(home / kind) for kind in config.policies}
-    evaluation = EvaluateConfig(
-        policies=[f"{kind}={path}" for kind, path in {"sft": reference, **trained}.items()],
+            trained = ppo(kind, reward_model_path=str(home / f"reward_{kind}"))
+            tasks[f"{name}/{kind}"] = Task(run_ppo, trained, (f"{name}/reward_{kind}",))
+    paths = {"sft": reference, **{kind: str(home / kind) for kind in config.policies}}
+    evaluation = _stage(
+        EvaluateConfig,
+        recipe,
+        "evaluate",
+        policies=[f"{kind}={path}" for kind, path in paths.items()],
         dataset_name=str(home / "prompts_test.jsonl"),
         output_dir=str(home / "evaluation"),
         judge=world,
         reward_model_path=str(home / "reward_maxmin") if "maxmin" in config.policies else None,
         **common,
-        **recipe["evaluate"],
     )
-    tasks[f"{name}/evaluate"] = Task(measure_policies, evaluation, tuple(f"{name}/{kind}" for kind in config.policies))
+    evaluation.check()
+    needed = ready + tuple(f"{name}/{kind}" for kind in config.policies)
+    tasks[f"{name}/evaluate"] = Task(measure_policies, evaluation, needed)
     return tasks
 
 
 def _write_results(config: DemoConfig, folder: Path, seconds: dict[str, float], start: float) -> None:
     results = []
-    histories: dict[str, list[list[dict[str, float]]]] = {kind: [] for kind in config.policies}
     for seed in config.seeds:
-        home = folder / f"seed-{seed}"
-        result = SeedResult.load(home / "evaluation" / "result")
+        result = SeedResult.load(folder / f"seed-{seed}" / "evaluation" / "result")
         timings = {name.split("/")[1]: s for name, s in seconds.items() if name.startswith(f"seed {seed}/")}
         result.extra["timings"] = timings
         results.append(result)
-        start_from = result.utilities["sft"].mean((0, 1))
-        for kind in config.policies:
-            histories[kind].append([_true_utilities(row, start_from) for row in read_metrics(home / kind)])
     summary = summarise(results, wall_seconds=time.perf_counter() - start)
     write_summary(folder, summary)
-    write_report(folder, summary, histories=histories)
+    write_report(folder, summary, histories=training_histories(folder, summary))
     console.print(rich_table(summary))
-
-
-def _true_utilities(row: dict[str, float], start_from: np.ndarray) -> dict[str, float]:
-    """Metrics with the true utilities, less the reference's, where a policy logs its own rewards."""
-    own = {name: value for name, value in row.items() if not name.startswith("rewards/")}
-    truth = {f"rewards/{k}/mean": row[f"monitor/{k}/mean"] - mean for k, mean in enumerate(start_from)}
-    return own | truth

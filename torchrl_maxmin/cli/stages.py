@@ -47,7 +47,8 @@ def run_tasks(tasks: Mapping[str, Task], num_workers: int) -> dict[str, float]:
     with context.Manager() as manager:
         queue = manager.Queue()
         seconds: dict[str, float] = {}
-        waiting, running = dict(tasks), {}
+        waiting = dict(tasks)
+        running: dict[Future, str] = {}
         with _Drawing(queue), ProcessPoolExecutor(num_workers, context, _start_worker) as pool:
             while waiting or running:
                 ready = [name for name, task in waiting.items() if all(dep in seconds for dep in task.after)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ class EvaluateConfig:
         dataset_name: held-out prompts; file, saved dataset or hub name with a column prompt.
         output_dir: folder for the results; must be empty or absent.
         judge: who says what a response is worth to each group; a world's json, module:function that
-            gives one column a group, or a reward folder (its calibrated heads).
+            gives one column a group, or a reward folder (its heads, by the calibration it holds).
         reward_model_path: the reward mixture that trained the policies; adds its figures, the
             calibration's sensitivity and the certificate.
         certify: policy whose distance to the optimum is certified under that mixture.
+        beta: KL weight of the certified objective; by default the one that the policy was trained with.
         certificate_prompts: prompts that the certificate uses.
-        certificate_samples: responses a prompt, half of the policy, half of the reference.
+        certificate_samples: responses a prompt, half of the policy, half of the reference; a multiple
+            of 4.
         num_samples: responses a prompt of every policy.
         num_prompts: use the first so many prompts; 0 uses all.
         response_length: most tokens of a response.
@@ -62,6 +65,7 @@ class EvaluateConfig:
     judge: str
     reward_model_path: str | None = None
     certify: str = "maxmin"
+    beta: float | None = None
     certificate_prompts: int = 16
     certificate_samples: int = 128
     num_samples: int = 4
@@ -72,7 +76,6 @@ class EvaluateConfig:
     dataset_split: str = "test"
     seed: int = 0
     device: str = "auto"
-    beta: float | None = field(default=None)
 
     def folders(self) -> dict[str, str]:
         """Policy folders by name; raises :class:`UserError` for what is no name=folder."""
@@ -81,9 +84,26 @@ class EvaluateConfig:
         if odd:
             raise UserError(f"--policies takes name=folder; {odd[0]!r} has no folder")
         folders = {name: path for name, _, path in pairs}
+        if len(folders) < len(pairs):
+            raise UserError("--policies names one twice; give each a name of its own")
         if REFERENCE not in folders:
             raise UserError(f"--policies needs {REFERENCE}=folder, the reference that all are compared with")
         return folders
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work."""
+        self.folders()
+        for name in ("num_samples", "response_length", "max_prompt_length", "certificate_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        if self.certificate_samples < 4 or self.certificate_samples % 4:
+            raise UserError("--certificate_samples must be a positive multiple of 4")
+        if self.num_prompts < 0:
+            raise UserError("--num_prompts must be at least 0")
+        if self.temperature <= 0:
+            raise UserError("--temperature must be positive")
+        if self.beta is not None and self.beta <= 0:
+            raise UserError("--beta must be positive")
 
 
 def run_evaluate(config: EvaluateConfig) -> Path:
@@ -101,6 +121,7 @@ def measure_policies(config: EvaluateConfig) -> Path:
 
 
 def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
+    config.check()
     folders = config.folders()
     device = resolve_device(config.device)
     for path in folders.values():
@@ -110,8 +131,9 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     if config.reward_model_path:
         require_model(config.reward_model_path)
         mixture = RewardMixture.from_pretrained(config.reward_model_path).to(device)
-    split = config.dataset_split
-    table = load_table(config.dataset_name, split)
+    table = load_table(config.dataset_name, config.dataset_split)
+    if len(table) == 0:
+        raise UserError(f"{config.dataset_name} has no prompts")
     require_columns(table, ["prompt"], "evaluate")
     texts = table["prompt"][:][: config.num_prompts or None]
     folder = prepare_output_dir(config.output_dir)
@@ -135,7 +157,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             advance(note=name)
     extra: dict[str, Any] = {"judge": judge.kind}
     if mixture is not None:
-        extra |= _mixture_figures(config, folders, mixture, judge, responses, tokenizer, prompts, reference, device)
+        extra |= _mixture_figures(config, mixture, judge, responses, tokenizer, prompts, reference)
     result = SeedResult(
         seed=config.seed,
         group_names=judge.group_names,
@@ -161,22 +183,38 @@ class _Judge:
             self.kind = "reward heads"
             require_model(spec)
             mixture = RewardMixture.from_pretrained(spec).to(device)
-            self._call: Any = lambda prompts, completions: mixture.score(prompts, completions, calibrated=True)
+            self._call: Any = partial(mixture.score, calibrated=True)
             self.group_shares = mixture.log_prior.exp().cpu().tolist()
             self.group_names = [f"group {k}" for k in range(mixture.num_groups)]
             return
         function = load_functions([spec])[0]
         self._call = function
+        self._probe(spec)
         if isinstance(function, World):
             self.kind = "world"
             self.group_names, self.group_shares = list(function.group_names), list(function.shares)
 
     def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
         values = np.asarray(self._call(prompts, completions), dtype=float).reshape(len(prompts), -1)
-        if not self.group_names:
-            self.group_names = [f"group {k}" for k in range(values.shape[1])]
-            self.group_shares = [1 / values.shape[1]] * values.shape[1]
+        if not np.isfinite(values).all():
+            raise UserError(
+                "the judge gives NaN or infinity for some response; it must give a number to every one"
+            )
         return values
+
+    def _probe(self, spec: str) -> None:
+        """Ask for two responses before thousands are sampled, to see what the judge gives."""
+        try:
+            values = self(["a", "b"], ["c", "d"])
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"judge {spec!r} fails on f(prompts, completions) with {type(error).__name__}: {error}; "
+                "it must give one number, or one a group, for every response"
+            ) from error
+        self.group_names = [f"group {k}" for k in range(values.shape[1])]
+        self.group_shares = [1 / values.shape[1]] * values.shape[1]
 
 
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
@@ -200,14 +238,12 @@ def _log_prob(policy: TokenPolicy, responses: TensorDict) -> torch.Tensor:
 
 def _mixture_figures(
     config: EvaluateConfig,
-    folders: dict[str, str],
     mixture: RewardMixture,
     judge: _Judge,
     responses: dict[str, tuple[list[str], list[str]]],
     tokenizer: Any,
     prompts: TensorDict,
     reference: TokenPolicy,
-    device: torch.device,
 ) -> dict[str, Any]:
     """What the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
     extra: dict[str, Any] = {}
@@ -228,58 +264,79 @@ def _mixture_figures(
             for g, name in enumerate(judge.group_names)
         }
         extra["group_users"] = [reward["users"][heads[name]] for name in judge.group_names]
-    if config.certify not in folders:
+    if config.certify not in responses:
+        reason = f"no policy named {config.certify!r} was evaluated; name the one meant by --certify"
+        extra["certificate"] = {**_NOTHING, "reason": reason}
         return extra
-    name_of = {head: name for name, head in heads.items()}
-    trained = _trained_with(folders[config.certify])
-    by_prompt = raw.reshape(len(prompts), config.num_samples, -1)
-    target = mixture.score(*responses[config.certify])
-    conventions = {}
-    for method in CALIBRATIONS:
-        if method == "sft_std" and config.num_samples < 2:
-            continue
-        mean = Calibration.fit(by_prompt, method).apply(target).mean(0).tolist()
-        conventions[method] = {name_of.get(k, f"group {k}"): value for k, value in enumerate(mean)}
-    extra["calibration"] = {"used": trained.get("calibration", {}).get("method"), "utilities": conventions}
-    extra["certificate"] = _certificate(config, folders, mixture, trained, tokenizer, prompts, reference, device)
+    trained = _trained_with(config.folders()[config.certify])
+    names = {head: name for name, head in heads.items()}
+    extra["calibration"] = {
+        "used": trained.get("calibration", {}).get("method"),
+        "utilities": _by_convention(
+            raw.reshape(len(prompts), config.num_samples, -1),
+            mixture.score(*responses[config.certify]),
+            names,
+        ),
+    }
+    extra["certificate"] = _certificate(config, mixture, trained, tokenizer, prompts, reference)
     return extra
 
 
+def _by_convention(
+    reference: torch.Tensor, target: torch.Tensor, names: dict[int, str]
+) -> dict[str, dict[str, float]]:
+    """Utilities of a policy's raw rewards [N, K] under every calibration that [X, n, K] allow."""
+    conventions = {}
+    for method in CALIBRATIONS:
+        try:
+            calibration = Calibration.fit(reference, method)
+        except UserError:  # one sample a prompt, or a constant head, has no scale
+            continue
+        means = calibration.apply(target).mean(0).tolist()
+        conventions[method] = {names.get(k, f"group {k}"): mean for k, mean in enumerate(means)}
+    return conventions
+
+
+_NOTHING: dict[str, Any] = {"value": None, "low": None, "high": None}
+
+
 def _trained_with(folder: str) -> dict[str, Any]:
-    """Calibration and beta that a policy was trained with, where its folder says so."""
-    outcome, settings = Path(folder) / "training.json", Path(folder) / "config.yaml"
-    told = json.loads(outcome.read_text()) if outcome.is_file() else {}
-    return {**told, **({"beta": yaml.safe_load(settings.read_text()).get("beta")} if settings.is_file() else {})}
+    """The settings that a policy was trained with, and what came of them, where its folder says so."""
+    settings, outcome = Path(folder) / "config.yaml", Path(folder) / "training.json"
+    given = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
+    return {**given, **(json.loads(outcome.read_text()) if outcome.is_file() else {})}
 
 
 def _certificate(
     config: EvaluateConfig,
-    folders: dict[str, str],
     mixture: RewardMixture,
     trained: dict[str, Any],
     tokenizer: Any,
     prompts: TensorDict,
     reference: TokenPolicy,
-    device: torch.device,
 ) -> dict[str, Any]:
-    """Gap of the certified policy to the optimum of the objective that it was trained on."""
-    beta = config.beta if config.beta is not None else trained.get("beta")
-    missing = {"value": None, "low": None, "high": None}
-    if not beta or "calibration" not in trained:
-        return {**missing, "reason": f"{folders[config.certify]} does not say its beta and calibration"}
+    """Gap of the certified policy to the max-min optimum under the rewards that it was trained on."""
+    beta = config.beta if config.beta is not None else trained.get("kl_coef")
+    if "calibration" not in trained:
+        return {**_NOTHING, "reason": f"the folder of {config.certify} does not say how it was trained"}
+    if not beta:
+        return {**_NOTHING, "reason": "without a KL penalty (beta 0) the optimum has no closed form"}
     calibration = Calibration.from_dict(trained["calibration"])
-    if len(calibration.shift) != mixture.num_groups:
-        return {**missing, "reason": "the policy was not trained on this reward mixture"}
+    if trained.get("reward_funcs") or len(calibration.shift) != mixture.num_groups:
+        return {**_NOTHING, "reason": f"{config.certify} was not trained on this reward mixture"}
     seed_everything(config.seed)
     some = prompts[: config.certificate_prompts]
     half = config.certificate_samples // 2
-    policy = _load_policy(folders[config.certify], tokenizer, config, device)
+    device = next(reference.parameters()).device
+    policy = _load_policy(config.folders()[config.certify], tokenizer, config, device)
     drawn = [sample_responses(who, some, half).reshape(len(some), half) for who in (policy, reference)]
     both = torch.cat(drawn, 1).reshape(-1)
     shape = (len(some), 2 * half)
     log_policy = _log_prob(policy, both).double().sum(-1).reshape(shape)
     log_reference = _log_prob(reference, both).double().sum(-1).reshape(shape)
-    rewards = calibration.apply(mixture.score(*to_texts(tokenizer, both))).double().reshape(*shape, -1)
+    rewards = calibration.apply(mixture.score(*to_texts(tokenizer, both))).double()
+    ended = ((both["action"] == tokenizer.eos_token_id) & both["action_mask"]).any(-1, keepdim=True)
+    rewards = (rewards - trained.get("missing_eos_penalty", 0.0) * ~ended).reshape(*shape, -1)
     log_mixture = torch.logaddexp(log_policy, log_reference) - np.log(2)
     penalty = beta * (log_policy - log_reference)[:, :half, None]
     certificate = certify(
@@ -288,4 +345,4 @@ def _certificate(
         (rewards[:, :half] - penalty).mean(1),
         beta,
     )
-    return {"value": certificate.value, "low": certificate.low, "high": certificate.high, "reason": certificate.reason}
+    return asdict(certificate)

@@ -150,7 +150,8 @@ class TokenCritic(TensorDictModuleBase):
         self.in_keys = ["prompt_tokens", "prompt_mask", "action", "action_mask"]
         self.out_keys = ["state_value"]
         self.backbone = backbone
-        self.head = nn.Linear(backbone.config.hidden_size, num_columns)
+        # drawing nothing: a run's random numbers do not depend on the number of groups
+        self.head = nn.utils.skip_init(nn.Linear, backbone.config.hidden_size, num_columns)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -39,8 +39,9 @@ def require_model(name_or_path: str) -> None:
         raise UserError(
             f"{name_or_path} is a folder without config.json: give one that save_pretrained() wrote"
         )
+    transformers = import_transformers()  # not in the try: that it is missing is another error
     try:
-        import_transformers().AutoConfig.from_pretrained(name_or_path)
+        transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no model at {name_or_path!r}: it is neither a local folder nor a hub name that can be reached; "

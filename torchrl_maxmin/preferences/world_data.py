@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.loading import import_transformers, load_causal_lm, load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
@@ -26,6 +27,7 @@ from torchrl_maxmin.progress import progress_bar
 __all__ = ["RESPONSE_LENGTH", "write_preferences", "write_world"]
 
 RESPONSE_LENGTH = 24
+_MAX_ROUNDS = 100  # of drawing pairs; a policy that varies at all needs a few
 _TEST_SEED = 20_240_213  # one test set for all seeds, so that they can be compared
 
 
@@ -78,6 +80,9 @@ def write_preferences(
 
     Returns:
         The world, its ``utility_std`` measured on these responses.
+
+    Raises:
+        UserError: if the policy hardly ever gives two different responses to a prompt.
     """
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(str(reference_path))
@@ -96,7 +101,7 @@ def write_preferences(
     drawn: list[tuple[int, str, str, str]] = []
     with progress_bar("sampling pairs to compare", num_users * each) as advance:
         wanted = np.full(num_users, each)
-        while wanted.sum():  # two equal responses cannot be compared and are drawn again
+        for _ in range(_MAX_ROUNDS):  # two equal responses cannot be compared and are drawn again
             users = np.repeat(np.arange(num_users), wanted)
             prompts = [known[i] for i in generator.integers(len(known), size=len(users))]
             for start in range(0, len(users), 512):
@@ -113,6 +118,13 @@ def write_preferences(
                         drawn.append((users[start + i], prompt, first, second))
                         wanted[users[start + i]] -= 1
                         advance()
+            if not wanted.any():
+                break
+        else:
+            raise UserError(
+                f"{reference_path} answers most prompts with one response alone, so people have nothing to "
+                "compare; train it less or with a smaller rate"
+            )
     world.utility_std = tuple(np.concatenate(raw).std(0).tolist())
     world.save(folder / "world.json")
     drawn.sort(key=lambda row: row[0])

@@ -77,9 +77,9 @@ class PPOTrainer:
         self.device = resolve_device(config.device)
         require_model(config.model_name_or_path)
         table = load_table(config.dataset_name, config.dataset_split)
-        require_columns(table, ["prompt"], "ppo")
         if len(table) == 0:
             raise UserError(f"{config.dataset_name} has no prompts")
+        require_columns(table, ["prompt"], "ppo")
         self.tokenizer = load_tokenizer(config.model_name_or_path)
         if config.reward_model_path:
             require_model(config.reward_model_path)

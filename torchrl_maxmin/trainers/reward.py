@@ -65,7 +65,7 @@ class RewardConfig:
     heldout_fraction: float = 0.1
     user_column: str | None = None
     group_column: str | None = None
-    num_groups: str | int = "auto"
+    num_groups: int | str = "auto"
     max_groups: int = 3
     assignment: str = "soft"
     num_rounds: int = 4
@@ -90,6 +90,24 @@ class RewardConfig:
             raise UserError(f"--num_groups is a positive number or auto, not {self.num_groups!r}")
         return int(self.num_groups)
 
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work."""
+        self.groups()
+        if self.assignment not in ("soft", "hard"):
+            raise UserError(f"--assignment {self.assignment!r} is none of soft, hard")
+        for name in (
+            "max_groups",
+            "num_rounds",
+            "steps_per_round",
+            "per_device_train_batch_size",
+            "num_restarts",
+            "max_length",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        if not 0 <= self.heldout_fraction < 1:
+            raise UserError("--heldout_fraction must be at least 0 and below 1")
+
 
 def run_reward(config: RewardConfig) -> Path:
     """Fit a reward mixture and save it with what was learned about the users; returns its folder.
@@ -101,9 +119,8 @@ def run_reward(config: RewardConfig) -> Path:
     Raises:
         UserError: before any work, for models, data or folders that cannot be used.
     """
+    config.check()
     groups = config.groups()
-    if config.assignment not in ("soft", "hard"):
-        raise UserError(f"--assignment {config.assignment!r} is none of soft, hard")
     device = resolve_device(config.device)
     require_model(config.model_name_or_path)
     data = PreferenceDataset.load(

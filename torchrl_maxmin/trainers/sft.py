@@ -144,7 +144,9 @@ def _train(
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 advance()
 
-        Trainer(
+        trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Bar()]
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     model.eval()

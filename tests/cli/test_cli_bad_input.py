@@ -1,0 +1,342 @@
+"""Mistakes of the user's: exit code 2, one line that names cause and fix, nothing trained or written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from torchrl_maxmin.cli.main import main
+from torchrl_maxmin.preferences.world import World
+
+PAIR = {"prompt": "the film", "chosen": "was great .", "rejected": "was dull .", "user_id": "ann"}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a few good files in it."""
+    monkeypatch.chdir(tmp_path)
+    users = [{**PAIR, "user_id": user} for user in ("ann", "ann", "bob", "bob", "eve", "eve")]
+    write_rows(tmp_path / "pairs.jsonl", users)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "the film"}, {"prompt": "a story"}])
+    World.preset("10:1").save(tmp_path / "world.json")
+    return tmp_path
+
+
+@pytest.fixture
+def refused(here, capsys):
+    """Run a command that must fail; returns its one line."""
+
+    def run(*words):
+        before = contents(here), set(here.rglob("*"))
+        assert main([str(word) for word in words]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith(f"torchrl-maxmin {words[0]}: error: ")
+        assert (contents(here), set(here.rglob("*"))) == before
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def stage(tiny_model):
+    """Flags with which each stage would run."""
+
+    def flags(verb, **changes):
+        common = {"model_name_or_path": tiny_model, "output_dir": "out"}
+        base = {
+            "sft": {**common, "dataset_name": "pairs.jsonl"},
+            "reward": {**common, "dataset_name": "pairs.jsonl", "num_groups": 2},
+            "ppo": {**common, "dataset_name": "prompts.jsonl", "reward_funcs": "world.json"},
+            "evaluate": {
+                "policies": f"sft={tiny_model}",
+                "dataset_name": "prompts.jsonl",
+                "output_dir": "out",
+                "judge": "world.json",
+            },
+            "demo": {"output_dir": "out"},
+        }[verb]
+        given = {name: value for name, value in (base | changes).items() if value is not None}
+        return [verb, *(part for name, value in given.items() for part in (f"--{name}", value))]
+
+    return flags
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_pairs_without_a_column(refused, stage, here, column):
+    row = {name: value for name, value in PAIR.items() if name != column}
+    write_rows(here / "odd.jsonl", [row, row])
+    line = refused(*stage("reward", dataset_name="odd.jsonl"))
+    assert f"needs the column(s) {column}; found" in line
+    assert "Rename" in line
+
+
+def test_pairs_without_a_user(refused, stage, here):
+    write_rows(here / "odd.jsonl", [{name: PAIR[name] for name in ("prompt", "chosen", "rejected")}])
+    assert "--user_column" in refused(*stage("reward", dataset_name="odd.jsonl"))
+    assert "--user_column" in refused("data", "check", "odd.jsonl")
+    assert "column(s) who" in refused(*stage("reward", user_column="who"))
+
+
+@pytest.mark.parametrize("verb", ["ppo", "evaluate"])
+def test_prompts_without_a_prompt(refused, stage, here, verb):
+    write_rows(here / "odd.jsonl", [{"text": "the film"}])
+    assert "needs the column(s) prompt; found text" in refused(*stage(verb, dataset_name="odd.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"), [("reward", "no rows"), ("ppo", "no prompts"), ("evaluate", "no prompts")]
+)
+def test_no_rows(refused, stage, here, verb, message):
+    (here / "empty.jsonl").write_text("")
+    assert message in refused(*stage(verb, dataset_name="empty.jsonl"))
+
+
+def test_texts_of_no_known_form(refused, stage):
+    line = refused(*stage("sft", dataset_name="prompts.jsonl"))
+    assert "prompt and completion, or text" in line
+    assert "found prompt" in line
+
+
+@pytest.mark.parametrize("groups", ["2", "auto"])
+def test_one_user(refused, stage, here, groups):
+    write_rows(here / "one.jsonl", [PAIR, PAIR])
+    line = refused(*stage("reward", dataset_name="one.jsonl", num_groups=groups))
+    assert "one user" in line
+    assert "--num_groups 1" in line
+
+
+def test_chosen_equal_to_rejected(refused, stage, here):
+    write_rows(here / "same.jsonl", [PAIR, {**PAIR, "rejected": PAIR["chosen"]}])
+    line = refused(*stage("reward", dataset_name="same.jsonl"))
+    assert "row 1: chosen equals rejected" in line
+    assert "drop" in line
+
+
+def test_more_groups_than_users(refused, stage):
+    line = refused(*stage("reward", num_groups=4))
+    assert "--num_groups 4 is more than the 3 users" in line
+    assert "at most 3" in line
+    assert "at most 9" in refused(*stage("demo", num_groups=10, num_users=9))
+
+
+# -- models and folders ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "ppo"])
+def test_model_folder_that_does_not_exist(refused, stage, here, verb):
+    line = refused(*stage(verb, model_name_or_path=here / "nowhere"))
+    assert "nowhere" in line
+    assert "check --model_name_or_path" in line
+
+
+def test_other_models_that_do_not_exist(refused, stage, here, tiny_model):
+    away = here / "nowhere"
+    assert "nowhere" in refused(*stage("evaluate", policies=f"sft={away}"))
+    assert "nowhere" in refused(*stage("evaluate", reward_model_path=away))
+    assert "nowhere" in refused(*stage("ppo", reward_funcs=None, reward_model_path=away))
+    (here / "hollow").mkdir()
+    assert "without config.json" in refused(*stage("sft", model_name_or_path="hollow"))
+    assert "without config.json" in refused(*stage("evaluate", judge="hollow"))
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "evaluate", "demo"])
+def test_output_folder_that_is_not_empty(refused, stage, here, verb):
+    (here / "out").mkdir()
+    (here / "out" / "precious.txt").write_text("mine")
+    line = refused(*stage(verb))
+    assert "output folder out is not empty" in line
+    assert "--output_dir" in line
+
+
+def test_output_folder_that_is_a_file(refused, stage, here):
+    (here / "out").write_text("mine")
+    assert "output folder out" in refused(*stage("sft"))
+
+
+def test_no_checkpoint_to_resume(refused, stage, here):
+    line = refused(*stage("ppo", resume_from_checkpoint="last"))
+    assert "no checkpoint in out" in line
+    assert "without --resume_from_checkpoint" in line
+    assert "no checkpoint at" in refused(*stage("ppo", resume_from_checkpoint="checkpoint-7"))
+
+
+def test_cuda_without_a_gpu(refused, stage, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for verb in ("sft", "reward", "ppo", "evaluate", "demo"):
+        assert "--device cpu" in refused(*stage(verb, device="cuda"))
+    assert "give cpu, cuda" in refused(*stage("sft", device="abacus"))
+
+
+def test_without_transformers(refused, stage, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for verb in ("sft", "demo"):
+        line = refused(*stage(verb))
+        assert "transformers" in line
+        assert "pip install 'torchrl-maxmin[llm]'" in line
+
+
+# -- flags -----------------------------------------------------------------------------------------
+
+
+def test_unknown_verb(refused):
+    assert "choose one of demo, sft, reward, ppo, evaluate, data, report, env" in refused("trane")
+
+
+@pytest.mark.parametrize("verb", ["demo", "sft", "reward", "ppo", "evaluate"])
+def test_unknown_flag(refused, stage, verb):
+    assert "unknown flag --output_dri; did you mean --output_dir?" in refused(*stage(verb, output_dri="out"))
+    assert f"unknown flag --zzz; see torchrl-maxmin {verb} --help" in refused(*stage(verb, zzz=1))
+
+
+def test_part_of_a_flag_is_an_unknown_flag(refused, stage):
+    assert "did you mean --max_steps?" in refused(*stage("sft", max_step=3))
+
+
+def test_missing_flags(refused, stage):
+    assert "missing --model_name_or_path, --dataset_name, --output_dir; see" in refused("sft")
+    assert "missing --judge; see" in refused(*stage("evaluate", judge=None))
+    assert "required: folder" in refused("report")
+    assert "--max_steps needs a value" in refused(*stage("sft"), "--max_steps")
+
+
+def test_words_that_belong_to_no_flag(refused, stage):
+    assert "'3' belongs to no flag" in refused(*stage("sft"), "3")
+    assert "choose from" in refused("data", "chekc", "pairs.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "value", "message"),
+    [
+        ("sft", "max_steps", "many", "--max_steps takes int, not 'many'"),
+        ("sft", "max_steps", "1.5", "--max_steps takes int, not '1.5'"),
+        ("sft", "learning_rate", "fast", "--learning_rate takes float, not 'fast'"),
+        ("demo", "seeds", "one", "--seeds takes int, not 'one'"),
+        ("demo", "num_users", "few", "--num_users takes int, not 'few'"),
+        ("reward", "num_groups", "two", "--num_groups is a positive number or auto, not 'two'"),
+        ("reward", "num_groups", "0", "--num_groups is a positive number or auto"),
+        ("demo", "num_groups", "two", "--num_groups is a positive number or auto"),
+        ("reward", "assignment", "medium", "none of soft, hard"),
+        ("reward", "num_rounds", "0", "--num_rounds must be at least 1"),
+        ("reward", "heldout_fraction", "1.5", "--heldout_fraction must be at least 0 and below 1"),
+        ("ppo", "objective", "max", "none of min_of_means, mean_of_mins"),
+        ("ppo", "num_iterations", "0", "--num_iterations must be at least 1"),
+        ("ppo", "reward_funcs", "nowhere:f", "no reward function 'nowhere:f': write module:function"),
+        ("ppo", "reward_funcs", "json:nothing", "write module:function"),
+        ("ppo", "reward_funcs", "nowhere.json", "no world file"),
+        ("evaluate", "num_samples", "0", "--num_samples must be at least 1"),
+        ("evaluate", "certificate_samples", "6", "a positive multiple of 4"),
+        ("evaluate", "beta", "0", "--beta must be positive"),
+        ("evaluate", "judge", "nowhere:f", "no reward function"),
+        ("demo", "world", "1:1", "unknown world '1:1'; choose one of 10:1, 80:20"),
+        ("demo", "policies", "best", "--policies knows single, maxmin, oracle, not 'best'"),
+        ("demo", "seeds", "-1", "none below 0"),
+        ("demo", "num_users", "1", "--num_users must be at least 2"),
+        ("demo", "pairs_per_user", "0", "--pairs_per_user must be at least 1"),
+        ("demo", "num_workers", "-1", "--num_workers must be at least 0"),
+        ("demo", "recipe", "nowhere.yaml", "no recipe file 'nowhere.yaml'"),
+    ],
+)
+def test_wrong_values(refused, stage, verb, name, value, message):
+    assert message in refused(*stage(verb, **{name: value}))
+
+
+def test_lists_that_repeat_or_lack_something(refused, stage, tiny_model):
+    assert "distinct" in refused(*stage("demo"), "--seeds", "0", "0")
+    assert "one or more" in refused(*stage("demo"), "--seeds")
+    assert "twice" in refused(*stage("demo"), "--policies", "maxmin", "maxmin")
+    line = refused(*stage("evaluate", policies=f"maxmin={tiny_model}"))
+    assert "--policies needs sft=folder" in line
+    assert "'sft' has no folder" in refused(*stage("evaluate", policies="sft"))
+    same = [f"sft={tiny_model}", f"sft={tiny_model}"]
+    assert "twice" in refused(*stage("evaluate", policies=None), "--policies", *same)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: many\n", "--max_steps takes int, not 'many'"),
+        ("max_stepz: 3\n", "unknown key 'max_stepz'; did you mean max_steps?"),
+        ("seed: null\n", "--seed needs a value"),
+        ("dataset_split: 10:1\n", "--dataset_split takes str, not '601' (in YAML, put it in quotes)"),
+        ("- 1\n", "--config must be a YAML file"),
+        ("", "--config must be a YAML file"),
+        ("max_steps: [\n", "flow node"),
+    ],
+)
+def test_mistakes_in_a_config_file(refused, stage, here, text, message):
+    (here / "odd.yaml").write_text(text)
+    assert message in refused(*stage("sft", config="odd.yaml"))
+
+
+def test_no_config_file(refused, stage):
+    assert "nowhere.yaml" in refused(*stage("sft", config="nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ppo: {num_iterations: many}\n", "section ppo: num_iterations takes int, not 'many'"),
+        (
+            "ppo: {num_iteration: 3}\n",
+            "section ppo: unknown key 'num_iteration'; did you mean num_iterations?",
+        ),
+        ("ppo: {num_iterations: 0}\n", "--num_iterations must be at least 1"),
+        ("reward: {num_rounds: 0}\n", "--num_rounds must be at least 1"),
+        ("evaluate: {certificate_samples: 3}\n", "multiple of 4"),
+        ("world: {num_prompts: 0}\n", "section world: every size must be at least 1"),
+        ("sft: {seed: 3}\n", "section sft: 'seed' is set by the demo; remove it"),
+        ("pppo: {tau: 1}\n", "has a section 'pppo'; it may have world, sft, reward, ppo, evaluate"),
+        ("- 1\n", "must hold sections"),
+        ("ppo: 3\n", "must hold sections"),
+        ("ppo: [\n", "is no YAML"),
+    ],
+)
+def test_mistakes_in_a_recipe(refused, stage, here, text, message):
+    (here / "odd.yaml").write_text(text)
+    assert message in refused(*stage("demo", recipe="odd.yaml"))
+
+
+def test_report_of_nothing(refused):
+    assert "no summary.json in nowhere; give the output folder of demo or evaluate" in refused(
+        "report", "nowhere"
+    )
+
+
+# -- through the shell -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("reward", "--num_groups", "4"), "more than the 3 users"),
+        (("reward", "--nun_groups", "2"), "did you mean --num_groups?"),
+        (("reward", "--output_dir", "."), "is not empty"),
+    ],
+)
+def test_console_entry(here, tiny_model, words, message):
+    before = contents(here)
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", "pairs.jsonl", "--output_dir", "out"]
+    command = [sys.executable, "-m", "torchrl_maxmin.cli.main", words[0], *flags, *words[1:]]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert len(run.stderr.splitlines()) == 1, run.stderr
+    assert message in run.stderr
+    assert contents(here) == before
+    assert not (here / "out").exists()

@@ -1,0 +1,148 @@
+"""Flags, YAML and help: one set of keys, flags win, every key explained."""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+import yaml
+
+from torchrl_maxmin.cli.main import OTHERS, STAGES, main
+from torchrl_maxmin.cli.parsing import config_from_mapping, parse_config
+from torchrl_maxmin.trainers.ppo_config import PPOConfig
+from torchrl_maxmin.trainers.reward import RewardConfig
+from torchrl_maxmin.trainers.run import write_config
+
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
+
+
+def config_class(verb):
+    module, name, *_ = STAGES[verb]
+    return getattr(importlib.import_module(module), name)
+
+
+def parse(verb, *words):
+    return parse_config(verb, "", config_class(verb), words)
+
+
+def test_defaults_are_those_of_the_dataclass():
+    assert parse("reward", *REQUIRED) == RewardConfig("m", "d", "o")
+
+
+def test_values_have_the_types_of_their_fields():
+    config = parse("reward", *REQUIRED, "--num_groups", "3", "--learning_rate", "1e-3", "--user_column=7")
+    assert config == RewardConfig("m", "d", "o", num_groups=3, learning_rate=1e-3, user_column="7")
+    assert isinstance(config.num_groups, int)
+    assert parse("reward", *REQUIRED, "--num_groups", "auto").num_groups == "auto"
+    assert parse("sft", *REQUIRED, "--completion_only_loss", "true").completion_only_loss is True
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--seeds", "0", "1", "2"), ("--seeds=[0, 1, 2]",), ("--seeds", "[0,1,2]"), ("--seeds=0", "1", "2")],
+    ids=" ".join,
+)
+def test_lists_of_numbers(words):
+    assert parse("demo", *words, "--num_users", "9").seeds == [0, 1, 2]
+
+
+def test_lists_of_words():
+    assert parse("demo", "--policies", "single").policies == ["single"]
+    specs = ["sft=runs/a", "maxmin=runs/b c"]
+    words = ["--policies", *specs, "--dataset_name", "d", "--output_dir", "o", "--judge", "j"]
+    assert parse("evaluate", *words).policies == specs
+    assert parse("ppo", *REQUIRED, "--reward_funcs", "a:f", "7").reward_funcs == ["a:f", "7"]
+
+
+def test_yaml_holds_the_same_keys(tmp_path):
+    keys = {
+        "model_name_or_path": "m",
+        "dataset_name": "d",
+        "output_dir": "o",
+        "reward_funcs": ["a:f"],
+        "tau": 0.3,
+    }
+    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(keys))
+    assert parse("ppo", "--config", str(tmp_path / "ppo.yaml")) == PPOConfig(**keys)
+
+
+def test_a_rate_without_a_point_is_a_number_in_yaml(tmp_path):
+    (tmp_path / "reward.yaml").write_text("learning_rate: 5e-3\n")  # YAML 1.1 alone would read text
+    assert parse("reward", *REQUIRED, f"--config={tmp_path}/reward.yaml").learning_rate == 5e-3
+    keys = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "learning_rate": "5e-3"}
+    assert config_from_mapping(RewardConfig, keys, "here").learning_rate == 5e-3
+
+
+@pytest.mark.parametrize("config_first", [True, False])
+def test_flags_win_over_yaml_wherever_they_stand(tmp_path, config_first):
+    (tmp_path / "demo.yaml").write_text("seeds: [1, 2]\nnum_users: 50\nworld: '80:20'\n")
+    config, flags = ["--config", str(tmp_path / "demo.yaml")], ["--seeds", "7", "--num_users", "60"]
+    given = parse("demo", *(config + flags if config_first else flags + config))
+    assert (given.seeds, given.num_users, given.world) == ([7], 60, "80:20")
+
+
+@pytest.mark.parametrize("verb", list(STAGES))
+def test_a_written_config_reads_back_as_it_was(tmp_path, verb):
+    required = {
+        "sft": REQUIRED,
+        "reward": REQUIRED,
+        "ppo": [*REQUIRED, "--reward_funcs", "a:f", "--beta", "1e-7"],
+    }
+    words = ["--policies", "sft=a", "--dataset_name", "d", "--output_dir", "o", "--judge", "j"]
+    config = parse(
+        verb, *(required | {"evaluate": words, "demo": ["--seeds", "3", "--num_groups", "2"]})[verb]
+    )
+    write_config(tmp_path, config)
+    assert parse(verb, "--config", str(tmp_path / "config.yaml")) == config
+    moved = parse(verb, "--config", str(tmp_path / "config.yaml"), "--output_dir", "other")
+    assert moved == dataclasses.replace(config, output_dir="other")
+
+
+@pytest.mark.parametrize("verb", list(STAGES))
+def test_help_explains_every_field(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in ["config", *(field.name for field in dataclasses.fields(config_class(verb)))]:
+        entry = re.search(rf"^  --{name}[ ,][^\n]*(\n {{10,}}[^\n]*)*", text, flags=re.MULTILINE)
+        assert entry, f"--{name} is not in the help"
+        words = re.sub(r"\((required, )?type: .*", "", entry[0], flags=re.DOTALL)
+        words = re.sub(rf"--{name}\+?( {name.upper()}| \[ITEM,\.\.\.\]| {{true,false}})?,?", "", words)
+        assert re.search(r"[a-z]{3}", words), f"--{name} has no help: {entry[0]}"
+
+
+@pytest.mark.parametrize("verb", list(OTHERS))
+def test_help_of_the_other_verbs(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: torchrl-maxmin {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_usage_names_every_verb(words, capsys):
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for verb in [*STAGES, *OTHERS]:
+        assert re.search(rf"^  {verb} ", text, flags=re.MULTILINE)
+
+
+def test_print_config_is_a_config(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["reward", *REQUIRED, "--num_groups", "2", "--print_config"])
+    assert stop.value.code == 0
+    (tmp_path / "reward.yaml").write_text(capsys.readouterr().out)
+    assert parse("reward", "--config", str(tmp_path / "reward.yaml")) == RewardConfig(
+        "m", "d", "o", num_groups=2
+    )
+
+
+def test_interrupted(monkeypatch, capsys, tiny_model):
+    def stop(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchrl_maxmin.trainers.sft.run_sft", stop)
+    assert main(["sft", *REQUIRED]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -1,0 +1,126 @@
+"""A run that stops and goes on is the run that never stopped; a crash loses no checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.trainers import run as run_module
+from torchrl_maxmin.trainers.checkpoint import find_checkpoint, save_checkpoint
+from torchrl_maxmin.trainers.ppo import PPOTrainer
+from torchrl_maxmin.trainers.run import read_metrics
+
+
+def trained(config):
+    trainer = PPOTrainer(config)
+    trainer.train()
+    return trainer
+
+
+def everything(trainer):
+    """All that a run leaves behind, as comparable values."""
+    tensors = {f"policy/{n}": v for n, v in trainer.policy.state_dict().items()}
+    tensors |= {f"critic/{n}": v for n, v in trainer.critic.state_dict().items()}
+    tensors |= {f"adversary/{n}": v for n, v in trainer.adversary.state_dict().items()}
+    for i, state in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{n}": torch.as_tensor(v) for n, v in state.items()}
+    texts = {name: (trainer.folder / name).read_text() for name in ("metrics.jsonl", "training.json")}
+    return tensors, texts
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100, "tau": 0.5},
+        {"objective": "mean_of_mins", "mini_batch_size": 3, "entropy_coeff": 0.01, "adversary": "hard_min"},
+        {"adversary": "exponentiated_gradient", "calibration": "win_rate", "temperature": 0.8},
+    ],
+)
+def test_four_iterations_equal_two_and_two(make_config, settings):
+    whole = trained(make_config("whole", **settings))
+    stopped = trained(make_config("parts", **settings, stop_at_iteration=2))
+    assert [p.name for p in stopped.folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (stopped.folder / "model.safetensors").exists()
+    assert len(read_metrics(stopped.folder)) == 2
+    torch.manual_seed(4321)  # what happens in between must not matter
+    resumed = trained(make_config("parts", **settings, resume_from_checkpoint="last"))
+    assert resumed.start == 2
+    tensors, texts = everything(whole)
+    again, texts_again = everything(resumed)
+    assert set(tensors) == set(again)
+    for name, value in tensors.items():
+        assert torch.equal(again[name], value), name
+    assert texts_again == texts
+    assert (whole.folder / "model.safetensors").read_bytes() == (
+        resumed.folder / "model.safetensors"
+    ).read_bytes()
+    rows = read_metrics(whole.folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    if "kl_target" in settings:
+        assert len({row["objective/kl_coef"] for row in rows}) == 4
+
+
+def test_metrics_past_the_checkpoint_are_dropped_on_resume(make_config):
+    whole = trained(make_config("run", save_steps=2))
+    names = sorted(p.name for p in whole.folder.glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-4"]
+    lines = (whole.folder / "metrics.jsonl").read_text()
+    resumed = trained(make_config("run", resume_from_checkpoint="checkpoint-2"))
+    assert resumed.start == 2
+    assert (whole.folder / "metrics.jsonl").read_text() == lines
+
+
+def test_a_crash_while_writing_leaves_older_checkpoints(make_config, monkeypatch):
+    config = make_config("run", save_steps=1)
+    trainer = PPOTrainer(config)
+    whole_save, done = torch.save, []
+
+    def crash_on_third(state, path):
+        if len(done) == 2:
+            path.write_bytes(b"half a checkp")
+            raise OSError("No space left on device")
+        done.append(path)
+        whole_save(state, path)
+
+    monkeypatch.setattr(torch, "save", crash_on_third)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.undo()
+    assert find_checkpoint(trainer.folder, "last")["iteration"] == 2
+    assert sorted(p.name for p in trainer.folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    resumed = trained(make_config("run", resume_from_checkpoint="last"))
+    whole = trained(make_config("whole"))
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(resumed.policy.state_dict()[name], value), name
+    assert (resumed.folder / "metrics.jsonl").read_text() == (whole.folder / "metrics.jsonl").read_text()
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"value": 1})
+    save_checkpoint(tmp_path, 1, {"value": 2})
+    assert find_checkpoint(tmp_path, "last") == {"value": 2}
+    save_checkpoint(tmp_path, 10, {"value": 10})
+    save_checkpoint(tmp_path, 9, {"value": 9})
+    assert find_checkpoint(tmp_path, "last") == {"value": 10}  # by number, not by name or time
+    assert find_checkpoint(tmp_path, "checkpoint-9") == {"value": 9}
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-1")) == {"value": 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-10", "checkpoint-9"]
+
+
+def test_missing_checkpoints(make_config, tmp_path):
+    with pytest.raises(UserError, match="start the run without --resume_from_checkpoint"):
+        find_checkpoint(tmp_path, "last")
+    with pytest.raises(UserError, match=r"no checkpoint at .*checkpoint-7"):
+        find_checkpoint(tmp_path, "checkpoint-7")
+    trained(make_config("run", num_iterations=1, stop_at_iteration=1))
+    with pytest.raises(UserError, match="at iteration 1 already; raise --num_iterations"):
+        PPOTrainer(make_config("run", num_iterations=1, resume_from_checkpoint="last"))
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    run_module.write_json(path, {"value": 1})
+    with pytest.raises(TypeError):
+        run_module.write_json(path, {"value": object()})
+    assert json.loads(path.read_text()) == {"value": 1}
