@@ -24,7 +24,7 @@ from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 
 def offset_rewards(kind: str):
-    """Rewards whose last head gained an offset: a constant 3, or a normal draw of its own for every prompt."""
+    """Rewards with an offset: a constant 3 on the last head, or a normal draw of its own for every prompt."""
 
     class OffsetRewards(MixtureRewards):
         def __call__(self, responses):
@@ -43,7 +43,9 @@ def offset_rewards(kind: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("seed_folder", type=Path)
     parser.add_argument("--output_dir", type=Path, required=True)
     given = parser.parse_args()

@@ -16,10 +16,11 @@ README = (ROOT / "README.md").read_text()
 TINY_RECIPE = """
 world: {num_texts: 200, num_prompts: 80, num_test_prompts: 12}
 sft: {max_steps: 4, per_device_train_batch_size: 16, learning_rate: 5.0e-3, max_length: 64}
-reward: {num_rounds: 2, steps_per_round: 3, per_device_train_batch_size: 16, learning_rate: 1.0e-3, max_length: 64}
-ppo: {num_iterations: 2, rollout_batch_size: 16, num_ppo_epochs: 1, mini_batch_size: 8, learning_rate: 1.0e-3,
+reward: {num_rounds: 2, steps_per_round: 3, per_device_train_batch_size: 16, learning_rate: 1.0e-3}
+ppo: {num_iterations: 2, rollout_batch_size: 16, num_ppo_epochs: 1, mini_batch_size: 8,
       calibration_prompts: 16, response_length: 24, max_prompt_length: 16}
-evaluate: {num_samples: 2, response_length: 24, max_prompt_length: 16, certificate_prompts: 4, certificate_samples: 8}
+evaluate: {num_samples: 2, response_length: 24, max_prompt_length: 16,
+           certificate_prompts: 4, certificate_samples: 8}
 """
 
 

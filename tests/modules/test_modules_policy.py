@@ -143,6 +143,7 @@ def test_generation_config_of_a_model_does_not_leak_into_sampling(make_model, so
     opinions = {
         "do_sample": True,
         "top_k": 3,
+        "min_p": 0.3,
         "temperature": 0.2,
         "repetition_penalty": 4.0,
         "min_new_tokens": 3,

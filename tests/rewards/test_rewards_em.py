@@ -13,7 +13,7 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.preferences.world import sample_reviews
 from torchrl_maxmin.rewards import RewardMixture, fit_mixture
-from torchrl_maxmin.rewards.em import _converged, _repair_empty_groups
+from torchrl_maxmin.rewards.em import _converged, _repair_empty_groups, _sort_groups
 
 USERS, PAIRS = 20, 18
 SETTINGS = {
@@ -260,6 +260,14 @@ def test_empty_groups_get_the_users_that_are_explained_worst(tiny_model):
     same, none = _repair_empty_groups(mixture, full, torch.zeros(3), torch.arange(4))
     assert torch.equal(same, full)
     assert none == []
+
+
+def test_heads_are_sorted_with_their_groups(tiny_model):
+    mixture = RewardMixture.from_causal_lm(tiny_model, 3)
+    before = mixture.model.score.weight.detach().clone()
+    r = torch.tensor([[0.1, 0.2, 0.7], [0.0, 0.3, 0.7], [0.2, 0.7, 0.1]])
+    assert torch.equal(_sort_groups(mixture, r), r[:, [2, 1, 0]])
+    assert torch.equal(mixture.model.score.weight, before[[2, 1, 0]])
 
 
 def test_convergence_needs_a_stable_partition_and_likelihood():

@@ -66,6 +66,8 @@ class RewardMixture(nn.Module):
         from transformers import AutoModelForSequenceClassification
 
         tokenizer = load_tokenizer(name_or_path)
+        # for those who load the folder without us: absolute positions are right with padding at the end alone
+        tokenizer.padding_side = "right"
         model = AutoModelForSequenceClassification.from_pretrained(
             name_or_path, num_labels=num_groups, dtype=torch.float32
         ).eval()

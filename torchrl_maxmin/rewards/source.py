@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,8 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
             functions.append(World.load(spec))
             continue
         module, _, name = spec.partition(":")
+        if os.getcwd() not in sys.path:  # a console script does not look where it is called from
+            sys.path.append(os.getcwd())
         try:
             functions.append(getattr(importlib.import_module(module), name))
         except (ImportError, AttributeError, ValueError) as error:

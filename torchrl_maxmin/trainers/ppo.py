@@ -107,7 +107,13 @@ class PPOTrainer:
         else:
             self.rewards = FunctionRewards(functions, self.tokenizer)
         self.monitor = FunctionRewards(monitors, self.tokenizer) if monitors else None
-        self.calibration = self._calibrate() if saved is None else Calibration.from_dict(saved["calibration"])
+        self.baseline: Tensor | None = None
+        if saved is None:
+            self.calibration = self._calibrate()
+            if config.objective == "mean_of_mins":
+                self.baseline = self._reference_means()
+        else:
+            self.calibration, self.baseline = Calibration.from_dict(saved["calibration"]), saved["baseline"]
         self.adversary = self._make_adversary(mixture)
         self._build_learner()
         self.start = 0
@@ -141,6 +147,17 @@ class PPOTrainer:
         calibration = Calibration.fit(raw, config.calibration)
         torch.save(raw, self.folder / "reference_rewards.pt")
         return calibration
+
+    def _reference_means(self) -> Tensor:
+        """The reference's mean calibrated reward [N, K] for every prompt.
+
+        A minimum taken response by response compares groups within one prompt, where a
+        Bradley-Terry reward may have any offset.
+        """
+        count = self.config.calibration_samples
+        samples = sample_responses(self.reference, self.prompts, count)
+        raw = torch.cat([self.rewards(part.to(self.device)) for part in samples.split(512)])
+        return self.calibration.apply(raw).reshape(len(self.prompts), count, -1).mean(1)
 
     def _make_adversary(self, mixture: RewardMixture | None) -> Adversary:
         config, groups = self.config, self.rewards.num_groups
@@ -236,6 +253,8 @@ class PPOTrainer:
         """Calibrated rewards [B, K], with the penalty for a response that does not end."""
         rewards = self.calibration.apply(self.rewards(responses))
         require_finite(rewards.sum().item(), responses, self.folder, "a reward")
+        if self.baseline is not None:
+            rewards = rewards - self.baseline[responses["prompt_index"]]
         ended = (responses["action"] == self.tokenizer.eos_token_id) & responses["action_mask"]
         return rewards - self.config.missing_eos_penalty * (~ended.any(-1, keepdim=True))
 
@@ -325,6 +344,7 @@ class PPOTrainer:
             "adversary": self.adversary.state_dict(),
             "kl_coef": self.kl_controller.coef,
             "calibration": self.calibration.to_dict(),
+            "baseline": self.baseline,
             "random": random_state(),
         }
         save_checkpoint(self.folder, iteration, state)

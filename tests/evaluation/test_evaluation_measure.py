@@ -1,0 +1,402 @@
+"""The evaluation stage: who judges, what is measured, and what is certified, on tiny models."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import measure_judges
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.evaluation import SeedResult
+from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies, run_evaluate
+from torchrl_maxmin.preferences.world import World, sample_prompts
+from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.welfare import solve_dual
+
+LENGTH = 8
+CALIBRATION = Calibration("sft_mean", torch.tensor([0.3, -0.2]), torch.tensor([1.0, 2.0]))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return sample_prompts(6, 0, heldout=True)
+
+
+@pytest.fixture(scope="module")
+def prompt_file(prompts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("measure") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model, tmp_path_factory):
+    """A policy that is not far from the reference."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_model):
+    torch.manual_seed(3)
+    made = RewardMixture.from_causal_lm(tiny_model, 2)
+    made.log_prior.copy_(torch.tensor([0.75, 0.25]).log())
+    made.calibration = CALIBRATION
+    return made
+
+
+@pytest.fixture(scope="module")
+def reward_folder(mixture, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "reward"
+    mixture.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_config(tiny_model, other_model, prompt_file, tmp_path):
+    def make(name="out", **settings):
+        base = {
+            "policies": [f"sft={tiny_model}", f"maxmin={other_model}"],
+            "dataset_name": prompt_file,
+            "output_dir": str(tmp_path / name),
+            "judge": "measure_judges:words",
+            "num_samples": 3,
+            "response_length": LENGTH,
+            "max_prompt_length": 16,
+            "certificate_samples": 16,
+            "device": "cpu",
+        }
+        return EvaluateConfig(**(base | settings))
+
+    return make
+
+
+@pytest.fixture
+def measure(make_config):
+    """Run the stage; returns its result, read back from the folder."""
+
+    def run(name="out", **settings):
+        return SeedResult.load(measure_policies(make_config(name, **settings)) / "result")
+
+    return run
+
+
+# -- judges ----------------------------------------------------------------------------------------
+
+
+def test_a_world_judges_by_its_groups(measure, tmp_path):
+    world = World(name="10:1", shares=(0.7, 0.3), sentiment_scale=8.0, utility_std=(0.5, 2.0))
+    world.save(tmp_path / "world.json")
+    result = measure(judge=str(tmp_path / "world.json"), seed=5)
+    assert (result.seed, result.group_names) == (5, ["sentiment", "conciseness"])
+    assert result.group_shares == [0.7, 0.3]
+    assert result.extra["judge"] == "world"
+    words = measure(name="words", seed=5).utilities["maxmin"].sum(-1)  # of the same responses
+    np.testing.assert_allclose(result.utilities["maxmin"][..., 1], -words / 10 / 2.0)
+
+
+def test_a_function_judges_every_response_of_its_prompt(measure, prompts):
+    measure_judges.calls.clear()
+    result = measure()
+    assert result.group_names == ["group 0", "group 1"]
+    assert result.group_shares == [0.5, 0.5]
+    assert result.extra["judge"] == "function"
+    assert result.policies == ["sft", "maxmin"]
+    (_, probe), sft, maxmin = measure_judges.calls
+    assert len(probe) == 2
+    for policy, (asked, answers) in (("sft", sft), ("maxmin", maxmin)):
+        assert asked == [prompt for prompt in prompts for _ in range(3)]
+        counted = np.array([len(answer.split()) for answer in answers]).reshape(6, 3)
+        np.testing.assert_array_equal(result.utilities[policy][..., 1], counted)
+        np.testing.assert_array_equal(
+            result.utilities[policy][..., 0], [[len(prompt.split())] * 3 for prompt in prompts]
+        )
+        assert counted.std() > 0
+
+
+def test_one_number_a_response_is_one_group(measure):
+    result = measure(judge="measure_judges:brevity")
+    assert result.group_names == ["group 0"]
+    assert result.utilities["sft"].shape == (6, 3, 1)
+
+
+def test_a_reward_folder_judges_by_its_calibrated_heads(measure, mixture, reward_folder):
+    result = measure(judge=reward_folder)
+    assert result.extra["judge"] == "reward heads"
+    np.testing.assert_allclose(result.group_shares, [0.75, 0.25], rtol=1e-6)
+    measure_judges.calls.clear()
+    measure(name="again")
+    raw = mixture.score(*measure_judges.calls[-1])
+    expected = ((raw - CALIBRATION.shift) / CALIBRATION.scale).reshape(6, 3, 2)
+    np.testing.assert_allclose(result.utilities["maxmin"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ("measure_judges:broken", "fails on f.prompts, completions. with KeyError"),
+        ("measure_judges:unequal", "one number, or one a group, for every response"),
+        ("measure_judges:undefined", "NaN or infinity"),
+        ("measure_judges:nothing", "TypeError"),
+        ("measure_judges:absent", "write module:function"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_told_before_any_work(make_config, tmp_path, judge, message):
+    with pytest.raises(UserError, match=message):
+        run_evaluate(make_config(judge=judge))
+    assert not (tmp_path / "out").exists()
+
+
+# -- measurements ----------------------------------------------------------------------------------
+
+
+def test_kl_is_the_log_ratio_of_whole_responses(measure, tiny_model, other_model, tokenizer):
+    """Against plain forward passes over the responses' text, one at a time, in double precision."""
+    measure_judges.calls.clear()
+    result = measure()
+    np.testing.assert_allclose(result.kl["sft"], 0.0, atol=1e-5)
+    models = [
+        AutoModelForCausalLM.from_pretrained(path).double().eval() for path in (other_model, tiny_model)
+    ]
+    checked = 0
+    rows = zip(
+        *measure_judges.calls[-1], result.kl["maxmin"].ravel(), result.length["maxmin"].ravel(), strict=True
+    )
+    for prompt, answer, found, size in rows:
+        start = tokenizer(prompt).input_ids
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        if size == len(ids) + 1 and size < LENGTH:
+            ids = [*ids, tokenizer.eos_token_id]  # it ended by itself
+        elif size != len(ids):
+            continue  # it holds a special token, which text leaves out
+        tokens = torch.tensor([start + ids])
+        answered = tokens[0, len(start) :, None]
+        with torch.no_grad():
+            policy, reference = (
+                model(tokens).logits[0, len(start) - 1 : -1].log_softmax(-1).gather(-1, answered).sum()
+                for model in models
+            )
+        assert found == pytest.approx((policy - reference).item(), abs=1e-4)
+        checked += 1
+    assert checked >= 5
+
+
+def test_the_seed_decides_everything(measure):
+    first, again, another = (measure(name=f"run{i}", seed=seed) for i, seed in enumerate((0, 0, 1)))
+    for name in ("utilities", "kl", "length"):
+        for policy in first.policies:
+            np.testing.assert_array_equal(getattr(first, name)[policy], getattr(again, name)[policy])
+    assert not np.array_equal(first.kl["maxmin"], another.kl["maxmin"])
+
+
+def test_one_sample_a_prompt(measure, reward_folder):
+    result = measure(num_samples=1, reward_model_path=reward_folder)
+    assert result.utilities["maxmin"].shape == (6, 1, 2)
+    assert set(result.extra["calibration"]["utilities"]) == {"sft_mean", "win_rate", "none"}
+    more = measure(name="more", num_samples=2, reward_model_path=reward_folder)
+    assert set(more.extra["calibration"]["utilities"]) == {"sft_std", "sft_mean", "win_rate", "none"}
+
+
+def test_the_first_prompts_alone(measure, prompts):
+    measure_judges.calls.clear()
+    assert measure(num_prompts=2).num_prompts == 2
+    assert measure_judges.calls[-1][0] == [prompt for prompt in prompts[:2] for _ in range(3)]
+
+
+def test_a_summary_and_a_report_are_written(make_config):
+    config = make_config()
+    folder = run_evaluate(config)
+    summary = json.loads((folder / "summary.json").read_text())
+    result = SeedResult.load(folder / "result")
+    assert list(summary["policies"]) == ["sft", "maxmin"]
+    assert summary["num_prompts"] == 6
+    for k, name in enumerate(result.group_names):
+        mean = result.utilities["maxmin"][..., k].mean()
+        assert summary["policies"]["maxmin"]["utility"][name] == pytest.approx(mean)
+    assert summary["policies"]["maxmin"]["kl"] == pytest.approx(result.kl["maxmin"].mean())
+    assert (summary["certificate"]["value"], summary["certificate"]["reason"]) == (None, "not computed")
+    assert "judge" in (folder / "report.md").read_text()
+    assert EvaluateConfig(**yaml.safe_load((folder / "config.yaml").read_text())) == config
+
+
+def test_figures_of_the_reward_stage_come_along(measure, reward_folder, tmp_path):
+    folder = tmp_path / "reward"
+    shutil.copytree(reward_folder, folder)
+    told = {
+        "users": [9, 3],
+        "user_accuracy": 0.75,
+        "heldout": {"log_likelihood": -0.5, "head_accuracy": [0.9, 0.8]},
+        "head_of_group": {"group 0": 1, "group 1": 0},
+    }
+    (folder / "reward.json").write_text(json.dumps(told))
+    measure_judges.calls.clear()
+    result = measure(reward_model_path=str(folder))
+    assert result.extra["group_users"] == [3, 9]
+    em = result.extra["em"]
+    assert (em["user_accuracy"], em["heldout_log_likelihood"], em["num_groups_selected"]) == (0.75, -0.5, 2)
+    raw = RewardMixture.from_pretrained(folder).score(*measure_judges.calls[1]).numpy()
+    truth = result.utilities["sft"].reshape(-1, 2)
+    for g, head in ((0, 1), (1, 0)):
+        expected = np.corrcoef(raw[:, head], truth[:, g])[0, 1]
+        assert em["head_correlation"][f"group {g}"] == pytest.approx(expected, abs=1e-5)
+    assert set(result.extra["calibration"]["utilities"]["none"]) == {"group 0", "group 1"}
+
+
+# -- the certificate -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(other_model, tmp_path):
+    """A folder of the policy that says how it was trained; settings override that."""
+
+    def make(name="trained", **settings):
+        folder = tmp_path / name
+        shutil.copytree(other_model, folder)
+        base = {"kl_coef": 1.0, "calibration": CALIBRATION.to_dict()} | settings
+        outcome = {key: base.pop(key) for key in ("kl_coef", "calibration")}
+        (folder / "training.json").write_text(json.dumps(outcome))
+        given = {"beta": 7.0, "missing_eos_penalty": 0.0, "reward_funcs": []} | base
+        (folder / "config.yaml").write_text(yaml.safe_dump(given))
+        return str(folder)
+
+    return make
+
+
+def test_the_certificate_holds_the_exact_gap(
+    measure, trained, tiny_model, reward_folder, mixture, prompts, tokenizer
+):
+    """Responses of one token can all be enumerated: the exact dual is the judge."""
+    policy, penalty, beta = trained(missing_eos_penalty=2.0, kl_coef=0.8), 2.0, 0.8
+    result = measure(
+        policies=[f"sft={tiny_model}", f"maxmin={policy}"],
+        reward_model_path=reward_folder,
+        response_length=1,
+        certificate_samples=512,
+        certificate_prompts=6,
+    )
+    found = result.extra["certificate"]
+
+    vocabulary = torch.arange(len(tokenizer))
+    texts = tokenizer.batch_decode(vocabulary[:, None], skip_special_tokens=True)
+    ended = (vocabulary == tokenizer.eos_token_id)[:, None]
+    rewards = torch.stack(
+        [
+            CALIBRATION.apply(mixture.score([prompt] * len(texts), texts)) - penalty * ~ended
+            for prompt in prompts
+        ]
+    ).double()
+    tables = []
+    for path in (policy, tiny_model):
+        model = AutoModelForCausalLM.from_pretrained(path).double().eval()
+        with torch.no_grad():
+            rows = [model(torch.tensor([tokenizer(p).input_ids])).logits[0, -1] for p in prompts]
+        tables.append(torch.stack(rows).log_softmax(-1))
+    log_policy, log_reference = tables
+    kept = (rewards - beta * (log_policy - log_reference)[..., None]) * log_policy.exp()[..., None]
+    exact = solve_dual(rewards, beta, log_weights=log_reference).value - kept.sum(1).mean(0).min().item()
+
+    assert found["reason"] is None
+    assert exact > 0.05
+    assert found["low"] <= exact <= found["high"]
+    assert found["value"] == pytest.approx(exact, abs=0.5 * exact)
+
+
+def test_a_policy_says_its_own_beta(measure, trained, tiny_model, reward_folder):
+    policies = [f"sft={tiny_model}", f"maxmin={trained()}"]
+    settings = {"policies": policies, "reward_model_path": reward_folder, "certificate_samples": 128}
+    own = measure(name="own", **settings).extra["certificate"]
+    given = measure(name="given", beta=1.0, **settings).extra["certificate"]
+    other = measure(name="other", beta=3.0, **settings).extra["certificate"]
+    assert own == given  # the coefficient that training ended with, not the one that it began with
+    assert own["value"] != other["value"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kl_coef": 0.0}, "without a KL penalty"),
+        ({"reward_funcs": ["measure_judges:words"]}, "maxmin was not trained on this reward mixture"),
+        ({"calibration": Calibration.identity(3).to_dict()}, "maxmin was not trained on this reward mixture"),
+        ({"kl_coef": 1e-3}, "effective sample size"),
+    ],
+)
+def test_no_certificate_and_the_reason(measure, trained, tiny_model, reward_folder, settings, reason):
+    policies = [f"sft={tiny_model}", f"maxmin={trained(**settings)}"]
+    found = measure(policies=policies, reward_model_path=reward_folder).extra["certificate"]
+    assert (found["value"], found["low"], found["high"]) == (None, None, None)
+    assert reason in found["reason"]
+
+
+def test_no_certificate_for_a_folder_that_says_nothing(make_config, reward_folder):
+    folder = run_evaluate(make_config(reward_model_path=reward_folder))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["certificate"]["value"] is None
+    assert "maxmin does not say how it was trained" in summary["certificate"]["reason"]
+
+
+def test_no_certificate_for_a_policy_that_is_not_there(measure, reward_folder):
+    found = measure(reward_model_path=reward_folder, certify="best").extra["certificate"]
+    assert found["value"] is None
+    assert "no policy named 'best'" in found["reason"]
+    assert "--certify" in found["reason"]
+
+
+def test_a_constant_head_has_no_scale_and_stops_nothing(measure, mixture, tmp_path):
+    flat = RewardMixture(mixture.model, mixture.tokenizer)
+    before = flat.model.score.weight.detach().clone()
+    try:
+        with torch.no_grad():
+            flat.model.score.weight[1] = 0.0
+        flat.save_pretrained(tmp_path / "flat")
+    finally:
+        with torch.no_grad():
+            flat.model.score.weight.copy_(before)
+    result = measure(reward_model_path=str(tmp_path / "flat"))
+    assert set(result.extra["calibration"]["utilities"]) == {"sft_mean", "win_rate", "none"}
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policies": ["maxmin=a"]}, "needs sft=folder"),
+        ({"policies": ["sft"]}, "'sft' has no folder"),
+        ({"policies": ["sft=a", "sft=b"]}, "twice"),
+        ({"num_samples": 0}, "--num_samples must be at least 1"),
+        ({"num_prompts": -1}, "--num_prompts must be at least 0"),
+        ({"certificate_samples": 10}, "multiple of 4"),
+        ({"temperature": 0.0}, "--temperature must be positive"),
+        ({"beta": -1.0}, "--beta must be positive"),
+    ],
+)
+def test_settings_that_cannot_work(make_config, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_config(**settings).check()
+
+
+def test_a_folder_name_may_hold_an_equals_sign(make_config):
+    assert make_config(policies=["sft=a=b"]).folders() == {"sft": "a=b"}
+
+
+def test_earlier_results_are_left_as_they_are(make_config, tmp_path):
+    config = make_config()
+    Path(config.output_dir).mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        run_evaluate(dataclasses.replace(config))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
