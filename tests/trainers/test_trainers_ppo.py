@@ -343,3 +343,13 @@ def test_a_folder_that_holds_something_is_left_as_it_is(make_config):
         run_ppo(copy.copy(config))
     assert [p.name for p in folder.iterdir()] == ["thesis.txt"]
     assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_mean_of_mins_does_not_see_a_prompts_own_offset(make_config):
+    """A minimum response by response compares groups within a prompt, where an offset means nothing."""
+    rewards = []
+    for name, functions in (("plain", ["brevity", "letters"]), ("offset", ["brevity", "letters_by_prompt"])):
+        specs = [f"trainers_rewards:{f}" for f in functions]
+        config = make_config(name, objective="mean_of_mins", reward_funcs=specs, calibration="sft_mean")
+        rewards.append(first_batch(config)[1]["next", "group_reward"])
+    torch.testing.assert_close(rewards[0], rewards[1], atol=1e-4, rtol=0)

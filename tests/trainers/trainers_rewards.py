@@ -41,3 +41,11 @@ class Poisoned:
 
 
 poisoned = Poisoned()
+
+
+def letters_by_prompt(prompts, completions):
+    """``letters`` with an offset of its own for every prompt."""
+    return [
+        value + 7 * math.sin(len(prompt))
+        for prompt, value in zip(prompts, letters(prompts, completions), strict=True)
+    ]

@@ -289,7 +289,7 @@ def _calibration_block(summary: Mapping[str, Any]) -> list[str]:
     if calibration.get("used") == "none":
         used += (
             " **Uncalibrated: a constant added to a head, or an offset of its own for every prompt, leaves "
-            "the likelihood of all preferences as it is and changes which group this policy was trained for.**"
+            "the likelihood of all preferences as it is and changes whom this policy was trained for.**"
         )
     return [
         "## Calibration\n\nPreferences fix a reward only up to an offset and a scale, so a minimum over "
