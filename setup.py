@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1"]
 PLOT = ["matplotlib>=3.8"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
-LINT = ["ruff>=0.9", "mypy>=1.13", "pre-commit>=4"]
+LINT = ["ruff>=0.9", "mypy>=1.13", "types-PyYAML", "pre-commit>=4"]
 
 setup(
     package_dir={"maxmin_kernels": "kernels/maxmin_kernels"},
