@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["bars", "console", "forward_to", "progress_bar"]
+__all__ = ["bars", "console", "forward_to", "prefixed", "progress_bar"]
 
 console = Console(stderr=True)
 _INTERVAL_S = 0.2  # a bar that moves more often than this only costs time
@@ -20,10 +20,19 @@ _queue: Any = None
 _prefix = ""
 
 
-def forward_to(queue: Any, prefix: str = "") -> None:
+def forward_to(queue: Any) -> None:
     """Send this process's progress to ``queue`` instead of drawing it; None draws again."""
-    global _queue, _prefix
-    _queue, _prefix = queue, prefix
+    global _queue
+    _queue = queue
+
+
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Put ``prefix`` before the bars that this process forwards."""
+    global _prefix
+    _prefix = prefix
+    yield
+    _prefix = ""
 
 
 def bars() -> Progress:

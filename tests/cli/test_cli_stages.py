@@ -1,5 +1,11 @@
 """Tasks in processes: each after what it needs, and a mistake stops those that wait."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from torchrl_maxmin.cli.stages import Task, run_tasks
@@ -36,3 +42,40 @@ def _append(where):
 
 def _refuse(message):
     raise UserError(message)
+
+
+def test_workers_end_with_the_run_that_started_them(tmp_path):
+    """A killed run must not go on in processes that nobody sees."""
+    script = (
+        "from pathlib import Path; from torchrl_maxmin.cli.stages import Task, run_tasks\n"
+        "from test_cli_stages import _sleep_long\n"
+        f"note = Path({str(tmp_path / 'pid')!r})\n"
+        "if __name__ == '__main__': run_tasks({'a': Task(_sleep_long, note)}, 1)\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], env={**os.environ, "PYTHONPATH": path})
+    assert _within(60, lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    worker = int((tmp_path / "pid").read_text())
+    run.kill()
+    run.wait()
+    assert _within(20, lambda: not _alive(worker))
+
+
+def _sleep_long(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+def _within(seconds, condition):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _alive(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()

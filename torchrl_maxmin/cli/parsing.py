@@ -74,7 +74,7 @@ def _names(config_class: type) -> list[str]:
 def _make_parser(config_class: type, with_config: bool = False, **settings: Any) -> Any:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **settings)
+    parser = ArgumentParser(exit_on_error=False, **settings)
     if with_config:
         parser.add_argument("--config", action="config", help="YAML file with the same keys as the flags")
     parser.add_class_arguments(config_class)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_maxmin.progress import bars, forward_to
+from torchrl_maxmin.progress import bars, forward_to, prefixed
 
 __all__ = ["Task", "run_tasks"]
 
@@ -44,22 +45,20 @@ def run_tasks(tasks: Mapping[str, Task], num_workers: int) -> dict[str, float]:
         Exception: what a task raised; tasks that have not started are dropped.
     """
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        queue = manager.Queue()
-        seconds: dict[str, float] = {}
-        waiting = dict(tasks)
-        running: dict[Future, str] = {}
-        with _Drawing(queue), ProcessPoolExecutor(num_workers, context, _start_worker) as pool:
-            while waiting or running:
-                ready = [name for name, task in waiting.items() if all(dep in seconds for dep in task.after)]
-                for name in ready[: num_workers - len(running)]:
-                    task = waiting.pop(name)
-                    label = name.split("/")[0] + ": " if "/" in name else ""
-                    running[pool.submit(_call, task, queue, label)] = name
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    seconds[running.pop(future)] = _result(future, pool)
-        return seconds
+    queue = context.Queue()
+    seconds: dict[str, float] = {}
+    waiting = dict(tasks)
+    running: dict[Future, str] = {}
+    with _Drawing(queue), ProcessPoolExecutor(num_workers, context, _start_worker, (queue,)) as pool:
+        while waiting or running:
+            ready = [name for name, task in waiting.items() if all(dep in seconds for dep in task.after)]
+            for name in ready[: num_workers - len(running)]:
+                label = name.split("/")[0] + ": " if "/" in name else ""
+                running[pool.submit(_call, waiting.pop(name), label)] = name
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                seconds[running.pop(future)] = _result(future, pool)
+    return seconds
 
 
 def _result(future: Future, pool: ProcessPoolExecutor) -> float:
@@ -70,20 +69,30 @@ def _result(future: Future, pool: ProcessPoolExecutor) -> float:
         raise
 
 
-def _start_worker() -> None:
-    """One thread a process, and no chatter of libraries over the bars."""
+def _start_worker(queue: Any) -> None:
+    """One thread a process, progress to the parent's display, no chatter, and no life after the parent."""
     import torch
 
     from torchrl_maxmin.cli.main import quiet
 
+    threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(1)
     quiet()
+    forward_to(queue)
 
 
-def _call(task: Task, queue: Any, label: str) -> float:
-    forward_to(queue, label)
+def _follow_parent() -> None:
+    """End this process when its parent is gone: a killed run must not go on in its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call(task: Task, label: str) -> float:
     start = time.perf_counter()
-    task.function(task.config)
+    with prefixed(label):
+        task.function(task.config)
     return time.perf_counter() - start
 
 
