@@ -61,7 +61,7 @@ def main() -> None:
             with mock.patch("torchrl_maxmin.trainers.ppo.MixtureRewards", offset_rewards(kind)):
                 run_ppo(changed)
             policies[name] = str(folder)
-            outcome = json.loads((folder / "training.json").read_text())["calibration"]
+            outcome = json.loads((folder / "summary.json").read_text())["calibration"]
             print(f"{name}: shift {outcome['shift']}, scale {outcome['scale']}", flush=True)
     run_evaluate(
         dataclasses.replace(

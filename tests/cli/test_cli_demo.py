@@ -215,8 +215,8 @@ def test_by_hand_from_pairs_without_groups(seed, tmp_path):
     assert_same_weights(mine["reward"], seed / "reward_maxmin")
     for name in ("groups.csv", "mixture.json"):
         assert (Path(mine["reward"]) / name).read_bytes() == (seed / "reward_maxmin" / name).read_bytes()
-    told = json.loads((Path(mine["reward"]) / "reward.json").read_text())
-    demos = json.loads((seed / "reward_maxmin" / "reward.json").read_text())
+    told = json.loads((Path(mine["reward"]) / "summary.json").read_text())
+    demos = json.loads((seed / "reward_maxmin" / "summary.json").read_text())
     assert demos.keys() - told.keys() == {"user_accuracy", "head_of_group"}
     assert told == {name: demos[name] for name in told}
 

@@ -241,7 +241,7 @@ def test_figures_of_the_reward_stage_come_along(measure, reward_folder, tmp_path
         "heldout": {"log_likelihood": -0.5, "head_accuracy": [0.9, 0.8]},
         "head_of_group": {"group 0": 1, "group 1": 0},
     }
-    (folder / "reward.json").write_text(json.dumps(told))
+    (folder / "summary.json").write_text(json.dumps(told))
     measure_judges.calls.clear()
     result = measure(reward_model_path=str(folder))
     assert result.extra["group_users"] == [3, 9]
@@ -267,7 +267,7 @@ def trained(other_model, tmp_path):
         shutil.copytree(other_model, folder)
         base = {"kl_coef": 1.0, "calibration": CALIBRATION.to_dict()} | settings
         outcome = {key: base.pop(key) for key in ("kl_coef", "calibration")}
-        (folder / "training.json").write_text(json.dumps(outcome))
+        (folder / "summary.json").write_text(json.dumps(outcome))
         given = {"beta": 7.0, "missing_eos_penalty": 0.0, "reward_funcs": []} | base
         (folder / "config.yaml").write_text(yaml.safe_dump(given))
         return str(folder)

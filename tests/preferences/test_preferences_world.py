@@ -182,3 +182,10 @@ def test_written_labels_agree_with_the_utilities_of_the_labeller(tmp_path, tiny_
     gap = (world(data.prompts, data.chosen) - world(data.prompts, data.rejected))[np.arange(len(data)), group]
     assert (gap >= 0).all()
     assert min((gap > 0)[group == g].mean() for g in (0, 1)) > 0.3  # the rest are ties
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"nme": 1}'])
+def test_a_file_that_holds_no_world(tmp_path, content):
+    (tmp_path / "world.json").write_text(content)
+    with pytest.raises(UserError, match="holds no world"):
+        World.load(tmp_path / "world.json")

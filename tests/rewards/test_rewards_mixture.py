@@ -222,3 +222,9 @@ def test_load_functions():
             load_functions([spec])
     with pytest.raises(UserError, match="no world file"):
         load_functions(["nowhere/world.json"])
+
+
+def test_a_folder_without_reward_heads_is_refused(tiny_model):
+    """A causal language model would be scored by heads drawn at random."""
+    with pytest.raises(UserError, match="holds no reward head"):
+        RewardMixture.from_pretrained(tiny_model)

@@ -237,7 +237,7 @@ def test_the_saved_policy_is_a_causal_language_model(make_config):
     for name, value in trainer.policy.model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert AutoTokenizer.from_pretrained(trainer.folder).get_vocab() == trainer.tokenizer.get_vocab()
-    assert {p.name for p in trainer.folder.iterdir()} >= {"config.yaml", "training.json", "metrics.jsonl"}
+    assert {p.name for p in trainer.folder.iterdir()} >= {"config.yaml", "summary.json", "metrics.jsonl"}
 
 
 def test_a_tokenizer_without_pad_token_starts_at_kl_zero(make_config, make_model):

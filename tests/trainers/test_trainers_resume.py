@@ -25,7 +25,7 @@ def everything(trainer):
     tensors |= {f"adversary/{n}": v for n, v in trainer.adversary.state_dict().items()}
     for i, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{n}": torch.as_tensor(v) for n, v in state.items()}
-    texts = {name: (trainer.folder / name).read_text() for name in ("metrics.jsonl", "training.json")}
+    texts = {name: (trainer.folder / name).read_text() for name in ("metrics.jsonl", "summary.json")}
     return tensors, texts
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences.world import sample_reviews
+from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.trainers import sft as sft_module
 from torchrl_maxmin.trainers.reward import RewardConfig, run_reward, user_accuracy
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
@@ -156,7 +157,7 @@ def test_reward_stage_writes_a_model_groups_and_figures(tiny_model, pairs, tmp_p
         r = [float(row["responsibility_0"]), float(row["responsibility_1"])]
         assert sum(r) == pytest.approx(1.0, abs=1e-5)
         assert int(row["group"]) == r.index(max(r))
-    figures = json.loads((folder / "reward.json").read_text())
+    figures = json.loads((folder / "summary.json").read_text())
     assert figures["num_groups"] == 2
     assert figures["user_accuracy"] >= 0.8
     assert figures["heldout"]["pairs"] == 30
@@ -171,7 +172,7 @@ def test_reward_stage_by_one_group_and_an_evaluation_file(tiny_model, pairs, tmp
     config = reward_config(
         tiny_model, pairs, tmp_path, num_groups="1", steps_per_round=1, eval_dataset_name=pairs
     )
-    figures = json.loads((run_reward(config) / "reward.json").read_text())
+    figures = json.loads((run_reward(config) / "summary.json").read_text())
     assert figures["mixing_weights"] == [pytest.approx(1.0)]
     assert figures["heldout"]["pairs"] == 120
 
@@ -208,3 +209,16 @@ def test_user_accuracy_is_balanced_and_matched():
     assert heads == {"a": 0}
     three, _ = user_accuracy(torch.eye(3)[[0] * 5 + [2] * 3 + [1] * 2], groups)
     assert three == pytest.approx((5 / 8 + 1) / 2)
+
+
+def test_reward_folder_is_calibrated_on_samples_of_its_trunk(tiny_model, pairs, tmp_path):
+    """The heads of a saved mixture have mean 0 over reference samples, so their minimum means something."""
+    few = {"steps_per_round": 2, "response_length": 6}
+    folder = run_reward(reward_config(tiny_model, pairs, tmp_path, **few))
+    mixture = RewardMixture.from_pretrained(folder)
+    assert mixture.calibration.method == "sft_std"
+    assert (mixture.calibration.scale > 0).all()
+    assert not torch.equal(mixture.calibration.shift, torch.zeros(mixture.num_groups))
+    (tmp_path / "raw").mkdir()
+    raw = run_reward(reward_config(tiny_model, pairs, tmp_path / "raw", calibration="none", **few))
+    assert RewardMixture.from_pretrained(raw).calibration.method == "none"

@@ -247,7 +247,7 @@ def _mixture_figures(
 ) -> dict[str, Any]:
     """What the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
     extra: dict[str, Any] = {}
-    told = Path(str(config.reward_model_path)) / "reward.json"
+    told = Path(str(config.reward_model_path)) / "summary.json"
     reward = json.loads(told.read_text()) if told.is_file() else {}
     raw = mixture.score(*responses[REFERENCE])
     extra["em"] = {
@@ -302,7 +302,7 @@ _NOTHING: dict[str, Any] = {"value": None, "low": None, "high": None}
 
 def _trained_with(folder: str) -> dict[str, Any]:
     """The settings that a policy was trained with, and what came of them, where its folder says so."""
-    settings, outcome = Path(folder) / "config.yaml", Path(folder) / "training.json"
+    settings, outcome = Path(folder) / "config.yaml", Path(folder) / "summary.json"
     given = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
     return {**given, **(json.loads(outcome.read_text()) if outcome.is_file() else {})}
 

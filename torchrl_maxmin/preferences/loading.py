@@ -46,6 +46,8 @@ def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
             return _pick_split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded
+        if path.suffix in _READERS:
+            raise UserError(f"cannot read data from {str(path)!r}: there is no such file; check the path")
         return datasets.load_dataset(str(source), split=split)
     except UserError:
         raise

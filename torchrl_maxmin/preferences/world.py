@@ -80,10 +80,13 @@ class World:
 
     @classmethod
     def load(cls, path: str | Path) -> World:
-        """Read a world that :meth:`save` wrote."""
-        raw: dict[str, Any] = json.loads(Path(path).read_text())
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return cls(**settings)
+        """Read a world that :meth:`save` wrote; raises :class:`UserError` for anything else."""
+        try:
+            raw: dict[str, Any] = json.loads(Path(path).read_text())
+            settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            return cls(**settings)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} holds no world; give a world.json that the demo wrote") from error
 
     def raw_utilities(self, reviews: Sequence[str]) -> np.ndarray:
         """Utilities [N, 2] of whole reviews, before division by ``utility_std``."""

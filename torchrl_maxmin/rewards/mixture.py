@@ -81,7 +81,16 @@ class RewardMixture(nn.Module):
         from transformers import AutoModelForSequenceClassification
 
         require_model(str(folder))
-        model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=torch.float32).eval()
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True
+        )
+        if loaded["missing_keys"]:
+            missing = ", ".join(sorted(loaded["missing_keys"]))
+            raise UserError(
+                f"{folder} holds no reward head ({missing} missing), so it would score at random; "
+                "give a folder that the reward stage wrote, or another sequence classifier"
+            )
+        model.eval()
         tokenizer = load_tokenizer(str(folder))
         extra = Path(folder) / "mixture.json"
         if not extra.is_file():

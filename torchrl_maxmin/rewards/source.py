@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.sampling import to_texts
+from torchrl_maxmin.modules.language import TokenPolicy
+from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards.mixture import RewardMixture
 
-__all__ = ["FunctionRewards", "MixtureRewards", "load_functions"]
+__all__ = ["FunctionRewards", "MixtureRewards", "load_functions", "reference_rewards"]
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions) -> floats [N] or [N, k]
 
@@ -91,3 +92,16 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
                 f"no reward function {spec!r}: write module:function, importable from here"
             ) from error
     return functions
+
+
+def reference_rewards(
+    reference: TokenPolicy,
+    prompts: TensorDict,
+    rewards: MixtureRewards | FunctionRewards,
+    num_samples: int,
+) -> Tensor:
+    """Raw rewards [X, n, K] on the CPU of n samples of the reference policy for each of X prompts."""
+    device = next(reference.parameters()).device
+    samples = sample_responses(reference, prompts, num_samples)
+    raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(512)])
+    return raw.reshape(len(prompts), num_samples, -1)

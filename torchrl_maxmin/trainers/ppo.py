@@ -22,7 +22,7 @@ from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
 from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer, require_model
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
+from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
@@ -30,7 +30,7 @@ from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import require_columns
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import Calibration, RewardMixture
-from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_functions
+from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_functions, reference_rewards
 from torchrl_maxmin.trainers.checkpoint import (
     find_checkpoint,
     random_state,
@@ -141,9 +141,7 @@ class PPOTrainer:
         """Fit the calibration on samples of the reference policy."""
         config = self.config
         chosen = self.prompts[torch.randperm(len(self.prompts))[: config.calibration_prompts]]
-        samples = sample_responses(self.reference, chosen, config.calibration_samples)
-        raw = torch.cat([self.rewards(part.to(self.device)).cpu() for part in samples.split(512)])
-        raw = raw.reshape(len(chosen), config.calibration_samples, -1)
+        raw = reference_rewards(self.reference, chosen, self.rewards, config.calibration_samples)
         calibration = Calibration.fit(raw, config.calibration)
         torch.save(raw, self.folder / "reference_rewards.pt")
         return calibration
@@ -154,10 +152,8 @@ class PPOTrainer:
         A minimum taken response by response compares groups within one prompt, where a
         Bradley-Terry reward may have any offset.
         """
-        count = self.config.calibration_samples
-        samples = sample_responses(self.reference, self.prompts, count)
-        raw = torch.cat([self.rewards(part.to(self.device)) for part in samples.split(512)])
-        return self.calibration.apply(raw).reshape(len(self.prompts), count, -1).mean(1)
+        raw = reference_rewards(self.reference, self.prompts, self.rewards, self.config.calibration_samples)
+        return self.calibration.apply(raw).mean(1).to(self.device)
 
     def _make_adversary(self, mixture: RewardMixture | None) -> Adversary:
         config, groups = self.config, self.rewards.num_groups
@@ -368,4 +364,4 @@ class PPOTrainer:
             "group_weights": self.adversary.weights.tolist(),
             "kl_coef": float(self.kl_controller.coef),
         }
-        write_json(self.folder / "training.json", json.loads(json.dumps(outcome)))
+        write_json(self.folder / "summary.json", json.loads(json.dumps(outcome)))

@@ -12,9 +12,14 @@ import numpy as np
 import torch
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import require_model
+from torchrl_maxmin.modules.language import TokenPolicy
+from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer, require_model
+from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.rewards import MixtureFit, fit_mixture
+from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
 from torchrl_maxmin.trainers.run import (
     prepare_output_dir,
     resolve_device,
@@ -52,6 +57,11 @@ class RewardConfig:
         weight_decay: AdamW weight decay.
         num_restarts: random starts of the linear warm start; the best likelihood wins.
         convergence_tolerance: stop when no user changed group and the log-likelihood a pair rose by less.
+        calibration: scale that the heads are saved with, fitted on samples of model_name_or_path;
+            sft_std, sft_mean, win_rate or none. The policy stage fits its own.
+        calibration_prompts: prompts of the data that the samples answer.
+        calibration_samples: samples a prompt.
+        response_length: most tokens of a sample.
         max_length: longest text in tokens; longer ones lose their start.
         dataset_split: split of the pairs.
         seed: seed of everything random.
@@ -77,6 +87,10 @@ class RewardConfig:
     weight_decay: float = 0.01
     num_restarts: int = 4
     convergence_tolerance: float = 1e-4
+    calibration: str = "sft_std"
+    calibration_prompts: int = 512
+    calibration_samples: int = 2
+    response_length: int = 53
     max_length: int = 1024
     dataset_split: str = "train"
     seed: int = 0
@@ -102,9 +116,16 @@ class RewardConfig:
             "per_device_train_batch_size",
             "num_restarts",
             "max_length",
+            "calibration_prompts",
+            "calibration_samples",
+            "response_length",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1")
+        if self.calibration not in CALIBRATIONS:
+            raise UserError(f"--calibration {self.calibration!r} is none of {', '.join(CALIBRATIONS)}")
+        if self.calibration == "sft_std" and self.calibration_samples < 2:
+            raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
         if not 0 <= self.heldout_fraction < 1:
             raise UserError("--heldout_fraction must be at least 0 and below 1")
 
@@ -113,8 +134,8 @@ def run_reward(config: RewardConfig) -> Path:
     """Fit a reward mixture and save it with what was learned about the users; returns its folder.
 
     The folder is a Hugging Face sequence classifier with K labels; beside it lie
-    ``mixture.json`` (mixing weights), ``groups.csv`` (responsibilities by user) and
-    ``reward.json`` (figures).
+    ``mixture.json`` (mixing weights and calibration), ``groups.csv`` (responsibilities by user) and
+    ``summary.json`` (figures).
 
     Raises:
         UserError: before any work, for models, data or folders that cannot be used.
@@ -155,11 +176,46 @@ def run_reward(config: RewardConfig) -> Path:
         seed=config.seed,
         device=device,
     )
+    figures = _figures(fit, data)
+    try:
+        fit.model.calibration = _calibrate(fit.model, data, config, device)
+    except UserError as error:  # a head without a scale is still a head: keep what was trained, and say so
+        figures["calibration_error"] = str(error)
     fit.model.save_pretrained(folder)
     _write_groups(folder / "groups.csv", fit)
-    write_json(folder / "reward.json", _figures(fit, data))
+    write_json(folder / "summary.json", figures)
     write_config(folder, config)
     return folder
+
+
+def _calibrate(
+    mixture: RewardMixture, data: PreferenceDataset, config: RewardConfig, device: torch.device
+) -> Calibration:
+    """Fit the heads' scale on samples of the model that the trunk came from."""
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    model = load_causal_lm(config.model_name_or_path)
+    ensure_pad_token(tokenizer, model)
+    reference = TokenPolicy(
+        model.to(device),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=config.response_length,
+    )
+    positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    longest = max(1, min(config.max_length, positions - config.response_length))
+    asked = [prompt for prompt in dict.fromkeys(data.prompts) if tokenizer(prompt).input_ids]
+    if not asked:
+        raise UserError("no pair has a prompt, so there is nothing to sample responses to")
+    prompts = asked[: config.calibration_prompts]
+    with progress_bar("calibrating the heads", 1) as advance:
+        raw = reference_rewards(
+            reference,
+            encode_prompts(tokenizer, prompts, longest),
+            MixtureRewards(mixture, tokenizer),
+            config.calibration_samples,
+        )
+        advance()
+    return Calibration.fit(raw, config.calibration)
 
 
 def _write_groups(path: Path, fit: MixtureFit) -> None:

@@ -14,7 +14,13 @@ from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, loa
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.preferences import encode, load_table
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
+from torchrl_maxmin.trainers.run import (
+    prepare_output_dir,
+    resolve_device,
+    seed_everything,
+    write_config,
+    write_json,
+)
 
 __all__ = ["SFTConfig", "run_sft"]
 
@@ -62,6 +68,8 @@ class SFTConfig:
 def _read_texts(config: SFTConfig) -> list[tuple[str, str]]:
     """(prompt, completion) of every row; a plain text is a completion without prompt."""
     table = load_table(config.dataset_name, config.dataset_split)
+    if len(table) == 0:
+        raise UserError(f"{config.dataset_name} has no rows to train on")
     names = table.column_names
     if "prompt" in names and "completion" in names:
         return list(zip(table["prompt"][:], table["completion"][:], strict=True))
@@ -83,8 +91,6 @@ def run_sft(config: SFTConfig) -> Path:
     device = resolve_device(config.device)
     tokenizer = load_tokenizer(config.model_name_or_path)
     texts = _read_texts(config)
-    if not texts:
-        raise UserError(f"{config.dataset_name} has no rows to train on")
     folder = prepare_output_dir(config.output_dir)
     seed_everything(config.seed)
     model = load_causal_lm(config.model_name_or_path)
@@ -106,7 +112,8 @@ def run_sft(config: SFTConfig) -> Path:
             "labels": tokens.masked_fill(~scored, -100),
         }
 
-    _train(config, model, rows, collate, folder, device)
+    loss = _train(config, model, rows, collate, folder, device)
+    write_json(folder / "summary.json", {"rows": len(rows), "train_loss": loss})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_config(folder, config)
@@ -115,7 +122,7 @@ def run_sft(config: SFTConfig) -> Path:
 
 def _train(
     config: SFTConfig, model: Any, rows: Any, collate: Any, folder: Path, device: torch.device
-) -> None:
+) -> float:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     steps_per_epoch = -(-len(rows) // config.per_device_train_batch_size)
@@ -148,5 +155,6 @@ def _train(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Bar()]
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        loss = trainer.train().training_loss
     model.eval()
+    return loss
