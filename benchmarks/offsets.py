@@ -1,9 +1,9 @@
 """What an offset that preferences cannot see does to the policy, with and without calibration.
 
 A Bradley-Terry likelihood does not change when a head gains a constant, or an offset of its own for every
-prompt. Trains the MaxMin policy of a demo's seed on such heads and prints the groups' true utilities:
+prompt. Trains the MaxMin policy of a demo's seeds on such heads and prints the groups' true utilities:
 
-    python benchmarks/offsets.py runs/demo/seed-0 --output_dir runs/offsets
+    python benchmarks/offsets.py runs/demo/seed-* --output_dir runs/offsets
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from unittest import mock
 import torch
 import yaml
 
-from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
+from torchrl_maxmin.evaluation import SeedResult, summarise, write_summary
+from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
 from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.trainers.ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
@@ -42,38 +43,47 @@ def offset_rewards(kind: str):
     return OffsetRewards
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("seed_folder", type=Path)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    config = PPOConfig(**yaml.safe_load((given.seed_folder / "maxmin/config.yaml").read_text()))
-    evaluation = EvaluateConfig(**yaml.safe_load((given.seed_folder / "evaluation/config.yaml").read_text()))
+def train_and_measure(seed_folder: Path, folder: Path) -> SeedResult:
+    """The MaxMin policy of one seed, trained on every kind of heads under both conventions."""
+    config = PPOConfig(**yaml.safe_load((seed_folder / "maxmin/config.yaml").read_text()))
+    evaluation = EvaluateConfig(**yaml.safe_load((seed_folder / "evaluation/config.yaml").read_text()))
     policies = {"sft": config.model_name_or_path}
     for calibration in ("sft_std", "none"):
         for kind in ("as learned", "constant", "by prompt"):
             name = f"{calibration}, {kind}"
-            folder = given.output_dir / name.replace(", ", "-").replace(" ", "_")
-            changed = dataclasses.replace(config, output_dir=str(folder), calibration=calibration)
+            output = folder / name.replace(", ", "-").replace(" ", "_")
+            changed = dataclasses.replace(config, output_dir=str(output), calibration=calibration)
             with mock.patch("torchrl_maxmin.trainers.ppo.MixtureRewards", offset_rewards(kind)):
                 run_ppo(changed)
-            policies[name] = str(folder)
-            outcome = json.loads((folder / "summary.json").read_text())["calibration"]
+            policies[name] = str(output)
+            outcome = json.loads((output / "summary.json").read_text())["calibration"]
             print(f"{name}: shift {outcome['shift']}, scale {outcome['scale']}", flush=True)
-    run_evaluate(
-        dataclasses.replace(
-            evaluation,
-            policies=[f"{name}={path}" for name, path in policies.items()],
-            output_dir=str(given.output_dir / "results"),
-            reward_model_path=None,
-        )
+    specs = [f"{name}={path}" for name, path in policies.items()]
+    results = str(folder / "results")
+    measure_policies(
+        dataclasses.replace(evaluation, policies=specs, output_dir=results, reward_model_path=None)
     )
-    summary = json.loads((given.output_dir / "results/summary.json").read_text())
+    return SeedResult.load(folder / "results" / "result")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("seed_folders", type=Path, nargs="+")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    results = [train_and_measure(seed, given.output_dir / seed.name) for seed in given.seed_folders]
+    summary = summarise(results)
+    write_summary(given.output_dir, summary)
     for name, policy in summary["policies"].items():
-        print(name, {g: (round(v, 3), policy["utility_interval"][g]) for g, v in policy["utility"].items()})
+        told = [
+            f"{group} {mean:+.3f} [{policy['utility_interval'][group]['low']:+.3f}, "
+            f"{policy['utility_interval'][group]['high']:+.3f}]"
+            for group, mean in policy["utility"].items()
+        ]
+        print(f"{name:<22}{'   '.join(told)}")
 
 
 if __name__ == "__main__":

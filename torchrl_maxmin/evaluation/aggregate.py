@@ -49,7 +49,8 @@ def certificate_summary(results: list[SeedResult]) -> dict[str, Any]:
     ]
     mute = [entry for entry in per_seed if not all(is_number(entry[key]) for key in empty)]
     if mute:
-        reason = "; ".join(f"seed {entry['seed']}: {entry['reason'] or 'not computed'}" for entry in mute)
+        first = f"seed {mute[0]['seed']}: {mute[0]['reason'] or 'not computed'}"
+        reason = first if len(mute) == 1 else f"{len(mute)} of {len(per_seed)} seeds have none ({first})"
         return {**empty, "reason": reason, "per_seed": per_seed}
     return {
         "value": float(np.mean([entry["value"] for entry in per_seed])),
