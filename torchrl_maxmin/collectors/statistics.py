@@ -5,25 +5,12 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import nn
 
+from torchrl_maxmin.distributed import mean_over_ranks
 from torchrl_maxmin.welfare import Adversary
 
-__all__ = ["GroupStatistics", "mean_over_ranks"]
-
-
-def mean_over_ranks(total: Tensor, count: Tensor | float) -> Tensor:
-    """Mean [K] of all ranks' rows, from this rank's column sums [K] and number of rows.
-
-    The sums are added up *before* any minimum: with a minimum of its own each rank would
-    train for another group.
-    """
-    packed = torch.cat(
-        [total.double(), torch.as_tensor(count, dtype=torch.float64, device=total.device).reshape(1)]
-    )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(packed)
-    return (packed[:-1] / packed[-1]).float()
+__all__ = ["GroupStatistics"]
 
 
 class GroupStatistics(nn.Module):

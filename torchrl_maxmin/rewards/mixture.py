@@ -11,6 +11,7 @@ import torch
 from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
+from torchrl_maxmin.distributed import mean_over_ranks
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.loading import ensure_pad_token, load_tokenizer, require_model
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_index, pad_right
@@ -173,15 +174,6 @@ class RewardMixture(nn.Module):
                 return scores[:, group].tolist()
             if weights is not None:
                 return (scores @ torch.tensor(weights, dtype=scores.dtype)).tolist()
-            return (scores @ adversary.update(_mean_over_ranks(scores))).tolist()
+            return (scores @ adversary.update(mean_over_ranks(scores.sum(0), len(scores)))).tolist()
 
         return reward
-
-
-def _mean_over_ranks(scores: Tensor) -> Tensor:
-    """Column means [K] of all ranks' rows: a rank-local minimum would train ranks apart."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return scores.mean(0)
-    totals = torch.cat([scores.sum(0), scores.new_tensor([len(scores)])])
-    torch.distributed.all_reduce(totals)
-    return totals[:-1] / totals[-1]
