@@ -18,7 +18,7 @@ from torchrl_maxmin.evaluation.report import write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.evaluation.summary import summarise, write_summary
 from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer, require_model
+from torchrl_maxmin.modules.loading import load_tokenizer, require_model
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.preferences import World, load_table
 from torchrl_maxmin.preferences.loading import require_columns
@@ -218,14 +218,8 @@ class _Judge:
 
 
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
-    model = load_causal_lm(path)
-    ensure_pad_token(tokenizer, model)
-    return TokenPolicy(
-        model,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=config.response_length,
-        temperature=config.temperature,
+    return TokenPolicy.from_pretrained(
+        path, tokenizer, max_new_tokens=config.response_length, temperature=config.temperature
     ).to(device)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from maxmin_kernels import token_log_probs
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from torchrl_maxmin.modules.loading import plain_generation
+from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, plain_generation
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, mask_after_eos
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
@@ -88,6 +90,21 @@ class TokenPolicy(TensorDictModuleBase):
         self.model = model
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, tokenizer: Any, *, max_new_tokens: int, temperature: float = 1.0
+    ) -> TokenPolicy:
+        """Load a Hugging Face model; tokenizer and model get a pad token of their own if they lack one."""
+        model = load_causal_lm(name_or_path)
+        ensure_pad_token(tokenizer, model)
+        return cls(
+            model,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Sample a response to every prompt and score it."""

@@ -12,7 +12,7 @@ import torch
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import import_transformers, load_causal_lm, load_tokenizer
+from torchrl_maxmin.modules.loading import import_transformers, load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.preferences.world import (
     World,
@@ -86,12 +86,8 @@ def write_preferences(
     """
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(str(reference_path))
-    policy = TokenPolicy(
-        load_causal_lm(str(reference_path)).to(device),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=RESPONSE_LENGTH,
-    )
+    policy = TokenPolicy.from_pretrained(str(reference_path), tokenizer, max_new_tokens=RESPONSE_LENGTH)
+    policy.to(device)
     generator = np.random.default_rng(seed)
     known = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     each = pairs_per_user + test_pairs_per_user

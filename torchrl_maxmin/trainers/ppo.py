@@ -21,7 +21,7 @@ from torchrl_maxmin.collectors import MaxMinCollector
 from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
-from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer, require_model
+from torchrl_maxmin.modules.loading import load_tokenizer, require_model
 from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE, whiten
@@ -127,12 +127,9 @@ class PPOTrainer:
     # -- parts ----------------------------------------------------------------------------------
 
     def _load_policy(self) -> TokenPolicy:
-        model = load_causal_lm(self.config.model_name_or_path)
-        ensure_pad_token(self.tokenizer, model)
-        return TokenPolicy(
-            model,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+        return TokenPolicy.from_pretrained(
+            self.config.model_name_or_path,
+            self.tokenizer,
             max_new_tokens=self.config.response_length,
             temperature=self.config.temperature,
         ).to(self.device)

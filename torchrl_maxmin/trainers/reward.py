@@ -13,7 +13,7 @@ import torch
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer, require_model
+from torchrl_maxmin.modules.loading import load_tokenizer, require_model
 from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.progress import progress_bar
@@ -193,15 +193,10 @@ def _calibrate(
 ) -> Calibration:
     """Fit the heads' scale on samples of the model that the trunk came from."""
     tokenizer = load_tokenizer(config.model_name_or_path)
-    model = load_causal_lm(config.model_name_or_path)
-    ensure_pad_token(tokenizer, model)
-    reference = TokenPolicy(
-        model.to(device),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=config.response_length,
-    )
-    positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    reference = TokenPolicy.from_pretrained(
+        config.model_name_or_path, tokenizer, max_new_tokens=config.response_length
+    ).to(device)
+    positions = getattr(reference.model.config, "max_position_embeddings", None) or config.max_length
     longest = max(1, min(config.max_length, positions - config.response_length))
     asked = [prompt for prompt in dict.fromkeys(data.prompts) if tokenizer(prompt).input_ids]
     if not asked:
