@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import accumulate_dtype
-from .naive import posterior, user_of_pair
+from .naive import margins, posterior, user_of_pair
 
 BLOCK_PAIRS = 65_536
 
 
 def em_forward_cpu(
-    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor
+    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return responsibilities and log-likelihood as :func:`em_responsibilities_naive`, without a gradient."""
     dtype = accumulate_dtype(chosen, rejected, log_prior)
@@ -28,7 +28,9 @@ def em_forward_cpu(
         low, high = int(user_offsets[first]), int(user_offsets[last])
         if low == high:
             continue
-        log_choice = F.logsigmoid(chosen[low:high].to(dtype) - rejected[low:high].to(dtype)).double()
+        block = slice(low, high)
+        margin = margins(chosen[block], None if rejected is None else rejected[block], dtype)
+        log_choice = F.logsigmoid(margin).double()
         offsets = user_offsets[first : last + 1] - low
         sums[first:last] = torch.segment_reduce(log_choice, "sum", offsets=offsets, axis=0, unsafe=True)
     prior = log_prior.double()
@@ -37,18 +39,21 @@ def em_forward_cpu(
 
 
 def em_backward_cpu(
-    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, responsibilities: Tensor, grad: Tensor
+    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, responsibilities: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of chosen and rejected as :func:`em_backward_naive`."""
     dtype = responsibilities.dtype
     weights = responsibilities * grad.to(dtype).unsqueeze(-1)
     users = user_of_pair(user_offsets, chosen.shape[0])
     grad_chosen = torch.empty(chosen.shape, dtype=chosen.dtype)
-    grad_rejected = torch.empty(rejected.shape, dtype=rejected.dtype)
+    grad_rejected = chosen.new_empty(0)
+    if rejected is not None:
+        grad_rejected = torch.empty(rejected.shape, dtype=rejected.dtype)
     for low in range(0, chosen.shape[0], BLOCK_PAIRS):
         block = slice(low, low + BLOCK_PAIRS)
-        slope = torch.sigmoid(rejected[block].to(dtype) - chosen[block].to(dtype))
-        slope *= weights.index_select(0, users[block])
+        margin = margins(chosen[block], None if rejected is None else rejected[block], dtype)
+        slope = torch.sigmoid(-margin) * weights.index_select(0, users[block])
         grad_chosen[block] = slope
-        grad_rejected[block] = slope.neg_()
+        if rejected is not None:
+            grad_rejected[block] = slope.neg_()
     return grad_chosen, grad_rejected

@@ -18,8 +18,13 @@ def posterior(total: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(impossible.unsqueeze(-1), torch.softmax(log_prior, dim=-1), share), likelihood
 
 
+def margins(chosen: Tensor, rejected: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``chosen - rejected`` in ``dtype``; without ``rejected``, ``chosen`` holds the margins."""
+    return chosen.to(dtype) if rejected is None else chosen.to(dtype) - rejected.to(dtype)
+
+
 def em_responsibilities_naive(
-    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor
+    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return responsibilities ``[U, K]`` and log-likelihood ``[U]``, the latter differentiable.
 
@@ -27,7 +32,7 @@ def em_responsibilities_naive(
     """
     dtype = accumulate_dtype(chosen, rejected, log_prior)
     log_prior = log_prior.to(dtype)
-    log_choice = F.logsigmoid(chosen.to(dtype) - rejected.to(dtype))
+    log_choice = F.logsigmoid(margins(chosen, rejected, dtype))
     # A user may have millions of pairs: the sum is taken in float64.
     sums = log_choice.new_zeros(user_offsets.shape[0] - 1, chosen.shape[1], dtype=torch.float64)
     sums = sums.index_add(0, user_of_pair(user_offsets, chosen.shape[0]), log_choice.double())
@@ -41,9 +46,11 @@ def user_of_pair(user_offsets: Tensor, num_pairs: int) -> Tensor:
 
 
 def em_backward_naive(
-    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, responsibilities: Tensor, grad: Tensor
+    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, responsibilities: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``sum_u grad_u log_likelihood_u`` with respect to chosen and rejected.
+
+    The latter is empty (``[0]``) if there is no ``rejected``.
 
     Fisher's identity: the gradient of the marginal log-likelihood is the responsibility times that of the
     complete one, ``resp_uk * sigmoid(-(chosen - rejected))``.
@@ -51,5 +58,7 @@ def em_backward_naive(
     dtype = responsibilities.dtype
     weights = responsibilities * grad.to(dtype).unsqueeze(-1)
     users = user_of_pair(user_offsets, chosen.shape[0])
-    slope = torch.sigmoid(rejected.to(dtype) - chosen.to(dtype)) * weights[users]
+    slope = torch.sigmoid(-margins(chosen, rejected, dtype)) * weights[users]
+    if rejected is None:
+        return slope.to(chosen.dtype), chosen.new_empty(0)
     return slope.to(chosen.dtype), slope.neg().to(rejected.dtype)

@@ -22,7 +22,7 @@ from .plan import UserPlan, build_plan, check_user_offsets
 
 @torch.library.custom_op("maxmin::em_responsibilities", mutates_args=(), device_types="cpu")
 def _em_op(
-    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
+    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     check_user_offsets(user_offsets, chosen.shape[0])
     if use_triton_on_cpu(chosen, rejected, log_prior):
@@ -32,7 +32,7 @@ def _em_op(
 
 @_em_op.register_kernel("cuda")
 def _em_cuda(
-    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
+    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     if accumulate_dtype(chosen, rejected, log_prior) == torch.float64:
         return em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
@@ -55,7 +55,7 @@ def _plan(plan: Sequence[Tensor], user_offsets: Tensor, num_pairs: int) -> UserP
 
 @_em_op.register_fake
 def _em_fake(
-    chosen: Tensor, rejected: Tensor, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
+    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     users, groups = user_offsets.shape[0] - 1, chosen.shape[1]
     dtype = accumulate_dtype(chosen, rejected, log_prior)
@@ -65,7 +65,7 @@ def _em_fake(
 @torch.library.custom_op("maxmin::em_backward", mutates_args=(), device_types="cpu")
 def _em_backward_op(
     chosen: Tensor,
-    rejected: Tensor,
+    rejected: Tensor | None,
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
@@ -81,7 +81,7 @@ def _em_backward_op(
 @_em_backward_op.register_kernel("cuda")
 def _em_backward_cuda(
     chosen: Tensor,
-    rejected: Tensor,
+    rejected: Tensor | None,
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
@@ -101,14 +101,15 @@ def _em_backward_cuda(
 @_em_backward_op.register_fake
 def _em_backward_fake(
     chosen: Tensor,
-    rejected: Tensor,
+    rejected: Tensor | None,
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
     segment_offsets: Tensor | None,
     segment_user: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return chosen.new_empty(chosen.shape), rejected.new_empty(rejected.shape)
+    d_rejected = chosen.new_empty(0) if rejected is None else rejected.new_empty(rejected.shape)
+    return chosen.new_empty(chosen.shape), d_rejected
 
 
 def _em_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -132,7 +133,7 @@ def _em_autograd(ctx: Any, _: Any, grad: Tensor | None) -> Any:
         )
     if need[3]:
         d_prior = (responsibilities * grad.unsqueeze(-1)).sum(0).to(ctx.prior_dtype)
-    return d_chosen, d_rejected, None, d_prior, no_plan
+    return d_chosen, d_rejected if need[1] else None, None, d_prior, no_plan
 
 
 torch.library.register_autograd("maxmin::em_responsibilities", _em_autograd, setup_context=_em_setup)
@@ -150,13 +151,14 @@ def _em_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 def em_responsibilities(
     chosen: Tensor,
-    rejected: Tensor,
+    rejected: Tensor | None,
     user_offsets: Tensor,
     log_prior: Tensor,
     *,
     plan: UserPlan | None = None,
+    return_mass: bool = False,
     backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     r"""E-step of a Bradley-Terry mixture over users: who belongs to which group.
 
     .. math::
@@ -174,16 +176,19 @@ def em_responsibilities(
     Args:
         chosen: ``[P, K]`` rewards of the chosen responses, rows sorted by user; float32, bfloat16 or float16
             (float64 takes the PyTorch path). K a power of two loads widest.
-        rejected: ``[P, K]`` rewards of the rejected responses.
+        rejected: ``[P, K]`` rewards of the rejected responses, or None if ``chosen`` already holds the
+            margins ``c - r``, which halves what is read.
         user_offsets: ``[U + 1]`` int64: the pairs of user u are rows ``user_offsets[u]:user_offsets[u + 1]``.
         log_prior: ``[K]`` log mixing weights.
         plan: :func:`plan_users` of the same offsets; built on every call if None. On CUDA the plan also
             spares the check of the offsets, which is otherwise a device-side assertion.
+        return_mass: Whether to return the groups' masses too, from which EM takes the next mixing weights.
         backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, differentiable twice).
 
     Returns:
         ``(responsibilities [U, K], log_likelihood [U])`` in float32. Only the log-likelihood is
-        differentiable, with respect to chosen, rejected and log_prior.
+        differentiable, with respect to chosen, rejected and log_prior. With ``return_mass`` a third output
+        ``mass [K]``, the responsibilities summed over users in float64.
 
     Raises:
         TypeError: If a reward is not floating point or the offsets are not int64.
@@ -200,10 +205,10 @@ def em_responsibilities(
     """
     check_backend(backend)
     check_inputs(chosen=chosen, rejected=rejected, log_prior=log_prior)
-    if chosen.ndim != 2 or chosen.shape != rejected.shape or chosen.shape[1] == 0:
+    if chosen.ndim != 2 or chosen.shape[1] == 0 or (rejected is not None and chosen.shape != rejected.shape):
         raise ValueError(
             "chosen and rejected must both be [P, K] with K >= 1, "
-            f"got {tuple(chosen.shape)} and {tuple(rejected.shape)}."
+            f"got {tuple(chosen.shape)} and {None if rejected is None else tuple(rejected.shape)}."
         )
     if log_prior.shape != (chosen.shape[1],):
         raise ValueError(f"log_prior must be [K] = [{chosen.shape[1]}], got {tuple(log_prior.shape)}.")
@@ -218,8 +223,10 @@ def em_responsibilities(
     if backend == "torch":
         if not torch.compiler.is_compiling():
             check_user_offsets(user_offsets, chosen.shape[0])
-        return em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
-    responsibilities, log_likelihood = _em_op(
-        chosen, rejected, user_offsets, log_prior, [] if plan is None else list(plan)
-    )
-    return responsibilities, log_likelihood
+        outputs = em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
+    else:
+        outputs = _em_op(chosen, rejected, user_offsets, log_prior, [] if plan is None else list(plan))
+    if not return_mass:
+        return outputs
+    # A sum over [U, K], not over the scores: a library reduction is as good as a kernel of our own.
+    return *outputs, outputs[0].sum(0, dtype=torch.float64).to(outputs[0].dtype)
