@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, LOW_BAR, PROPERTY, gradients, log_probs_oracle, rms_error
 from maxmin_kernels import token_log_probs
 from maxmin_kernels.log_probs.chunked import chunked_backward, chunked_forward, pick_chunk_size
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 INF = float("inf")
@@ -256,6 +258,47 @@ def test_compile_in_one_dynamic_graph():
         actual = torch.autograd.grad(compiled(*leaves, targets), leaves)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_export_keeps_one_operator():
+    class Score(torch.nn.Module):
+        def forward(self, hidden, lm_head, targets):
+            return token_log_probs(hidden, lm_head, targets, entropy=True)
+
+    arguments = make(6, 4, 11)
+    program = torch.export.export(Score(), arguments)
+    calls = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert [c for c in calls if "getitem" not in c] == ["maxmin.token_log_probs.default"]
+    for actual, expected in zip(
+        program.module()(*arguments), token_log_probs(*arguments, entropy=True), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors_have_the_shape_dtype_and_device_of_real_ones(device):
+    with FakeTensorMode():
+        # Autograd asks for a real device.
+        grad = device == "cpu"
+        hidden = torch.empty(7, 4, dtype=torch.bfloat16, device=device, requires_grad=grad)
+        lm_head = torch.empty(9, 4, dtype=torch.bfloat16, device=device, requires_grad=grad)
+        targets = torch.empty(7, dtype=torch.int64, device=device)
+        log_probs, entropy = token_log_probs(hidden, lm_head, targets, entropy=True)
+        assert log_probs.shape == entropy.shape == (7,)
+        assert log_probs.dtype == entropy.dtype == torch.float32
+        assert log_probs.device.type == entropy.device.type == device
+        if grad:
+            log_probs.sum().backward()
+            assert hidden.grad.dtype == lm_head.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_at_most_twice_as_wrong_as_eager_pytorch(dtype):
+    hidden, lm_head, targets = make(40, 32, 203, dtype)
+    expected = log_probs_oracle(hidden, lm_head, targets)[0]
+    eager = F.log_softmax(hidden @ lm_head.mT, -1).gather(-1, targets[:, None])[:, 0]
+    error = (token_log_probs(hidden, lm_head, targets)[0] - expected).abs().max()
+    assert error <= 2 * (eager - expected).abs().max()
 
 
 @pytest.mark.parametrize(
