@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+# another version of Triton than the installed one, in a folder before it on the path
+TRITON ?=
+TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 
 # tiny models run fastest with one thread a process; the demo uses two processes
 export OMP_NUM_THREADS ?= 1
@@ -36,9 +39,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-## compile every Triton kernel ahead of time, without a GPU
-aot: install
-	$(BIN)/python benchmarks/aot.py $(ARGS)
+## compile every Triton kernel ahead of time, without a GPU; TRITON=3.6.0 with that version instead
+aot: install $(TRITON_SITE)
+	PYTHONPATH=$(TRITON_SITE) $(BIN)/python benchmarks/aot.py $(ARGS)
+
+# one package in a folder of its own, so that the environment stays as it is
+build/triton-%:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -75,7 +75,6 @@ def em_forward_kernel(
     b_start = tl.load(p_segment_offsets + o_s, mask=m_s, other=0)
     b_count = (tl.load(p_segment_offsets + o_s + 1, mask=m_s, other=0) - b_start).to(tl.int32)
     b_user = tl.load(p_segment_user + o_s, mask=m_s, other=-1)
-    b_slot = tl.load(p_segment_slot + o_s, mask=m_s, other=-1)
     b_count = tl.where(b_user >= 0, b_count, 0)
     count = tl.max(b_count, axis=0)
 
@@ -93,14 +92,14 @@ def em_forward_kernel(
         if HAS_REJECTED:
             o_rejected = o_row[:, :, None] * STRIDE_REJECTED + o_k[None, None, :]
             b_m -= tl.load(p_rejected + o_rejected, mask=m_load, other=0.0).to(tl.float32)
-        b_small = exp_minus_abs(b_m)
+        # P (1 + x) as P x + P in one instruction, rounded once.
+        b_product = tl.fma(b_product, tl.where(m_load, exp_minus_abs(b_m), 0.0), b_product)
         # A NaN may be lost here: the product keeps it.
         b_linear += tl.minimum(b_m, 0.0)
-        # P (1 + x) as P x + P in one instruction, rounded once.
-        b_product = tl.fma(b_product, tl.where(m_load, b_small, 0.0), b_product)
         i_p += BLOCK_P
     b_sum = tl.sum(b_linear - tl.log(b_product), axis=1)
 
+    b_slot = tl.load(p_segment_slot + o_s, mask=m_s, other=-1)
     m_split = (b_slot >= 0)[:, None] & m_k[None, :]
     tl.store(p_partial + b_slot[:, None] * K + o_k[None, :], b_sum, mask=m_split)
 
