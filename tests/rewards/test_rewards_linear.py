@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from torchrl_maxmin.rewards import select_num_groups
-from torchrl_maxmin.rewards.linear import expectation, fit_linear_mixture, mixing_weights, text_features
+from torchrl_maxmin.rewards.linear import expectation, fit_linear_mixture, mixing_weights
 
 D = 6
 
@@ -174,18 +174,3 @@ def test_left_out_users_are_scored_by_a_fit_without_them():
         outside = torch.cat([x[u * 5 : u * 5 + 5] for u in sorted(fold)])
         total += user_log_likelihood(outside, torch.arange(5) * 5, fitted.weight, fitted.log_prior).sum()
     assert choice.heldout_log_likelihood[1] == pytest.approx(total / 60, rel=1e-4)
-
-
-def test_text_features_are_last_state_and_sums(tiny_model):
-    from transformers import GPT2LMHeadModel
-
-    model = GPT2LMHeadModel.from_pretrained(tiny_model).eval()
-    rows = [[1, 5, 6, 7, 2], [1, 2], [1, 9, 9, 2]]
-    features = text_features(model, rows, pad_id=0, batch_size=2)
-    with torch.no_grad():
-        for row, feature in zip(rows, features, strict=True):
-            tokens = torch.tensor([row])
-            states = model.transformer(input_ids=tokens).last_hidden_state[0]
-            embedded = model.transformer.wte(tokens)[0]
-            expected = torch.cat([states[-1], states.sum(0), embedded.sum(0)])
-            torch.testing.assert_close(feature, expected, atol=1e-4, rtol=1e-4)

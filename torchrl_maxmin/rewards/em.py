@@ -20,13 +20,13 @@ from torchrl_maxmin.modules.loading import load_causal_lm
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.preferences.dataset import PreferenceDataset, encode
 from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.rewards.features import text_features
 from torchrl_maxmin.rewards.linear import (
     NumGroupsChoice,
     expectation,
     fit_linear_mixture,
     mixing_weights,
     select_num_groups,
-    text_features,
 )
 from torchrl_maxmin.rewards.mixture import RewardMixture
 
