@@ -6,7 +6,7 @@ Hugging Face's ``kernels`` and break ``import transformers`` from the repository
 
 from setuptools import find_packages, setup
 
-LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1"]
+LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1", "peft>=0.15"]
 PLOT = ["matplotlib>=3.8"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 LINT = ["ruff>=0.9", "mypy>=1.13", "types-PyYAML", "pre-commit>=4"]
