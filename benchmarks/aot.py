@@ -54,7 +54,8 @@ AIMS = [
     Aim(r"em_forward (bf16|fp16) K=[48] ", "instructions_per_exp", 19),
     Aim(r"em_forward fp32 K=(4|8|16|32) ", "narrow_bulk_loads", 0),
     Aim(r"em_forward bf16 K=8 ", "narrow_bulk_loads", 0),
-    Aim(r"heads_forward", "registers", 64),
+    # The default tiles; more heads, or masks and sums, take more.
+    Aim(r"heads_forward \S+ N=\d+ H=\d+ K=[1-8]$", "registers", 64),
     Aim(r"heads_forward", "narrow_bulk_loads", 0),
 ]
 
@@ -79,8 +80,15 @@ class Case:
         return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 
+def _flags(**given: bool) -> dict[str, bool]:
+    return {f"HAS_{name}": value for name, value in given.items()}
+
+
 def heads_cases() -> list[Case]:
-    outputs = {"p_rewards": "*fp32", "p_min": "*fp32", "p_arg": "*i64", "p_soft": "*fp32"}
+    outputs = {"p_rewards": "*fp32", "p_min": "*fp32", "p_arg": "*i64", "p_soft": "*fp32", "p_sums": "*fp32"}
+    masks = {"p_head_mask": "*u8", "p_row_mask": "*u8"}
+    plain = {"p_head_mask": None, "p_row_mask": None, **_flags(HEAD_MASK=False, ROW_MASK=False, SUMS=False)}
+    full = _flags(HEAD_MASK=True, ROW_MASK=True, SUMS=True)
     scalars = {
         "temperature": "fp32",
         "N": "i32",
@@ -107,29 +115,28 @@ def heads_cases() -> list[Case]:
         constants = {
             "H": width,
             "K": k,
-            "HAS_BIAS": True,
-            "HAS_SHIFT": True,
-            "HAS_SCALE": True,
+            **_flags(BIAS=True, SHIFT=True, SCALE=True),
             "UPCAST": dtype != weight,
-            **heads.heads_config(rows, k, SIZES[dtype]),
+            **heads.heads_config(rows, k, max(SIZES[dtype], SIZES[weight])),
         }
         strides = ("stride_hidden", "stride_weight") if width % 16 == 0 else ()
-        cases.append(
-            Case(
-                f"heads_forward {dtype}/{weight} N={rows} H={width} K={k}",
-                heads.heads_forward_kernel,
-                {"p_hidden": f"*{dtype}", "p_weight": f"*{weight}", **vectors, **outputs, **scalars},
-                constants,
-                strides,
-            )
-        )
-    gradients = {f"p_grad{s}": "*fp32" for s in ("_rewards", "_min", "_soft", "")}
+        types = {"p_hidden": f"*{dtype}", "p_weight": f"*{weight}", **vectors, **outputs, **masks, **scalars}
+        name = f"heads_forward {dtype}/{weight} N={rows} H={width} K={k}"
+        kernel = heads.heads_forward_kernel
+        cases.append(Case(name, kernel, types, constants | plain, strides))
+        cases.append(Case(f"{name} masks sums", kernel, types, constants | full, strides))
+    gradients = {f"p_grad{s}": "*fp32" for s in ("_rewards", "_min", "_soft", "_sums", "")}
     for k in (2, 4, 8, 17):
-        types = {**outputs, **scalars, **gradients}
-        flags = {"HAS_REWARDS": True, "HAS_MIN": True, "HAS_SOFT": True}
+        types = {**outputs, **masks, **scalars, **gradients}
+        every = _flags(REWARDS=True, MIN=True, SOFT=True)
         config = {"K": k, **heads.row_config(k)}
-        cases.append(Case(f"min_forward fp32 K={k}", heads.min_forward_kernel, types, config))
-        cases.append(Case(f"min_backward fp32 K={k}", heads.min_backward_kernel, types, config | flags))
+        for suffix, flags in (("", plain), (" masks sums", full)):
+            missing = {} if flags is full else {"p_grad_sums": None}
+            forward, backward = heads.min_forward_kernel, heads.min_backward_kernel
+            cases.append(Case(f"min_forward fp32 K={k}{suffix}", forward, types, config | flags))
+            cases.append(
+                Case(f"min_backward fp32 K={k}{suffix}", backward, types, config | every | flags | missing)
+            )
     return cases
 
 

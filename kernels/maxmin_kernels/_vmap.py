@@ -41,5 +41,5 @@ def fold_vmap(
             arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             folded[i] = arg.flatten(0, 1)
     outputs = op(*folded)
-    unfolded = tuple(out.unflatten(0, (info.batch_size, -1)) if out.shape[0] else out for out in outputs)
+    unfolded = tuple(out.unflatten(0, (info.batch_size, out.shape[0] // info.batch_size)) for out in outputs)
     return unfolded, (0,) * len(unfolded)

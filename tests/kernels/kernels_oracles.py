@@ -21,6 +21,13 @@ def rms_error(actual, expected):
     return (error / expected.norm().clamp(min=1e-30)).item()
 
 
+def largest_error(actual, expected):
+    """Return the largest error over the largest absolute value."""
+    expected = expected.double()
+    error = (actual.double() - expected).abs().max()
+    return (error / expected.abs().max().clamp(min=1e-30)).item()
+
+
 def random_weights(tensors, seed=0):
     """Return one fixed random cotangent per tensor."""
     generator = torch.Generator().manual_seed(seed)
@@ -34,6 +41,14 @@ def gradients(function, inputs):
     active = [o for o in outputs if o.requires_grad]
     total = sum((o.double() * w).sum() for o, w in zip(active, random_weights(active), strict=True))
     return outputs, torch.autograd.grad(total, leaves)
+
+
+def heads_inputs(rows, width, heads, dtype=torch.float32):
+    """Return random hidden [N, H], weight [K, H], bias, shift and scale [K]."""
+    hidden = torch.randn(rows, width).to(dtype)
+    weight = (torch.randn(heads, width) / width**0.5).to(dtype)
+    vectors = torch.randn(heads).to(dtype), torch.randn(heads).to(dtype), (torch.rand(heads) + 0.5).to(dtype)
+    return hidden, weight, *vectors
 
 
 def heads_oracle(hidden, weight, bias=None, shift=None, scale=None, temperature=1.0):
@@ -56,6 +71,20 @@ def min_oracle(rewards, temperature=1.0):
         argmin = torch.where(lower, k, argmin)
     mean = torch.exp(-(rewards - minimum.detach()[..., None]) / temperature).mean(-1)
     return minimum, argmin, minimum.detach() - temperature * mean.log()
+
+
+def masked_heads_oracle(
+    hidden, weight, bias=None, shift=None, scale=None, *, head_mask, row_mask, temperature=1.0
+):
+    """Drop the padding, ask the oracles above, and put the real rows back among zeros; then the head sums."""
+    rows, heads = row_mask.nonzero().squeeze(1), head_mask.nonzero().squeeze(1)
+    real = heads_oracle(hidden[rows], weight, bias, shift, scale)[0]
+    minimum, argmin, softmin = min_oracle(real[:, heads], temperature)
+
+    def put_back(values):
+        return values.new_zeros(len(hidden), *values.shape[1:]).index_copy(0, rows, values)
+
+    return (*map(put_back, (real, minimum, heads[argmin], softmin)), real.sum(0))
 
 
 def em_oracle(chosen, rejected, user_offsets, log_prior):

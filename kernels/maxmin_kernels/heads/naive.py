@@ -1,14 +1,19 @@
 """The minimum over reward heads in plain PyTorch: easy to read, differentiable by autograd."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from .._backend import accumulate_dtype, without_autocast
 
 
-def min_over_heads_naive(rewards: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def min_over_heads_naive(
+    rewards: Tensor,
+    temperature: float = 1.0,
+    *,
+    head_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    return_sums: bool = False,
+) -> tuple[Tensor, ...]:
     """Return minimum, argmin and soft minimum over the last dimension.
 
     ``softmin = -T log mean_k exp(-r_k / T)``: equal heads give their common value.
@@ -16,18 +21,67 @@ def min_over_heads_naive(rewards: Tensor, temperature: float = 1.0) -> tuple[Ten
     Args:
         rewards: ``[..., K]``, floating point.
         temperature: T > 0.
+        head_mask: ``[K]`` bool or None, True at real heads. If none is real: minimum +inf, argmin 0.
+        row_mask: ``[...]`` bool or None, True at real rows.
+        return_sums: Whether to return the sums of the real rows too.
 
     Returns:
-        ``(minimum [...], argmin [...] int64, softmin [...])``, float32 (float64 for float64 rewards).
+        ``(minimum [...], argmin [...] int64, softmin [...])``, and ``head_sums [K]`` if asked for; float32
+        (float64 for float64 rewards).
     """
     rewards = rewards.to(accumulate_dtype(rewards))
-    minimum, argmin = rewards.min(dim=-1)
-    lowest = minimum.detach().unsqueeze(-1)
-    # An infinite minimum counts as zero above itself: inf - inf would be NaN.
-    above = torch.where(rewards.isinf() & (rewards == lowest), 0.0, rewards - lowest)
-    total = torch.exp(-above / temperature).sum(dim=-1)
-    softmin = lowest.squeeze(-1) - temperature * (total.log() - math.log(rewards.shape[-1]))
-    return minimum, argmin, softmin
+    if row_mask is not None:
+        rewards = torch.where(row_mask.unsqueeze(-1), rewards, 0.0)
+    candidates = rewards if head_mask is None else rewards.masked_fill(~head_mask, float("inf"))
+    minimum, argmin = candidates.min(dim=-1)
+    if head_mask is not None:
+        # A real head at +inf ties with the fill: only a real one is the argmin.
+        lowest = candidates.isnan() | (head_mask & (candidates == minimum.unsqueeze(-1)))
+        argmin = lowest.int().argmax(dim=-1)
+        minimum = candidates.gather(-1, argmin.unsqueeze(-1)).squeeze(-1)
+    weights = torch.exp(-_above_minimum(candidates, minimum.detach()) / temperature)
+    heads: int | Tensor = rewards.shape[-1]
+    if head_mask is not None:
+        weights, heads = weights.masked_fill(~head_mask, 0.0), head_mask.sum().clamp(min=1)
+    softmin = minimum.detach() - temperature * (weights.sum(dim=-1) / heads).log()
+    if row_mask is not None:
+        minimum, softmin = torch.where(row_mask, minimum, 0.0), torch.where(row_mask, softmin, 0.0)
+        argmin = argmin.masked_fill(~row_mask, 0)
+    if not return_sums:
+        return minimum, argmin, softmin
+    sums = rewards.reshape(-1, rewards.shape[-1]).sum(0, dtype=torch.float64)
+    return minimum, argmin, softmin, sums.to(rewards.dtype)
+
+
+def _above_minimum(rewards: Tensor, minimum: Tensor) -> Tensor:
+    """Return ``r - min``; an infinite minimum counts as zero above itself, where inf - inf would be NaN."""
+    minimum = minimum.unsqueeze(-1)
+    return torch.where(rewards.isinf() & (rewards == minimum), 0.0, rewards - minimum)
+
+
+def linear_rewards(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    row_mask: Tensor | None,
+) -> Tensor:
+    """Return ``(h W^T + b - shift) / scale``, ``[N, K]``, 0 in padded rows."""
+    dtype = accumulate_dtype(hidden, weight, bias, shift, scale)
+    hidden = hidden.to(dtype)
+    if row_mask is not None:
+        # A copy without what the padding holds, for 0 * NaN is NaN in the gradient of the weight.
+        hidden = torch.where(row_mask.unsqueeze(-1), hidden, 0.0)
+    with without_autocast(hidden):
+        rewards = hidden @ weight.to(dtype).mT
+    if bias is not None:
+        rewards = rewards + bias.to(dtype)
+    if shift is not None:
+        rewards = rewards - shift.to(dtype)
+    if scale is not None:
+        rewards = rewards / scale.to(dtype)
+    return rewards if row_mask is None else torch.where(row_mask.unsqueeze(-1), rewards, 0.0)
 
 
 def reward_heads_min_naive(
@@ -38,21 +92,19 @@ def reward_heads_min_naive(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head_mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    return_sums: bool = False,
+) -> tuple[Tensor, ...]:
     """Return rewards ``(h W^T + b - shift) / scale`` with their minimum, argmin and soft minimum.
 
     Shapes and meaning as :func:`maxmin_kernels.reward_heads_min`.
     """
-    dtype = accumulate_dtype(hidden, weight, bias, shift, scale)
-    with without_autocast(hidden):
-        rewards = hidden.to(dtype) @ weight.to(dtype).mT
-    if bias is not None:
-        rewards = rewards + bias.to(dtype)
-    if shift is not None:
-        rewards = rewards - shift.to(dtype)
-    if scale is not None:
-        rewards = rewards / scale.to(dtype)
-    return (rewards, *min_over_heads_naive(rewards, temperature))
+    rewards = linear_rewards(hidden, weight, bias, shift, scale, row_mask)
+    lowest = min_over_heads_naive(
+        rewards, temperature, head_mask=head_mask, row_mask=row_mask, return_sums=return_sums
+    )
+    return (rewards, *lowest)
 
 
 def min_over_heads_backward_naive(
@@ -61,14 +113,28 @@ def min_over_heads_backward_naive(
     grad_rewards: Tensor | None,
     grad_minimum: Tensor | None,
     grad_softmin: Tensor | None,
+    grad_sums: Tensor | None,
     temperature: float,
+    head_mask: Tensor | None,
+    row_mask: Tensor | None,
 ) -> Tensor:
-    """Return ``grad_rewards + onehot(argmin) grad_minimum + softmax(-r / T) grad_softmin``, ``[N, K]``."""
-    grad = torch.zeros_like(rewards) if grad_rewards is None else grad_rewards.to(rewards.dtype).clone()
+    """Return the gradient of each reward, ``[N, K]``.
+
+    ``grad_rewards + onehot(argmin) grad_minimum + softmax(-r / T) grad_softmin + grad_sums``, the minimum's
+    and the soft minimum's terms at real heads only, all at real rows only.
+    """
+    grad = torch.zeros_like(rewards)
     if grad_minimum is not None:
-        grad.scatter_add_(-1, argmin.unsqueeze(-1), grad_minimum.to(rewards.dtype).unsqueeze(-1))
+        grad.scatter_(-1, argmin.unsqueeze(-1), grad_minimum.to(rewards.dtype).unsqueeze(-1))
     if grad_softmin is not None:
-        lowest = rewards.amin(dim=-1, keepdim=True)
-        above = torch.where(rewards == lowest, 0.0, rewards - lowest)
+        candidates = rewards if head_mask is None else rewards.masked_fill(~head_mask, float("inf"))
+        above = _above_minimum(candidates, candidates.amin(dim=-1))
+        if head_mask is not None:
+            above = above.masked_fill(~head_mask, float("inf"))
         grad += torch.softmax(-above / temperature, dim=-1) * grad_softmin.to(rewards.dtype).unsqueeze(-1)
-    return grad
+    if head_mask is not None:
+        grad.masked_fill_(~head_mask, 0.0)
+    for given in (grad_rewards, grad_sums):
+        if given is not None:
+            grad += given.to(rewards.dtype)
+    return grad if row_mask is None else grad.masked_fill_(~row_mask.unsqueeze(-1), 0.0)
