@@ -11,7 +11,7 @@ TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint aot install clean
+.PHONY: demo test test-slow lint aot bench install clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,10 @@ lint: install
 ## compile every Triton kernel ahead of time, without a GPU; TRITON=3.6.0 with that version instead
 aot: install $(TRITON_SITE)
 	PYTHONPATH=$(TRITON_SITE) $(BIN)/python benchmarks/aot.py $(ARGS)
+
+## time the kernels, after holding them against float64; ARGS="--device cuda" on a GPU
+bench: install
+	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
 # one package in a folder of its own, so that the environment stays as it is
 build/triton-%:

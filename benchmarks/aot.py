@@ -175,25 +175,38 @@ def em_cases() -> list[Case]:
 
 def gae_cases() -> list[Case]:
     cases = []
-    for dtype, steps, k, mask in [
-        ("fp32", 64, 2, True),
-        ("fp32", 1024, 1, False),
-        ("fp32", 1024, 2, True),
-        ("fp32", 1024, 4, False),
-        ("fp32", 1024, 5, True),
-        ("fp32", 4096, 8, True),
-        ("bf16", 1024, 8, True),
-        ("fp32", 1024, 32, False),
+    flags = {f"p_{n}": "*u8" for n in ("done", "terminated", "mask")}
+    outputs = {f"p_{n}": "*fp32" for n in ("weights", "advantage", "target", "weighted")}
+    scalars = {"gamma": "fp32", "forget": "fp32", "kl_coef": "fp32", "T": "i32"}
+    no_tokens = {"p_log_prob": None, "p_ref_log_prob": None, **_flags(KL=False), "TOKENS": False}
+    no_steps = {"p_next_value": None, "p_done": None, "p_terminated": None, "TOKENS": True}
+    for dtype, steps, k, mask, extras in [
+        ("fp32", 64, 2, True, False),
+        ("fp32", 1024, 1, False, False),
+        ("fp32", 1024, 2, True, False),
+        ("fp32", 1024, 4, False, False),
+        ("fp32", 1024, 4, True, True),
+        ("fp32", 1024, 5, True, False),
+        ("fp32", 4096, 8, True, True),
+        ("bf16", 1024, 8, True, False),
+        ("fp32", 1024, 32, False, False),
+        ("fp32", 1024, 100, False, True),
     ]:
-        types = {f"p_{n}": f"*{dtype}" for n in ("reward", "value", "next_value")}
-        types |= {f"p_{n}": "*u8" for n in ("done", "terminated", "mask")}
-        types |= {"p_advantage": "*fp32", "p_target": "*fp32", "gamma": "fp32", "decay": "fp32", "T": "i32"}
-        constants = {"K": k, "HAS_MASK": mask, **gae.gae_config(steps, k)} | (
-            {} if mask else {"p_mask": None}
-        )
-        cases.append(
-            Case(f"gae {dtype} T={steps} K={k} mask={mask}", gae.gae_kernel, types, constants, ("T",))
-        )
+        inputs = ("reward", "value", "next_value", "log_prob", "ref_log_prob")
+        types = {f"p_{n}": f"*{dtype}" for n in inputs} | flags | outputs | scalars | {"p_partial": "*fp64"}
+        config = {"K": k, **_flags(MASK=mask, WEIGHTS=extras, MOMENTS=extras), **gae.gae_config(steps, k)}
+        missing = ({} if mask else {"p_mask": None}) | ({} if extras else {"p_weights": None})
+        name = f"{dtype} T={steps} K={k} mask={mask} weights={extras}"
+        cases.append(Case(f"gae {name}", gae.gae_kernel, types, config | no_tokens | missing, ("T",)))
+        if mask:
+            for kl in (False, True):
+                log_probs = {} if kl else {"p_log_prob": None, "p_ref_log_prob": None}
+                given = config | no_steps | missing | log_probs | _flags(KL=kl)
+                cases.append(Case(f"gae tokens {name} kl={kl}", gae.gae_kernel, types, given, ("T",)))
+    moments = {"p_partial": "*fp64", "p_moments": "*fp32", "B": "i32"}
+    for batch in (64, 4096):
+        config = gae.moments_config(batch)
+        cases.append(Case(f"gae moments B={batch}", gae.moments_kernel, moments, config))
     return cases
 
 

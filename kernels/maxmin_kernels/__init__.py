@@ -4,7 +4,8 @@
   :func:`min_over_heads` the same for rewards that are given.
 * :func:`em_responsibilities`: E-step of a Bradley-Terry mixture over users, with
   :func:`plan_users` once per data set.
-* :func:`vector_gae`: generalised advantage estimation with a vector reward.
+* :func:`vector_gae`: generalised advantage estimation with a vector reward; :func:`token_gae` the same over
+  the tokens of responses that are scored as a whole.
 * :func:`token_log_probs`: log-probability and entropy from hidden states, never the full logits.
 
 Every function works on CPU (PyTorch) and CUDA (Triton), under ``torch.compile(fullgraph=True)`` and
@@ -15,7 +16,7 @@ kernels in the interpreter.
 """
 
 from .em import UserPlan, em_responsibilities, em_responsibilities_naive, plan_users
-from .gae import vector_gae, vector_gae_naive
+from .gae import token_gae, token_gae_naive, vector_gae, vector_gae_naive
 from .heads import min_over_heads, min_over_heads_naive, reward_heads_min, reward_heads_min_naive
 from .log_probs import token_log_probs, token_log_probs_naive
 
@@ -28,6 +29,8 @@ __all__ = [
     "plan_users",
     "reward_heads_min",
     "reward_heads_min_naive",
+    "token_gae",
+    "token_gae_naive",
     "token_log_probs",
     "token_log_probs_naive",
     "vector_gae",

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_oracles import COMPILER, PROPERTY, gae_oracle, rms_error
+from kernels_oracles import COMPILER, INTERPRET, PROPERTY, gae_oracle, largest_error, rms_error
 from maxmin_kernels import vector_gae
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 NAN = float("nan")
@@ -43,15 +44,34 @@ def test_long_trajectories_equal_torchrl_column_by_column(steps, columns):
             assert rms_error(actual[..., k : k + 1], reference) < 2e-6
 
 
-def test_with_lambda_one_the_sum_telescopes():
+@pytest.mark.parametrize(("gamma", "lmbda"), [(0.99, 0.95), (0.999, 1.0), (1.0, 1.0)])
+def test_float32_error_at_a_realistic_size(gamma, lmbda):
+    # The interpreter scans an element at a time.
+    batch, steps, columns = (1, 150, 2) if INTERPRET else (8, 1024, 4)
+    inputs = make(batch, steps, columns, ends=0.002)
+    wide = [x.double() for x in inputs[:3]]
+    advantage = torch.zeros(batch, columns, dtype=torch.float64)
+    expected = torch.zeros(batch, steps, columns, dtype=torch.float64)
+    for t in range(steps - 1, -1, -1):
+        reward, value, next_value = (x[:, t] for x in wide)
+        delta = reward + gamma * next_value * ~inputs[4][:, t] - value
+        advantage = delta + gamma * lmbda * advantage * ~inputs[3][:, t]
+        expected[:, t] = advantage
+    outputs = vector_gae(*inputs, gamma=gamma, lmbda=lmbda)
+    for actual, reference in zip(outputs, (expected, expected + wide[1]), strict=True):
+        assert largest_error(actual, reference) <= 2e-6
+
+
+@pytest.mark.parametrize("gamma", [0.995, 1.0])
+def test_with_lambda_one_the_sum_telescopes(gamma):
     # One trajectory whose next values are its own values: A_t is the discounted return minus the value.
     reward, value, *_ = make(2, 1200, 2)
     next_value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], 3.0)], 1)
     no_end = torch.zeros(2, 1200, 1, dtype=torch.bool)
-    advantage, target = vector_gae(reward, value, next_value, no_end, no_end, gamma=0.995, lmbda=1.0)
+    advantage, target = vector_gae(reward, value, next_value, no_end, no_end, gamma=gamma, lmbda=1.0)
     following = torch.full((2, 2), 3.0, dtype=torch.float64)
     for t in range(1199, -1, -1):
-        following = reward[:, t].double() + 0.995 * following
+        following = reward[:, t].double() + gamma * following
         assert (target[:, t] - following).abs().max() < 1e-4
         assert (advantage[:, t] - (following - value[:, t])).abs().max() < 1e-4
 
@@ -149,8 +169,109 @@ def test_vmap_with_a_shared_value():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (0, 4, 2)], ids=str)
 def test_opcheck(shape):
     inputs = make(*shape)
+    op = torch.ops.maxmin.vector_gae.default
     for mask in (None, torch.rand(shape[:2]) < 0.5):
-        torch.library.opcheck(torch.ops.maxmin.vector_gae.default, (*inputs, mask, 0.9, 0.8))
+        for weights, moments in (
+            (None, False),
+            (torch.rand(shape[-1]), False),
+            (torch.rand(shape[-1]), True),
+        ):
+            torch.library.opcheck(op, (*inputs, mask, weights, 0.9, 0.8, moments))
+
+
+def moments_oracle(weighted, mask):
+    valid = weighted.double()[..., 0] if mask is None else weighted.double()[..., 0][mask]
+    if not len(valid):
+        return torch.zeros(3, dtype=torch.float64)
+    return torch.stack([torch.tensor(float(valid.numel())).double(), valid.mean(), valid.var(correction=0)])
+
+
+@settings(PROPERTY, max_examples=3 if INTERPRET else 40)
+@given(
+    batch=st.integers(1, 5),
+    steps=st.integers(1, 40),
+    columns=st.integers(1, 17),
+    masked=st.booleans(),
+    backend=st.sampled_from(["auto", "torch"]),
+)
+def test_weighted_sum_and_its_moments(batch, steps, columns, masked, backend):
+    inputs, weights = make(batch, steps, columns), torch.rand(columns)
+    mask = torch.rand(batch, steps) < 0.6 if masked else None
+    settings = {"gamma": 0.9, "lmbda": 0.8, "mask": mask, "backend": backend}
+    advantage, target, weighted, moments = vector_gae(
+        *inputs, **settings, weights=weights, return_moments=True
+    )
+    plain = vector_gae(*inputs, **settings)
+    assert torch.equal(advantage, plain[0])
+    assert torch.equal(target, plain[1])
+    expected = (gae_oracle(*inputs, 0.9, 0.8, mask)[0] * weights.double()).sum(-1, keepdim=True)
+    torch.testing.assert_close(weighted.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.double(), moments_oracle(expected, mask), rtol=1e-5, atol=1e-5)
+    assert len(vector_gae(*inputs, **settings, weights=weights)) == 3
+
+
+def test_moments_are_accurate_where_the_mean_is_large_and_equal_in_every_bit():
+    # Every step an end of its own, so that the advantage is the reward.
+    rows, steps = (3, 40) if INTERPRET else (64, 700)
+    reward = 1e4 + torch.randn(rows, steps, 1)
+    zero, end = torch.zeros_like(reward), torch.ones(rows, steps, 1, dtype=torch.bool)
+    runs = [
+        vector_gae(reward, zero, zero, end, end, gamma=0.9, lmbda=0.9, return_moments=True)[2]
+        for _ in range(3)
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+    torch.testing.assert_close(runs[0].double(), moments_oracle(reward, None), rtol=1e-5, atol=0)
+
+
+def test_no_valid_step_has_no_moments():
+    inputs = make(2, 5, 1)
+    nothing = torch.zeros(2, 5, dtype=torch.bool)
+    *_, moments = vector_gae(*inputs, gamma=0.9, lmbda=0.8, mask=nothing, return_moments=True)
+    assert moments.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_vmap_with_weights_and_moments():
+    inputs = make(2, 9, 3)
+    many = torch.randn(4, 2, 9, 3)
+    for extras in ({}, {"return_moments": True}):
+        settings = {"gamma": 0.9, "lmbda": 0.8, "weights": torch.rand(3)} | extras
+
+        def call(reward, settings=settings):
+            return vector_gae(reward, *inputs[1:], **settings)
+
+        outputs = torch.vmap(call)(many)
+        for i in range(4):
+            for out, reference in zip(outputs, call(many[i]), strict=True):
+                torch.testing.assert_close(out[i], reference)
+
+
+def test_export_keeps_one_operator():
+    class Estimate(torch.nn.Module):
+        def forward(self, *signals):
+            return vector_gae(*signals, gamma=0.9, lmbda=0.8)
+
+    inputs = make(3, 9, 2)
+    program = torch.export.export(Estimate(), inputs)
+    # Under no_grad, which export keeps as a graph of its own.
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    calls = [str(n.target) for graph in graphs for n in graph.nodes if n.op == "call_function"]
+    assert [c for c in calls if c.startswith("maxmin")] == ["maxmin.vector_gae.default"]
+    for actual, expected in zip(
+        program.module()(*inputs), vector_gae(*inputs, gamma=0.9, lmbda=0.8), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors_have_the_shape_dtype_and_device_of_real_ones(device):
+    with FakeTensorMode():
+        signals = [torch.empty(3, 5, 2, dtype=torch.bfloat16, device=device) for _ in range(3)]
+        end = torch.empty(3, 5, 1, dtype=torch.bool, device=device)
+        weights = torch.empty(2, device=device)
+        outputs = vector_gae(*signals, end, end, gamma=0.9, lmbda=0.8, weights=weights, return_moments=True)
+        assert [tuple(out.shape) for out in outputs] == [(3, 5, 2), (3, 5, 2), (3, 5, 1), (3,)]
+        assert all(out.dtype == torch.float32 and out.device.type == device for out in outputs)
 
 
 @pytest.mark.usefixtures("no_compile_cache")
@@ -174,6 +295,8 @@ def test_compile_in_one_dynamic_graph():
         ({"mask": torch.ones(2, 4, 1)}, ValueError, "mask"),
         ({"reward": torch.zeros(2, 4, 3).long()}, TypeError, "floating"),
         ({"backend": "numpy"}, ValueError, "backend"),
+        ({"weights": torch.ones(2)}, ValueError, "weights"),
+        ({"return_moments": True}, ValueError, "pass weights"),
     ],
     ids=lambda x: str(x)[:15],
 )

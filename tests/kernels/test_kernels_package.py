@@ -23,7 +23,7 @@ def run(*command, **environment):
 
 
 @pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
-@pytest.mark.parametrize("room", ["heads", "heads_masks", "em", "gae", "log_probs"])
+@pytest.mark.parametrize("room", ["heads", "heads_masks", "em", "gae", "token_gae", "log_probs"])
 def test_triton_kernels_pass_the_same_tests_in_the_interpreter(room):
     # Triton reads the variable when it is imported, so a process of its own.
     pytest.importorskip("triton")
@@ -84,15 +84,37 @@ import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
 import torch
-from maxmin_kernels import min_over_heads
-from maxmin_kernels._backend import require_triton
+from maxmin_kernels import em_responsibilities, min_over_heads, reward_heads_min, token_log_probs, vector_gae
+x, offsets, end = torch.randn(4, 3), torch.tensor([0, 4]), torch.zeros(1, 4, 1, dtype=torch.bool)
 assert min_over_heads(torch.tensor([2.0, 1.0]))[0] == 1
-try:
-    require_triton()
-except RuntimeError as error:
-    assert "pip install triton" in str(error)
-else:
-    raise AssertionError("no error")
+reward_heads_min(x, x)
+em_responsibilities(x, x, offsets, torch.zeros(3))
+token_log_probs(x, x, torch.zeros(4, dtype=torch.int64))
+vector_gae(x[None], x[None], x[None], end, end, gamma=0.9, lmbda=0.9)
+
+# What CUDA tensors would reach.
+from maxmin_kernels.em.op import _em_cuda
+from maxmin_kernels.gae.operators import _gae_cuda
+from maxmin_kernels.heads.operators import _heads_cuda, _min_cuda
+from maxmin_kernels.log_probs.chunked import _row_kernels
+
+class OnCuda:
+    is_cuda, dtype = True, torch.float32
+
+calls = [
+    lambda: _em_cuda(x, x, offsets, torch.zeros(3), []),
+    lambda: _gae_cuda(x[None], x[None], x[None], end, end, None, None, 0.9, 0.9, False),
+    lambda: _heads_cuda(x, x, None, None, None, 1.0, None, None, False),
+    lambda: _min_cuda(x, 1.0, None, None, False),
+    lambda: _row_kernels(OnCuda(), OnCuda()),
+]
+for call in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        assert "pip install triton" in str(error), error
+    else:
+        raise AssertionError("no error")
 """
     result = run("-c", code, TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from .._backend import accumulate_dtype
 
+# Beyond this decay of the trace, rounding adds up over so many steps that the recursion runs in float64.
+SLOW_DECAY = 0.98
+
 
 @torch.no_grad()
 def vector_gae_naive(
@@ -16,9 +19,12 @@ def vector_gae_naive(
     gamma: float,
     lmbda: float,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    weights: Tensor | None = None,
+    return_moments: bool = False,
+) -> tuple[Tensor, ...]:
     """Return advantage and value target, ``[B, T, K]`` each, by the backward recursion.
 
+    With ``weights`` also their weighted sum ``[B, T, 1]``, with ``return_moments`` also its moments ``[3]``.
     Arguments as :func:`maxmin_kernels.vector_gae`, the batch being one dimension.
     """
     dtype = accumulate_dtype(reward, value, next_value)
@@ -28,14 +34,67 @@ def vector_gae_naive(
     delta = reward.to(dtype) + bootstrap - value
     carries = ~done.bool()
     if mask is not None:
-        delta = torch.where(mask.bool().unsqueeze(-1), delta, 0.0)
-        carries = carries & mask.bool().unsqueeze(-1)
-    steps = delta.transpose(0, 1).contiguous()
-    keep = carries.transpose(0, 1).contiguous()
-    following = torch.zeros_like(delta[:, 0]) if delta.shape[1] else None
-    for t in range(delta.shape[1] - 1, -1, -1):
-        carried = torch.where(keep[t], following, 0.0)
-        following = torch.add(steps[t], carried, alpha=gamma * lmbda)
-        steps[t] = following
-    advantage = steps.transpose(0, 1).contiguous()
-    return advantage, advantage + value
+        valid = mask.bool().unsqueeze(-1)
+        delta, carries = torch.where(valid, delta, 0.0), carries & valid
+    advantage = _discounted_sum(delta, carries, gamma * lmbda)
+    outputs = [advantage, advantage + value]
+    weighted = advantage
+    if weights is not None:
+        weighted = (advantage * weights.to(dtype)).sum(-1, keepdim=True)
+        outputs.append(weighted)
+    if return_moments:
+        outputs.append(_moments(weighted.squeeze(-1), mask))
+    return tuple(outputs)
+
+
+@torch.no_grad()
+def token_gae_naive(
+    terminal_reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lmbda: float,
+    sample_log_prob: Tensor | None = None,
+    ref_log_prob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    group_weights: Tensor | None = None,
+    return_moments: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return what :func:`maxmin_kernels.token_gae` does: build every step's signals, and estimate."""
+    dtype = accumulate_dtype(terminal_reward, value, sample_log_prob, ref_log_prob)
+    mask = mask.bool()
+    followed = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+    last = (mask & ~followed).unsqueeze(-1)
+    reward = torch.where(last, terminal_reward.to(dtype).unsqueeze(1), 0.0)
+    if sample_log_prob is not None and ref_log_prob is not None:
+        penalty = -kl_coef * (sample_log_prob.to(dtype) - ref_log_prob.to(dtype))
+        reward = torch.cat([reward, penalty.unsqueeze(-1)], -1)
+        if group_weights is not None:
+            group_weights = torch.cat([group_weights, group_weights.new_ones(1)])
+    next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
+    return vector_gae_naive(
+        reward, value, next_value, last, last, gamma, lmbda, mask, group_weights, return_moments
+    )
+
+
+def _discounted_sum(delta: Tensor, carries: Tensor, decay: float) -> Tensor:
+    """Return ``A_t = delta_t + decay A_{t+1}``, the second term where ``carries``; ``[B, T, K]``."""
+    dtype = torch.float64 if decay > SLOW_DECAY else delta.dtype
+    # One contiguous block a time step, so that the loop makes no copies.
+    steps = delta.transpose(0, 1).to(dtype).contiguous().unbind(0)
+    keep = carries.transpose(0, 1).contiguous().unbind(0)
+    following = zero = delta.new_zeros((), dtype=dtype)
+    sums = []
+    for step, keeps in zip(reversed(steps), reversed(keep), strict=True):
+        following = torch.add(step, torch.where(keeps, following, zero), alpha=decay)
+        sums.append(following)
+    return torch.stack(sums[::-1], 1).to(delta.dtype) if sums else delta.clone()
+
+
+def _moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return count, mean and biased variance of the valid elements, ``[3]``, summed in float64."""
+    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+    count = valid.sum(dtype=torch.float64)
+    mean = torch.where(valid, x.double(), 0.0).sum() / count.clamp(min=1)
+    deviation = torch.where(valid, x.double() - mean, 0.0)
+    return torch.stack([count, mean, deviation.square().sum() / count.clamp(min=1)]).to(x.dtype)

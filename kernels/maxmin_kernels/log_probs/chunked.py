@@ -10,7 +10,7 @@ from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu
 
 # Elements of one chunk of logits, and the least rows with which a matrix product is still efficient.
 _ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
-_LEAST_ROWS = {"cpu": 256, "cuda": 512}
+_LEAST_ROWS = {"cpu": 256, "cuda": 256}
 
 
 def pick_chunk_size(rows: int, vocabulary: int, device: str) -> int:
@@ -33,6 +33,20 @@ def _logits(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> Tensor:
     if hidden.dtype == wide:
         return hidden @ lm_head.mT
     return torch.mm(hidden, lm_head.mT, out_dtype=wide)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    """Return ``total + left @ right`` in the wide dtype, in place of the total."""
+    if total is None:
+        return _logits(left, right.mT, wide)
+    if left.dtype == wide:
+        return total.addmm_(left, right)
+    # Rows of the vocabulary in turn: a wide product of low-precision factors cannot be added in place.
+    rows = max(1, _ELEMENTS["cuda"] // right.shape[1])
+    for start in range(0, left.shape[0], rows):
+        block = slice(start, start + rows)
+        total[block] += _logits(left[block], right.mT, wide)
+    return total
 
 
 def _row_kernels(hidden: Tensor, lm_head: Tensor) -> bool:
@@ -91,13 +105,14 @@ def rows_backward(
     if temperature != 1.0:
         logits.div_(temperature)
     log_p = logits.sub_(logsumexp.unsqueeze(-1)).clamp_(min=_log_smallest(logits.dtype))
-    grad = F.threshold_(log_p.exp(), 3 * torch.finfo(log_p.dtype).tiny, 0.0)
+    p = log_p.exp_() if grad_entropy is None else log_p.exp()
+    grad = F.threshold_(p, 3 * torch.finfo(p.dtype).tiny, 0.0)
     slope: Tensor | None = None if grad_log_probs is None else grad_log_probs.unsqueeze(-1)
     if grad_entropy is not None and entropy is not None:
         of_entropy = log_p.add_(entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
         slope = of_entropy if slope is None else of_entropy.add_(slope)
     if slope is not None:
-        grad.mul_(slope).neg_()
+        grad.mul_(slope.neg())
     if grad_log_probs is not None:
         grad.scatter_add_(-1, targets.unsqueeze(-1), grad_log_probs.unsqueeze(-1))
     return grad if temperature == 1.0 else grad.div_(temperature)
@@ -122,6 +137,7 @@ def chunked_forward(
             results = log_probs_forward(logits, targets[part], temperature, entropy)
         else:
             results = rows_forward(logits, targets[part], temperature, entropy)
+        del logits  # before the next chunk's are made, so that there is one chunk at a time
         for out, result in zip(outputs, results, strict=True):
             out[part] = result
     return outputs[0], outputs[2] if entropy else hidden.new_empty(0, dtype=wide), outputs[1]
@@ -169,8 +185,9 @@ def chunked_backward(
         if need_hidden:
             d_hidden[part] = grad @ lm_head
         if need_lm_head:
-            added = _logits(grad.mT, hidden[part].mT, wide)
-            d_lm_head = added if d_lm_head is None else d_lm_head.add_(added)
+            d_lm_head = _add_product(d_lm_head, grad.mT, hidden[part], wide)
+        # Freed before the next chunk's logits are made, so that there is one chunk at a time.
+        del logits, grad
     if not need_lm_head:
         return d_hidden, lm_head.new_empty(0, dtype=dtypes[1])
     if d_lm_head is None:

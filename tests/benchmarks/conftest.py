@@ -1,0 +1,44 @@
+"""Load the benchmarks' package and script from their folder, which is on no path.
+
+The folder stays off ``sys.path``: a ``kernels.py`` there would hide Hugging Face's package of that name.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+load("kernel_bench", BENCHMARKS / "kernel_bench" / "__init__.py")
+
+
+@pytest.fixture(scope="session")
+def script():
+    """The script as a module: ``script.main(arguments)``."""
+    return load("benchmarks_kernels_script", BENCHMARKS / "kernels.py")
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cpu():
+    from kernel_bench.device import Cpu
+
+    return Cpu(threads=1, quick=True)
