@@ -16,11 +16,13 @@ def test_data_check_tells_what_is_in_a_file(tmp_path, capsys):
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     assert main(["data", "check", str(tmp_path / "pairs.json")]) == 0
     out, err = capsys.readouterr()
-    told = {line[:16].strip(): line[16:].strip() for line in out.splitlines()}
-    assert (told["pairs"], told["users"], told["ignored columns"]) == ("3", "2", "when")
+    told = {line[:17].strip(): line[17:].strip() for line in out.splitlines()}
+    assert (told["layout"], told["pairs"], told["users"]) == ("pairs", "3", "2")
+    assert told["columns ignored"] == "when"
+    assert told["columns used"].startswith("prompt: prompt; response: chosen, rejected; user: worker")
     assert told["prompts"] == "2 distinct, 50% seen by two or more users"
-    assert told["true groups"].startswith("g 1, h 1 users")
-    assert "fewer than 5 pairs per user" in told["will be weak"]
+    assert told["true groups"] == "g 1, h 1"
+    assert "! There are few pairs per user (median 1.5)" in out
     assert err == ""
 
 
@@ -29,9 +31,35 @@ def test_data_check_takes_columns_by_name(tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     flags = ["--user_column", "who", "--group_column", "user"]
     assert main(["data", "check", str(tmp_path / "pairs.jsonl"), *flags]) == 0
-    out = capsys.readouterr().out
-    assert "y 1 users" in out
-    assert "one user only: groups cannot be told apart" in out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "true groups y 1" in out
+    assert "All pairs come from one user, so groups cannot be told apart" in out
+
+
+def test_data_check_takes_ties_and_caps(tmp_path, capsys):
+    rows = [{"prompt": "p", "response": f"r{i}", "score": i // 2, "user": "u"} for i in range(8)]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def told(*flags):
+        assert main(["data", "check", str(tmp_path / "scores.jsonl"), *flags]) == 0
+        out = capsys.readouterr().out
+        return {line[:17].strip(): line[17:].strip() for line in out.splitlines()}
+
+    plain = told()
+    assert (plain["pairs"], plain["ties"], plain["layout"]) == ("24", "4 dropped", "scores")
+    halved = told("--ties", "halve", "--tie_margin", "1", "--layout", "scores")
+    assert (halved["pairs"], halved["ties"]) == (str(12 + 2 * 16), "16 halved")
+    capped = told("--max_pairs", "5")
+    assert capped["left out"] == "0 identical, 19 beyond the cap of pairs"
+
+
+def test_data_check_counts_equal_texts_that_training_refuses(tmp_path, capsys):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "user": "y"}
+    rows = [row, {**row, "rejected": "b"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "check", str(tmp_path / "pairs.jsonl")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 pairs have equal chosen and rejected texts; the reward stage refuses them" in out
 
 
 def test_report_is_written_again_from_the_summary(tmp_path, capsys):

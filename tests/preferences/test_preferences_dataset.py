@@ -1,6 +1,7 @@
 """Preference pairs from every kind of file, with every kind of mistake."""
 
 import json
+import tempfile
 from collections import Counter
 
 import datasets
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences import PreferenceDataset, encode, load_table
+from torchrl_maxmin.preferences import PreferenceDataset, load_table
 from torchrl_maxmin.preferences.dataset import USER_ALIASES
 
 ROWS = [
@@ -39,6 +40,12 @@ def write(path, kind):
     elif kind == "parquet":
         path = path / "pairs.parquet"
         table.to_parquet(path)
+    elif kind == "folder":
+        path = path / "shards"
+        path.mkdir()
+        datasets.Dataset.from_list(ROWS[:2]).to_parquet(path / "train-00000.parquet")
+        datasets.Dataset.from_list(ROWS[2:]).to_parquet(path / "train-00001.parquet")
+        datasets.Dataset.from_list(ROWS[:1]).to_parquet(path / "test-00000.parquet")
     elif kind == "save_to_disk":
         path = path / "saved"
         table.save_to_disk(path)
@@ -52,7 +59,7 @@ def write(path, kind):
     return path
 
 
-KINDS = ["json", "jsonl", "csv", "parquet", "save_to_disk", "dict_to_disk", "dataset", "dict"]
+KINDS = ["json", "jsonl", "csv", "parquet", "folder", "save_to_disk", "dict_to_disk", "dataset", "dict"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +100,7 @@ def test_two_candidates_are_an_error_and_user_column_decides():
     chosen = from_rows(rows, user_column="user_id")
     assert chosen.user_ids == ["b", "a", "c"]
     assert chosen.ignored_columns == ["worker"]
-    assert "ignored columns  worker" in chosen.check()
+    assert chosen.check().ignored == ["worker"]
 
 
 def test_user_column_wins_over_an_alias_and_may_have_any_name():
@@ -128,9 +135,9 @@ def replaced(i, **cells):
             "row 0: no user id",
         ),
         (
-            [{**row, "chosen": [{"role": "user", "content": "x"}]} for row in ROWS],
+            [{**row, "chosen": [{"role": "user"}]} for row in ROWS],
             {},
-            "row 0: .*list.*chat template",
+            "row 0: .*list that is no conversation",
         ),
         ([{**row, "rejected": 1} for row in ROWS], {}, "row 0: column 'rejected' holds int"),
         ([], {}, "no rows"),
@@ -139,22 +146,6 @@ def replaced(i, **cells):
 def test_mistakes_name_cause_and_place(rows, kwargs, message):
     with pytest.raises(UserError, match=message):
         from_rows(rows, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.jsonl", "", "no rows"),
-        ("broken.jsonl", '{"prompt": ', "cannot read data from .*JSONDecodeError"),
-        ("pairs.txt", "x", "none of .json"),
-        ("mixed.jsonl", '{"prompt": "a"}\n{"prompt": 3}', "cannot read data"),
-    ],
-)
-def test_unreadable_files(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(UserError, match=message):
-        PreferenceDataset.load(path)
 
 
 def test_missing_file_and_split(tmp_path):
@@ -166,6 +157,81 @@ def test_missing_file_and_split(tmp_path):
         train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2])
     )
     assert len(load_table(both, "test")) == 2
+    folder = write(tmp_path, "folder")
+    assert load_table(folder, "test")["prompt"][:] == ["p0"]
+    with pytest.raises(UserError, match=r"no split 'validation' in the folder .*; there are test, train"):
+        load_table(folder, "validation")
+
+
+def test_nothing_is_left_beside_the_file_or_in_the_cache(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for kind in ("csv", "jsonl", "save_to_disk"):
+        path = write(tmp_path, kind)
+        before = sorted(tmp_path.rglob("*"))
+        data = PreferenceDataset.load(path)
+        data.check()
+        assert sorted(tmp_path.rglob("*")) == before
+        assert data.prompts[0] == "p0"
+
+
+def test_every_row_a_user_only_when_asked():
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS]
+    data = from_rows(rows, user_column="none")
+    assert data.user_ids == ["0", "1", "2", "3", "4", "5"]
+    assert "every row counts as a user" in str(data.check())
+    named = from_rows([{**row, "none": "n"} for row in rows], user_column="none")
+    assert named.user_ids == ["n"]
+
+
+def test_users_inside_another_column():
+    rows = [{**row, "meta": {"worker": row["user_id"], "age": 3}} for row in ROWS]
+    for row in rows:
+        del row["user_id"]
+    assert from_rows(rows).user_ids == ["b", "a", "c"]
+    assert from_rows(rows, user_column="meta.age").user_ids == ["3"]
+    both = [{**row, "user": i % 2} for i, row in enumerate(rows)]
+    assert from_rows(both).user_ids == ["0", "1"]  # a column of its own comes first
+    twice = [{**row, "more": {"uid": 1}} for row in rows]
+    with pytest.raises(UserError, match=r"meta.worker, more.uid; say which with --user_column"):
+        from_rows(twice)
+
+
+@pytest.mark.parametrize("alias", ["group_id", "group", "data_subset"])
+def test_group_column_is_found_by_alias_and_never_a_user(alias):
+    data = from_rows(renamed(alias, "group"))
+    assert data.groups == ["y", "x", "x"]
+    assert data.user_ids == ["b", "a", "c"]
+    nobody = [{k: v for k, v in row.items() if k != "user_id"} for row in renamed(alias, "group")]
+    with pytest.raises(UserError, match=f"--user_column {alias}"):
+        from_rows(nobody)
+    asked = from_rows(nobody, user_column=alias)
+    assert (asked.user_ids, asked.groups) == (["y", "x"], None)
+
+
+def test_a_group_column_that_splits_a_user_is_noted_or_refused():
+    rows = replaced(0, group="x")
+    data = from_rows(rows)
+    assert data.groups is None
+    assert any("one user in several groups" in note for note in data.check().warnings)
+    assert data.ignored_columns == ["group"]
+    with pytest.raises(UserError, match="one user in several groups"):
+        from_rows(rows, group_column="group")
+    with pytest.raises(UserError, match="row 3: no group id"):
+        from_rows(replaced(3, group=None), group_column="group")
+
+
+def test_equal_texts_are_an_error_or_dropped():
+    rows = replaced(3, rejected="good 3")
+    data = from_rows(rows, identical="drop")
+    assert data.user_ids == ["b", "a"]
+    report = data.check()
+    assert (report.identical, report.users, data.groups) == (1, 2, ["y", "x"])
+    assert any("the reward stage refuses them" in told for told in report.warnings)
+    assert any("1 of 3 users are left without a pair" in told for told in report.warnings)
 
 
 def test_int_and_str_ids_mean_the_same():
@@ -179,6 +245,14 @@ def test_csv_with_missing_and_integer_users(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected,user_id\na,b,c,7\nd,e,f,7\ng,h,i,8\n")
     assert PreferenceDataset.load(path).user_ids == ["7", "8"]
+    path = tmp_path / "words.csv"
+    path.write_text('prompt,chosen,rejected,user_id\nNA,null,None,007\n"a\nb","x,y",nan,NA\n')
+    words = PreferenceDataset.load(path)
+    assert words.user_ids == ["007", "NA"]
+    assert list(zip(words.prompts, words.chosen, words.rejected, strict=True)) == [
+        ("NA", "null", "None"),
+        ("a\nb", "x,y", "nan"),
+    ]
     path = tmp_path / "holes.csv"
     path.write_text("prompt,chosen,rejected,user_id\na,b,c,7\nd,e,f,\n")
     with pytest.raises(UserError, match="row 1: no user id"):
@@ -198,12 +272,13 @@ def test_sorting_and_heldout_keep_every_row_with_its_user(users, fraction, seed)
     train, heldout = data.split_heldout(fraction, seed)
     parts = [data, train] + ([] if heldout is None else [heldout])
     for part in parts:
+        assert part.weights.tolist() == [1.0] * len(part)
         assert [owner[p] for p in part.prompts] == [part.user_ids[u] for u in part.row_users]
         assert [c[1:] for c in part.chosen] == [r[1:] for r in part.rejected] == part.prompts
         assert part.groups == [f"g{int(u[1:]) % 2}" for u in part.user_ids]
         assert part.row_users.tolist() == sorted(part.row_users.tolist())
-    held = [] if heldout is None else heldout.prompts
-    assert sorted(train.prompts + held, key=int) == [str(i) for i in range(len(rows))]
+    held = [] if heldout is None else list(heldout.prompts)
+    assert sorted([*train.prompts, *held], key=int) == [str(i) for i in range(len(rows))]
     assert train.user_ids == data.user_ids
     counts = Counter(owner[p] for p in held)
     for user, total in Counter(owner.values()).items():
@@ -217,21 +292,6 @@ def test_heldout_depends_on_the_seed_alone():
     assert first == second != other
 
 
-def test_check_text():
-    rows = [*ROWS, {**ROWS[0], "user_id": "c", "group": "x"}]  # prompt p0 is now seen by b and c
-    lines = from_rows(rows).check().splitlines()
-    assert "pairs            7" in lines
-    assert "users            3" in lines
-    assert "pairs per user   quartiles 2 / 2 / 2.5" in lines
-    assert f"prompts          6 distinct, {1 / 6:.0%} seen by two or more users" in lines
-    assert "true groups      x 2, y 1 users (evaluation only, never training)" in lines
-    assert any(line.startswith("will be weak") for line in lines)
-    assert not any(line.startswith(("will fail", "ignored")) for line in lines)
-    one = from_rows([{**ROWS[0], "prompt": f"{i}"} for i in range(6)]).check()
-    assert "one user only" in one
-    assert "will be weak" not in one
-
-
 def test_require_users():
     data = from_rows(ROWS)
     data.require_users(3)
@@ -241,12 +301,3 @@ def test_require_users():
     lone.require_users(1)
     with pytest.raises(UserError, match=r"one user.*--num_groups 1"):
         lone.require_users(2)
-
-
-def test_encode_keeps_the_end(tokenizer):
-    words = ["the", "film", "was", "great"]
-    ids = encode(tokenizer, "the film", "was great")
-    expected = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(words), tokenizer.eos_token_id]
-    assert ids == expected
-    assert encode(tokenizer, "the film", "was great", max_length=3) == expected[-3:]
-    assert encode(tokenizer, "the film", "was great", max_length=99) == expected

@@ -1,5 +1,6 @@
 """EM on a reward model: planted users of the embedded world, and what training may not read."""
 
+import copy
 import dataclasses
 import math
 
@@ -13,7 +14,7 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.preferences.world import sample_reviews
 from torchrl_maxmin.rewards import RewardMixture, fit_mixture
-from torchrl_maxmin.rewards.em import _converged, _repair_empty_groups, _sort_groups
+from torchrl_maxmin.rewards.em import _converged, _repair_empty_groups
 
 USERS, PAIRS = 20, 18
 SETTINGS = {
@@ -262,12 +263,66 @@ def test_empty_groups_get_the_users_that_are_explained_worst(tiny_model):
     assert none == []
 
 
-def test_heads_are_sorted_with_their_groups(tiny_model):
-    mixture = RewardMixture.from_causal_lm(tiny_model, 3)
-    before = mixture.model.score.weight.detach().clone()
-    r = torch.tensor([[0.1, 0.2, 0.7], [0.0, 0.3, 0.7], [0.2, 0.7, 0.1]])
-    assert torch.equal(_sort_groups(mixture, r), r[:, [2, 1, 0]])
-    assert torch.equal(mixture.model.score.weight, before[[2, 1, 0]])
+def test_true_groups_train_a_head_each(parts, tiny_model):
+    train, heldout = parts
+    fit = fit_mixture(train, tiny_model, heldout=heldout, use_true_groups=True, **SETTINGS)
+    assert fit.group_names == ["length", "conciseness"]
+    truth = torch.tensor([fit.group_names.index(name) for name in train.groups])
+    assert torch.equal(fit.responsibilities_matrix, torch.nn.functional.one_hot(truth, 2).float())
+    assert all(record["em/users_changed"] == 0 for record in fit.history)
+    assert min(fit.heldout["head_accuracy"]) > 0.6
+    with pytest.raises(UserError, match="no group column"):
+        fit_mixture(dataclasses.replace(train, groups=None), tiny_model, use_true_groups=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_groups": "auto", "max_groups": 2}, {"use_true_groups": True}])
+def test_a_run_that_was_stopped_between_rounds_is_bit_equal(parts, tiny_model, settings):
+    states = []
+    settings = SETTINGS | {"num_rounds": 3, "convergence_tolerance": -1.0, "steps_per_round": 4} | settings
+
+    def keep(state):
+        states.append(copy.deepcopy(state))
+
+    whole = fit_mixture(parts[0], tiny_model, heldout=parts[1], on_round=keep, **settings)
+    torch.rand(3)
+    resumed = fit_mixture(parts[0], tiny_model, heldout=parts[1], resume=states[0], **settings)
+    assert resumed.history == whole.history
+    assert resumed.heldout == whole.heldout
+    assert resumed.choice == whole.choice
+    assert torch.equal(resumed.responsibilities_matrix, whole.responsibilities_matrix)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_a_halved_tie_says_nothing_about_its_user(parts, tiny_model):
+    """Both orders at one half: the likelihood falls by their own, and the rest counts as before."""
+    import datasets
+
+    train = parts[0]
+    rows = [
+        {"prompt": p, "response_a": c, "response_b": r, "winner": "a", "user_id": train.user_ids[u]}
+        for p, c, r, u in zip(
+            train.prompts, train.chosen, train.rejected, train.row_users.tolist(), strict=True
+        )
+    ]
+    tie = {**rows[0], "winner": "tie"}
+    data = PreferenceDataset.load(datasets.Dataset.from_list([*rows, tie]), ties="halve")
+    assert sorted(data.weights.tolist())[:3] == [0.5, 0.5, 1.0]
+    frozen = {"learning_rate": 0.0, "head_learning_rate": 0.0, "num_rounds": 1, "steps_per_round": 1}
+    plain = fit_mixture(train, tiny_model, num_groups=1, batch_size=8, **frozen)
+    tied = fit_mixture(data, tiny_model, num_groups=1, batch_size=8, **frozen)
+    margin = plain_margins(plain.model, train)[0, 0]
+    total = plain.history[0]["em/log_likelihood"] * len(train)
+    expected = total + (log_expit(margin) + log_expit(-margin)) / 2
+    assert tied.history[0]["em/log_likelihood"] * len(data) == pytest.approx(expected, rel=1e-5)
+
+
+def test_options_of_the_model_reach_it(parts, tiny_model):
+    fit = fit_mixture(
+        parts[0], tiny_model, model_options={"head": "low_rank", "rank": 2}, **(SETTINGS | {"num_rounds": 1})
+    )
+    assert fit.model.heads.kind == "low_rank"
+    assert fit.history[-1]["em/log_likelihood"] > -1
 
 
 def test_convergence_needs_a_stable_partition_and_likelihood():

@@ -22,7 +22,8 @@ from torchrl_maxmin.preferences.world_data import write_preferences, write_world
 from torchrl_maxmin.progress import console
 from torchrl_maxmin.trainers.ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
-from torchrl_maxmin.trainers.reward import RewardConfig, run_reward
+from torchrl_maxmin.trainers.reward import run_reward
+from torchrl_maxmin.trainers.reward_config import RewardConfig
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, write_config
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 

@@ -31,17 +31,37 @@ def data(arguments: list[str]) -> int:
     """``data check FILE``: one screen about a preference data set."""
     parser = OneLineParser(prog="torchrl-maxmin data", description="Look at preference data.")
     parser.add_argument("action", choices=["check"], help="the one thing that data does")
-    parser.add_argument("dataset_name", help="json, jsonl, csv or parquet file, saved dataset or hub name")
-    parser.add_argument("--user_column", help="column that says who chose")
+    parser.add_argument(
+        "dataset_name", help="json, jsonl, csv or parquet file, folder of these, saved dataset or hub name"
+    )
+    parser.add_argument("--user_column", help="column that says who chose; none: every row is a user")
     parser.add_argument("--group_column", help="ground truth for evaluation")
     parser.add_argument("--dataset_split", default="train", help="split to look at (default: train)")
+    parser.add_argument("--layout", help="how the data are laid out (default: found by the columns)")
+    parser.add_argument("--ties", default="drop", help="drop or halve (default: drop)")
+    parser.add_argument(
+        "--tie_margin", type=float, default=0.0, help="scores no further apart are a tie (default: 0)"
+    )
+    parser.add_argument(
+        "--max_pairs", type=int, default=64, help="most pairs from one user's scores (default: 64)"
+    )
     given = parser.parse_args(arguments)
     from torchrl_maxmin.preferences import PreferenceDataset
 
-    loaded = PreferenceDataset.load(
-        given.dataset_name, given.user_column, given.group_column, given.dataset_split
-    )
-    _write(loaded.check())
+    report = PreferenceDataset.load(
+        given.dataset_name,
+        given.user_column,
+        given.group_column,
+        given.dataset_split,
+        layout=given.layout,
+        ties=given.ties,
+        tie_margin=given.tie_margin,
+        max_pairs=given.max_pairs,
+        identical="drop",  # counted here, refused where it would train
+    ).check()
+    if report.pairs > 1 and report.distinct_pairs == 1:
+        raise UserError(f"all {report.pairs} pairs are copies of one pair; nothing can be learned from them")
+    Console().print(report)
     return 0
 
 

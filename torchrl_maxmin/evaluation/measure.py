@@ -23,8 +23,10 @@ from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to
 from torchrl_maxmin.preferences import World, load_table
 from torchrl_maxmin.preferences.loading import require_columns
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.rewards import Calibration, load_reward_model
+from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+from torchrl_maxmin.rewards.ensemble import is_reward_model
 from torchrl_maxmin.rewards.source import load_functions
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
 from torchrl_maxmin.welfare import certify
@@ -129,8 +131,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     judge = _Judge(config.judge, device)
     mixture = None
     if config.reward_model_path:
-        require_model(config.reward_model_path)
-        mixture = RewardMixture.from_pretrained(config.reward_model_path).to(device)
+        mixture = load_reward_model(config.reward_model_path).to(device)
     table = load_table(config.dataset_name, config.dataset_split)
     if len(table) == 0:
         raise UserError(f"{config.dataset_name} has no prompts")
@@ -179,10 +180,9 @@ class _Judge:
         self.kind = "function"
         self.group_names: list[str] = []
         self.group_shares: list[float] = []
-        if Path(spec).is_dir():
+        if is_reward_model(spec):
             self.kind = "reward heads"
-            require_model(spec)
-            mixture = RewardMixture.from_pretrained(spec).to(device)
+            mixture = load_reward_model(spec).to(device)
             self._call: Any = partial(mixture.score, calibrated=True)
             self.group_shares = mixture.log_prior.exp().cpu().tolist()
             self.group_names = [f"group {k}" for k in range(mixture.num_groups)]
@@ -232,7 +232,7 @@ def _log_prob(policy: TokenPolicy, responses: TensorDict) -> torch.Tensor:
 
 def _mixture_figures(
     config: EvaluateConfig,
-    mixture: RewardMixture,
+    mixture: RewardModel,
     judge: _Judge,
     responses: dict[str, tuple[list[str], list[str]]],
     tokenizer: Any,
@@ -303,7 +303,7 @@ def _trained_with(folder: str) -> dict[str, Any]:
 
 def _certificate(
     config: EvaluateConfig,
-    mixture: RewardMixture,
+    mixture: RewardModel,
     trained: dict[str, Any],
     tokenizer: Any,
     prompts: TensorDict,

@@ -13,8 +13,11 @@ from torchrl_maxmin.errors import UserError
 __all__ = [
     "ensure_pad_token",
     "import_transformers",
+    "is_encoder",
     "load_causal_lm",
+    "load_classifier",
     "load_tokenizer",
+    "load_trunk",
     "plain_generation",
     "require_model",
 ]
@@ -87,4 +90,58 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> nn.
     require_model(name_or_path)
     model = import_transformers().AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     plain_generation(model)
+    return model.eval()
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a model reads its text in both directions (BERT, DeBERTa, ..., also BART and T5)."""
+    known = type(config) in import_transformers().MODEL_FOR_MASKED_LM_MAPPING
+    return bool(config.is_encoder_decoder) or (known and not getattr(config, "is_decoder", False))
+
+
+def load_trunk(name_or_path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load what maps tokens to hidden states, decoder or encoder, and its tokenizer with a pad token.
+
+    Like :func:`load_causal_lm` without dropout. An encoder keeps its tokenizer's own special
+    tokens; its pooler, which nothing here reads, is not trained.
+
+    Raises:
+        UserError: if there is no such model, or it is an encoder-decoder.
+    """
+    tokenizer = load_tokenizer(name_or_path)
+    model = import_transformers().AutoModel.from_pretrained(name_or_path, dtype=dtype).eval()
+    if model.config.is_encoder_decoder:
+        raise UserError(
+            f"{name_or_path} is an encoder-decoder; rewards are read from a decoder or an encoder alone"
+        )
+    if not is_encoder(model.config):
+        ensure_pad_token(tokenizer, model)
+    elif tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of {name_or_path} has no pad_token; set one and save it")
+    if getattr(model, "pooler", None) is not None:
+        model.pooler.requires_grad_(False)
+    # for those who load the folder without us: absolute positions are right with padding at the end alone
+    tokenizer.padding_side = "right"
+    return model, tokenizer
+
+
+def load_classifier(name_or_path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a sequence classifier of any architecture, in evaluation mode.
+
+    Raises:
+        UserError: if there is none, or its head was never trained and would be drawn at random.
+    """
+    require_model(name_or_path)
+    try:
+        model, loaded = import_transformers().AutoModelForSequenceClassification.from_pretrained(
+            name_or_path, dtype=dtype, output_loading_info=True
+        )
+    except ValueError as error:
+        raise UserError(f"{name_or_path} is no sequence classifier: {error}") from error
+    if loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"]))
+        raise UserError(
+            f"{name_or_path} holds no reward head ({missing} missing), so it would score at random; "
+            "give a folder that the reward stage wrote, or another sequence classifier"
+        )
     return model.eval()

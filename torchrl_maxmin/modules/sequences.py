@@ -11,7 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["backbone_of", "hidden_states", "last_index", "mask_after_eos", "pad_left", "pad_right"]
+__all__ = [
+    "backbone_of",
+    "hidden_states",
+    "keep_last",
+    "last_index",
+    "mask_after_eos",
+    "pack_left",
+    "pad_left",
+    "pad_right",
+    "segment_ids",
+]
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -61,3 +71,35 @@ def hidden_states(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
     output = backbone(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False)
     return output.last_hidden_state
+
+
+def pack_left(tokens: Tensor, mask: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Move the real tokens of each row to its left end, in their order, and ``pad_id`` behind them.
+
+    Args:
+        tokens: [B, T] int64.
+        mask: [B, T] bool, True at real tokens, wherever they are.
+        pad_id: what fills the rest.
+
+    Returns:
+        Tokens and mask, as wide as the longest row.
+
+    Example:
+        >>> mask = torch.tensor([[False, True, True], [False, True, False]])
+        >>> pack_left(torch.tensor([[7, 1, 2], [7, 3, 7]]), mask, 0)[0].tolist()
+        [[1, 2], [3, 0]]
+    """
+    order = mask.logical_not().int().argsort(dim=-1, stable=True)[:, : int(mask.sum(-1).max())]
+    mask = mask.gather(-1, order)
+    return tokens.gather(-1, order).masked_fill(~mask, pad_id), mask
+
+
+def keep_last(mask: Tensor, length: int) -> Tensor:
+    """Mask [B, T] of at most the last ``length`` real tokens of each row."""
+    return mask & (mask.flip(-1).cumsum(-1).flip(-1) <= length)
+
+
+def segment_ids(tokens: Tensor, mask: Tensor, separator: int) -> Tensor:
+    """Segment ids [B, T] of one or two texts a row: 1 behind the first separator, 0 elsewhere."""
+    ends = tokens == separator
+    return ((ends.int().cumsum(-1) - ends.int() > 0) & mask).long()

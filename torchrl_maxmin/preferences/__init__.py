@@ -1,7 +1,8 @@
-"""Pairs and users in: schemas, checks, tokenising, and the embedded world."""
+"""Pairs and users in: layouts, checks, tokenizing, and the embedded world."""
 
-from torchrl_maxmin.preferences.dataset import PreferenceDataset, encode
+from torchrl_maxmin.preferences.dataset import PreferenceDataset, Ranking, encode
 from torchrl_maxmin.preferences.loading import load_table
+from torchrl_maxmin.preferences.report import DataReport
 from torchrl_maxmin.preferences.world import World
 
-__all__ = ["PreferenceDataset", "World", "encode", "load_table"]
+__all__ = ["DataReport", "PreferenceDataset", "Ranking", "World", "encode", "load_table"]

@@ -1,58 +1,60 @@
-"""Preference pairs with the people who labelled them, sorted by user."""
+"""Preference pairs with the people who gave them, sorted by user."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.loading import load_table, require_columns
+from torchrl_maxmin.preferences.columns import USER_ALIASES
+from torchrl_maxmin.preferences.judgements import LoadOptions
+from torchrl_maxmin.preferences.loading import load_table
+from torchrl_maxmin.preferences.report import DataReport, check_pairs
+from torchrl_maxmin.preferences.tokenizing import Encoder, encode, tokenize_pairs
 
-__all__ = ["USER_ALIASES", "PreferenceDataset", "encode"]
+if TYPE_CHECKING:
+    from torchrl_maxmin.preferences.building import Origin, PairTable
+    from torchrl_maxmin.preferences.storage import ArrowColumn
 
-USER_ALIASES = (
-    "user_id",
-    "worker",
-    "annotator_id",
-    "annotator",
-    "rater_id",
-    "judge",
-    "uid",
-    "respondent_id",
-    "user",
-)
+__all__ = ["USER_ALIASES", "PreferenceDataset", "Ranking", "encode"]
 
 
-def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None = None) -> list[int]:
-    """Token ids of one text: the prompt with the tokenizer's own prefix, the completion, EOS.
+class Ranking(NamedTuple):
+    """Responses to one prompt in the order in which one user put them.
 
-    Prompt and completion are tokenized apart, as they are when a policy answers the prompt.
-    Longer texts lose tokens of the prompt's start, never the end that a score is read at.
+    Attributes:
+        prompt: the prompt.
+        responses: best first.
+        ranks: rank of each, the best 0; equal ranks are ties, or an order that was not asked for.
+        user: index of the user.
     """
-    ids = tokenizer(prompt).input_ids
-    ids = ids + tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    return ids if max_length is None else ids[-max_length:]
+
+    prompt: str
+    responses: list[str]
+    ranks: list[int]
+    user: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreferenceDataset:
     """Pairs (prompt, chosen, rejected) and who chose, with the rows of a user side by side.
 
-    Build it with :meth:`load`. ``groups`` holds a ground-truth group a row where the data
-    has one; nothing in training reads it.
+    Build it with :meth:`load`. Texts stay in a mapped file and are read when they are asked for.
+    ``groups`` holds a ground-truth group a user where the data has one; nothing in training reads it.
 
     Attributes:
-        prompts, chosen, rejected: one string a pair, length P.
+        pairs: the texts and numbers of all pairs that were loaded.
+        rows: int64 [P], the pairs of this data set among them.
         user_ids: one id a user, in order of first appearance, length U.
         user_offsets: int64 [U + 1]; the pairs of user u are rows ``offsets[u]:offsets[u + 1]``.
         groups: true group of every user, or None.
+        origin: layout, columns, and what was left out.
 
     Example:
         >>> rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "user_id": u} for u in (7, 8, 7)]
@@ -62,13 +64,12 @@ class PreferenceDataset:
         (['7', '8'], [0, 2, 3])
     """
 
-    prompts: list[str]
-    chosen: list[str]
-    rejected: list[str]
+    pairs: PairTable
+    rows: np.ndarray
     user_ids: list[str]
     user_offsets: Tensor
-    groups: list[str] | None = None
-    ignored_columns: list[str] = field(default_factory=list)
+    groups: list[str] | None
+    origin: Origin
 
     @classmethod
     def load(
@@ -77,93 +78,100 @@ class PreferenceDataset:
         user_column: str | None = None,
         group_column: str | None = None,
         split: str = "train",
+        *,
+        layout: str | None = None,
+        ties: str = "drop",
+        tie_margin: float = 0.0,
+        max_pairs: int = 64,
+        identical: str = "error",
+        seed: int = 0,
     ) -> PreferenceDataset:
-        """Load and check preference pairs.
+        """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.layouts.LAYOUTS`.
 
         Args:
             source: what :func:`~torchrl_maxmin.preferences.loading.load_table` takes.
-            user_column: the column that says who chose; found by alias when None.
-            group_column: ground truth for evaluation, or None for ``group`` where it exists.
+            user_column: the column that says who chose, or ``column.field``; found by alias when None.
+                ``"none"`` makes every row a user of its own.
+            group_column: ground truth for evaluation; ``group_id``, ``group`` or ``data_subset`` where
+                one of them exists.
             split: which split of a data set that has several.
+            layout: name of the layout; found by the columns when None.
+            ties: ``"drop"``, or ``"halve"``: two pairs of each tie, one in either order, with weight 1/2.
+            tie_margin: scores that differ by no more than this are a tie.
+            max_pairs: most pairs from one user's scores of one prompt, and from all ratings of one rater.
+            identical: whether equal chosen and rejected texts are an ``"error"`` or ``"drop"`` the pair.
+            seed: of the choice of ``max_pairs`` pairs where there are more.
 
         Raises:
             UserError: for a missing column, two candidate user columns, an empty table, an
-                empty user id, or a pair whose chosen equals its rejected text.
+                empty user id, a row that does not fit the layout, or data that give no pair.
         """
+        options = LoadOptions(ties, tie_margin, max_pairs, identical, seed)
         table = load_table(source, split)
-        if len(table) == 0:  # first: a file without rows has no columns either
-            raise UserError("the preference data has no rows")
-        require_columns(table, ["prompt", "chosen", "rejected"], "preference data")
-        user_column = user_column or _find_user_column(table.column_names)
-        require_columns(table, [user_column], "preference data (user column)")
-        if group_column is not None:
-            require_columns(table, [group_column], "preference data (group column)")
-        elif "group" in table.column_names:
-            group_column = "group"
-        columns = {name: table[name][:] for name in ("prompt", "chosen", "rejected")}
-        for name, values in columns.items():
-            odd = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
-            if odd is not None:
-                raise UserError(
-                    f"row {odd}: column {name!r} holds {type(values[odd]).__name__}, not text; "
-                    "turn conversations into text with your tokenizer's chat template first"
-                )
-        same = next(
-            (
-                i
-                for i, (c, r) in enumerate(zip(columns["chosen"], columns["rejected"], strict=True))
-                if c == r
-            ),
-            None,
-        )
-        if same is not None:
-            raise UserError(
-                f"row {same}: chosen equals rejected ({columns['chosen'][same]!r}); drop such pairs"
-            )
-        users = table[user_column][:]
-        empty = next(
-            (i for i, user in enumerate(users) if user is None or user != user or str(user) == ""), None
-        )
-        if empty is not None:
-            raise UserError(
-                f"row {empty}: no user id in column {user_column!r}; drop the row or give it an id"
-            )
-        groups = table[group_column][:] if group_column else None
-        ignored = [
-            c
-            for c in table.column_names
-            if c not in ("prompt", "chosen", "rejected", user_column, group_column)
-        ]
-        return cls._sorted(columns, [str(user) for user in users], groups, ignored)
+        from torchrl_maxmin.preferences.building import build_pairs
+
+        pairs, origin = build_pairs(table, user_column, group_column, layout, options)
+        return cls._sorted(pairs, np.arange(len(pairs.users)), origin)
 
     @classmethod
-    def _sorted(
-        cls, columns: dict[str, list[str]], users: list[str], groups: list[Any] | None, ignored: list[str]
-    ) -> PreferenceDataset:
-        user_ids = list(dict.fromkeys(users))
-        index = {user: i for i, user in enumerate(user_ids)}
-        row_user = np.array([index[user] for user in users])
-        order = np.argsort(row_user, kind="stable")
-        counts = torch.from_numpy(np.bincount(row_user, minlength=len(user_ids)))
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        by_user = None
-        if groups is not None:
-            by_user = [""] * len(user_ids)
-            for row, group in zip(row_user, groups, strict=True):
-                by_user[row] = str(group)
+    def _sorted(cls, pairs: PairTable, rows: np.ndarray, origin: Origin) -> PreferenceDataset:
+        """The pairs of these rows, by user in order of first appearance; users without a pair left out."""
+        codes, first, row_user = np.unique(pairs.users[rows], return_index=True, return_inverse=True)
+        appearance = np.argsort(first)
+        row_user = np.argsort(appearance)[row_user]
+        counts = torch.from_numpy(np.bincount(row_user, minlength=len(codes)))
+        kept = codes[appearance].tolist()
         return cls(
-            prompts=[columns["prompt"][i] for i in order],
-            chosen=[columns["chosen"][i] for i in order],
-            rejected=[columns["rejected"][i] for i in order],
-            user_ids=user_ids,
-            user_offsets=offsets,
-            groups=by_user,
-            ignored_columns=ignored,
+            pairs=pairs,
+            rows=rows[np.argsort(row_user, kind="stable")],
+            user_ids=[pairs.user_ids[code] for code in kept],
+            user_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+            groups=None if pairs.groups is None else [pairs.groups[code] for code in kept],
+            origin=origin,
         )
 
     def __len__(self) -> int:
         """Number of pairs."""
-        return len(self.prompts)
+        return len(self.rows)
+
+    @property
+    def prompts(self) -> ArrowColumn:
+        """Prompt of every pair: a sequence of P strings, read from disk as it is walked through."""
+        return self._column("prompt")
+
+    @property
+    def chosen(self) -> ArrowColumn:
+        """Preferred text of every pair."""
+        return self._column("chosen")
+
+    @property
+    def rejected(self) -> ArrowColumn:
+        """Other text of every pair."""
+        return self._column("rejected")
+
+    def _column(self, name: str) -> ArrowColumn:
+        from torchrl_maxmin.preferences.storage import ArrowColumn
+
+        return ArrowColumn(self.pairs.texts[name], self.rows)
+
+    @property
+    def weights(self) -> Tensor:
+        """Weight [P] float32 of every pair: 1, or 1/2 for each order of a halved tie.
+
+        A likelihood that counts a tie once multiplies the pair's log-likelihood by it, in the E-step
+        and in the M-step.
+        """
+        return torch.from_numpy(self.pairs.weights[self.rows])
+
+    @property
+    def ranking_ids(self) -> np.ndarray:
+        """Judgement [P] int64 that every pair follows from; the pairs of a ranking share one."""
+        return self.pairs.rankings[self.rows]
+
+    @property
+    def ignored_columns(self) -> list[str]:
+        """Columns of the source that nothing reads."""
+        return self.origin.ignored
 
     @property
     def num_users(self) -> int:
@@ -175,55 +183,63 @@ class PreferenceDataset:
         """User index [P] of every pair."""
         return torch.repeat_interleave(torch.arange(self.num_users), self.user_offsets.diff())
 
+    def rankings(self) -> Iterator[Ranking]:
+        """Every judgement as one ranking, by user, as a Plackett-Luce likelihood takes it.
+
+        A pair is a ranking of two, so that the rankings hold the whole data. Responses that
+        appear in no pair of this data set are not in it.
+
+        Example:
+            >>> import datasets
+            >>> row = {"prompt": "p", "responses": ["a", "b", "c"], "rank": [2, 3, 1], "user_id": "u"}
+            >>> data = PreferenceDataset.load(datasets.Dataset.from_list([row]))
+            >>> list(data.rankings())
+            [Ranking(prompt='p', responses=['c', 'a', 'b'], ranks=[0, 1, 2], user=0)]
+            >>> list(zip(data.chosen, data.rejected))
+            [('a', 'b'), ('c', 'a'), ('c', 'b')]
+        """
+        users, ids = self.row_users.numpy(), self.ranking_ids
+        order = np.lexsort((ids, users))
+        last = np.append(np.diff(ids[order]) != 0, True)  # a judgement has one user
+        ordered = self.select_rows(order)
+        ranks: dict[str, int] = {}
+        sides = zip(ordered.prompts, ordered.chosen, ordered.rejected, strict=True)
+        for row, (prompt, chosen, rejected) in enumerate(sides):
+            ranks[chosen], ranks[rejected] = self.pairs.ranks[ordered.rows[row]].tolist()
+            if last[row]:
+                responses = sorted(ranks, key=ranks.__getitem__)
+                yield Ranking(prompt, responses, [ranks[text] for text in responses], int(users[order[row]]))
+                ranks = {}
+
+    def tokenize(self, encoder: Encoder) -> tuple[ArrowColumn, ArrowColumn]:
+        """Token ids of chosen and rejected texts, in bounded memory; see :func:`tokenize_pairs`."""
+        return tokenize_pairs(self, encoder)
+
     def select_rows(self, rows: Sequence[int] | np.ndarray) -> PreferenceDataset:
         """A data set of these rows; users without a row are left out."""
-        row_users = self.row_users
-        columns = {
-            "prompt": [self.prompts[i] for i in rows],
-            "chosen": [self.chosen[i] for i in rows],
-            "rejected": [self.rejected[i] for i in rows],
-        }
-        users = [self.user_ids[row_users[i]] for i in rows]
-        groups = None if self.groups is None else [self.groups[row_users[i]] for i in rows]
-        return self._sorted(columns, users, groups, self.ignored_columns)
+        return self._sorted(self.pairs, self.rows[np.asarray(rows, dtype=np.int64)], self.origin)
 
     def split_heldout(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-        """Split off a share of every user's pairs (rounded down; a lone pair stays)."""
+        """Split off a share of every user's judgements (rounded down; a lone one stays).
+
+        The pairs of a ranking, and the two halves of a tie, stay together.
+        """
         generator = np.random.default_rng(seed)
+        ids = self.ranking_ids
         held: list[int] = []
         for start, stop in zip(self.user_offsets[:-1].tolist(), self.user_offsets[1:].tolist(), strict=True):
-            held.extend(start + generator.permutation(stop - start)[: int(fraction * (stop - start))])
+            _, first, judgement = np.unique(ids[start:stop], return_index=True, return_inverse=True)
+            drawn = generator.permutation(len(first))[: int(fraction * len(first))]
+            mine = np.argsort(np.argsort(first))[judgement]
+            held.extend((start + np.flatnonzero(np.isin(mine, drawn))).tolist())
         if not held:
             return self, None
         keep = np.setdiff1d(np.arange(len(self)), held)
         return self.select_rows(keep), self.select_rows(np.sort(held))
 
-    def check(self) -> str:
-        """One screen about the data: size, users, pairs a user, shared prompts, columns."""
-        per_user = self.user_offsets.diff().double()
-        low, median, high = (per_user.quantile(q).item() for q in (0.25, 0.5, 0.75))
-        seen: dict[str, set[int]] = {}
-        for prompt, user in zip(self.prompts, self.row_users.tolist(), strict=True):
-            seen.setdefault(prompt, set()).add(user)
-        shared = sum(len(users) > 1 for users in seen.values()) / len(seen)
-        lines = [
-            f"pairs            {len(self)}",
-            f"users            {self.num_users}",
-            f"pairs per user   quartiles {low:g} / {median:g} / {high:g}",
-            f"prompts          {len(seen)} distinct, {shared:.0%} seen by two or more users",
-        ]
-        if self.groups is not None:
-            shares = ", ".join(f"{name} {count}" for name, count in Counter(self.groups).most_common())
-            lines.append(f"true groups      {shares} users (evaluation only, never training)")
-        if self.ignored_columns:
-            lines.append(f"ignored columns  {', '.join(self.ignored_columns)}")
-        if self.num_users == 1:
-            lines.append("will fail later  one user only: groups cannot be told apart")
-        if median < 5:
-            lines.append(
-                "will be weak     fewer than 5 pairs per user: most users cannot be placed in a group"
-            )
-        return "\n".join(lines)
+    def check(self) -> DataReport:
+        """One screen about the data, and plain sentences about what will go wrong later."""
+        return check_pairs(self)
 
     def require_users(self, num_groups: int) -> None:
         """Raise :class:`UserError` where so many groups cannot be learned from these users."""
@@ -237,17 +253,3 @@ class PreferenceDataset:
                 f"--num_groups {num_groups} is more than the {self.num_users} users in the data; "
                 f"give at most {self.num_users}"
             )
-
-
-def _find_user_column(names: Sequence[str]) -> str:
-    found = [alias for alias in USER_ALIASES if alias in names]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(
-            f"several columns could be the user: {', '.join(found)}; say which with --user_column"
-        )
-    raise UserError(
-        f"no user column among {', '.join(names)}; name it with --user_column "
-        f"(known names: {', '.join(USER_ALIASES)})"
-    )

@@ -1,10 +1,11 @@
-"""Tables in: a local file, a folder, a ``datasets.Dataset`` or a hub name."""
+"""Tables in: a local file or folder, a ``datasets.Dataset`` or a hub name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from torchrl_maxmin.errors import UserError
 
@@ -13,19 +14,25 @@ if TYPE_CHECKING:
 
 __all__ = ["load_table", "require_columns"]
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
 
 def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
-    """Load rows from a file, a saved dataset, a hub name or an object in memory.
+    """Load rows from a file, a folder, a hub name or an object in memory.
+
+    Rows of a file are mapped from a temporary copy that goes away with the process: nothing is
+    written beside the file or kept in a cache. Hub data sets use the cache of ``datasets``
+    (``HF_HOME``).
 
     Args:
-        source: ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a folder that
-            ``Dataset.save_to_disk`` wrote, a hub name, or a ``datasets.Dataset`` itself.
-        split: which split of a ``DatasetDict`` or hub data set.
+        source: ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a folder of such files, a
+            folder that ``save_to_disk`` wrote, a hub name, or a ``datasets.Dataset`` itself.
+        split: which split of a ``DatasetDict``, of a hub data set, or of a folder whose files
+            are named after their split.
 
     Raises:
-        UserError: if there is nothing there, or no such split.
+        UserError: if there is nothing there, no such split, or a mistake in a file; the message
+            names the line where there are lines.
     """
     try:
         import datasets
@@ -35,38 +42,71 @@ def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
         return source
     if isinstance(source, datasets.DatasetDict):
         return _pick_split(source, split)
-    path = Path(str(source))
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"cannot read data from a {type(source).__name__}; give a path, a hub name or a datasets.Dataset "
+            "(Dataset.from_list, Dataset.from_pandas)"
+        )
+    path = Path(source)
     try:
-        if path.is_file():
-            if path.suffix not in _READERS:
-                raise UserError(f"{path} is none of {', '.join(_READERS)}; convert it to one of these")
-            if path.suffix in (".json", ".jsonl"):
-                return datasets.Dataset.from_list(_read_rows(path))
-            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-        if path.is_dir():
+        if path.is_dir() and _was_saved(path):
             loaded = datasets.load_from_disk(str(path))
             return _pick_split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded
-        if path.suffix in _READERS:
+        if path.exists():
+            return _read(_data_files(path, split))
+        if path.suffix in _suffixes():
             raise UserError(f"cannot read data from {str(path)!r}: there is no such file; check the path")
         return datasets.load_dataset(str(source), split=split)
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0][:200]
         raise UserError(
             f"cannot read data from {str(source)!r} ({type(error).__name__}: {reason}); "
             "give a json, jsonl, csv or parquet file, a saved dataset, or a hub name that can be reached"
         ) from error
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    import json
+def _read(files: list[Path]) -> Dataset:
+    import datasets
 
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        return json.loads(text)
-    # not splitlines(): a text may hold other line separators, unescaped
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    from torchrl_maxmin.preferences.reading import read_files
+    from torchrl_maxmin.preferences.storage import spill
+
+    # a fingerprint of our own: datasets would hash every byte of the table, in memory
+    return datasets.Dataset(spill(read_files(files)), fingerprint=uuid4().hex)
+
+
+def _was_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _suffixes() -> list[str]:
+    from torchrl_maxmin.preferences.reading import READERS
+
+    return list(READERS)
+
+
+def _data_files(path: Path, split: str) -> list[Path]:
+    """The file itself, or the files of a folder that belong to the split, by name."""
+    suffixes = _suffixes()
+    if path.is_file():
+        if path.suffix not in suffixes:
+            raise UserError(f"{path} is none of {', '.join(suffixes)}; convert it to one of these")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+    found = sorted({file.suffix for file in files})
+    if len(found) != 1:
+        told = f"files of several kinds ({', '.join(found)})" if found else f"no {', '.join(suffixes)} file"
+        raise UserError(f"the folder {path} holds {told}; name one file, or keep one kind in the folder")
+    of_split = {file: next((s for s in _SPLITS if file.stem.startswith(s)), None) for file in files}
+    if not any(of_split.values()):
+        return files
+    mine = [file for file, name in of_split.items() if name == split]
+    if not mine:
+        there = ", ".join(sorted({name for name in of_split.values() if name}))
+        raise UserError(f"no split {split!r} in the folder {path}; there are {there}")
+    return mine
 
 
 def _pick_split(splits: Any, split: str) -> Dataset:

@@ -2,7 +2,18 @@
 
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.em import MixtureFit, fit_mixture
+from torchrl_maxmin.rewards.ensemble import RewardEnsemble, load_reward_model
 from torchrl_maxmin.rewards.linear import select_num_groups
 from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.module import RewardModule
 
-__all__ = ["Calibration", "MixtureFit", "RewardMixture", "fit_mixture", "select_num_groups"]
+__all__ = [
+    "Calibration",
+    "MixtureFit",
+    "RewardEnsemble",
+    "RewardMixture",
+    "RewardModule",
+    "fit_mixture",
+    "load_reward_model",
+    "select_num_groups",
+]

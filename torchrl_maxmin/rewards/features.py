@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from torchrl_maxmin.modules.loading import (
+    ensure_pad_token,
+    import_transformers,
+    is_encoder,
+    load_causal_lm,
+    load_tokenizer,
+    load_trunk,
+    require_model,
+)
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_index, pad_right
+from torchrl_maxmin.rewards.reader import TextReader
 
-__all__ = ["text_features"]
+__all__ = ["load_feature_trunk", "text_features"]
+
+
+def load_feature_trunk(name_or_path: str, pooling: str | None = None) -> tuple[Any, TextReader]:
+    """A language model, decoder or encoder, to take features from, and what reads texts with it.
+
+    Raises:
+        UserError: if there is no such model, or it cannot be read.
+    """
+    require_model(name_or_path)
+    if is_encoder(import_transformers().AutoConfig.from_pretrained(name_or_path)):
+        model, tokenizer = load_trunk(name_or_path)
+    else:
+        tokenizer, model = load_tokenizer(name_or_path), load_causal_lm(name_or_path)
+        ensure_pad_token(tokenizer, model)
+    return model, TextReader(model, tokenizer, pooling=pooling)
 
 
 @torch.no_grad()
-def text_features(model: nn.Module, rows: list[list[int]], pad_id: int, batch_size: int = 256) -> Tensor:
-    """Frozen features [N, 3H] of token rows: last hidden state, and sums of hidden states and embeddings.
+def text_features(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    batch_size: int = 256,
+    *,
+    reader: TextReader | None = None,
+) -> Tensor:
+    """Frozen features [N, 3H] of token rows: pooled state, and sums of hidden states and embeddings.
 
     The sums let a linear head see counts, above all length.
+
+    Args:
+        model: a language model or its trunk.
+        rows: token ids of N texts.
+        pad_id: what pads a batch.
+        batch_size: rows at once.
+        reader: how the trunk is read; a decoder at the last token when None.
     """
     backbone, embed = backbone_of(model), model.get_input_embeddings()
     device = next(model.parameters()).device
@@ -23,9 +65,14 @@ def text_features(model: nn.Module, rows: list[list[int]], pad_id: int, batch_si
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         tokens, mask = (t.to(device) for t in pad_right([rows[i] for i in part], pad_id))
-        states = hidden_states(backbone, tokens, mask)
-        last = states[torch.arange(len(part), device=device), last_index(mask)]
-        real = mask[..., None].to(states.dtype)
-        sums = [(states * real).sum(1), (embed(tokens) * real).sum(1)]
-        features[part] = torch.cat([last, *sums], -1).float().cpu()
+        if reader is None:
+            states, here = hidden_states(backbone, tokens, mask), mask
+            pooled = states[torch.arange(len(part), device=device), last_index(mask)]
+        else:
+            states, here = reader.states(backbone, tokens, mask)
+            pooled = reader.pool(states, here)
+        sums = [
+            (x * real[..., None].to(x.dtype)).sum(1) for x, real in ((states, here), (embed(tokens), mask))
+        ]
+        features[part] = torch.cat([pooled, *sums], -1).float().cpu()
     return features

@@ -11,31 +11,50 @@ import torch
 from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
-from torchrl_maxmin.distributed import mean_over_ranks
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import ensure_pad_token, load_tokenizer, require_model
-from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_index, pad_right
-from torchrl_maxmin.preferences.dataset import encode
+from torchrl_maxmin.modules.loading import (
+    ensure_pad_token,
+    import_transformers,
+    is_encoder,
+    load_classifier,
+    load_tokenizer,
+    load_trunk,
+    require_model,
+)
+from torchrl_maxmin.modules.sequences import backbone_of
+from torchrl_maxmin.rewards import adapters as lora
+from torchrl_maxmin.rewards.base import RewardModel, score_texts
 from torchrl_maxmin.rewards.calibration import Calibration
+from torchrl_maxmin.rewards.heads import RewardHeads, permute_rows_, reset_row_
+from torchrl_maxmin.rewards.layouts import Text
+from torchrl_maxmin.rewards.reader import TextReader
 
 __all__ = ["RewardMixture"]
 
+_HEADS_FILE = "heads.safetensors"
 
-class RewardMixture(nn.Module):
+
+class RewardMixture(RewardModel):
     """Bradley-Terry reward heads of K groups on a shared Hugging Face trunk.
 
-    The model inside is an ordinary ``AutoModelForSequenceClassification`` with
+    Linear heads on a decoder are an ordinary ``AutoModelForSequenceClassification`` with
     ``num_labels=K``; its folder loads without this package and gives the same raw scores.
-    What it lacks, the mixing weights and the calibration, lies beside it in ``mixture.json``.
+    Every other form is a trunk, read by a :class:`~torchrl_maxmin.rewards.reader.TextReader`, and
+    :class:`~torchrl_maxmin.rewards.heads.RewardHeads` beside it. What ``transformers`` has no
+    place for (mixing weights, calibration, the form) lies in ``mixture.json``.
 
     Args:
-        model: sequence classifier of a decoder, with a linear head named ``score``.
-        tokenizer: its tokenizer, with a pad token that is not EOS.
+        model: with ``heads`` a trunk, plain or with adapters; without, a decoder's sequence
+            classifier whose linear head is named ``score``.
+        tokenizer: its tokenizer.
         log_prior: log mixing weights [K]; uniform when None.
         calibration: puts the heads on one scale; identity when None.
+        heads: on top of a trunk.
+        pooling, layout: see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
+        adapters: ``"per_group"`` or ``"shared"`` where ``model`` carries LoRA adapters.
 
     Example:
-        >>> mixture = RewardMixture.from_causal_lm("gpt2", num_groups=2)  # doctest: +SKIP
+        >>> mixture = RewardMixture.from_backbone("gpt2", num_groups=2)  # doctest: +SKIP
         >>> mixture.score(["the film"], ["was great"]).shape  # doctest: +SKIP
         torch.Size([1, 2])
     """
@@ -46,72 +65,190 @@ class RewardMixture(nn.Module):
         tokenizer: Any,
         log_prior: Tensor | None = None,
         calibration: Calibration | None = None,
+        *,
+        heads: RewardHeads | None = None,
+        pooling: str | None = None,
+        layout: str | None = None,
+        adapters: str | None = None,
     ):
-        super().__init__()
-        if not isinstance(getattr(model, "score", None), nn.Linear):
+        if heads is None and not isinstance(getattr(model, "score", None), nn.Linear):
             raise UserError(
-                f"{type(model).__name__} has no linear head named 'score'; reward heads need a decoder's "
-                "sequence classifier (GPT-2, Llama, Qwen, Mistral, Gemma ...)"
+                f"{type(model).__name__} has no linear head named 'score', as a decoder's sequence "
+                "classifier has (GPT-2, Llama, Qwen, Mistral, Gemma ...); give a trunk and heads, or load "
+                "a classifier of another kind with RewardEnsemble.from_pretrained"
             )
-        self.model = model
+        output = model.score if heads is None else heads.output
+        super().__init__(output.out_features, log_prior, calibration)
+        self.model, self.heads, self.adapters = model, heads, adapters
         self.tokenizer = tokenizer
-        groups = model.config.num_labels
-        self.register_buffer(
-            "log_prior", torch.full((groups,), 1.0 / groups).log() if log_prior is None else log_prior.clone()
-        )
-        self.calibration = calibration or Calibration.identity(groups)
+        self.reader = TextReader(model, tokenizer, pooling=pooling, layout=layout)
 
     @classmethod
-    def from_causal_lm(cls, name_or_path: str, num_groups: int) -> RewardMixture:
-        """New heads, drawn from N(0, 1 / (hidden + 1)), on the trunk of a causal language model."""
+    def from_backbone(
+        cls,
+        name_or_path: str,
+        num_groups: int,
+        *,
+        head: str = "linear",
+        rank: int | None = None,
+        pooling: str | None = None,
+        layout: str | None = None,
+        use_peft: bool = False,
+        adapters: str = "per_group",
+        lora_r: int = 16,
+        lora_alpha: int = 32,
+        lora_dropout: float = 0.0,
+        lora_target_modules: Sequence[str] | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> RewardMixture:
+        """New heads on the trunk of a language model: a decoder (GPT-2, Llama ...) or an encoder (BERT ...).
+
+        Args:
+            name_or_path: folder or hub name of the model.
+            num_groups: K.
+            head: ``linear``, ``mlp`` or ``low_rank``, see :class:`~torchrl_maxmin.rewards.heads.RewardHeads`.
+            rank: features of ``low_rank``; K when None.
+            pooling: ``last``, ``mean`` or ``cls``, see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
+            layout: how prompt and completion become one text, see
+                :class:`~torchrl_maxmin.rewards.layouts.TextLayout`; None suits the trunk.
+            use_peft: freeze the trunk and train LoRA adapters on it.
+            adapters: ``per_group``: every group has an adapter and a head of its own, and a text takes K
+                passes; ``shared``: one adapter, one pass, K heads.
+            lora_r: rank of the adapters.
+            lora_alpha: their scale; updates are multiplied by ``lora_alpha / lora_r``.
+            lora_dropout: on their inputs, in training mode.
+            lora_target_modules: names of the layers, or ``all-linear``; peft's choice when None.
+            dtype: of the trunk; heads and adapters train in fp32.
+
+        Raises:
+            UserError: for a model or options that cannot be used.
+        """
+        require_model(name_or_path)
+        transformers = import_transformers()
+        config = transformers.AutoConfig.from_pretrained(name_or_path)
+        plain = head == "linear" and rank is None and not use_peft and pooling in (None, "last")
+        known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        if plain and known and not is_encoder(config):
+            return cls._from_classifier(name_or_path, num_groups, dtype, layout)
+        trunk, tokenizer = load_trunk(name_or_path, dtype)
+        heads = RewardHeads(head, trunk.config.hidden_size, num_groups, rank)
+        if not use_peft:
+            return cls(trunk, tokenizer, heads=heads, pooling=pooling, layout=layout)
+        settings = lora.LoraSettings(lora_r, lora_alpha, lora_dropout, lora_target_modules)
+        model = lora.add_adapters(trunk, lora.adapter_names(adapters, num_groups), settings)
+        return cls(model, tokenizer, heads=heads, pooling=pooling, layout=layout, adapters=adapters)
+
+    @classmethod
+    def _from_classifier(
+        cls, name_or_path: str, num_groups: int, dtype: torch.dtype, layout: str | None
+    ) -> RewardMixture:
+        """A decoder's sequence classifier; its head is drawn from N(0, 1 / (hidden + 1))."""
         from transformers import AutoModelForSequenceClassification
 
         tokenizer = load_tokenizer(name_or_path)
         # for those who load the folder without us: absolute positions are right with padding at the end alone
         tokenizer.padding_side = "right"
         model = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, num_labels=num_groups, dtype=torch.float32
+            name_or_path, num_labels=num_groups, dtype=dtype
         ).eval()
         ensure_pad_token(tokenizer, model)
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, layout=layout)
+
+    @classmethod
+    def from_causal_lm(cls, name_or_path: str, num_groups: int) -> RewardMixture:
+        """Linear heads on a trunk: :meth:`from_backbone` with its defaults."""
+        return cls.from_backbone(name_or_path, num_groups)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardMixture:
-        """Load what :meth:`save_pretrained` wrote; a plain classifier folder is taken uncalibrated."""
-        from transformers import AutoModelForSequenceClassification
+        """Load what :meth:`save_pretrained` wrote; a plain classifier folder is taken uncalibrated.
 
-        require_model(str(folder))
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True
-        )
-        if loaded["missing_keys"]:
-            missing = ", ".join(sorted(loaded["missing_keys"]))
-            raise UserError(
-                f"{folder} holds no reward head ({missing} missing), so it would score at random; "
-                "give a folder that the reward stage wrote, or another sequence classifier"
-            )
-        model.eval()
-        tokenizer = load_tokenizer(str(folder))
+        Raises:
+            UserError: for a folder without a model, or without the heads that belong to it.
+        """
         extra = Path(folder) / "mixture.json"
-        if not extra.is_file():
-            return cls(model, tokenizer)
-        state = json.loads(extra.read_text())
+        state = json.loads(extra.read_text()) if extra.is_file() else {}
+        if "heads" in state:
+            parts = cls._load_heads(Path(folder), state["heads"])
+        else:
+            model = load_classifier(str(folder), getattr(torch, state.get("dtype", "float32")))
+            parts = {"model": model, "tokenizer": load_tokenizer(str(folder))}
+        if not state:
+            return cls(**parts)
         return cls(
-            model, tokenizer, torch.tensor(state["prior"]).log(), Calibration.from_dict(state["calibration"])
+            log_prior=torch.tensor(state["prior"]).log(),
+            calibration=Calibration.from_dict(state["calibration"]),
+            layout=state.get("layout"),
+            **parts,
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the Hugging Face folder, its tokenizer and ``mixture.json``."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        state = {"prior": self.log_prior.exp().tolist(), "calibration": self.calibration.to_dict()}
-        (Path(folder) / "mixture.json").write_text(json.dumps(state, indent=2) + "\n")
+    @staticmethod
+    def _load_heads(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
+        from safetensors.torch import load_file
 
-    @property
-    def num_groups(self) -> int:
-        """Number of reward heads K."""
-        return self.model.config.num_labels
+        if not (folder / _HEADS_FILE).is_file():
+            raise UserError(f"{folder} lacks {_HEADS_FILE}, so it would score at random; save it again")
+        model, _ = load_trunk(form["base"] or str(folder), getattr(torch, form["dtype"]))
+        tokenizer = load_tokenizer(str(folder))
+        names = [] if form["adapters"] is None else lora.adapter_names(form["adapters"], form["num_groups"])
+        with torch.device("meta"):
+            heads = RewardHeads(form["kind"], model.config.hidden_size, form["num_groups"], form["rank"])
+        heads.load_state_dict(load_file(folder / _HEADS_FILE), assign=True)
+        return {
+            "model": lora.load_adapters(model, folder, names) if names else model,
+            "tokenizer": tokenizer,
+            "heads": heads.requires_grad_(),
+            "pooling": form["pooling"],
+            "adapters": form["adapters"],
+        }
+
+    def save_pretrained(self, folder: str | Path, *, include_base: bool = True) -> None:
+        """Write the Hugging Face folder, its tokenizer, the heads and ``mixture.json``.
+
+        Args:
+            folder: where to.
+            include_base: also write the frozen trunk below LoRA adapters; without, the folder is
+                small, and loading it looks for the trunk where it came from.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state: dict[str, Any] = {
+            "prior": self.log_prior.exp().tolist(),
+            "calibration": self.calibration.to_dict(),
+            "layout": self.reader.layout.kind,
+        }
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        if self.heads is None:
+            self.model.save_pretrained(folder)
+            state["dtype"] = dtype
+        else:
+            from safetensors.torch import save_file
+
+            state["heads"] = {
+                "kind": self.heads.kind,
+                "rank": self.heads.rank,
+                "num_groups": self.num_groups,
+                "pooling": self.reader.pooling,
+                "adapters": self.adapters,
+                "base": None
+                if include_base or not self.adapters
+                else self.model.get_base_model().name_or_path,
+                "dtype": dtype,
+            }
+            save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, folder / _HEADS_FILE)
+            if self.adapters is None:
+                self.model.save_pretrained(folder)
+            else:
+                lora.save_adapters(self.model, folder, self._names)
+                if include_base:
+                    lora.save_base(self.model, folder)
+                else:
+                    self.model.get_base_model().config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "mixture.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    # -- scores -----------------------------------------------------------------------------------
 
     def forward(self, tokens: Tensor, mask: Tensor, *, calibrated: bool = False) -> Tensor:
         """Score padded texts with every head.
@@ -122,58 +259,79 @@ class RewardMixture(nn.Module):
             calibrated: apply :attr:`calibration`.
 
         Returns:
-            Rewards [N, K] in fp32, read at the last real token.
+            Rewards [N, K] in fp32, read at the last real token or what ``pooling`` says.
         """
-        states = hidden_states(backbone_of(self.model), tokens, mask)
-        last = states[torch.arange(len(tokens), device=tokens.device), last_index(mask)]
-        rewards = reward_heads_min(last, self.model.score.weight, self.model.score.bias)[0]
+        if self.adapters == "per_group":
+            passes = [self._vectors(tokens, mask) for _ in lora.each_adapter(self.model, self._names)]
+            vectors = torch.stack(passes, 1)
+        else:
+            vectors = self._vectors(tokens, mask)
+        if self.heads is None:
+            rewards = reward_heads_min(vectors, self.model.score.weight, self.model.score.bias)[0]
+        else:
+            rewards = self.heads(vectors)
         return self.calibration.apply(rewards) if calibrated else rewards
 
-    @torch.no_grad()
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        *,
-        calibrated: bool = False,
-        batch_size: int = 256,
-        max_length: int | None = None,
+    def _vectors(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.reader.pool(*self.reader.states(backbone_of(self.model), tokens, mask))
+
+    def raw_scores(
+        self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int, max_length: int | None
     ) -> Tensor:
-        """Score texts; rewards [N, K] on the CPU, whatever the batch size or padding."""
-        device = self.log_prior.device
-        rows = [encode(self.tokenizer, p, c, max_length) for p, c in zip(prompts, completions, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        scores = torch.empty(len(rows), self.num_groups)
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            tokens, mask = pad_right([rows[i] for i in part], self.tokenizer.pad_token_id)
-            scores[part] = self(tokens.to(device), mask.to(device), calibrated=calibrated).cpu()
-        return scores
+        """Raw rewards [N, K] on the CPU."""
+        return score_texts(self, prompts, completions, batch_size, max_length)
 
-    def reward_fn(
-        self, *, group: int | None = None, weights: Sequence[float] | None = None, adversary: Any = None
-    ) -> Callable[..., list[float]]:
-        """A reward function of the form that TRL's trainers take.
+    def encoder(
+        self, max_length: int | None = None
+    ) -> Callable[[Sequence[Text], Sequence[Text]], list[list[int]]]:
+        """What turns prompts and completions into the token rows that :meth:`forward` reads."""
+        return lambda prompts, completions: self.reader.encode(prompts, completions, max_length)
 
-        Args:
-            group: score for one group.
-            weights: score for a fixed mixture of groups, [K].
-            adversary: score for the weights of an adversary that sees each batch's mean
-                reward by group, summed over all ranks first. A minimum of expectations is no
-                function of one sample, so this form holds state.
+    def reads_tokens_of(self, tokenizer: Any) -> bool:
+        """Whether a policy's prompt and response tokens, joined, are what this model reads."""
+        return (
+            self.reader.layout.kind == "continuation" and tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        )
 
-        Returns:
-            ``f(prompts, completions, **columns) -> list[float]`` on calibrated rewards.
-        """
-        if sum(option is not None for option in (group, weights, adversary)) != 1:
-            raise ValueError("give exactly one of group, weights and adversary")
+    # -- training ---------------------------------------------------------------------------------
 
-        def reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-            scores = self.score(prompts, completions, calibrated=True)
-            if group is not None:
-                return scores[:, group].tolist()
-            if weights is not None:
-                return (scores @ torch.tensor(weights, dtype=scores.dtype)).tolist()
-            return (scores @ adversary.update(mean_over_ranks(scores.sum(0), len(scores)))).tolist()
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer [K, ...], of which every group has a row of its own."""
+        return self.model.score if self.heads is None else self.heads.output
 
-        return reward
+    @property
+    def _names(self) -> list[str]:
+        return lora.adapter_names(str(self.adapters), self.num_groups)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What lies on top of the trunk."""
+        return list((self.model.score if self.heads is None else self.heads).parameters())
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """What is trained of the trunk: all of it, or its adapters."""
+        heads = {id(parameter) for parameter in self.head_parameters()}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in heads]
+
+    def train(self, mode: bool = True) -> RewardMixture:
+        """Switch the adapters' own dropout; the trunk's stays off, in training too."""
+        super().train(False)
+        if self.adapters is not None:
+            lora.set_adapter_dropout(self.model, mode)
+        return self
+
+    def permute_groups_(self, order: Tensor) -> None:
+        """Make group ``order[k]`` the new group k: its head, its adapter, its share and its scale."""
+        permute_rows_(self.output, order)
+        self.log_prior.copy_(self.log_prior[order.to(self.log_prior.device)])
+        here, old = order.cpu(), self.calibration
+        reference = None if old.reference is None else old.reference[:, here]
+        self.calibration = Calibration(old.method, old.shift[here], old.scale[here], reference)
+        if self.adapters == "per_group":
+            lora.permute_adapters_(self.model, self._names, order.tolist())
+
+    def reset_head_(self, k: int, donor: int, noise_scale: float = 0.1) -> None:
+        """Start group k anew from the donor's head, with a little noise, and from its adapter."""
+        reset_row_(self.output, k, donor, noise_scale)
+        if self.adapters == "per_group":
+            lora.copy_adapter_(self.model, self._names[donor], self._names[k])

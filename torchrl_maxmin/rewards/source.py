@@ -17,7 +17,7 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.preferences.world import World
-from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.base import RewardModel
 
 __all__ = ["FunctionRewards", "MixtureRewards", "load_functions", "reference_rewards"]
 
@@ -25,17 +25,17 @@ RewardFunction = Callable[..., Any]  # f(prompts, completions) -> floats [N] or 
 
 
 class MixtureRewards:
-    """Raw rewards [B, K] of responses by the heads of a mixture.
+    """Raw rewards [B, K] of responses by a mixture or an ensemble.
 
     Args:
         mixture: the reward model.
-        tokenizer: the policy's; where it differs from the mixture's, responses travel as text.
+        tokenizer: the policy's; where the model reads other tokens, responses travel as text.
     """
 
-    def __init__(self, mixture: RewardMixture, tokenizer: Any):
+    def __init__(self, mixture: RewardModel, tokenizer: Any):
         self.mixture, self.tokenizer = mixture, tokenizer
         self.num_groups = mixture.num_groups
-        self.shared_vocabulary = tokenizer.get_vocab() == mixture.tokenizer.get_vocab()
+        self.shared_vocabulary = mixture.reads_tokens_of(tokenizer)
 
     @torch.no_grad()
     def __call__(self, responses: TensorDictBase) -> Tensor:

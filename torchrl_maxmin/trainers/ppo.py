@@ -29,7 +29,8 @@ from torchrl_maxmin.objectives.token_rewards import token_steps
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import require_columns
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.rewards import Calibration, load_reward_model
+from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_functions, reference_rewards
 from torchrl_maxmin.trainers.checkpoint import (
     find_checkpoint,
@@ -81,8 +82,7 @@ class PPOTrainer:
             raise UserError(f"{config.dataset_name} has no prompts")
         require_columns(table, ["prompt"], "ppo")
         self.tokenizer = load_tokenizer(config.model_name_or_path)
-        if config.reward_model_path:
-            require_model(config.reward_model_path)
+        mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
         functions, monitors = load_functions(config.reward_funcs), load_functions(config.monitor_funcs)
         self.folder = Path(config.output_dir)
         saved = (
@@ -100,10 +100,8 @@ class PPOTrainer:
             self.tokenizer, list(dict.fromkeys(table["prompt"][:])), config.max_prompt_length
         )
         self.rewards: MixtureRewards | FunctionRewards
-        mixture = None
-        if config.reward_model_path:
-            mixture = RewardMixture.from_pretrained(config.reward_model_path).to(self.device)
-            self.rewards = MixtureRewards(mixture, self.tokenizer)
+        if mixture is not None:
+            self.rewards = MixtureRewards(mixture.to(self.device), self.tokenizer)
         else:
             self.rewards = FunctionRewards(functions, self.tokenizer)
         self.monitor = FunctionRewards(monitors, self.tokenizer) if monitors else None
@@ -152,7 +150,7 @@ class PPOTrainer:
         raw = reference_rewards(self.reference, self.prompts, self.rewards, self.config.calibration_samples)
         return self.calibration.apply(raw).mean(1).to(self.device)
 
-    def _make_adversary(self, mixture: RewardMixture | None) -> Adversary:
+    def _make_adversary(self, mixture: RewardModel | None) -> Adversary:
         config, groups = self.config, self.rewards.num_groups
         if config.objective == "mean_of_mins":
             return FixedWeights([1.0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import torch
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer, require_model
+from torchrl_maxmin.modules.loading import is_encoder, load_tokenizer, require_model
 from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
-from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
+from torchrl_maxmin.trainers.checkpoint import find_checkpoint, save_checkpoint
+from torchrl_maxmin.trainers.reward_config import RewardConfig
 from torchrl_maxmin.trainers.run import (
     prepare_output_dir,
     resolve_device,
@@ -29,105 +29,6 @@ from torchrl_maxmin.trainers.run import (
 )
 
 __all__ = ["RewardConfig", "run_reward", "user_accuracy"]
-
-
-@dataclass
-class RewardConfig:
-    """A reward mixture learned from who preferred what.
-
-    Args:
-        model_name_or_path: causal language model that gives the trunk, usually what sft wrote.
-        dataset_name: pairs; json, jsonl, csv or parquet file, saved dataset or hub name with columns
-            prompt, chosen, rejected and a user.
-        output_dir: folder for the reward model; must be empty or absent.
-        eval_dataset_name: pairs of the same users that are only scored; by default a share of
-            every user's pairs is held out.
-        heldout_fraction: that share.
-        user_column: column that says who chose; found by its usual names when left out.
-        group_column: ground truth for evaluation, never for training; "group" where it exists.
-        num_groups: groups K, or auto to choose; 1 is single-reward RLHF.
-        max_groups: largest K that auto tries.
-        assignment: soft (EM) or hard (the paper).
-        num_rounds: EM rounds at most.
-        steps_per_round: optimizer steps a round.
-        per_device_train_batch_size: pairs a step.
-        learning_rate: peak learning rate of the trunk.
-        head_learning_rate: peak learning rate of the heads.
-        reward_l2: penalty on squared rewards.
-        weight_decay: AdamW weight decay.
-        num_restarts: random starts of the linear warm start; the best likelihood wins.
-        convergence_tolerance: stop when no user changed group and the log-likelihood a pair rose by less.
-        calibration: scale that the heads are saved with, fitted on samples of model_name_or_path;
-            sft_std, sft_mean, win_rate or none. The policy stage fits its own.
-        calibration_prompts: prompts of the data that the samples answer.
-        calibration_samples: samples a prompt.
-        response_length: most tokens of a sample.
-        max_length: longest text in tokens; longer ones lose their start.
-        dataset_split: split of the pairs.
-        seed: seed of everything random.
-        device: cpu, cuda or auto.
-    """
-
-    model_name_or_path: str
-    dataset_name: str
-    output_dir: str
-    eval_dataset_name: str | None = None
-    heldout_fraction: float = 0.1
-    user_column: str | None = None
-    group_column: str | None = None
-    num_groups: int | str = "auto"
-    max_groups: int = 3
-    assignment: str = "soft"
-    num_rounds: int = 4
-    steps_per_round: int = 200
-    per_device_train_batch_size: int = 16
-    learning_rate: float = 1e-5
-    head_learning_rate: float = 1e-4
-    reward_l2: float = 1e-3
-    weight_decay: float = 0.01
-    num_restarts: int = 4
-    convergence_tolerance: float = 1e-4
-    calibration: str = "sft_std"
-    calibration_prompts: int = 512
-    calibration_samples: int = 2
-    response_length: int = 53
-    max_length: int = 1024
-    dataset_split: str = "train"
-    seed: int = 0
-    device: str = "auto"
-
-    def groups(self) -> int | str:
-        """``num_groups`` as a number, or ``"auto"``; raises :class:`UserError` for anything else."""
-        if str(self.num_groups) == "auto":
-            return "auto"
-        if not str(self.num_groups).isdigit() or int(self.num_groups) < 1:
-            raise UserError(f"--num_groups is a positive number or auto, not {self.num_groups!r}")
-        return int(self.num_groups)
-
-    def check(self) -> None:
-        """Raise :class:`UserError` for settings that cannot work."""
-        self.groups()
-        if self.assignment not in ("soft", "hard"):
-            raise UserError(f"--assignment {self.assignment!r} is none of soft, hard")
-        for name in (
-            "max_groups",
-            "num_rounds",
-            "steps_per_round",
-            "per_device_train_batch_size",
-            "num_restarts",
-            "max_length",
-            "calibration_prompts",
-            "calibration_samples",
-            "response_length",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")
-        if self.calibration not in CALIBRATIONS:
-            raise UserError(f"--calibration {self.calibration!r} is none of {', '.join(CALIBRATIONS)}")
-        if self.calibration == "sft_std" and self.calibration_samples < 2:
-            raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
-        if not 0 <= self.heldout_fraction < 1:
-            raise UserError("--heldout_fraction must be at least 0 and below 1")
 
 
 def run_reward(config: RewardConfig) -> Path:
@@ -144,24 +45,35 @@ def run_reward(config: RewardConfig) -> Path:
     groups = config.groups()
     device = resolve_device(config.device)
     require_model(config.model_name_or_path)
-    data = PreferenceDataset.load(
-        config.dataset_name, config.user_column, config.group_column, config.dataset_split
-    )
-    data.require_users(2 if groups == "auto" else int(groups))
+    data = config.load_pairs(config.dataset_name)
+    if config.use_true_groups:
+        if data.groups is None:
+            raise UserError("--use_true_groups needs a group column in the data; name it with --group_column")
+    else:
+        data.require_users(2 if groups == "auto" else int(groups))
     if config.eval_dataset_name:
-        heldout: PreferenceDataset | None = PreferenceDataset.load(
-            config.eval_dataset_name, config.user_column, config.group_column, config.dataset_split
-        )
+        heldout: PreferenceDataset | None = config.load_pairs(config.eval_dataset_name)
     else:
         data, heldout = data.split_heldout(config.heldout_fraction, config.seed)
-    folder = prepare_output_dir(config.output_dir)
+    folder = Path(config.output_dir)
+    saved = None
+    if config.resume_from_checkpoint:
+        saved = find_checkpoint(folder, config.resume_from_checkpoint)
+    else:
+        prepare_output_dir(folder)
     seed_everything(config.seed)
+
+    def on_round(state: dict[str, Any]) -> None:
+        if config.save_rounds and len(state["history"]) % config.save_rounds == 0:
+            save_checkpoint(folder, len(state["history"]), state)
+
     fit = fit_mixture(
         data,
         config.model_name_or_path,
         groups,
         config.assignment,
         heldout=heldout,
+        use_true_groups=config.use_true_groups,
         num_rounds=config.num_rounds,
         steps_per_round=config.steps_per_round,
         batch_size=config.per_device_train_batch_size,
@@ -173,8 +85,11 @@ def run_reward(config: RewardConfig) -> Path:
         num_restarts=config.num_restarts,
         max_groups=config.max_groups,
         max_length=config.max_length,
+        model_options=config.model_options(),
         seed=config.seed,
         device=device,
+        on_round=on_round,
+        resume=saved,
     )
     figures = _figures(fit, data)
     try:
@@ -191,7 +106,12 @@ def run_reward(config: RewardConfig) -> Path:
 def _calibrate(
     mixture: RewardMixture, data: PreferenceDataset, config: RewardConfig, device: torch.device
 ) -> Calibration:
-    """Fit the heads' scale on samples of the model that the trunk came from."""
+    """Fit the heads' scale on samples of the trunk's own model; an encoder samples none, so on the pairs'."""
+    if is_encoder(mixture.model.config):
+        rows = slice(0, config.calibration_prompts)
+        prompts = data.prompts[rows]
+        sides = [mixture.score(prompts, side[rows]) for side in (data.chosen, data.rejected)]
+        return Calibration.fit(torch.stack(sides, 1), config.calibration)
     tokenizer = load_tokenizer(config.model_name_or_path)
     reference = TokenPolicy.from_pretrained(
         config.model_name_or_path, tokenizer, max_new_tokens=config.response_length

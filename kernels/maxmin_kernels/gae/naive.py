@@ -80,15 +80,15 @@ def token_gae_naive(
 def _discounted_sum(delta: Tensor, carries: Tensor, decay: float) -> Tensor:
     """Return ``A_t = delta_t + decay A_{t+1}``, the second term where ``carries``; ``[B, T, K]``."""
     dtype = torch.float64 if decay > SLOW_DECAY else delta.dtype
-    # One contiguous block a time step, so that the loop makes no copies.
-    steps = delta.transpose(0, 1).to(dtype).contiguous().unbind(0)
+    # One contiguous block a time step and one buffer for what is carried, so that the loop makes no copies.
+    sums = delta.transpose(0, 1).to(dtype, copy=True, memory_format=torch.contiguous_format)
     keep = carries.transpose(0, 1).contiguous().unbind(0)
-    following = zero = delta.new_zeros((), dtype=dtype)
-    sums = []
-    for step, keeps in zip(reversed(steps), reversed(keep), strict=True):
-        following = torch.add(step, torch.where(keeps, following, zero), alpha=decay)
-        sums.append(following)
-    return torch.stack(sums[::-1], 1).to(delta.dtype) if sums else delta.clone()
+    zero, carried = sums.new_zeros(()), torch.empty_like(sums[0]) if len(sums) else sums
+    steps = sums.unbind(0)
+    for t in range(len(steps) - 2, -1, -1):
+        torch.where(keep[t], steps[t + 1], zero, out=carried)
+        steps[t].add_(carried, alpha=decay)
+    return sums.transpose(0, 1).contiguous().to(delta.dtype)
 
 
 def _moments(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,232 @@
+"""Who belongs together, on the embedded world: three experiments on the reward stage alone.
+
+    python reproductions/groups/run.py [recovery] [table1] [figure6] [--seeds 10] [--output FOLDER]
+
+``recovery``
+    10:1 and 80:20, 300 users, 20 pairs each: are the users found, does each head follow its group's utility,
+    and how many groups does the likelihood of left-out users choose?
+``table1``
+    The shape of the paper's Table 1: accuracy on the minority's held-out pairs as the majority grows from 1:1
+    to 10:1, for a single reward, the mixture, and heads trained on the true groups.
+``figure6``
+    The setting of the paper's Figure 6: 2 groups of 30 users, 75 pairs each; balanced accuracy by EM round.
+
+Each writes ``<name>.csv``; true groups are used to measure, and to train where the row says so.
+"""
+
+import argparse
+import csv
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from torchrl_maxmin.cli.stages import Task, run_tasks
+from torchrl_maxmin.modules.language import TokenPolicy
+from torchrl_maxmin.modules.loading import load_tokenizer
+from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.preferences.world import World, sample_prompts
+from torchrl_maxmin.preferences.world_data import RESPONSE_LENGTH, write_preferences, write_world
+from torchrl_maxmin.progress import console
+from torchrl_maxmin.rewards import MixtureFit, fit_mixture
+from torchrl_maxmin.trainers.reward import user_accuracy
+from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
+
+RECIPE = yaml.safe_load((files("torchrl_maxmin") / "cli/configs/demo.yaml").read_text())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one experiment, in a process of its own; its rows go to ``file``."""
+
+    experiment: str
+    seed: int
+    file: Path
+
+
+def call(run: Run) -> None:
+    """Run one seed of one experiment and write its rows."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = list(EXPERIMENTS[run.experiment](Path(scratch), run.seed))
+    with run.file.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def prepare(folder: Path, seed: int) -> Path:
+    """The demo's reference policy for this seed."""
+    sizes = {k: v for k, v in RECIPE["world"].items() if k.startswith("num_")}
+    write_world(folder, seed, **sizes)
+    reference = folder / "sft"
+    run_sft(
+        SFTConfig(
+            model_name_or_path=str(folder / "base_model"),
+            dataset_name=str(folder / "sft.jsonl"),
+            output_dir=str(reference),
+            seed=seed,
+            device="cpu",
+            **RECIPE["sft"],
+        )
+    )
+    return reference
+
+
+def label(
+    folder: Path, reference: Path, world: World, seed: int, num_users: int = 300, pairs: int = 20
+) -> tuple[PreferenceDataset, PreferenceDataset]:
+    """Training and held-out pairs of people of this world."""
+    write_preferences(folder, world, reference, seed, num_users, pairs, 5)
+    return (
+        PreferenceDataset.load(folder / "preferences.jsonl"),
+        PreferenceDataset.load(folder / "preferences_test.jsonl"),
+    )
+
+
+def fit(
+    data: PreferenceDataset, heldout: PreferenceDataset, reference: Path, seed: int, **options: Any
+) -> MixtureFit:
+    """The demo's reward stage."""
+    recipe = RECIPE["reward"]
+    settings = {
+        "num_rounds": recipe["num_rounds"],
+        "steps_per_round": recipe["steps_per_round"],
+        "batch_size": recipe["per_device_train_batch_size"],
+        "learning_rate": recipe["learning_rate"],
+        "head_learning_rate": recipe["head_learning_rate"],
+        "max_length": recipe["max_length"],
+    }
+    return fit_mixture(data, str(reference), heldout=heldout, seed=seed, **(settings | options))
+
+
+def recovery(folder: Path, seed: int) -> Iterable[dict[str, Any]]:
+    """Users, heads and K at 10:1 and 80:20."""
+    reference = prepare(folder, seed)
+    for name in ("10:1", "80:20"):
+        world = World.preset(name)
+        data, heldout = label(folder, reference, world, seed)
+        found = fit(data, heldout, reference, seed, num_groups="auto")
+        chosen = found.model.num_groups
+        if chosen != 2:
+            found = fit(data, heldout, reference, seed, num_groups=2)
+        accuracy, heads = user_accuracy(found.responsibilities_matrix, data.groups or [])
+        correlation = utility_correlation(found, world, reference, seed)
+        yield {
+            "world": name,
+            "seed": seed,
+            "num_groups_selected": chosen,
+            "balanced_accuracy": round(accuracy, 4),
+            **{
+                f"correlation_{group}": round(correlation[heads[group], g], 4)
+                for g, group in enumerate(world.group_names)
+            },
+        }
+
+
+def utility_correlation(found: MixtureFit, world: World, reference: Path, seed: int) -> Any:
+    """Correlation [K, G] of the heads with the groups' utilities over samples of the reference policy."""
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(str(reference))
+    policy = TokenPolicy.from_pretrained(str(reference), tokenizer, max_new_tokens=RESPONSE_LENGTH)
+    prompts = sample_prompts(512, seed, heldout=True)
+    asked, texts = to_texts(tokenizer, sample_responses(policy, encode_prompts(tokenizer, prompts), 2))
+    rewards = found.model.score(asked, texts).double()
+    utilities = torch.as_tensor(world.utilities([f"{p} {t}" for p, t in zip(asked, texts, strict=True)]))
+    both = torch.cat([rewards, utilities], 1).T
+    return torch.corrcoef(both)[: rewards.shape[1], rewards.shape[1] :].numpy()
+
+
+def table1(folder: Path, seed: int) -> Iterable[dict[str, Any]]:
+    """Accuracy on held-out pairs of each group, by ratio and by what was trained."""
+    reference = prepare(folder, seed)
+    for ratio in (1, 2, 6, 10):
+        world = World.preset("10:1")
+        world.shares = (ratio / (ratio + 1), 1 / (ratio + 1))
+        data, heldout = label(folder, reference, world, seed)
+        kinds: dict[str, dict[str, Any]] = {
+            "single": {"num_groups": 1},
+            "mixture": {"num_groups": 2},
+            "true groups": {"use_true_groups": True},
+        }
+        for kind, options in kinds.items():
+            found = fit(data, heldout, reference, seed, **options)
+            accuracy = group_accuracy(found, heldout)
+            yield {"ratio": f"{ratio}:1", "seed": seed, "reward": kind, **accuracy}
+
+
+def group_accuracy(found: MixtureFit, heldout: PreferenceDataset) -> dict[str, float]:
+    """Share of held-out pairs that each user's own head ranks as the user did, by true group."""
+    margins = found.model.score(heldout.prompts, heldout.chosen) - found.model.score(
+        heldout.prompts, heldout.rejected
+    )
+    index = {user: i for i, user in enumerate(found.user_ids)}
+    head = found.responsibilities_matrix.argmax(-1)[[index[user] for user in heldout.user_ids]]
+    row_users = heldout.row_users
+    right = margins[torch.arange(len(margins)), head[row_users]] > 0
+    group = [(heldout.groups or [])[user] for user in row_users.tolist()]
+    return {
+        name: round(right[[g == name for g in group]].double().mean().item(), 4)
+        for name in ("sentiment", "conciseness")
+    }
+
+
+def figure6(folder: Path, seed: int) -> Iterable[dict[str, Any]]:
+    """Balanced accuracy of users after every EM round, 2 groups, 60 users, 75 pairs each."""
+    reference = prepare(folder, seed)
+    world = World.preset("10:1")
+    world.shares = (0.5, 0.5)
+    data, heldout = label(folder, reference, world, seed, num_users=60, pairs=75)
+    accuracy: list[float] = []
+
+    def keep(state: dict[str, Any]) -> None:
+        accuracy.append(user_accuracy(state["responsibilities"], data.groups or [])[0])
+
+    fit(data, heldout, reference, seed, num_groups=2, num_rounds=5, on_round=keep)
+    for index, value in enumerate(accuracy):
+        yield {"seed": seed, "round": index + 1, "balanced_accuracy": round(value, 4)}
+
+
+EXPERIMENTS: dict[str, Callable[[Path, int], Iterable[dict[str, Any]]]] = {
+    "recovery": recovery,
+    "table1": table1,
+    "figure6": figure6,
+}
+
+
+def main() -> None:
+    """Run the experiments that were asked for and write their tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiments", nargs="*", help=f"some of {', '.join(EXPERIMENTS)}; all by default")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    names = args.experiments or list(EXPERIMENTS)
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
+        parser.error(f"no experiment {unknown[0]!r}; choose from {', '.join(EXPERIMENTS)}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = [
+            Run(name, seed, Path(scratch) / f"{name}-{seed}.csv")
+            for name in names
+            for seed in range(args.seeds)
+        ]
+        run_tasks({f"{r.experiment} {r.seed}/run": Task(call, r) for r in runs}, args.workers)
+        for name in names:
+            parts = [r.file.read_text().splitlines() for r in runs if r.experiment == name]
+            lines = [parts[0][0], *(line for part in parts for line in part[1:])]
+            (args.output / f"{name}.csv").write_text("\n".join(lines) + "\n")
+            console.print(f"{name}: {args.output / f'{name}.csv'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""From a table of any layout to pairs: texts in a mapped file, numbers in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.columns import (
+    EACH_ROW,
+    GROUP_ALIASES,
+    column_paths,
+    find_user_column,
+    labels_of,
+    outer_column,
+    shown,
+)
+from torchrl_maxmin.preferences.judgements import Judgement, LoadOptions
+from torchrl_maxmin.preferences.late_bar import late_bar
+from torchrl_maxmin.preferences.layouts import find_layout
+from torchrl_maxmin.preferences.storage import spill
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Origin", "PairTable", "build_pairs"]
+
+_BATCH_PAIRS = 5_000
+_BATCH_CHARACTERS = 16 << 20  # a batch ends at whichever comes first
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """All pairs of a data set in the order in which they were read.
+
+    Attributes:
+        texts: mapped columns prompt, chosen, rejected.
+        users: user code [P] int64.
+        weights: [P] float32; 1, or 1/2 for each order of a tie.
+        rankings: [P] int64, the judgement that a pair follows from.
+        ranks: [P, 2] int32, ranks of the chosen and the rejected response in that judgement, the best 0.
+        user_ids: id of every user code.
+        groups: true group of every user code, or None.
+    """
+
+    texts: pa.Table
+    users: np.ndarray
+    weights: np.ndarray
+    rankings: np.ndarray
+    ranks: np.ndarray
+    user_ids: list[str]
+    groups: list[str] | None
+
+
+@dataclass
+class Origin:
+    """What was found while loading, for the report.
+
+    Attributes:
+        layout: name of the layout.
+        columns: role of every column that is read.
+        ignored: columns that are not.
+        rows: rows of the table.
+        users: users of the table, with or without a pair.
+        options: how judgements became pairs.
+        ties, identical, beyond_cap: how many of each were met.
+        states_pairs: whether the data state pairs, which training then takes as they are.
+        notes: sentences about decisions taken.
+    """
+
+    layout: str
+    columns: dict[str, str]
+    ignored: list[str]
+    rows: int
+    users: int
+    options: LoadOptions
+    ties: int = 0
+    identical: int = 0
+    beyond_cap: int = 0
+    states_pairs: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def build_pairs(
+    table: Dataset,
+    user_column: str | None,
+    group_column: str | None,
+    layout_name: str | None,
+    options: LoadOptions,
+) -> tuple[PairTable, Origin]:
+    """Pairs, and how they were found.
+
+    Raises:
+        UserError: for data without rows, columns or pairs, and for a row that cannot be read.
+    """
+    if len(table) == 0:  # first: a file without rows has no columns either
+        raise UserError("the preference data has no rows")
+    table = table.with_format(None)
+    paths = column_paths(table)
+    layout, roles = find_layout(table, paths, layout_name)
+    user_column = user_column or find_user_column(paths)
+    if user_column == EACH_ROW and EACH_ROW not in paths:
+        users, user_ids = np.arange(len(table)), [str(row) for row in range(len(table))]
+    else:
+        _require(table, paths, user_column, "user")
+        users, user_ids = labels_of(table, user_column, "user")
+    columns = {**roles.columns(), **({user_column: "user"} if user_column in paths else {})}
+    origin = Origin(layout.name, columns, [], len(table), len(user_ids), options)
+    origin.states_pairs = layout.states_pairs
+    if user_column not in paths:
+        origin.notes.append("No column says who chose: every row counts as a user of its own.")
+    groups = _user_groups(table, paths, group_column, users, len(user_ids), origin)
+    used = {outer_column(table, path) for path in origin.columns}
+    origin.ignored = [name for name in table.column_names if name not in used]
+    with late_bar("reading pairs", len(table)) as reach:
+        texts, rows, weights, ranks = _collect(layout.judgements(table, roles, users, options), origin, reach)
+    if not len(rows):
+        raise UserError(_nothing_left(origin))
+    return PairTable(texts, users[rows], weights, rows, ranks, user_ids, groups), origin
+
+
+def _require(table: Dataset, paths: list[str], column: str, what: str) -> None:
+    if column not in paths:
+        raise UserError(
+            f"preference data ({what} column) needs the column(s) {column}; "
+            f"found {', '.join(table.column_names)}; give another --{what}_column"
+        )
+
+
+def _user_groups(
+    table: Dataset, paths: list[str], column: str | None, users: np.ndarray, num_users: int, origin: Origin
+) -> list[str] | None:
+    """True group of every user, or None; a column that was not asked for must fit or is only noted."""
+    if column is not None:
+        _require(table, paths, column, "group")
+        groups = _by_user(table, column, users, num_users)
+    else:
+        column = next((name for name in GROUP_ALIASES if name in paths and name not in origin.columns), None)
+        if column is None:
+            return None
+        try:
+            groups = _by_user(table, column, users, num_users)
+        except UserError as error:
+            origin.notes.append(f"Column {column!r} is not used as the users' true groups: {error}.")
+            return None
+    origin.columns[column] = "true group"
+    return groups
+
+
+def _by_user(table: Dataset, column: str, users: np.ndarray, num_users: int) -> list[str]:
+    codes, names = labels_of(table, column, "group")
+    by_user = np.empty(num_users, dtype=np.int64)
+    by_user[users] = codes
+    if (by_user[users] != codes).any():
+        raise UserError(f"column {column!r} puts one user in several groups")
+    return [names[code] for code in by_user]
+
+
+Pair = tuple[str, str, str, int, float, int, int]
+
+
+def _collect(
+    judgements: Iterable[Judgement], origin: Origin, reach: Callable[[int], None]
+) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray]:
+    """Texts of all pairs, mapped; and their rows [P], weights [P] and ranks [P, 2]."""
+    numbers: list[np.ndarray] = []
+
+    def tables() -> Iterator[pa.Table]:
+        for pairs in _batches(_pairs_of(judgements, origin)):
+            prompts, chosen, rejected, *rest = zip(*pairs, strict=True)
+            numbers.append(np.array(rest, dtype=np.float64))
+            texts = {"prompt": prompts, "chosen": chosen, "rejected": rejected}
+            yield pa.table({name: pa.array(values, pa.large_string()) for name, values in texts.items()})
+            reach(max(rest[0]))
+
+    texts = spill(tables())
+    rows, weights, better, worse = np.concatenate([np.empty((4, 0)), *numbers], axis=1)
+    ranks = np.stack([better, worse], axis=1).astype(np.int32)
+    return texts, rows.astype(np.int64), weights.astype(np.float32), ranks
+
+
+def _pairs_of(judgements: Iterable[Judgement], origin: Origin) -> Iterator[Pair]:
+    """Prompt, chosen, rejected, row, weight and the ranks of both, for every pair that is kept."""
+    halve = origin.options.ties == "halve"
+    refuse = origin.states_pairs and origin.options.identical == "error"
+    for judgement in judgements:
+        row, prompt, responses, ranks, comparisons, ties, beyond_cap = judgement
+        origin.ties += ties
+        origin.beyond_cap += beyond_cap
+        for better, worse, tie in comparisons:
+            origin.ties += tie
+            if tie and not halve:
+                continue
+            chosen, rejected = responses[better], responses[worse]
+            if chosen == rejected:
+                if refuse:
+                    raise UserError(f"row {row}: chosen equals rejected ({shown(chosen)}); drop such pairs")
+                origin.identical += 1
+                continue
+            weight = 0.5 if tie else 1.0
+            yield prompt, chosen, rejected, row, weight, ranks[better], ranks[worse]
+            if tie:
+                yield prompt, rejected, chosen, row, weight, ranks[worse], ranks[better]
+
+
+def _batches(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
+    batch: list[Pair] = []
+    size = 0
+    for pair in pairs:
+        batch.append(pair)
+        size += len(pair[0]) + len(pair[1]) + len(pair[2])
+        if len(batch) == _BATCH_PAIRS or size > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _nothing_left(origin: Origin) -> str:
+    reasons = []
+    if origin.ties:
+        reasons.append(f"{origin.ties} are ties, which ties='halve' (--ties halve) keeps")
+    if origin.identical:
+        reasons.append(f"{origin.identical} have two equal responses")
+    told = "; ".join(reasons) or "no user compared or scored two responses to one prompt"
+    return f"the preference data ({origin.layout}) give no pair: {told}"

@@ -1,0 +1,242 @@
+"""Files in: json, jsonl, csv and parquet as Arrow tables, with the place of every mistake."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.late_bar import late_bar
+
+__all__ = ["READERS", "read_files"]
+
+Reach = Callable[[int], None]
+NumberedRow = tuple[int, dict[str, Any]]
+
+_BATCH_ROWS = 5_000
+_BATCH_BYTES = 16 << 20  # of text; a batch ends at whichever comes first
+_CHUNK = 4 << 20  # characters of a JSON list
+_GAP = re.compile(r"[\s,]*")
+_CSV_BLOCK = 64 << 20  # a row of a csv file must fit into a block
+_SEPARATORS = ";\t|"
+
+
+def read_files(paths: Iterable[Path]) -> Iterator[pa.Table]:
+    """The rows of several files, a few thousand at a time; a bar shows after two seconds.
+
+    Args:
+        paths: files whose suffix is in :data:`READERS`.
+
+    Raises:
+        UserError: naming the file, and the line where there are lines.
+    """
+    for path in paths:
+        with late_bar(f"reading {path.name}", path.stat().st_size) as reach:
+            for table in READERS[path.suffix](path, reach):
+                yield table.replace_schema_metadata(None)
+
+
+# -- json ------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path, reach: Reach) -> Iterator[pa.Table]:
+    """One object a line, or one list of objects."""
+    with path.open("rb") as file:
+        is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    known = pa.schema([])
+    for rows in _batches(path, _list_items(path, reach) if is_list else _lines(path, reach)):
+        table = _to_arrow(path, rows, known)
+        try:
+            known = pa.unify_schemas([known, table.schema], promote_options="permissive")
+        except pa.ArrowException as error:
+            where = f"{path}, lines {rows[0][0]} to {rows[-1][0]}"
+            raise UserError(f"{where}: a column changes its type ({_first_line(error)})") from error
+        yield table
+
+
+def _lines(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
+    """Line number, value and size of every line that is not blank."""
+    with path.open("rb") as file:
+        # a binary file ends its lines at \n alone: a text may hold other line separators, unescaped
+        for number, line in enumerate(file, start=1):
+            if number % _BATCH_ROWS == 0:
+                reach(file.tell())
+            if line.isspace():
+                continue
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, json.loads(text), len(line)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number} is not UTF-8 text ({error.reason})") from error
+            except (ValueError, RecursionError) as error:
+                told = (
+                    f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                )
+                raise UserError(
+                    f"{path}, line {number} is not JSON ({told}); write one object a line, "
+                    "or one list of objects"
+                ) from error
+
+
+def _list_items(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
+    """Line number, value and size of every item of one JSON list, without reading it whole."""
+    decoder = json.JSONDecoder()
+    buffer, position, line, at_end = "[", 1, 1, False
+    try:
+        with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+            line += _skip(file, "[")
+            while True:
+                start = _GAP.match(buffer, position).end()  # type: ignore[union-attr]
+                if buffer.startswith("]", start):
+                    if (buffer[start + 1 :] + file.read()).strip():
+                        raise UserError(f"{path}: there is more after the end of the list")
+                    return
+                try:
+                    value, stop = decoder.raw_decode(buffer, start)
+                except json.JSONDecodeError as error:
+                    if at_end:
+                        line += buffer.count("\n", position, error.pos)
+                        raise UserError(
+                            f"{path}, line {line} is not JSON ({error.msg}); the file must be one list of "
+                            "objects, or one object a line"
+                        ) from error
+                    more = file.read(max(_CHUNK, len(buffer)))
+                    buffer, position, at_end = buffer[position:] + more, 0, not more
+                    reach(raw.tell())
+                    continue
+                yield line + buffer.count("\n", position, start), value, stop - start
+                line += buffer.count("\n", position, stop)
+                position = stop
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}, line {line} is nested too deeply to be preference data") from error
+
+
+def _skip(file: TextIO, mark: str) -> int:
+    """Read up to and with the mark; returns how many lines that passed."""
+    lines = 0
+    while (character := file.read(1)) != mark:
+        lines += character == "\n"
+    return lines
+
+
+def _batches(path: Path, numbered: Iterator[tuple[int, Any, int]]) -> Iterator[list[NumberedRow]]:
+    rows: list[NumberedRow] = []
+    size = 0
+    for number, value, length in numbered:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}, line {number} holds {_kind(value)}, not an object with columns")
+        rows.append((number, value))
+        size += length
+        if len(rows) == _BATCH_ROWS or size > _BATCH_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema) -> pa.Table:
+    """A table of these rows; columns that they lack but earlier rows had are null."""
+    names = dict.fromkeys([*known.names, *(name for _, row in rows for name in row)])
+    columns = {}
+    for name in names:
+        values = [row.get(name) for _, row in rows]
+        try:
+            column = pa.array(values)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: column {name!r} holds half a character (a lone surrogate)") from error
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            raise UserError(
+                f"{path}: {_mixture(name, rows) or f'column {name!r}: {_first_line(error)}'}"
+            ) from error
+        if name in known.names and pa.types.is_null(column.type):
+            column = pa.nulls(len(rows), known.field(name).type)
+        columns[name] = column
+    return pa.table(columns)
+
+
+def _mixture(name: str, rows: list[NumberedRow]) -> str | None:
+    """Which two lines disagree about the type of a column."""
+    first: dict[str, int] = {}
+    for number, row in rows:
+        if row.get(name) is not None:
+            first.setdefault(_kind(row[name]), number)
+    if len(first) < 2:
+        return None
+    told = " and ".join(f"{kind} (line {number})" for kind, number in list(first.items())[:2])
+    return f"column {name!r} holds {told}; give it one type"
+
+
+def _kind(value: Any) -> str:
+    for kinds, told in (
+        (bool, "true or false"),
+        ((int, float), "a number"),
+        (str, "text"),
+        (list, "a list"),
+        (dict, "an object"),
+    ):
+        if isinstance(value, kinds):
+            return told
+    return "nothing"
+
+
+# -- csv and parquet -------------------------------------------------------------------------------
+
+
+def _read_csv(path: Path, reach: Reach) -> Iterator[pa.Table]:
+    """All columns as text: ids keep their zeros, and "NA" or "null" are words."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
+    if not names:
+        return
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two columns of the same name in its first line")
+    other = [separator for separator in _SEPARATORS if separator in names[0]]
+    if len(names) == 1 and other:
+        raise UserError(f"{path} has its columns separated by {other[0]!r}; save it with commas")
+    with pa.OSFile(str(path)) as file:
+        reader = pa.csv.open_csv(
+            file,
+            read_options=pa.csv.ReadOptions(block_size=_CSV_BLOCK),
+            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+        )
+        for batch in reader:
+            reach(file.tell())
+            yield pa.Table.from_batches([batch])
+
+
+def _read_parquet(path: Path, reach: Reach) -> Iterator[pa.Table]:
+    with pa.parquet.ParquetFile(path) as file:
+        size, total, done = path.stat().st_size, max(1, file.metadata.num_rows), 0
+        for batch in file.iter_batches(_BATCH_ROWS):
+            done += len(batch)
+            reach(size * done // total)
+            yield pa.Table.from_batches([batch])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+#: suffix -> reader
+READERS: dict[str, Callable[[Path, Reach], Iterator[pa.Table]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,129 @@
+"""Conversations as the prompt and the responses that differ, in plain text.
+
+Messages become the transcript form of the Anthropic HH data, ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``;
+the prompt ends after the marker of the assistant's turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torchrl_maxmin.errors import UserError
+
+__all__ = ["ASSISTANT_TURN", "prompt_and_responses"]
+
+Message = dict[str, str]
+
+ASSISTANT_TURN = "\n\nAssistant:"
+_HUMAN_START = re.compile(r"\s*Human:")
+_SPEAKERS = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant"}
+
+
+def prompt_and_responses(
+    prompt: Any, responses: Sequence[Any], row: int, columns: Sequence[str]
+) -> tuple[str, list[str]]:
+    """Strings out of strings or messages, and an explicit prompt out of an implicit one.
+
+    Whole transcripts (strings that begin with ``Human:``, or messages that do not begin with the
+    assistant) carry their prompt: what they share, up to the assistant's turn in which they part.
+
+    Args:
+        prompt: a string, a list of messages ``{role, content}``, or None where it is implicit.
+        responses: two or more strings or lists of messages.
+        row: number of the row, for messages.
+        columns: where the responses come from, for messages.
+
+    Raises:
+        UserError: for anything that is no text, and for transcripts that share no turn.
+
+    Example:
+        >>> shared = "\\n\\nHuman: Hi\\n\\nAssistant:"
+        >>> prompt_and_responses(None, [shared + " A", shared + " B"], 0, "ab")
+        ('\\n\\nHuman: Hi\\n\\nAssistant:', [' A', ' B'])
+        >>> prompt_and_responses([{"role": "user", "content": "Hi"}], ["A", "B"], 0, "ab")
+        ('\\n\\nHuman: Hi\\n\\nAssistant:', [' A', ' B'])
+    """
+    texts = [_text(value, row, column) for value, column in zip(responses, columns, strict=True)]
+    if isinstance(prompt, str) or prompt is None:
+        if all(isinstance(text, str) for text in texts):
+            whole = prompt is None or all(_HUMAN_START.match(text) for text in texts)
+            cut = _shared_turns(texts) if whole else 0
+            if cut:
+                return texts[0][:cut], [text[cut:] for text in texts]
+            if prompt is not None:
+                return prompt, texts
+            raise UserError(
+                f"row {row}: there is no prompt, and the responses are no transcripts that share a turn of "
+                f"{ASSISTANT_TURN.strip()!r}; add a prompt column"
+            )
+    else:
+        prompt = _text(prompt, row, "prompt")
+    return _split_messages(prompt, [_as_messages(text) for text in texts], row)
+
+
+def _text(value: Any, row: int, column: str) -> Any:
+    """The value, if it is a string or messages; a list of one string is that string."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        if len(value) == 1 and isinstance(value[0], str):
+            return value[0]
+        if all(_is_message(message) for message in value):
+            return value
+        raise UserError(
+            f"row {row}: column {column!r} holds a list that is no conversation; every message needs "
+            "a role and a content, both text"
+        )
+    held = "an empty list" if value == [] else type(value).__name__
+    raise UserError(f"row {row}: column {column!r} holds {held}, not text; drop the row or mend it")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _as_messages(text: Any) -> list[Message]:
+    return [{"role": "assistant", "content": text}] if isinstance(text, str) else text
+
+
+def _shared_turns(texts: list[str]) -> int:
+    """How many characters the transcripts share, up to the last marker of an assistant's turn among them."""
+    first, cut = texts[0], 0
+    while (turn := first.find(ASSISTANT_TURN, cut)) >= 0:
+        end = turn + len(ASSISTANT_TURN)
+        if not all(text.startswith(first[:end]) for text in texts):
+            break
+        cut = end
+    return cut
+
+
+def _split_messages(prompt: Any, sides: list[list[Message]], row: int) -> tuple[str, list[str]]:
+    if _speaker(sides[0][0]) != "Assistant":  # whole conversations repeat the prompt
+        shared = 0
+        shortest = min(len(side) for side in sides)
+        while shared < shortest - 1 and all(_same(side[shared], sides[0][shared]) for side in sides):
+            shared += 1
+        prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt or any(_speaker(side[0]) != "Assistant" for side in sides):
+        raise UserError(
+            f"row {row}: the conversations do not part at a turn of the assistant after a shared beginning; "
+            "give a prompt, and responses that begin with the assistant"
+        )
+    turns = [_render(side).removeprefix(ASSISTANT_TURN) for side in sides]
+    return _render(prompt) + ASSISTANT_TURN, turns
+
+
+def _same(one: Message, other: Message) -> bool:
+    return (one["role"], one["content"]) == (other["role"], other["content"])
+
+
+def _speaker(message: Message) -> str:
+    return _SPEAKERS.get(message["role"].lower(), message["role"].capitalize())
+
+
+def _render(messages: Sequence[Message]) -> str:
+    return "".join(f"\n\n{_speaker(message)}: {message['content']}" for message in messages)

@@ -1,0 +1,204 @@
+"""Independent reward models that users bring, side by side as one model of K groups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.modules.sequences import pad_right
+from torchrl_maxmin.rewards.base import RewardModel, score_texts
+from torchrl_maxmin.rewards.calibration import Calibration
+from torchrl_maxmin.rewards.classifier import SequenceClassifier
+from torchrl_maxmin.rewards.layouts import Text
+from torchrl_maxmin.rewards.mixture import RewardMixture
+
+__all__ = ["RewardEnsemble", "is_reward_model", "load_reward_model"]
+
+_FILE = "ensemble.json"
+
+
+class RewardEnsemble(RewardModel):
+    """Rewards [N, K] of several models, each with its own tokenizer and text layout.
+
+    The columns of the members stand side by side, in their order: K members with one output
+    each, one with K, or any mix of them. Their scales differ, so calibrate before any minimum.
+
+    Args:
+        members: classifiers, or mixtures, which count with their raw rewards.
+        log_prior: log mixing weights [K]; uniform when None.
+        calibration: puts the rewards on one scale; identity when None.
+
+    Example:
+        >>> ensemble = RewardEnsemble.from_pretrained(  # doctest: +SKIP
+        ...     ["Ray2333/gpt2-large-helpful-reward_model", "Ray2333/gpt2-large-harmless-reward_model"],
+        ...     layouts="text_pair",
+        ... )
+        >>> ensemble.score(["How do I ..."], ["Just ..."]).shape  # doctest: +SKIP
+        torch.Size([1, 2])
+    """
+
+    def __init__(
+        self,
+        members: Sequence[SequenceClassifier | RewardMixture],
+        log_prior: Tensor | None = None,
+        calibration: Calibration | None = None,
+    ):
+        if not members:
+            raise UserError("an ensemble needs one reward model at least")
+        super().__init__(sum(member.num_groups for member in members), log_prior, calibration)
+        self.members = nn.ModuleList(members)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | Sequence[str],
+        *,
+        layouts: str | Sequence[str] = "auto",
+        labels: Sequence[int | None] | None = None,
+        prior: Sequence[float] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> RewardEnsemble:
+        """Load reward models.
+
+        Args:
+            source: names or folders of the models, or what :meth:`save_pretrained` wrote, or a
+                json file like it: ``{"members": [{"name_or_path": ..., "layout": ..., "label": ...}]}``.
+            layouts: one for all models, or one each, see
+                :class:`~torchrl_maxmin.rewards.layouts.TextLayout`; mixtures keep their own.
+            labels: for each model the output that is its reward, or None for all of them.
+            prior: shares of the K groups; equal when None.
+            dtype: of the models.
+
+        Raises:
+            UserError: for a model, a file or an option that cannot be used.
+        """
+        if isinstance(source, (str, Path)):
+            return cls._from_file(Path(source), dtype)
+        names = [str(name) for name in source]
+        layouts = [layouts] * len(names) if isinstance(layouts, str) else layouts
+        labels = [None] * len(names) if labels is None else labels
+        if not len(names) == len(layouts) == len(labels):
+            raise UserError(
+                f"{len(names)} models, {len(layouts)} layouts and {len(labels)} labels do not match"
+            )
+        members = [
+            _load_member(name, layout, label, dtype)
+            for name, layout, label in zip(names, layouts, labels, strict=True)
+        ]
+        ensemble = cls(members)
+        if prior is not None:
+            if len(prior) != ensemble.num_groups or min(prior) <= 0:
+                raise UserError(f"prior must be {ensemble.num_groups} positive shares, one a group")
+            ensemble.log_prior.copy_(torch.tensor(prior).log().log_softmax(-1))
+        return ensemble
+
+    @classmethod
+    def _from_file(cls, path: Path, dtype: torch.dtype) -> RewardEnsemble:
+        path = path / _FILE if path.is_dir() else path
+        try:
+            state = json.loads(path.read_text())
+            entries = [{"name_or_path": e} if isinstance(e, str) else e for e in state["members"]]
+            names = [entry["name_or_path"] for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is no ensemble of reward models: give a list of names, or a json file like "
+                '{"members": [{"name_or_path": "..."}]}'
+            ) from error
+        inside = [str(path.parent / name) if (path.parent / name).is_dir() else name for name in names]
+        labels: list[Any] = [entry.get("label") for entry in entries]
+        ensemble = cls.from_pretrained(
+            inside,
+            layouts=[entry.get("layout", "auto") for entry in entries],
+            labels=labels,
+            prior=state.get("prior"),
+            dtype=dtype,
+        )
+        if "calibration" in state:
+            ensemble.calibration = Calibration.from_dict(state["calibration"])
+        return ensemble
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write every member to a folder of its own, and ``ensemble.json``."""
+        entries: list[dict[str, Any]] = []
+        for index, member in enumerate(self._members()):
+            name = f"member_{index}"
+            member.save_pretrained(Path(folder) / name)
+            entry: dict[str, Any] = {"name_or_path": name}
+            if isinstance(member, SequenceClassifier):
+                entry |= {"layout": member.layout, "label": member.label}
+            entries.append(entry)
+        state = {
+            "members": entries,
+            "prior": self.log_prior.exp().tolist(),
+            "calibration": self.calibration.to_dict(),
+        }
+        (Path(folder) / _FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+    def forward(
+        self, prompts: Sequence[Text], completions: Sequence[Text], *, calibrated: bool = False
+    ) -> Tensor:
+        """Rewards [N, K] in fp32 of texts in one batch, with gradients, where the first member is."""
+        columns = []
+        for member in self._members():
+            device = next(member.parameters()).device
+            tokens, mask = pad_right(member.reader.encode(prompts, completions), member.reader.pad_id)
+            columns.append(member(tokens.to(device), mask.to(device)))
+        rewards = torch.cat([column.to(columns[0].device) for column in columns], -1)
+        return self.calibration.apply(rewards) if calibrated else rewards
+
+    def raw_scores(
+        self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int, max_length: int | None
+    ) -> Tensor:
+        """Raw rewards [N, K] on the CPU."""
+        scores = [score_texts(m, prompts, completions, batch_size, max_length) for m in self._members()]
+        return torch.cat(scores, -1)
+
+    def _members(self) -> list[SequenceClassifier | RewardMixture]:
+        return list(self.members)  # type: ignore[arg-type]
+
+
+def load_reward_model(name_or_path: str | Path) -> RewardMixture | RewardEnsemble:
+    """Load reward heads of any kind by the name that a user gives.
+
+    Args:
+        name_or_path: a folder of :meth:`RewardMixture.save_pretrained` or
+            :meth:`RewardEnsemble.save_pretrained`, an ensemble's json file, or any sequence
+            classifier (folder, hub name, peft folder).
+
+    Raises:
+        UserError: for what is none of these, and for models without a trained head.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".json" or (path / _FILE).is_file():
+        return RewardEnsemble.from_pretrained(path)
+    if (path / "mixture.json").is_file():
+        return RewardMixture.from_pretrained(path)
+    return RewardEnsemble.from_pretrained([str(path)])
+
+
+def is_reward_model(spec: str) -> bool:
+    """Whether this names reward heads on disk: a folder, or the json file of an ensemble."""
+    path = Path(spec)
+    if path.suffix != ".json" or not path.is_file():
+        return path.is_dir()
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "members" in content
+
+
+def _load_member(
+    name: str, layout: str, label: int | None, dtype: torch.dtype
+) -> SequenceClassifier | RewardMixture:
+    if not (Path(name) / "mixture.json").is_file():
+        return SequenceClassifier.from_pretrained(name, layout=layout, label=label, dtype=dtype)
+    if layout != "auto" or label is not None:
+        raise UserError(f"{name} is a reward mixture: it has its own layout, and no labels")
+    return RewardMixture.from_pretrained(name)
