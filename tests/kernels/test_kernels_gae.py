@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, INTERPRET, PROPERTY, gae_oracle, largest_error, rms_error
 from maxmin_kernels import vector_gae
+from maxmin_kernels.gae.cpu import discounted_sum_in_place
+from maxmin_kernels.gae.naive import discounted_sum
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
@@ -152,6 +154,25 @@ def test_estimates_are_targets_and_the_torch_backend_agrees():
         torch.testing.assert_close(actual, expected)
     wide = vector_gae(*(x.double() for x in inputs[:3]), *inputs[3:], gamma=0.9, lmbda=0.8)
     assert wide[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.97, 1.0])
+@pytest.mark.parametrize("shape", [(4, 30, 3), (2, 1, 2), (3, 0, 2), (0, 5, 2)], ids=str)
+def test_both_recursions_give_equal_bits(shape, decay):
+    delta, carries = torch.randn(shape), torch.rand(*shape[:2], 1) < 0.8
+    assert torch.equal(discounted_sum(delta, carries, decay), discounted_sum_in_place(delta, carries, decay))
+
+
+@pytest.mark.parametrize("batched", ["reward", "done"])
+def test_vmap_of_the_torch_backend(batched):
+    reward, value, next_value, done, terminated = make(2, 9, 3)
+    many = torch.randn(4, 2, 9, 3) if batched == "reward" else torch.rand(4, 2, 9, 1) < 0.3
+
+    def call(x):
+        signals = (x, value, next_value, done) if batched == "reward" else (reward, value, next_value, x)
+        return vector_gae(*signals, terminated, gamma=0.9, lmbda=0.8, backend="torch")[0]
+
+    torch.testing.assert_close(torch.vmap(call)(many), torch.stack([call(x) for x in many]))
 
 
 def test_vmap_with_a_shared_value():

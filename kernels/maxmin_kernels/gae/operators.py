@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu
 from .._vmap import fold_vmap, loop_vmap
+from .cpu import discounted_sum_in_place
 from .naive import token_gae_naive, vector_gae_naive
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -68,7 +69,7 @@ def gae_op(
 
 def _gae_torch(*args: Any) -> Outputs:
     *signals, mask, weights, gamma, lmbda, moments = args
-    outputs = vector_gae_naive(*signals, gamma, lmbda, mask, weights, moments)
+    outputs = vector_gae_naive(*signals, gamma, lmbda, mask, weights, moments, discounted_sum_in_place)
     return _pad_outputs(outputs, weights is not None, moments)
 
 
@@ -121,8 +122,9 @@ def token_gae_op(
 def _token_gae_torch(*args: Any) -> Outputs:
     reward, value, mask, log_prob, ref_log_prob, weights, gamma, lmbda, kl_coef, moments = args
     outputs = token_gae_naive(
-        reward, value, mask, gamma, lmbda, log_prob, ref_log_prob, kl_coef, weights, moments
-    )
+        reward, value, mask, gamma, lmbda, log_prob, ref_log_prob, kl_coef, weights, moments,
+        discounted_sum_in_place,
+    )  # fmt: skip
     return _pad_outputs(outputs, weights is not None, moments)
 
 
