@@ -1,6 +1,8 @@
 """The E-step on CPU: the reference's arithmetic, a block of pairs at a time so that it stays in the cache."""
 
 import itertools
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,74 @@ from torch import Tensor
 from .._backend import accumulate_dtype
 from .naive import margins, posterior, user_of_pair
 
-BLOCK_PAIRS = 65_536
+BLOCK_PAIRS = 131_072
+RUN_PAIRS = 128  # added up in the scores' own precision; the runs of one user are added up in float64
+
+
+def difference(minuend: Tensor, subtrahend: Tensor, buffer: Tensor) -> Tensor:
+    """Return ``minuend - subtrahend`` in `buffer` and in its precision."""
+    if minuend.dtype == subtrahend.dtype == buffer.dtype:
+        return torch.sub(minuend, subtrahend, out=buffer)
+    return buffer.copy_(minuend).sub_(subtrahend)
+
+
+def surprise(chosen: Tensor, rejected: Tensor | None, buffer: Tensor) -> Tensor:
+    """Return ``-logsigmoid(chosen - rejected)`` in `buffer`; infinite where a margin is below -88 in float32.
+
+    ``log(1 + 2^x)`` in place: ``logsigmoid`` writes a second output, and ``exp`` takes three times ``exp2``.
+    """
+    margin = buffer.copy_(chosen) if rejected is None else difference(chosen, rejected, buffer)
+    return margin.mul_(-1 / math.log(2)).exp2_().log1p_()
+
+
+def exact_surprise(chosen: Tensor, rejected: Tensor | None, buffer: Tensor) -> Tensor:
+    """Return the same at any margin, slower."""
+    return F.logsigmoid(margins(chosen, rejected, buffer.dtype)).neg_()
+
+
+def bag_sums(values: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
+    """Add up rows ``offsets[i]`` to ``offsets[i + 1] - 1``, in float64 from there on.
+
+    ``embedding_bag`` runs over bags in parallel, ``segment_reduce`` and ``index_add_`` do not.
+    """
+    sums, *_ = torch.embedding_bag(values, rows, offsets, mode=0, include_last_offset=True)
+    return sums.double()
+
+
+def sums_by_user(values: Tensor, user_offsets: Tensor, rows: Tensor) -> Tensor:
+    """Add up the rows of each user, [P, K] to [U, K] in float64, in runs; `rows` counts from 0 to P - 1."""
+    runs = user_offsets.diff().add_(RUN_PAIRS - 1).div_(RUN_PAIRS, rounding_mode="floor")
+    first_run = F.pad(runs.cumsum(0), (1, 0))
+    within = torch.arange(int(first_run[-1])) - first_run[:-1].repeat_interleave(runs)
+    offsets = F.pad(user_offsets[:-1].repeat_interleave(runs) + RUN_PAIRS * within, (0, 1), value=len(rows))
+    of_run = bag_sums(values, offsets, rows)
+    return torch.segment_reduce(of_run, "sum", offsets=first_run, axis=0, unsafe=True)
+
+
+def log_likelihoods(
+    chosen: Tensor,
+    rejected: Tensor | None,
+    user_offsets: Tensor,
+    dtype: torch.dtype,
+    measure: Callable[[Tensor, Tensor | None, Tensor], Tensor],
+) -> Tensor:
+    """Return each user's log-likelihood under each group [U, K] float64; a block holds whole users."""
+    users = user_offsets.shape[0] - 1
+    sums = torch.zeros(users, chosen.shape[1], dtype=torch.float64)
+    cuts = torch.searchsorted(user_offsets, torch.arange(0, chosen.shape[0], BLOCK_PAIRS)).unique()
+    edges = sorted({0, *cuts.tolist(), users})
+    blocks = list(itertools.pairwise(zip(edges, user_offsets[edges].tolist(), strict=True)))
+    rows = torch.arange(max((high - low for (_, low), (_, high) in blocks), default=0))
+    buffer = torch.empty(len(rows), chosen.shape[1], dtype=dtype)
+    short = users > 0 and int(user_offsets.diff().max()) <= RUN_PAIRS
+    add_up = bag_sums if short else sums_by_user
+    for (first, low), (last, high) in blocks:
+        if low < high:
+            other = None if rejected is None else rejected[low:high]
+            values = measure(chosen[low:high], other, buffer[: high - low])
+            offsets = user_offsets[first : last + 1] - low
+            torch.neg(add_up(values, offsets, rows[: high - low]), out=sums[first:last])
+    return sums
 
 
 def em_forward_cpu(
@@ -17,22 +86,10 @@ def em_forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Return responsibilities and log-likelihood as :func:`em_responsibilities_naive`, without a gradient."""
     dtype = accumulate_dtype(chosen, rejected, log_prior)
-    pairs, users = chosen.shape[0], user_offsets.shape[0] - 1
-    sums = torch.zeros(users, chosen.shape[1], dtype=torch.float64)
-    # The user in which each block of pairs begins; a user is never cut.
-    user_offsets = user_offsets.contiguous()
-    starts = torch.arange(0, pairs, BLOCK_PAIRS)
-    cuts = torch.searchsorted(user_offsets, starts).unique().tolist()
-    edges = sorted({0, *cuts, users})
-    for first, last in itertools.pairwise(edges):
-        low, high = int(user_offsets[first]), int(user_offsets[last])
-        if low == high:
-            continue
-        block = slice(low, high)
-        margin = margins(chosen[block], None if rejected is None else rejected[block], dtype)
-        log_choice = F.logsigmoid(margin).double()
-        offsets = user_offsets[first : last + 1] - low
-        sums[first:last] = torch.segment_reduce(log_choice, "sum", offsets=offsets, axis=0, unsafe=True)
+    inputs = (chosen, rejected, user_offsets.contiguous(), dtype)
+    sums = log_likelihoods(*inputs, surprise)
+    if not (known := sums.isfinite()).all():  # a huge margin, or what the scores held
+        sums = torch.where(known, sums, log_likelihoods(*inputs, exact_surprise))
     prior = log_prior.double()
     responsibilities, log_likelihood = posterior(sums + prior, prior)
     return responsibilities.to(dtype), log_likelihood.to(dtype)
@@ -46,14 +103,20 @@ def em_backward_cpu(
     weights = responsibilities * grad.to(dtype).unsqueeze(-1)
     users = user_of_pair(user_offsets, chosen.shape[0])
     grad_chosen = torch.empty(chosen.shape, dtype=chosen.dtype)
-    grad_rejected = chosen.new_empty(0)
-    if rejected is not None:
-        grad_rejected = torch.empty(rejected.shape, dtype=rejected.dtype)
+    grad_rejected = (
+        chosen.new_empty(0) if rejected is None else torch.empty(rejected.shape, dtype=rejected.dtype)
+    )
     for low in range(0, chosen.shape[0], BLOCK_PAIRS):
         block = slice(low, low + BLOCK_PAIRS)
-        margin = margins(chosen[block], None if rejected is None else rejected[block], dtype)
-        slope = torch.sigmoid(-margin) * weights.index_select(0, users[block])
-        grad_chosen[block] = slope
+        in_place = chosen.dtype == dtype
+        slope = grad_chosen[block] if in_place else torch.empty(chosen[block].shape, dtype=dtype)
+        if rejected is None:
+            slope.copy_(chosen[block]).neg_()
+        else:
+            difference(rejected[block], chosen[block], slope)
+        slope.sigmoid_().mul_(weights.index_select(0, users[block]))
+        if not in_place:
+            grad_chosen[block] = slope
         if rejected is not None:
-            grad_rejected[block] = slope.neg_()
+            grad_rejected[block].copy_(slope).neg_()
     return grad_chosen, grad_rejected

@@ -12,10 +12,12 @@ def posterior(total: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
 
     A user whose every group has likelihood zero gets the prior, and log-likelihood -inf.
     """
-    likelihood = torch.logsumexp(total, dim=-1)
-    impossible = likelihood == -torch.inf
-    share = torch.exp(total - torch.where(impossible, 0.0, likelihood).unsqueeze(-1))
-    return torch.where(impossible.unsqueeze(-1), torch.softmax(log_prior, dim=-1), share), likelihood
+    peak = total.detach().amax(dim=-1, keepdim=True)
+    impossible = peak == -torch.inf
+    joint = torch.exp(total - torch.where(impossible, 0.0, peak))
+    evidence = joint.sum(dim=-1, keepdim=True)
+    share = torch.where(impossible, torch.softmax(log_prior, dim=-1), joint / evidence)
+    return share, (peak + evidence.log()).squeeze(-1)
 
 
 def margins(chosen: Tensor, rejected: Tensor | None, dtype: torch.dtype) -> Tensor:
