@@ -212,7 +212,8 @@ def moments_kernel(p_partial, p_moments, B, BLOCK_B: tl.constexpr):
 def gae_config(steps: int, columns: int) -> dict[str, int]:
     """Return the tile: all columns, and time steps up to what the scan can hold without spilling."""
     block_k = next_power_of_2(columns)
-    elements = 1024 if columns == 1 else 512
+    ragged = block_k >= 8 and columns != block_k  # its mask takes the registers of half a tile
+    elements = 1024 if columns == 1 else 256 if ragged else 512
     block_t = min(max(next_power_of_2(steps), 16), max(2, elements // block_k))
     return {"BLOCK_T": block_t, "BLOCK_K": block_k, "num_warps": 4}
 

@@ -223,11 +223,13 @@ def min_backward_kernel(
 
 def heads_config(rows: int, heads: int, itemsize: int) -> dict[str, int]:
     """Return tile sizes: few rows a program while there are too few programs to fill the GPU."""
-    block_n = 16 if rows <= 2048 else 32 if rows <= 8192 else 64
+    block_k = max(16, next_power_of_2(heads))
+    # With more, the accumulators of a wide float32 tile leave no registers for the rest.
+    most = 32 if itemsize > 2 and block_k >= 64 else 64
     return {
-        "BLOCK_N": block_n,
+        "BLOCK_N": 16 if rows <= 2048 else 32 if rows <= 8192 else most,
         "BLOCK_H": 64 if itemsize == 2 else 32,
-        "BLOCK_K": max(16, next_power_of_2(heads)),
+        "BLOCK_K": block_k,
         "num_warps": 4,
         "num_stages": 4,
     }
