@@ -89,8 +89,9 @@ def identify(world: str, pairs: int, seed: int, **size: int) -> dict[str, float]
     """What the report expects, and what is true of its fit."""
     shares = WORLDS[world]
     differences, offsets, truth = planted(shares, pairs, seed, **size)
+    fit = FIT | ({"num_restarts": 6} if pairs < 10 else {})  # few pairs have many local optima
     report = identifiability_report(
-        differences, offsets, len(shares), seed=seed, l2_candidates=(3e-4, 1e-3, 2e-3), **FIT
+        differences, offsets, len(shares), seed=seed, l2_candidates=(3e-4, 1e-3, 2e-3), **fit
     )
     plain, balanced = misassignment(report.mixture.assignments, truth)
     left_out, _ = misassignment(report.posterior.argmax(-1), truth)

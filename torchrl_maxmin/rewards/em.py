@@ -8,7 +8,6 @@ on frozen features; the M-step fine-tunes the shared trunk and all heads.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +18,11 @@ from torch import Tensor, nn
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.rewards.features import load_feature_trunk, text_features
 from torchrl_maxmin.rewards.fit import MixtureFit, heldout_figures
-from torchrl_maxmin.rewards.linear import (
-    NumGroupsChoice,
-    expectation,
-    fit_linear_mixture,
-    mixing_weights,
-    select_num_groups,
-)
+from torchrl_maxmin.rewards.linear import expectation, mixing_weights
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.pairs import Batches, PairTokens
+from torchrl_maxmin.rewards.warm_start import from_true_groups, linear_warm_start
 
 __all__ = ["MixtureFit", "fit_mixture"]
 
@@ -54,6 +47,7 @@ def fit_mixture(
     max_groups: int = 3,
     max_length: int | None = None,
     model_options: dict[str, Any] | None = None,
+    identifiability: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_round: Callable[[dict[str, Any]], None] | None = None,
@@ -83,6 +77,8 @@ def fit_mixture(
         max_length: longest text in tokens.
         model_options: kind of heads, adapters and so on, as
             :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone` takes them.
+        identifiability: whether to report on the linear mixture if users can be told apart; with one
+            given group there is nothing to tell apart.
         seed: of starts, batches and new heads.
         device: where the reward model trains.
         on_round: called after every round with the state that ``resume`` takes.
@@ -100,21 +96,33 @@ def fit_mixture(
     if not use_true_groups:
         data.require_users(2 if num_groups == "auto" else int(num_groups))
     torch.manual_seed(seed)
-    choice, names = None, None
+    options = model_options or {}
     if resume is not None:
-        warm, choice, names = resume["responsibilities"], resume["choice"], resume["group_names"]
+        warm = resume["warm_start"]
     elif use_true_groups:
-        warm, names = _true_groups(data)
+        warm = from_true_groups(data)
     else:
-        warm, choice = _warm_start(
-            data, model, num_groups, assignment, num_restarts, max_groups, max_length, seed, device
+        warm = linear_warm_start(
+            data,
+            model,
+            num_groups,
+            assignment=assignment,
+            num_restarts=num_restarts,
+            max_groups=max_groups,
+            max_length=max_length,
+            pooling=options.get("pooling"),
+            layout=options.get("layout"),
+            identifiability=identifiability,
+            seed=seed,
+            device=device,
         )
-    mixture = RewardMixture.from_backbone(model, warm.shape[-1], **(model_options or {})).to(device)
+    start = warm.responsibilities
+    mixture = RewardMixture.from_backbone(model, start.shape[-1], **options).to(device)
     pairs = PairTokens(data, mixture.encoder(max_length), mixture.reader.pad_id)
     em = _EM(
         mixture,
         pairs,
-        warm,
+        start,
         _MStep(learning_rate, head_learning_rate, weight_decay, reward_l2, num_rounds * steps_per_round),
         Batches(len(pairs), batch_size, seed),
         assignment="known" if use_true_groups else assignment,
@@ -127,7 +135,7 @@ def fit_mixture(
         while len(em.history) < num_rounds and not _converged(em.history, convergence_tolerance):
             em.round(steps_per_round, advance)
             if on_round is not None:
-                on_round({**em.state_dict(), "choice": choice, "group_names": names})
+                on_round({**em.state_dict(), "warm_start": warm})
     responsibilities = em.responsibilities
     if not use_true_groups:
         order = responsibilities.sum(0).argsort(descending=True, stable=True)
@@ -144,67 +152,10 @@ def fit_mixture(
         mixture.log_prior.cpu().clone(),
         em.history,
         figures,
-        choice,
-        names,
+        warm.choice,
+        warm.group_names,
+        warm.identifiability,
     )
-
-
-def _true_groups(data: PreferenceDataset) -> tuple[Tensor, list[str]]:
-    """One-hot groups [U, K] as the data names them, the largest first, and their names."""
-    assert data.groups is not None
-    names = [name for name, _ in Counter(data.groups).most_common()]
-    index = torch.tensor([names.index(group) for group in data.groups])
-    return nn.functional.one_hot(index, len(names)).float(), names
-
-
-def _warm_start(
-    data: PreferenceDataset,
-    model: str,
-    num_groups: int | str,
-    assignment: str,
-    num_restarts: int,
-    max_groups: int,
-    max_length: int | None,
-    seed: int,
-    device: torch.device | str,
-) -> tuple[Tensor, NumGroupsChoice | None]:
-    """Responsibilities [U, K] of the linear mixture, and how K was chosen."""
-    if num_groups == 1:
-        return torch.ones(data.num_users, 1), None
-    differences = feature_differences(data, model, max_length, device)
-    choice = None
-    if num_groups == "auto":
-        choice = select_num_groups(
-            differences,
-            data.user_offsets,
-            max_groups,
-            seed=seed,
-            num_restarts=num_restarts,
-            assignment=assignment,
-        )
-        num_groups = choice.num_groups
-    fitted = fit_linear_mixture(
-        differences,
-        data.user_offsets,
-        int(num_groups),
-        num_restarts=num_restarts,
-        assignment=assignment,
-        row_weights=None if bool((data.weights == 1).all()) else data.weights.float(),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return fitted.responsibilities, choice
-
-
-def feature_differences(
-    data: PreferenceDataset, model: str, max_length: int | None, device: torch.device | str
-) -> Tensor:
-    """Features of chosen minus rejected texts [P, D] on a frozen trunk, each of unit deviation."""
-    trunk, reader = load_feature_trunk(model)
-    trunk.to(device)
-    pairs = PairTokens(data, lambda p, c: reader.encode(p, c, max_length), reader.pad_id)
-    features = text_features(trunk, pairs.rows, pairs.pad_id, reader=reader)
-    differences = features[: len(pairs)] - features[len(pairs) :]
-    return differences / differences.std(0).clamp_min(1e-6)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ from torchrl_maxmin.rewards.reader import TextReader
 __all__ = ["load_feature_trunk", "text_features"]
 
 
-def load_feature_trunk(name_or_path: str, pooling: str | None = None) -> tuple[Any, TextReader]:
+def load_feature_trunk(
+    name_or_path: str, pooling: str | None = None, layout: str | None = None
+) -> tuple[Any, TextReader]:
     """A language model, decoder or encoder, to take features from, and what reads texts with it.
 
     Raises:
@@ -35,7 +37,7 @@ def load_feature_trunk(name_or_path: str, pooling: str | None = None) -> tuple[A
     else:
         tokenizer, model = load_tokenizer(name_or_path), load_causal_lm(name_or_path)
         ensure_pad_token(tokenizer, model)
-    return model, TextReader(model, tokenizer, pooling=pooling)
+    return model, TextReader(model, tokenizer, pooling=pooling, layout=layout)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
+from torchrl_maxmin.rewards.identifiability import IdentifiabilityReport, accuracy_over_users
 from torchrl_maxmin.rewards.linear import NumGroupsChoice
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.pairs import PairTokens
@@ -29,6 +30,7 @@ class MixtureFit:
         heldout: figures on pairs that were not trained on, empty without such pairs.
         choice: how K was chosen, when it was.
         group_names: names of the true groups that the heads were trained on, when they were.
+        identifiability: whether these pairs tell the users apart, when it was asked for.
     """
 
     model: RewardMixture
@@ -39,6 +41,7 @@ class MixtureFit:
     heldout: dict[str, Any]
     choice: NumGroupsChoice | None = None
     group_names: list[str] | None = None
+    identifiability: IdentifiabilityReport | None = None
 
     @property
     def responsibilities(self) -> dict[str, list[float]]:
@@ -51,14 +54,21 @@ class MixtureFit:
         users = self.responsibilities_matrix.argmax(-1).bincount(minlength=len(shares)).tolist()
         lines = [f"{len(self.user_ids)} users in {len(shares)} group(s)"]
         accuracies = self.heldout.get("head_accuracy", [None] * len(shares))
+        intervals = self.heldout.get("head_accuracy_interval", [None] * len(shares))
         for k, (share, count, accuracy) in enumerate(zip(shares, users, accuracies, strict=True)):
-            told = "" if accuracy is None else f", held-out accuracy {accuracy:.3f}"
+            told = ""
+            if accuracy is not None:
+                low, high = intervals[k]
+                told = f", held-out accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]"
             lines.append(f"  group {k}: {count} users, mixing weight {share:.3f}{told}")
         if "log_likelihood" in self.heldout:
             lines.append(f"held-out log-likelihood {self.heldout['log_likelihood']:.4f} nats a pair")
         if self.choice is not None:
             tried = ", ".join(f"K={k}: {v:.4f}" for k, v in self.choice.heldout_log_likelihood.items())
             lines.append(f"K={self.choice.num_groups} by the likelihood of left-out users ({tried})")
+        if self.identifiability is not None:
+            lines.append("on frozen features, linear heads:")
+            lines += [f"  {line}" for line in self.identifiability.report().splitlines()]
         return "\n".join(lines)
 
 
@@ -70,7 +80,10 @@ def heldout_figures(
     responsibilities: Tensor,
     max_length: int | None,
 ) -> dict[str, Any]:
-    """Predictive log-likelihood a pair, and each head's accuracy on the users it was given."""
+    """Predictive log-likelihood a pair, and each head's accuracy on the users it was given.
+
+    The intervals are percentiles of a bootstrap over those users, 95%.
+    """
     index = {user: i for i, user in enumerate(user_ids)}
     unknown = mixture.log_prior.exp().cpu()
     known = torch.stack([responsibilities[index[u]] if u in index else unknown for u in heldout.user_ids])
@@ -79,10 +92,14 @@ def heldout_figures(
     per_user = torch.zeros(heldout.num_users, mixture.num_groups, dtype=torch.float64)
     per_user.index_add_(0, pairs.row_users, nn.functional.logsigmoid(margins))
     predictive = torch.logsumexp(known.double().log() + per_user, -1).sum().item() / len(pairs)
-    owner = known.argmax(-1)[pairs.row_users]
-    right = (margins > 0).double()
-    accuracy: list[float | None] = []
-    for k in range(mixture.num_groups):
-        mine = right[owner == k, k]
-        accuracy.append(mine.mean().item() if len(mine) else None)
-    return {"log_likelihood": predictive, "head_accuracy": accuracy, "pairs": len(pairs)}
+    groups = known.argmax(-1)
+    right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
+    by_user = torch.zeros(heldout.num_users, 2, dtype=torch.float64)
+    by_user.index_add_(0, pairs.row_users, torch.cat([right, torch.ones_like(right)], 1))
+    accuracy = accuracy_over_users(by_user, groups, mixture.num_groups)
+    return {
+        "log_likelihood": predictive,
+        "head_accuracy": [group.accuracy for group in accuracy],
+        "head_accuracy_interval": [[group.low, group.high] for group in accuracy],
+        "pairs": len(pairs),
+    }

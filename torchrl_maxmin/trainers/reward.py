@@ -86,6 +86,7 @@ def run_reward(config: RewardConfig) -> Path:
         max_groups=config.max_groups,
         max_length=config.max_length,
         model_options=config.model_options(),
+        identifiability=config.identifiability,
         seed=config.seed,
         device=device,
         on_round=on_round,
@@ -155,6 +156,8 @@ def _figures(fit: MixtureFit, data: PreferenceDataset) -> dict[str, Any]:
             "heldout_log_likelihood": fit.choice.heldout_log_likelihood,
             "standard_error": fit.choice.standard_error,
         }
+    if fit.identifiability is not None:
+        figures["identifiability"] = fit.identifiability.to_dict()
     if data.groups is not None:
         accuracy, heads = user_accuracy(fit.responsibilities_matrix, data.groups)
         figures["user_accuracy"], figures["head_of_group"] = accuracy, heads

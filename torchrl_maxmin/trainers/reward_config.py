@@ -10,6 +10,8 @@ from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards.adapters import ADAPTERS
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.heads import HEADS
+from torchrl_maxmin.rewards.layouts import LAYOUTS
+from torchrl_maxmin.rewards.reader import POOLINGS
 
 __all__ = ["RewardConfig"]
 
@@ -54,6 +56,10 @@ class RewardConfig:
         lora_alpha: scale of the adapters.
         lora_dropout: dropout on the adapters' inputs.
         lora_target_modules: layers that get adapters; peft's choice when left out.
+        pooling: where the trunk is read: last, mean or cls token; what suits the trunk when left out.
+        text_layout: how prompt and completion become one text: continuation, chat, concat, text_pair,
+            response, or a template with {prompt} and {completion}; what suits the trunk when left out.
+        identifiability: whether to report if these pairs tell the users apart.
         convergence_tolerance: stop when no user changed group and the log-likelihood a pair rose by less.
         calibration: scale that the heads are saved with, fitted on samples of model_name_or_path (on the
             pairs' own responses where that is an encoder); sft_std, sft_mean, win_rate or none. The
@@ -100,6 +106,9 @@ class RewardConfig:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | None = None
+    pooling: str | None = None
+    text_layout: str | None = None
+    identifiability: bool = True
     convergence_tolerance: float = 1e-4
     calibration: str = "sft_std"
     calibration_prompts: int = 512
@@ -146,6 +155,13 @@ class RewardConfig:
             raise UserError(f"--head {self.head!r} is none of {', '.join(HEADS)}")
         if self.head_rank is not None and (self.head != "low_rank" or self.head_rank < 1):
             raise UserError("--head_rank is a positive number that goes with --head low_rank")
+        if self.pooling not in (None, *POOLINGS):
+            raise UserError(f"--pooling {self.pooling!r} is none of {', '.join(POOLINGS)}")
+        if self.text_layout and self.text_layout not in LAYOUTS and "{completion}" not in self.text_layout:
+            raise UserError(
+                f"--text_layout {self.text_layout!r} is none of {', '.join(LAYOUTS)}, "
+                "and no template with {completion} in it"
+            )
         if self.adapters not in ADAPTERS:
             raise UserError(f"--adapters {self.adapters!r} is none of {', '.join(ADAPTERS)}")
         if self.save_rounds < 0:
@@ -173,6 +189,7 @@ class RewardConfig:
     def model_options(self) -> dict[str, Any]:
         """What :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone` takes."""
         options: dict[str, Any] = {"head": self.head, "rank": self.head_rank}
+        options |= {"pooling": self.pooling, "layout": self.text_layout}
         if self.use_peft:
             lora = ("adapters", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             options |= {"use_peft": True, **{name: getattr(self, name) for name in lora}}

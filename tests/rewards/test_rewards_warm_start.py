@@ -1,0 +1,119 @@
+"""Where EM starts: what reaches the linear mixture, and what it says of the users."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.preferences.world import sample_reviews
+from torchrl_maxmin.rewards import fit_mixture, select_num_groups, warm_start
+from torchrl_maxmin.rewards.identifiability import identifiability_report
+
+USERS, PAIRS = 16, 12
+QUICK = {"num_rounds": 1, "steps_per_round": 1, "batch_size": 8, "num_restarts": 1, "max_groups": 2}
+
+
+def rows():
+    """Ten users pick the longer of two reviews, six the shorter; each prompt is seen by two of them."""
+    for i, (prompt, rest) in enumerate(sample_reviews(USERS * PAIRS, seed=0)):
+        words, user = f"{prompt} {rest}".split(), i // PAIRS
+        sides = (" ".join(words), " ".join(words[: len(words) // 2]))
+        chosen, rejected = sides if user % 8 < 5 else reversed(sides)
+        yield {"prompt": f"film {i % (USERS * PAIRS // 2)}", "a": chosen, "b": rejected, "user_id": user}
+
+
+@pytest.fixture(scope="module")
+def data():
+    import datasets
+
+    pairs = [
+        {"prompt": r["prompt"], "chosen": r["a"], "rejected": r["b"], "user_id": r["user_id"]} for r in rows()
+    ]
+    return PreferenceDataset.load(datasets.Dataset.from_list(pairs))
+
+
+def test_the_report_says_if_users_can_be_told_apart(data, tiny_model):
+    fit = fit_mixture(data, tiny_model, num_groups=2, identifiability=True, **QUICK)
+    report = fit.identifiability
+    assert (report.num_users, report.num_groups, report.prompt_overlap) == (USERS, 2, 1.0)
+    assert report.pairs_per_user == (PAIRS, PAIRS, PAIRS)
+    assert report.report().splitlines()[0] in fit.report()
+    found = report.mixture.assignments
+    assert len(set(found[[u for u in range(USERS) if u % 8 < 5]].tolist())) == 1
+    assert fit_mixture(data, tiny_model, num_groups=2, **QUICK).identifiability is None
+
+
+def test_the_report_changes_no_bit_of_the_fit(data, tiny_model):
+    with_report = fit_mixture(data, tiny_model, num_groups=2, identifiability=True, **QUICK)
+    without = fit_mixture(data, tiny_model, num_groups=2, **QUICK)
+    assert torch.equal(with_report.responsibilities_matrix, without.responsibilities_matrix)
+    assert torch.equal(with_report.model.model.score.weight, without.model.model.score.weight)
+
+
+def test_it_is_carried_through_a_stop(data, tiny_model):
+    states = []
+    settings = QUICK | {"num_rounds": 2, "convergence_tolerance": -1e9}
+    whole = fit_mixture(
+        data, tiny_model, num_groups="auto", identifiability=True, on_round=states.append, **settings
+    )
+    again = fit_mixture(
+        data, tiny_model, num_groups="auto", identifiability=True, resume=states[0], **settings
+    )
+    assert again.identifiability.to_dict() == whole.identifiability.to_dict()
+    assert again.choice == whole.choice
+
+
+def test_many_users_are_looked_at_by_a_sample(data, tiny_model, monkeypatch):
+    monkeypatch.setattr(warm_start, "REPORT_USERS", 10)
+    fit = fit_mixture(data, tiny_model, num_groups=2, identifiability=True, **QUICK)
+    assert fit.identifiability.num_users == 10
+    assert fit.responsibilities_matrix.shape == (USERS, 2)
+
+
+def test_halved_ties_reach_the_choice_of_k(tiny_model, monkeypatch):
+    import datasets
+
+    judged = [
+        {
+            "prompt": r["prompt"],
+            "response_a": r["a"],
+            "response_b": r["b"],
+            "winner": "a",
+            "user_id": r["user_id"],
+        }
+        for r in rows()
+    ]
+    judged[3]["winner"] = "tie"
+    tied = PreferenceDataset.load(datasets.Dataset.from_list(judged), ties="halve")
+    seen = []
+
+    def choose(*args, row_weights, **kwargs):
+        seen.append(row_weights)
+        return select_num_groups(*args, row_weights=row_weights, **kwargs)
+
+    monkeypatch.setattr(warm_start, "select_num_groups", choose)
+    fit_mixture(tied, tiny_model, num_groups="auto", **QUICK)
+    assert torch.equal(seen[0], tied.weights.float())
+
+
+def test_users_that_do_not_differ_are_one_group_and_two_would_be_flagged():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60 * 20, 8))
+    x *= np.where(rng.random(len(x)) < 1 / (1 + np.exp(-3 * x[:, 0])), 1, -1)[:, None]
+    differences, offsets = torch.from_numpy(x), torch.arange(61) * 20
+    fit = {"m_step": "exact", "num_restarts": 2, "num_rounds": 30}
+    choice = select_num_groups(differences, offsets, 2, l2_candidates=(1e-3,), **fit)
+    assert choice.num_groups == 1
+    assert "do not differ" in choice.report()
+    report = identifiability_report(differences, offsets, 2, l2_candidates=(1e-3,), **fit)
+    assert not report.identifiable
+    assert "not identifiable" in report.report()
+
+
+def test_fields_are_plain(data, tiny_model):
+    fit = fit_mixture(data, tiny_model, num_groups=2, identifiability=True, **QUICK)
+    plain = fit.identifiability.to_dict()
+    names = {field.name for field in dataclasses.fields(fit.identifiability)} - {"mixture", "posterior"}
+    assert set(plain) == names
