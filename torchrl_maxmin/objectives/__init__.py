@@ -1,5 +1,7 @@
 """K-column advantages, their scalarisation by group weights, and the MaxMin PPO loss."""
 
+from torchrl_maxmin.objectives.advantage import MaxMinAdvantage
+from torchrl_maxmin.objectives.kl import KL_ESTIMATORS, kl_estimate
 from torchrl_maxmin.objectives.masked import (
     masked_explained_variance,
     masked_mean,
@@ -11,8 +13,11 @@ from torchrl_maxmin.objectives.scalarise import scalarise_advantage
 from torchrl_maxmin.objectives.vector_gae import VectorGAE
 
 __all__ = [
+    "KL_ESTIMATORS",
+    "MaxMinAdvantage",
     "MaxMinPPOLoss",
     "VectorGAE",
+    "kl_estimate",
     "masked_explained_variance",
     "masked_mean",
     "ratio_statistics",

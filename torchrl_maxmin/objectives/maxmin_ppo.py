@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -16,27 +15,20 @@ from tensordict.nn import (
 )
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torchrl.modules import ValueNorm
 from torchrl.objectives import ClipPPOLoss, LossModule, PPOLoss, ValueEstimators
 from torchrl.objectives.ppo import _broadcast_advantage_to_log_weight, _check_advantage_broadcast
-from torchrl.objectives.utils import (
-    _clip_value_loss,
-    _maybe_add_or_extend_key,
-    _sum_td_features,
-    distance_loss,
-)
+from torchrl.objectives.utils import _maybe_add_or_extend_key, _sum_td_features
 
-from torchrl_maxmin.objectives.masked import (
-    masked_explained_variance,
-    masked_mean,
-    ratio_statistics,
-    whiten,
-)
+from torchrl_maxmin.objectives.critic import VectorCriticMixin
+from torchrl_maxmin.objectives.kl import KL_ESTIMATORS, kl_estimate
+from torchrl_maxmin.objectives.masked import masked_mean, ratio_statistics, whiten
 from torchrl_maxmin.objectives.scalarise import scalarise_advantage
 from torchrl_maxmin.objectives.scoring import ScoredActions, ScoringActorMixin
 from torchrl_maxmin.objectives.vector_gae import VectorGAE
 
 
-class MaxMinPPOLoss(ScoringActorMixin, ClipPPOLoss):
+class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
     """Clipped PPO whose advantage, value target and critic have one column per group.
 
     In MaxMin-RLHF (https://arxiv.org/abs/2402.08925) the policy climbs ``sum_k w_k F_k`` for group
@@ -53,8 +45,10 @@ class MaxMinPPOLoss(ScoringActorMixin, ClipPPOLoss):
        biased variance) and the metrics. Masked steps may hold anything, NaN included.
     3. The actor may be any module that writes the log-probability of the given action from a fused
        operator, see below.
-    4. A KL penalty to a reference policy (k3, http://joschu.net/blog/kl-approx.html) can be added to the
-       loss.
+    4. A KL penalty to a reference policy can be added to the loss, by any estimator of
+       :func:`~torchrl_maxmin.objectives.kl_estimate`.
+    5. The critic's loss can be taken in units of every column's own spread (``value_norm``), so that a
+       group with large returns does not take the critic for itself.
 
     With one group, no mask and the same advantage, losses and gradients equal the parent's to the bit.
 
@@ -73,6 +67,10 @@ class MaxMinPPOLoss(ScoringActorMixin, ClipPPOLoss):
         kl_to_ref_coeff (float): weight of the KL penalty to the reference, whose log-probabilities of
             the actions are read from ``ref_log_prob``. 0 leaves the term out; a positive value can be
             rescheduled later. Defaults to ``0.0``.
+        kl_estimator (str): ``"k1"``, ``"k2"`` or ``"k3"``, for that penalty. Defaults to ``"k3"``.
+        value_norm (ValueNorm, optional): statistics of the value target, of shape C: the critic's loss
+            and ``clip_value`` are then in their units, column by column; updated by every call, from
+            valid steps alone. Defaults to ``None``.
         loss_mask_key (NestedKey, "auto" or None): the entry that marks valid steps, as the attribute of
             that name. Defaults to ``"auto"``.
         **kwargs: those of :class:`~torchrl.objectives.ClipPPOLoss`.
@@ -165,6 +163,8 @@ class MaxMinPPOLoss(ScoringActorMixin, ClipPPOLoss):
         critic_network: TensorDictModule | None = None,
         *,
         kl_to_ref_coeff: float = 0.0,
+        kl_estimator: str = "k3",
+        value_norm: ValueNorm | None = None,
         loss_mask_key: NestedKey | None = "auto",
         **kwargs: Any,
     ) -> None:
@@ -177,6 +177,10 @@ class MaxMinPPOLoss(ScoringActorMixin, ClipPPOLoss):
         super().__init__(actor_network, critic_network, **kwargs)
         if kl_to_ref_coeff < 0:
             raise ValueError(f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}.")
+        if kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator is one of {', '.join(KL_ESTIMATORS)}, not {kl_estimator!r}.")
+        self.kl_estimator = kl_estimator
+        self.value_norm = value_norm
         self.register_coeff_buffer(
             "kl_to_ref_coeff", float(kl_to_ref_coeff) or None, device=self.entropy_coeff.device
         )
@@ -251,7 +255,7 @@ class MaxMinPPOLoss(ScoringActorMixin, ClipPPOLoss):
     # -- the reference --------------------------------------------------------------------------------
 
     def _kl_to_ref(self, scored: ScoredActions, tensordict: TensorDictBase, mask: Tensor | None) -> Tensor:
-        """The k3 estimate ``exp(d) - d - 1`` with ``d = log pi_ref - log pi``, ``[*B, 1]``."""
+        """The estimate of every step, ``[*B, 1]``."""
         ref_log_prob = tensordict.get(self.tensor_keys.ref_log_prob, None)
         log_prob = scored.log_prob
         if ref_log_prob is None:
@@ -266,64 +270,10 @@ class MaxMinPPOLoss(ScoringActorMixin, ClipPPOLoss):
                 f"{self.tensor_keys.ref_log_prob!r} has shape {tuple(ref_log_prob.shape)}, the policy's "
                 f"log-probability {tuple(log_prob.shape)}."
             )
-        difference = (ref_log_prob - log_prob).unsqueeze(-1)
+        log_ratio = (log_prob - ref_log_prob).unsqueeze(-1)
         if mask is not None:
-            difference = torch.where(mask, difference, 0.0)
-        return difference.exp() - difference - 1.0
-
-    # -- the critic -----------------------------------------------------------------------------------
-
-    def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The critic's loss, times ``critic_coeff``, and its masked metrics.
-
-        Args:
-            tensordict: the data, with ``value_target`` and what the critic reads.
-
-        Returns:
-            The loss of every step and column ``[*B, C]``, the fraction of clipped values or None, the
-            explained variance of every column ``[C]`` or None.
-        """
-        keys = self.tensor_keys
-        if self.separate_losses:
-            tensordict = tensordict.detach()
-        target = tensordict.get(keys.value_target, None)
-        if target is None:
-            raise KeyError(
-                f"The value target {keys.value_target!r} is not in the data: compute it with VectorGAE, "
-                "or leave the advantage out for the loss to compute both."
-            )
-        old_value = tensordict.get(keys.value, None) if self.clip_value is not None else None
-        if self.clip_value is not None and old_value is None:
-            raise KeyError(f"clip_value needs the values {keys.value!r} of the rollout in the data.")
-        with (
-            self.critic_network_params.to_module(self.critic_network, preserve_module_state=False)
-            if self.functional
-            else contextlib.nullcontext()
-        ):
-            value = self.critic_network(tensordict).get(keys.value)
-        if value is None or value.shape != target.shape:
-            raise ValueError(
-                f"The critic's {keys.value!r} has shape {None if value is None else tuple(value.shape)}, "
-                f"but {keys.value_target!r} has {tuple(target.shape)}: they need one column per group each, "
-                "and one more each if the KL penalty has its own."
-            )
-        target, value, old_value = self._critic_loss_inputs(target, value, old_value)
-        mask = self._mask(tensordict, value)
-        if mask is not None:
-            # Padding may hold NaN, which would survive a multiplication by 0 in the backward pass.
-            target = torch.where(mask, target, 0.0)
-            value = torch.where(mask, value, 0.0)
-            old_value = None if old_value is None else torch.where(mask, old_value, 0.0)
-        loss = distance_loss(target, value, loss_function=self.loss_critic_type)
-        clip_fraction = None
-        if old_value is not None:
-            loss, _ = _clip_value_loss(old_value, value, self.clip_value, target, loss, self.loss_critic_type)
-            clipped = (value - old_value).detach().abs() > self.clip_value
-            clip_fraction = masked_mean(clipped.to(value.dtype), mask)
-        explained_variance = None
-        if self.log_explained_variance:
-            explained_variance = masked_explained_variance(target.detach(), value.detach(), mask)
-        return (self.critic_coeff * loss if self._has_critic else loss), clip_fraction, explained_variance
+            log_ratio = torch.where(mask, log_ratio, 0.0)
+        return kl_estimate(log_ratio, self.kl_estimator)
 
     # -- the loss -------------------------------------------------------------------------------------
 

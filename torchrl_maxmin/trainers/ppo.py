@@ -295,7 +295,7 @@ class PPOTrainer:
         )  # fmt: skip
         batch["ref_log_prob"] = self.reference.log_prob(batch)
         self.critic(batch)
-        steps = token_steps(batch, self.kl_controller.coef)
+        steps = token_steps(batch, self.kl_controller.coef, self.config.kl_estimator)
         steps["group_weights"] = batch["group_weights"][:, None].expand(*steps.shape, -1)
         self.gae(steps)
         batch["advantage"] = whiten(steps["advantage"], steps["mask"])

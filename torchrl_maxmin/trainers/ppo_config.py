@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.objectives.kl import KL_ESTIMATORS
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 
 __all__ = ["PPOConfig"]
@@ -37,6 +38,7 @@ class PPOConfig:
         calibration_prompts: prompts of the reference samples for the calibration.
         calibration_samples: reference samples a prompt.
         beta: weight of the KL penalty to the reference, paid for every token.
+        kl_estimator: of that penalty a token; k1 (unbiased), k2 or k3 (never negative).
         kl_controller: constant, or adaptive towards kl_target.
         kl_target: KL a response that the adaptive controller aims at, in nats.
         kl_horizon: responses over which the adaptive controller moves.
@@ -81,6 +83,7 @@ class PPOConfig:
     calibration_prompts: int = 512
     calibration_samples: int = 2
     beta: float = 0.05
+    kl_estimator: str = "k1"
     kl_controller: str = "constant"
     kl_target: float = 6.0
     kl_horizon: int = 10000
@@ -116,6 +119,7 @@ class PPOConfig:
             ("welfare", self.welfare, WELFARES),
             ("adversary", self.adversary, ADVERSARIES),
             ("calibration", self.calibration, CALIBRATIONS),
+            ("kl_estimator", self.kl_estimator, KL_ESTIMATORS),
             ("kl_controller", self.kl_controller, ("constant", "adaptive")),
         ):
             if value not in known:
