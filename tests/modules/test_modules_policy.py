@@ -101,7 +101,8 @@ def test_rollout_log_probs_are_those_of_training_and_of_plain_transformers(tiny_
     scored = TokenScorer(policy)(
         batch.select("prompt_tokens", "prompt_mask", "action", "action_mask").clone()
     )
-    torch.testing.assert_close(scored["log_prob"].detach(), batch["sample_log_prob"], atol=1e-6, rtol=0)
+    # the sampler reads cached keys, the scorer whole sequences: equal up to the rounding of float32
+    torch.testing.assert_close(scored["log_prob"].detach(), batch["sample_log_prob"], atol=5e-6, rtol=0)
     for i in range(30):
         row = action[i][action_mask[i]].tolist()
         with torch.no_grad():

@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, plain_generation
+from torchrl_maxmin.modules.sampled_log_probs import SampledLogProbs
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, mask_after_eos
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
@@ -107,8 +108,9 @@ class TokenPolicy(TensorDictModuleBase):
         )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Sample a response to every prompt and score it."""
+        """Sample a response to every prompt; its log-probabilities are those that it was drawn with."""
         prompt = tensordict["prompt_tokens"]
+        sampled = SampledLogProbs(self.temperature)
         with torch.no_grad():
             generated = self.model.generate(
                 input_ids=prompt,
@@ -120,14 +122,17 @@ class TokenPolicy(TensorDictModuleBase):
                 max_new_tokens=self.max_new_tokens,
                 eos_token_id=self.eos_token_id,
                 pad_token_id=self.pad_token_id,
+                logits_processor=[sampled],
             )[:, prompt.shape[-1] :]
+            log_prob = sampled.finish(generated[:, -1])
             # generate() returns early only when every row has ended: what is missing is padding
             short = self.max_new_tokens - generated.shape[-1]
             action = nn.functional.pad(generated, (0, short), value=self.pad_token_id)
             action_mask = mask_after_eos(action, self.eos_token_id)
             tensordict["action"] = action.masked_fill(~action_mask, self.pad_token_id)
             tensordict["action_mask"] = action_mask
-            tensordict["sample_log_prob"] = self.log_prob(tensordict)
+            log_prob = nn.functional.pad(log_prob, (0, short))
+            tensordict["sample_log_prob"] = torch.where(action_mask, log_prob, 0.0)
         return tensordict
 
     def log_prob(self, tensordict: TensorDictBase) -> Tensor:
