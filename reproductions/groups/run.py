@@ -11,7 +11,8 @@
 ``figure6``
     The setting of the paper's Figure 6: 2 groups of 30 users, 75 pairs each; balanced accuracy by EM round.
 
-Each writes ``<name>.csv``; true groups are used to measure, and to train where the row says so.
+Each writes ``<name>.csv``, and all together ``results.md``; true groups are used to measure, and to train
+where the row says so.
 """
 
 import argparse
@@ -226,6 +227,82 @@ def main() -> None:
             lines = [parts[0][0], *(line for part in parts for line in part[1:])]
             (args.output / f"{name}.csv").write_text("\n".join(lines) + "\n")
             console.print(f"{name}: {args.output / f'{name}.csv'}")
+    write_tables(args.output)
+
+
+def write_tables(folder: Path) -> None:
+    """``results.md``: the tables of the experiments whose figures lie in the folder."""
+    parts = [
+        "# Who belongs together, on the embedded world",
+        "",
+        "Written by `run.py` from the CSV files.",
+        "",
+    ]
+    for name, table in TABLES.items():
+        if (folder / f"{name}.csv").is_file():
+            with (folder / f"{name}.csv").open(newline="") as file:
+                parts += table(list(csv.DictReader(file)))
+    (folder / "results.md").write_text("\n".join(parts))
+
+
+def recovery_table(rows: list[dict[str, str]]) -> list[str]:
+    """Markdown: by world, over seeds."""
+    lines = [
+        "## Recovery: 300 users, 20 pairs each",
+        "",
+        "| world | K = 2 chosen | balanced accuracy, lowest | correlation of the majority's head with its "
+        "utility, mean and lowest | of the minority's |",
+        "|---|---|---|---|---|",
+    ]
+    for world in dict.fromkeys(row["world"] for row in rows):
+        mine = [row for row in rows if row["world"] == world]
+        chosen = sum(row["num_groups_selected"] == "2" for row in mine)
+        cells = [f"{chosen} of {len(mine)}", f"{min(float(row['balanced_accuracy']) for row in mine):.3f}"]
+        for group in ("sentiment", "conciseness"):
+            values = [float(row[f"correlation_{group}"]) for row in mine]
+            cells.append(f"{sum(values) / len(values):.3f}, {min(values):.3f}")
+        lines.append(f"| {world} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def table1_table(rows: list[dict[str, str]]) -> list[str]:
+    """Markdown: accuracy by ratio, mean over seeds."""
+    seeds = len({row["seed"] for row in rows})
+    lines = [
+        f"## The shape of the paper's Table 1: accuracy on held-out pairs, {seeds} seeds",
+        "",
+        "| majority : minority | group | single | mixture | true groups |",
+        "|---|---|---|---|---|",
+    ]
+    for ratio in dict.fromkeys(row["ratio"] for row in rows):
+        for label, group in (("majority", "sentiment"), ("minority", "conciseness")):
+            cells = []
+            for kind in ("single", "mixture", "true groups"):
+                mine = [float(r[group]) for r in rows if (r["ratio"], r["reward"]) == (ratio, kind)]
+                cells.append(f"{sum(mine) / len(mine):.3f}")
+            lines.append(f"| {ratio} | {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def figure6_table(rows: list[dict[str, str]]) -> list[str]:
+    """Markdown: seeds with every user in the right group, by round."""
+    lines = [
+        "## The setting of the paper's Figure 6: 2 groups of 30 users, 75 pairs each",
+        "",
+        "| EM round | seeds with every user in the right group |",
+        "|---|---|",
+    ]
+    for index in dict.fromkeys(row["round"] for row in rows):
+        mine = [float(row["balanced_accuracy"]) == 1 for row in rows if row["round"] == index]
+        lines.append(f"| {index} | {sum(mine)} of {len(mine)} |")
+    return [*lines, ""]
+
+
+TABLES: dict[str, Callable[[list[dict[str, str]]], list[str]]] = {
+    "recovery": recovery_table,
+    "table1": table1_table,
+    "figure6": figure6_table,
+}
 
 
 if __name__ == "__main__":
