@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from welfare_bandits import BANDITS, VALUE, mirror_ascent
+from welfare_bandits import BANDITS, BETA, VALUE, WEIGHTS, mirror_ascent, objective
 
 from torchrl_maxmin.welfare import (
     ADVERSARIES,
@@ -12,16 +12,24 @@ from torchrl_maxmin.welfare import (
     ExponentiatedGradient,
     FixedWeights,
     HardMin,
+    KLBall,
+    Nash,
+    ProjectedGradient,
     SoftMin,
+    WelfareAdversary,
     make_adversary,
 )
+from torchrl_maxmin.welfare.adversaries import project_to_simplex
 
 MAKERS = {
     "hard_min": lambda k: HardMin(k),
     "exponentiated_gradient": lambda k: ExponentiatedGradient(k, step_size=0.3, scale=2.0),
     "entropy_regularized": lambda k: EntropyRegularized(k),
+    "projected_gradient": lambda k: ProjectedGradient(k, step_size=0.3, scale=2.0),
+    "welfare": lambda k: WelfareAdversary(k, KLBall(0.2)),
     "fixed": lambda k: FixedWeights(torch.full((k,), 1.0 / k)),
 }
+OPTIONS = {"step_decay": 0.1, "optimistic": True, "ema": 0.5}
 each_adversary = pytest.mark.parametrize("name", MAKERS)
 
 
@@ -152,6 +160,10 @@ def test_factory():
         (lambda: EntropyRegularized(2, tau=0.0), "tau"),
         (lambda: EntropyRegularized(2, eta_tau=1.5), "eta_tau"),
         (lambda: FixedWeights([0.5, 0.6]), "sum to 1"),
+        (lambda: ProjectedGradient(2, step_size=-1.0), "step_size"),
+        (lambda: ProjectedGradient(2, step_size=1.0, scale=0.0), "scale"),
+        (lambda: HardMin(2, step_decay=-1.0), "step_decay"),
+        (lambda: HardMin(2, ema=1.0), "ema"),
     ],
 )
 def test_bad_settings_raise(make, match):
@@ -190,3 +202,94 @@ def test_hard_min_oscillates_with_an_amplitude_set_by_the_step(name):
         assert switches >= 90
     assert gaps[0.5] >= 0.005
     assert 3.0 < gaps[0.5] / gaps[0.1] < 8.0
+
+
+@pytest.mark.parametrize("name", BANDITS)
+def test_the_average_policy_of_a_small_step_is_near_the_max_min(name):
+    """The mean of the second half's policies against the hard minimum, step .1."""
+    rewards = BANDITS[name]
+    adversary, logits, seen = HardMin(rewards.shape[1]), torch.zeros(len(rewards)).double(), []
+    for _ in range(3000):
+        log_policy = logits.log_softmax(-1)
+        policy = log_policy.exp()
+        gradient = rewards @ adversary.update(policy @ rewards).double() - BETA * log_policy
+        logits = logits + 0.1 * (gradient - policy @ gradient)
+        seen.append(policy)
+    average = torch.stack(seen[1500:]).mean(0)
+    assert VALUE[name] - objective(average.log(), rewards).item() <= 0.005
+    torch.testing.assert_close(
+        adversary.average_weights.double(), torch.tensor(WEIGHTS[name]).double(), atol=0.05, rtol=0
+    )
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=6))
+def test_projection_onto_the_simplex(values):
+    point = torch.tensor(values, dtype=torch.float64)
+    found = project_to_simplex(point)
+    assert (found >= 0).all()
+    assert found.sum().item() == pytest.approx(1.0, abs=1e-9)
+    # the nearest: the residual makes an obtuse angle with the way to every corner
+    corners = torch.eye(len(values), dtype=torch.float64)
+    assert ((corners - found) @ (point - found) <= 1e-8).all()
+
+
+def test_a_welfare_adversary_has_the_direction_of_the_gradient():
+    utilities = torch.tensor([0.8, 0.2, 0.5])
+    weights = WelfareAdversary(3, Nash()).update(utilities)
+    torch.testing.assert_close(weights, (1 / utilities) / (1 / utilities).sum())
+
+
+def test_options_by_hand():
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])
+    optimistic = HardMin(2, optimistic=True)
+    assert optimistic.update(first).tolist() == [0.0, 1.0]
+    assert optimistic.update(second).tolist() == [1.0, 0.0]  # 2 * (0, 3) - (1, 0) = (-1, 6)
+    smoothed = HardMin(2, ema=0.5)
+    smoothed.update(first)
+    smoothed.update(second)
+    assert smoothed.smoothed_utilities.tolist() == [0.5, 1.5]
+    decayed = ExponentiatedGradient(2, step_size=1.0, step_decay=3.0)
+    decayed.update(first)
+    before = decayed.log_weights.clone()
+    decayed.update(first)  # the second step is half of the first: 1 / sqrt(1 + 3)
+    log_ratio = (decayed.log_weights - before).diff().item()
+    assert log_ratio == pytest.approx(0.5, abs=1e-6)
+    assert HardMin(2, **OPTIONS).extra_repr() == "num_groups=2, step_decay=0.1, optimistic=True, ema=0.5"
+
+
+@each_adversary
+def test_options_and_averages_survive_a_state_dict(name):
+    if name == "fixed":
+        pytest.skip("weights that never move take no options")
+    settings_of = {
+        "hard_min": {},
+        "exponentiated_gradient": {"step_size": 0.3},
+        "entropy_regularized": {},
+        "projected_gradient": {"step_size": 0.3},
+        "welfare": {"welfare": KLBall(0.2)},
+    }
+    straight, resumed = (make_adversary(name, 3, **settings_of[name], **OPTIONS) for _ in range(2))
+    rounds = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    seen = [straight.update(utilities) for utilities in rounds[:4]]
+    resumed.load_state_dict(straight.state_dict())
+    for utilities in rounds[4:]:
+        seen.append(straight.update(utilities))
+        assert torch.equal(seen[-1], resumed.update(utilities))
+    torch.testing.assert_close(straight.average_weights, torch.stack(seen).mean(0))
+
+
+def test_optimism_settles_a_game_that_plain_descent_cycles_in():
+    """Matching pennies between two gradient players; the solution is the middle."""
+
+    def last(optimistic):
+        rows = ExponentiatedGradient(2, 0.1, optimistic=optimistic)
+        columns = ExponentiatedGradient(2, 0.1, optimistic=optimistic)
+        columns.log_weights.copy_(torch.tensor([0.7, 0.3]).log())
+        for _ in range(4000):
+            x, y = rows.weights.clone(), columns.weights.clone()
+            rows.update(torch.stack([y[0] - y[1], y[1] - y[0]]))
+            columns.update(torch.stack([x[1] - x[0], x[0] - x[1]]))
+        return (columns.weights - 0.5).abs().max().item()
+
+    assert last(True) < 0.01
+    assert last(False) > 0.2

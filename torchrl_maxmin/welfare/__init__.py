@@ -7,27 +7,43 @@ from torchrl_maxmin.welfare.adversaries import (
     ExponentiatedGradient,
     FixedWeights,
     HardMin,
+    ProjectedGradient,
+    WelfareAdversary,
     make_adversary,
 )
 from torchrl_maxmin.welfare.certificate import Certificate, certify
 from torchrl_maxmin.welfare.dual import DualSolution, dual_objective, solve_dual
+from torchrl_maxmin.welfare.fair import AlphaFair, GeneralizedGini, Nash, Regret
 from torchrl_maxmin.welfare.functions import Egalitarian, SoftMin, Utilitarian, Welfare
+from torchrl_maxmin.welfare.names import WELFARES, make_welfare
+from torchrl_maxmin.welfare.robust import Chi2Ball, CVaR, KLBall
 
 __all__ = [
     "ADVERSARIES",
+    "WELFARES",
     "Adversary",
+    "AlphaFair",
+    "CVaR",
     "Certificate",
+    "Chi2Ball",
     "DualSolution",
     "Egalitarian",
     "EntropyRegularized",
     "ExponentiatedGradient",
     "FixedWeights",
+    "GeneralizedGini",
     "HardMin",
+    "KLBall",
+    "Nash",
+    "ProjectedGradient",
+    "Regret",
     "SoftMin",
     "Utilitarian",
     "Welfare",
+    "WelfareAdversary",
     "certify",
     "dual_objective",
     "make_adversary",
+    "make_welfare",
     "solve_dual",
 ]

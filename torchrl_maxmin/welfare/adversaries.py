@@ -15,28 +15,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_maxmin.welfare.functions import check_simplex, check_utilities
+from torchrl_maxmin.welfare.functions import Welfare, check_simplex, check_utilities
 
 
 class Adversary(nn.Module, ABC):
     """The base class: ``weights`` ``[K]`` now, ``update(utilities [K]) -> weights [K]``.
 
     Subclasses write ``_step``, register what they remember as buffers, and offer ``weights``.
+    ``average_weights`` ``[K]`` is the mean of the weights after every update: in a game without
+    curvature the average converges where the last iterate cycles.
 
     Args:
         num_groups: K, the number of groups.
 
+    Keyword Args:
+        step_decay: the t-th step is divided by ``sqrt(1 + step_decay * t)``. Defaults to 0, no decay.
+        optimistic: move on ``2 u_t - u_(t-1)``, a guess of the utilities to come, which turns the
+            cycles of a bilinear game into a spiral to its solution (Rakhlin & Sridharan, 2013).
+        ema: share of the past in an exponential average of the utilities. Defaults to 0, none: on the
+            learned policies that were tried the delay hurts more than the noise.
+
     Raises:
-        ValueError: if ``num_groups`` is not positive.
+        ValueError: if ``num_groups`` is not positive or an option out of range.
     """
 
     weights: Tensor
+    average_weights: Tensor
+    num_updates: Tensor
+    last_utilities: Tensor
+    smoothed_utilities: Tensor
 
-    def __init__(self, num_groups: int) -> None:
+    def __init__(
+        self, num_groups: int, *, step_decay: float = 0.0, optimistic: bool = False, ema: float = 0.0
+    ) -> None:
         super().__init__()
         if num_groups < 1:
             raise ValueError(f"num_groups must be at least 1, got {num_groups}.")
+        if not step_decay >= 0:
+            raise ValueError(f"step_decay must not be negative, got {step_decay}.")
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1, got {ema}.")
         self.num_groups = int(num_groups)
+        self.step_decay, self.optimistic, self.ema = float(step_decay), bool(optimistic), float(ema)
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("average_weights", torch.full((num_groups,), 1.0 / num_groups))
+        self.register_buffer("last_utilities", torch.zeros(num_groups, dtype=torch.float64))
+        self.register_buffer("smoothed_utilities", torch.zeros(num_groups, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, utilities: Tensor) -> Tensor:
@@ -56,8 +80,27 @@ class Adversary(nn.Module, ABC):
                 f"An adversary takes population utilities of shape [{self.num_groups}], got "
                 f"{tuple(utilities.shape)}: average over samples first."
             )
-        self._step(check_utilities(utilities, self.num_groups))
+        self._step(self._seen(check_utilities(utilities, self.num_groups)))
+        self.num_updates += 1
+        self.average_weights += (self.weights - self.average_weights) / self.num_updates
         return self.weights.clone()
+
+    def _seen(self, utilities: Tensor) -> Tensor:
+        """The utilities that the step moves on: smoothed and extrapolated as the options say."""
+        first = int(self.num_updates) == 0
+        if self.ema:
+            new = utilities.to(self.smoothed_utilities)
+            self.smoothed_utilities.lerp_(new, 1.0 if first else 1.0 - self.ema)
+            utilities = self.smoothed_utilities.clone()
+        if self.optimistic:
+            now = utilities.to(self.last_utilities)
+            utilities = now if first else 2 * now - self.last_utilities
+            self.last_utilities.copy_(now)
+        return utilities
+
+    def _decay(self) -> float:
+        """What the next step is multiplied by."""
+        return (1.0 + self.step_decay * int(self.num_updates)) ** -0.5
 
     def forward(self, utilities: Tensor) -> Tensor:
         """The same as :meth:`update`."""
@@ -67,9 +110,17 @@ class Adversary(nn.Module, ABC):
     def _step(self, utilities: Tensor) -> None:
         """Move the state, given checked utilities ``[K]``."""
 
+    def _settings(self) -> dict[str, Any]:
+        """The settings that are worth showing."""
+        return {}
+
     def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"num_groups={self.num_groups}"
+        """The settings, for ``print``; options only where they are on."""
+        options = {name: getattr(self, name) for name in ("step_decay", "optimistic", "ema")}
+        shown = self._settings() | {name: value for name, value in options.items() if value}
+        return ", ".join(
+            f"{name}={value}" for name, value in {"num_groups": self.num_groups, **shown}.items()
+        )
 
 
 class HardMin(Adversary):
@@ -80,6 +131,7 @@ class HardMin(Adversary):
 
     Args:
         num_groups: K.
+        **options: see :class:`Adversary`.
 
     Example:
         >>> import torch
@@ -88,8 +140,8 @@ class HardMin(Adversary):
         tensor([0., 1., 0.])
     """
 
-    def __init__(self, num_groups: int) -> None:
-        super().__init__(num_groups)
+    def __init__(self, num_groups: int, **options: Any) -> None:
+        super().__init__(num_groups, **options)
         self.register_buffer("weights", torch.full((num_groups,), 1.0 / num_groups))
 
     def _step(self, utilities: Tensor) -> None:
@@ -102,8 +154,8 @@ class _LogSpaceAdversary(Adversary):
 
     log_weights: Tensor
 
-    def __init__(self, num_groups: int, scale: float) -> None:
-        super().__init__(num_groups)
+    def __init__(self, num_groups: int, scale: float, **options: Any) -> None:
+        super().__init__(num_groups, **options)
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}.")
         self.scale = float(scale)
@@ -132,6 +184,7 @@ class ExponentiatedGradient(_LogSpaceAdversary):
         num_groups: K.
         step_size: the step on utilities divided by ``scale``; at least 0.
         scale: the utilities' scale, for instance their standard deviation under the reference policy.
+        **options: see :class:`Adversary`.
 
     Raises:
         ValueError: if ``step_size`` is negative or ``scale`` not positive.
@@ -143,18 +196,101 @@ class ExponentiatedGradient(_LogSpaceAdversary):
         tensor([0.5000, 0.5000])
     """
 
-    def __init__(self, num_groups: int, step_size: float, scale: float = 1.0) -> None:
-        super().__init__(num_groups, scale)
+    def __init__(self, num_groups: int, step_size: float, scale: float = 1.0, **options: Any) -> None:
+        super().__init__(num_groups, scale, **options)
         if not step_size >= 0:
             raise ValueError(f"step_size must not be negative, got {step_size}.")
         self.step_size = float(step_size)
 
     def _step(self, utilities: Tensor) -> None:
-        self._multiply(1.0, self.step_size, utilities)
+        self._multiply(1.0, self._decay() * self.step_size, utilities)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"num_groups={self.num_groups}, step_size={self.step_size}, scale={self.scale}"
+    def _settings(self) -> dict[str, Any]:
+        return {"step_size": self.step_size, "scale": self.scale}
+
+
+class ProjectedGradient(Adversary):
+    """Gradient descent on the weights, projected onto the simplex: ``w <- proj(w - step_size * u / scale)``.
+
+    Unlike the multiplicative adversaries it gives a group weight 0, and takes it back at once.
+
+    Args:
+        num_groups: K.
+        step_size: the step on utilities divided by ``scale``; at least 0.
+        scale: the utilities' scale.
+        **options: see :class:`Adversary`.
+
+    Raises:
+        ValueError: if ``step_size`` is negative or ``scale`` not positive.
+
+    Example:
+        >>> import torch
+        >>> from torchrl_maxmin.welfare import ProjectedGradient
+        >>> ProjectedGradient(2, step_size=1.0).update(torch.tensor([0.5, 0.0]))
+        tensor([0.2500, 0.7500])
+    """
+
+    def __init__(self, num_groups: int, step_size: float, scale: float = 1.0, **options: Any) -> None:
+        super().__init__(num_groups, **options)
+        if not step_size >= 0:
+            raise ValueError(f"step_size must not be negative, got {step_size}.")
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}.")
+        self.step_size, self.scale = float(step_size), float(scale)
+        self.register_buffer("weights", torch.full((num_groups,), 1.0 / num_groups))
+
+    def _step(self, utilities: Tensor) -> None:
+        values = utilities.to(self.weights.device, torch.float64)
+        moved = self.weights.double() - self._decay() * self.step_size * (values - values.mean()) / self.scale
+        self.weights.copy_(project_to_simplex(moved))
+
+    def _settings(self) -> dict[str, Any]:
+        return {"step_size": self.step_size, "scale": self.scale}
+
+
+def project_to_simplex(point: Tensor) -> Tensor:
+    """The nearest point ``[K]`` of the probability simplex (Duchi et al., 2008).
+
+    Example:
+        >>> import torch
+        >>> project_to_simplex(torch.tensor([1.5, 0.0]))
+        tensor([1., 0.])
+    """
+    ordered = point.sort(descending=True).values
+    excess = (ordered.cumsum(0) - 1.0) / torch.arange(1, len(point) + 1, device=point.device)
+    support = int((ordered > excess).sum())
+    return (point - excess[support - 1]).clamp_min(0)
+
+
+class WelfareAdversary(Adversary):
+    """The gradient of any welfare, as group weights: every welfare trains a policy.
+
+    The gradient is divided by its sum, so that it can stand beside a KL penalty of weight 1; the
+    direction, ``sum_k w_k (r_k - beta KL)``, is that of the welfare of the F_k.
+
+    Args:
+        num_groups: K.
+        welfare: the welfare that the policy climbs.
+        **options: see :class:`Adversary`.
+
+    Example:
+        >>> import torch
+        >>> from torchrl_maxmin.welfare import Nash, WelfareAdversary
+        >>> WelfareAdversary(2, Nash()).update(torch.tensor([0.75, 0.25]))
+        tensor([0.2500, 0.7500])
+    """
+
+    def __init__(self, num_groups: int, welfare: Welfare, **options: Any) -> None:
+        super().__init__(num_groups, **options)
+        self.welfare = welfare
+        self.register_buffer("weights", torch.full((num_groups,), 1.0 / num_groups))
+
+    def _step(self, utilities: Tensor) -> None:
+        gradient = self.welfare.weights(utilities.to(self.weights.device, torch.float64))
+        self.weights.copy_(gradient / gradient.sum())
+
+    def _settings(self) -> dict[str, Any]:
+        return {"welfare": self.welfare}
 
 
 class EntropyRegularized(_LogSpaceAdversary):
@@ -170,6 +306,7 @@ class EntropyRegularized(_LogSpaceAdversary):
         eta_tau: the step ``eta`` times ``tau``, in (0, 1]; 1 forgets the past and answers with the
             fixed point at once.
         scale: the utilities' scale, for instance their standard deviation under the reference policy.
+        **options: see :class:`Adversary`.
 
     Raises:
         ValueError: if ``tau`` or ``scale`` is not positive or ``eta_tau`` not in (0, 1].
@@ -183,8 +320,15 @@ class EntropyRegularized(_LogSpaceAdversary):
         >>> torch.testing.assert_close(weights, torch.tensor([0.0, -1.0]).softmax(-1))
     """
 
-    def __init__(self, num_groups: int, tau: float = 0.05, eta_tau: float = 0.5, scale: float = 1.0) -> None:
-        super().__init__(num_groups, scale)
+    def __init__(
+        self,
+        num_groups: int,
+        tau: float = 0.05,
+        eta_tau: float = 0.5,
+        scale: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_groups, scale, **options)
         if not tau > 0:
             raise ValueError(f"tau must be positive, got {tau}; tau = 0 is ExponentiatedGradient.")
         if not 0 < eta_tau <= 1:
@@ -198,11 +342,11 @@ class EntropyRegularized(_LogSpaceAdversary):
         return self.tau * self.scale * float(torch.tensor(float(self.num_groups)).log())
 
     def _step(self, utilities: Tensor) -> None:
-        self._multiply(1.0 - self.eta_tau, self.eta_tau / self.tau, utilities)
+        eta_tau = self._decay() * self.eta_tau
+        self._multiply(1.0 - eta_tau, eta_tau / self.tau, utilities)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"num_groups={self.num_groups}, tau={self.tau}, eta_tau={self.eta_tau}, scale={self.scale}"
+    def _settings(self) -> dict[str, Any]:
+        return {"tau": self.tau, "eta_tau": self.eta_tau, "scale": self.scale}
 
 
 class FixedWeights(Adversary):
@@ -241,6 +385,8 @@ ADVERSARIES: dict[str, Callable[..., Adversary]] = {
     "entropy_regularized": EntropyRegularized,
     "exponentiated_gradient": ExponentiatedGradient,
     "hard_min": HardMin,
+    "projected_gradient": ProjectedGradient,
+    "welfare": WelfareAdversary,
     "fixed": _fixed,
 }
 """The names that :func:`make_adversary` knows."""
@@ -250,8 +396,9 @@ def make_adversary(name: str, num_groups: int, **kwargs: Any) -> Adversary:
     """Build an adversary from its name.
 
     Args:
-        name: one of ``entropy_regularized``, ``exponentiated_gradient``, ``hard_min`` and ``fixed``
-            (``weights=`` with the shares; equal weights without).
+        name: one of ``entropy_regularized``, ``exponentiated_gradient``, ``projected_gradient``,
+            ``hard_min``, ``welfare`` (``welfare=`` with the welfare) and ``fixed`` (``weights=`` with the
+            shares; equal weights without).
         num_groups: K.
         **kwargs: the settings of that class.
 

@@ -1,0 +1,45 @@
+"""Welfares by name, as a command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torchrl_maxmin.welfare.fair import AlphaFair, GeneralizedGini, Nash
+from torchrl_maxmin.welfare.functions import Egalitarian, SoftMin, Utilitarian, Welfare
+from torchrl_maxmin.welfare.robust import Chi2Ball, CVaR, KLBall
+
+__all__ = ["WELFARES", "make_welfare"]
+
+#: The names that :func:`make_welfare` knows.
+WELFARES: dict[str, Callable[..., Welfare]] = {
+    "egalitarian": Egalitarian,
+    "utilitarian": Utilitarian,
+    "soft_min": SoftMin,
+    "kl_ball": KLBall,
+    "chi2_ball": Chi2Ball,
+    "cvar": CVaR,
+    "nash": Nash,
+    "alpha_fair": AlphaFair,
+    "generalized_gini": GeneralizedGini,
+}
+
+
+def make_welfare(name: str, **settings: Any) -> Welfare:
+    """Build a welfare from its name.
+
+    Args:
+        name: one of :data:`WELFARES`.
+        **settings: the arguments of that class.
+
+    Raises:
+        ValueError: if the name is unknown, or a setting is out of range.
+
+    Example:
+        >>> from torchrl_maxmin.welfare import make_welfare
+        >>> make_welfare("cvar", level=0.2).level
+        0.2
+    """
+    if name not in WELFARES:
+        raise ValueError(f"Unknown welfare {name!r}. Known are: {', '.join(sorted(WELFARES))}.")
+    return WELFARES[name](**settings)
