@@ -28,8 +28,8 @@ from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.ensemble import is_reward_model
 from torchrl_maxmin.rewards.source import load_functions
+from torchrl_maxmin.trainers.ppo_gap import log_prob_in_batches, policy_certificate
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
-from torchrl_maxmin.welfare import certify
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
 
@@ -152,7 +152,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             written = to_texts(tokenizer, sampled)
             responses[name] = written
             utilities[name] = judge(*written).reshape(*shape, -1)
-            ratio = sampled["sample_log_prob"] - _log_prob(reference, sampled)
+            ratio = sampled["sample_log_prob"] - log_prob_in_batches(reference, sampled)
             kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
             length[name] = sampled["action_mask"].sum(-1).double().numpy().reshape(shape)
             advance(note=name)
@@ -224,12 +224,6 @@ def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torc
 
 
 @torch.no_grad()
-def _log_prob(policy: TokenPolicy, responses: TensorDict) -> torch.Tensor:
-    """Log-probabilities [N, R] on the CPU, by batches."""
-    device = next(policy.parameters()).device
-    return torch.cat([policy.log_prob(part.to(device)).cpu() for part in responses.split(512)])
-
-
 def _mixture_figures(
     config: EvaluateConfig,
     mixture: RewardModel,
@@ -320,23 +314,16 @@ def _certificate(
         return {**_NOTHING, "reason": f"{config.certify} was not trained on this reward mixture"}
     seed_everything(config.seed)
     some = prompts[: config.certificate_prompts]
-    half = config.certificate_samples // 2
     device = next(reference.parameters()).device
     policy = _load_policy(config.folders()[config.certify], tokenizer, config, device)
-    drawn = [sample_responses(who, some, half).reshape(len(some), half) for who in (policy, reference)]
-    both = torch.cat(drawn, 1).reshape(-1)
-    shape = (len(some), 2 * half)
-    log_policy = _log_prob(policy, both).double().sum(-1).reshape(shape)
-    log_reference = _log_prob(reference, both).double().sum(-1).reshape(shape)
-    rewards = calibration.apply(mixture.score(*to_texts(tokenizer, both))).double()
-    ended = ((both["action"] == tokenizer.eos_token_id) & both["action_mask"]).any(-1, keepdim=True)
-    rewards = (rewards - trained.get("missing_eos_penalty", 0.0) * ~ended).reshape(*shape, -1)
-    log_mixture = torch.logaddexp(log_policy, log_reference) - np.log(2)
-    penalty = beta * (log_policy - log_reference)[:, :half, None]
-    certificate = certify(
-        rewards,
-        log_reference - log_mixture - np.log(2 * half),
-        (rewards[:, :half] - penalty).mean(1),
-        beta,
+    missing_eos_penalty = trained.get("missing_eos_penalty", 0.0)
+
+    def rewards(responses: TensorDict) -> torch.Tensor:
+        calibrated = calibration.apply(mixture.score(*to_texts(tokenizer, responses))).double()
+        ended = (responses["action"] == tokenizer.eos_token_id) & responses["action_mask"]
+        return calibrated - missing_eos_penalty * ~ended.any(-1, keepdim=True)
+
+    certificate = policy_certificate(
+        policy, reference, rewards, some, config.certificate_samples // 2 * 2, beta
     )
     return asdict(certificate)

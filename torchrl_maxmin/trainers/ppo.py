@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import require_columns
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
-from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_functions, reference_rewards
 from torchrl_maxmin.trainers.checkpoint import (
     find_checkpoint,
@@ -38,7 +38,9 @@ from torchrl_maxmin.trainers.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
+from torchrl_maxmin.trainers.ppo_gap import policy_certificate
 from torchrl_maxmin.trainers.ppo_metrics import rollout_metrics
 from torchrl_maxmin.trainers.run import (
     MetricsLog,
@@ -49,7 +51,6 @@ from torchrl_maxmin.trainers.run import (
     write_config,
     write_json,
 )
-from torchrl_maxmin.welfare import Adversary, FixedWeights, make_adversary
 
 __all__ = ["PPOTrainer", "run_ppo"]
 
@@ -112,7 +113,8 @@ class PPOTrainer:
                 self.baseline = self._reference_means()
         else:
             self.calibration, self.baseline = Calibration.from_dict(saved["calibration"]), saved["baseline"]
-        self.adversary = self._make_adversary(mixture)
+        shares = None if mixture is None else mixture.log_prior.exp()
+        self.adversary = adversary_of(config, self.rewards.num_groups, shares)
         self._build_learner()
         self.start = 0
         if saved is not None:
@@ -149,24 +151,6 @@ class PPOTrainer:
         """
         raw = reference_rewards(self.reference, self.prompts, self.rewards, self.config.calibration_samples)
         return self.calibration.apply(raw).mean(1).to(self.device)
-
-    def _make_adversary(self, mixture: RewardModel | None) -> Adversary:
-        config, groups = self.config, self.rewards.num_groups
-        if config.objective == "mean_of_mins":
-            return FixedWeights([1.0])
-        if config.welfare == "utilitarian":
-            # population shares where they are known: an equal-weight mean is another welfare
-            return FixedWeights(
-                torch.ones(groups) / groups if mixture is None else mixture.log_prior.exp().cpu()
-            )
-        if groups == 1:
-            return FixedWeights([1.0])
-        settings: dict[str, dict[str, float]] = {
-            "entropy_regularized": {"tau": config.tau},
-            "exponentiated_gradient": {"step_size": config.adversary_step_size},
-            "hard_min": {},
-        }
-        return make_adversary(config.adversary, groups, **settings[config.adversary])
 
     def _build_learner(self) -> None:
         config = self.config
@@ -256,7 +240,7 @@ class PPOTrainer:
         config = self.config
         log = MetricsLog(self.folder, config.report_to, keep=self.start)
         stop = config.stop_at_iteration or config.num_iterations
-        batches = iter(self.collector)
+        batches, near_enough = iter(self.collector), False
         with progress_bar(f"ppo ({self.folder.name})", stop - self.start) as advance:
             for iteration in range(self.start, stop):
                 batch = self._prepare(next(batches)[:, 0])
@@ -266,6 +250,8 @@ class PPOTrainer:
                 if self.monitor is not None:
                     truth = self.monitor(batch.cpu()).mean(0)
                     metrics |= {f"monitor/{k}/mean": value for k, value in enumerate(truth.tolist())}
+                if config.gap_steps and (iteration + 1) % config.gap_steps == 0:
+                    metrics |= self._gap()
                 log.write(iteration, metrics)
                 self.schedule.step()
                 self._control_kl(metrics["objective/kl"])
@@ -273,12 +259,34 @@ class PPOTrainer:
                     config.save_steps and (iteration + 1) % config.save_steps == 0
                 ) or iteration + 1 == config.stop_at_iteration:
                     self._save(iteration + 1)
+                gap = metrics.get("maxmin/duality_gap_high", math.inf)
+                near_enough = config.stop_at_gap > 0 and gap <= config.stop_at_gap
                 advance(
                     note=f"worst group {metrics['objective/welfare']:+.2f}  kl {metrics['objective/kl']:.1f}"
                 )
+                if near_enough:
+                    break
         self.collector.shutdown(close_env=False)
-        if stop == config.num_iterations:
+        if stop == config.num_iterations or near_enough:
             self._finish()
+
+    def _gap(self) -> dict[str, float]:
+        """The certified distance to the optimum; no entry where the samples cannot say."""
+        config = self.config
+        # its samples must not move the run's own random numbers
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(config.seed)
+            certificate = policy_certificate(
+                self.policy,
+                self.reference,
+                lambda responses: self._group_rewards(responses.to(self.device)),
+                self.prompts[: config.certificate_prompts],
+                config.certificate_samples,
+                self.kl_controller.coef,
+            )
+        parts = {"": certificate.value, "_low": certificate.low, "_high": certificate.high}
+        return {f"maxmin/duality_gap{end}": value for end, value in parts.items() if value is not None}
 
     def _control_kl(self, kl: float) -> None:
         # the controller takes the penalty that each response paid, -coef * kl

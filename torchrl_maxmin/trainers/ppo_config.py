@@ -11,8 +11,18 @@ from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 __all__ = ["PPOConfig"]
 
 OBJECTIVES = ("min_of_means", "mean_of_mins")
-WELFARES = ("egalitarian", "utilitarian")
-ADVERSARIES = ("entropy_regularized", "hard_min", "exponentiated_gradient")
+WELFARES = (
+    "egalitarian",
+    "utilitarian",
+    "soft_min",
+    "kl_ball",
+    "chi2_ball",
+    "cvar",
+    "nash",
+    "alpha_fair",
+    "generalized_gini",
+)
+ADVERSARIES = ("entropy_regularized", "hard_min", "exponentiated_gradient", "projected_gradient")
 
 
 @dataclass
@@ -29,11 +39,22 @@ class PPOConfig:
         monitor_funcs: functions by name, or a world's json, that are logged and never trained on.
         objective: min_of_means (the paper, the minimum over groups of the mean reward) or
             mean_of_mins (the mean of every response's smallest reward).
-        welfare: egalitarian (max-min) or utilitarian (mean weighted by population shares).
-        adversary: who moves the group weights; entropy_regularized, hard_min (the paper) or
-            exponentiated_gradient.
+        welfare: egalitarian (max-min), utilitarian (mean weighted by population shares), or between the
+            two soft_min, kl_ball, chi2_ball, cvar, generalized_gini, nash and alpha_fair (the last two
+            with --calibration win_rate; they count from what a response pays that does not end).
+        welfare_parameter: temperature of soft_min, radius of kl_ball and chi2_ball, level of cvar, alpha
+            of alpha_fair, ratio of each coefficient of generalized_gini to the one before.
+        adversary: who moves the group weights of egalitarian; entropy_regularized, hard_min (the paper),
+            exponentiated_gradient or projected_gradient.
         tau: entropy weight of entropy_regularized, in standard deviations of the calibrated reward.
-        adversary_step_size: step of exponentiated_gradient.
+        adversary_step_size: step of exponentiated_gradient and projected_gradient.
+        adversary_step_decay: the t-th step of the adversary is divided by sqrt(1 + this * t).
+        adversary_optimistic: whether the adversary moves on a guess of the utilities to come.
+        gap_steps: certify the distance to the optimum every so many iterations, logged as
+            maxmin/duality_gap; 0 never does.
+        stop_at_gap: stop once the upper end of that distance is at most this; 0 runs to the end.
+        certificate_prompts: prompts behind it.
+        certificate_samples: responses a prompt behind it, half of them the reference's; a multiple of 4.
         calibration: scale of the reward heads before any minimum; sft_std, sft_mean, win_rate, none.
         calibration_prompts: prompts of the reference samples for the calibration.
         calibration_samples: reference samples a prompt.
@@ -76,9 +97,16 @@ class PPOConfig:
     monitor_funcs: list[str] = field(default_factory=list)
     objective: str = "min_of_means"
     welfare: str = "egalitarian"
+    welfare_parameter: float = 0.1
     adversary: str = "entropy_regularized"
     tau: float = 0.1
     adversary_step_size: float = 0.5
+    adversary_step_decay: float = 0.0
+    adversary_optimistic: bool = False
+    gap_steps: int = 0
+    stop_at_gap: float = 0.0
+    certificate_prompts: int = 64
+    certificate_samples: int = 64
     calibration: str = "sft_std"
     calibration_prompts: int = 512
     calibration_samples: int = 2
@@ -143,3 +171,30 @@ class PPOConfig:
             raise UserError("--kl_controller adaptive starts from --beta, which must be positive")
         if self.temperature <= 0:
             raise UserError("--temperature must be positive")
+        if self.welfare in ("nash", "alpha_fair") and self.calibration != "win_rate":
+            raise UserError(f"--welfare {self.welfare} needs positive utilities: add --calibration win_rate")
+        if self.welfare == "cvar" and not 0 < self.welfare_parameter <= 1:
+            raise UserError("--welfare_parameter, the level of cvar, must be above 0 and at most 1")
+        if self.welfare == "generalized_gini" and not 0 < self.welfare_parameter <= 1:
+            raise UserError(
+                "--welfare_parameter, the ratio of generalized_gini, must be above 0 and at most 1"
+            )
+        if self.welfare_parameter <= 0:
+            raise UserError("--welfare_parameter must be positive")
+        if self.adversary_step_decay < 0 or self.adversary_step_size < 0:
+            raise UserError("--adversary_step_size and --adversary_step_decay must not be negative")
+        self._check_certificate()
+
+    def _check_certificate(self) -> None:
+        if self.stop_at_gap and not self.gap_steps:
+            raise UserError("--stop_at_gap needs --gap_steps, which says how often to look")
+        if not self.gap_steps:
+            return
+        if self.gap_steps < 0 or self.stop_at_gap < 0:
+            raise UserError("--gap_steps and --stop_at_gap must not be negative")
+        if (self.welfare, self.objective) != ("egalitarian", "min_of_means"):
+            raise UserError("--gap_steps certifies max-min: it needs --welfare egalitarian, min_of_means")
+        if self.beta <= 0:
+            raise UserError("--gap_steps needs --beta above 0: without a KL penalty there is no certificate")
+        if self.certificate_samples < 4 or self.certificate_samples % 4 or self.certificate_prompts < 2:
+            raise UserError("--certificate_samples must be a multiple of 4, --certificate_prompts 2 or more")

@@ -145,7 +145,8 @@ def certify(
         terms, _ = dual_terms(weights, values[:, fitted], beta, half_logs[:, fitted])
         log_c = terms / beta
         log_z = logsumexp(half_logs[:, held_out] + values[:, held_out] @ weights / beta, axis=1)
-        bound += 0.5 * beta * (np.exp(log_z - log_c) - 1.0 + log_c)
+        with np.errstate(over="ignore"):  # too few samples for the beta: said below
+            bound += 0.5 * beta * (np.exp(log_z - log_c) - 1.0 + log_c)
         least = min(least, _effective_sample_size(logs + values @ weights / beta).min())
     if least < min_effective_samples:
         return Certificate(

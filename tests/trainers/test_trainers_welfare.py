@@ -1,0 +1,117 @@
+"""Every welfare and adversary that the policy stage can be asked for, and its certificate on the way."""
+
+import pytest
+import torch
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.trainers.ppo import PPOTrainer
+from torchrl_maxmin.trainers.ppo_adversary import adversary_of
+from torchrl_maxmin.trainers.run import read_metrics
+from torchrl_maxmin.welfare import AlphaFair, CVaR, GeneralizedGini, KLBall, Nash, ProjectedGradient, SoftMin
+
+SHARES = torch.tensor([0.8, 0.2])
+UTILITIES = torch.tensor([0.7, 0.4])
+WIN_RATE = {"calibration": "win_rate"}
+
+
+def trained(config):
+    trainer = PPOTrainer(config)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("settings", "welfare"),
+    [
+        ({"welfare": "soft_min", "welfare_parameter": 0.3}, SoftMin(0.3, SHARES)),
+        ({"welfare": "kl_ball", "welfare_parameter": 0.2}, KLBall(0.2, SHARES)),
+        ({"welfare": "cvar", "welfare_parameter": 0.4}, CVaR(0.4, SHARES)),
+        ({"welfare": "nash", **WIN_RATE}, Nash(SHARES, -0.5)),
+        ({"welfare": "alpha_fair", "welfare_parameter": 3.0, **WIN_RATE}, AlphaFair(3.0, SHARES, -0.5)),
+        ({"welfare": "generalized_gini", "welfare_parameter": 0.5}, GeneralizedGini([2 / 3, 1 / 3])),
+    ],
+)
+def test_a_welfare_gives_its_gradient(make_config, settings, welfare):
+    config = make_config(**settings)
+    config.check()
+    weights = adversary_of(config, 2, SHARES).update(UTILITIES)
+    gradient = welfare.weights(UTILITIES.double())
+    torch.testing.assert_close(weights.double(), gradient / gradient.sum(), atol=1e-6, rtol=0)
+
+
+def test_projected_gradient_with_its_options(make_config):
+    config = make_config(adversary="projected_gradient", adversary_step_decay=0.5, adversary_optimistic=True)
+    adversary = adversary_of(config, 2, None)
+    assert isinstance(adversary, ProjectedGradient)
+    assert (adversary.step_decay, adversary.optimistic) == (0.5, True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"welfare": "chi2_ball"}, {"welfare": "nash", **WIN_RATE}, {"adversary": "projected_gradient"}],
+)
+def test_a_run_logs_weights_of_the_simplex(make_config, settings):
+    trainer = trained(make_config(num_iterations=2, **settings))
+    for row in read_metrics(trainer.folder):
+        weights = [row["maxmin/weights/0"], row["maxmin/weights/1"]]
+        assert min(weights) >= 0
+        assert sum(weights) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_stopped_run_of_a_welfare_goes_on_bit_equal(make_config):
+    settings = {"welfare": "kl_ball", "adversary_optimistic": True, "num_iterations": 3}
+    whole = trained(make_config("whole", **settings))
+    trained(make_config("parts", **settings, stop_at_iteration=1))
+    resumed = trained(make_config("parts", **settings, resume_from_checkpoint="last"))
+    for name, tensor in whole.policy.state_dict().items():
+        assert torch.equal(resumed.policy.state_dict()[name], tensor), name
+    assert (whole.folder / "metrics.jsonl").read_text() == (resumed.folder / "metrics.jsonl").read_text()
+
+
+GAP = {"gap_steps": 2, "certificate_prompts": 8, "certificate_samples": 64, "beta": 2.0}
+
+
+def test_the_gap_is_logged_and_changes_nothing(make_config):
+    plain = trained(make_config("plain", beta=2.0))
+    certified = trained(make_config("certified", **GAP))
+    for name, tensor in plain.policy.state_dict().items():
+        assert torch.equal(certified.policy.state_dict()[name], tensor), name
+    rows = read_metrics(certified.folder)
+    assert ["maxmin/duality_gap" in row for row in rows] == [False, True, False, True]
+    low, value, high = (rows[1][f"maxmin/duality_gap{end}"] for end in ("_low", "", "_high"))
+    assert 0 <= low <= value <= high
+
+
+def test_a_run_stops_at_the_gap_and_is_finished(make_config):
+    trainer = trained(make_config(**GAP, stop_at_gap=1e6))
+    assert len(read_metrics(trainer.folder)) == 2
+    assert (trainer.folder / "model.safetensors").exists()
+    assert (trainer.folder / "summary.json").exists()
+    far = trained(make_config("far", **GAP, stop_at_gap=1e-9))
+    assert len(read_metrics(far.folder)) == 4
+
+
+def test_no_entry_where_the_samples_cannot_say(make_config):
+    trainer = trained(make_config(**(GAP | {"beta": 1e-4, "certificate_samples": 4})))
+    assert not any("maxmin/duality_gap" in row for row in read_metrics(trainer.folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"welfare": "nash"}, "--calibration win_rate"),
+        ({"welfare": "alpha_fair", "welfare_parameter": 2.0}, "--calibration win_rate"),
+        ({"welfare": "cvar", "welfare_parameter": 1.5}, "level of cvar"),
+        ({"welfare": "generalized_gini", "welfare_parameter": 1.5}, "ratio of generalized_gini"),
+        ({"welfare": "kl_ball", "welfare_parameter": 0.0}, "must be positive"),
+        ({"adversary_step_decay": -1.0}, "must not be negative"),
+        ({"stop_at_gap": 0.1}, "--stop_at_gap needs --gap_steps"),
+        ({"gap_steps": 1, "objective": "mean_of_mins"}, "min_of_means"),
+        ({"gap_steps": 1, "welfare": "utilitarian"}, "--welfare egalitarian"),
+        ({"gap_steps": 1, "beta": 0.0}, "--beta above 0"),
+        ({"gap_steps": 1, "certificate_samples": 6}, "multiple of 4"),
+    ],
+)
+def test_mistakes(make_config, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_config(**settings).check()
