@@ -115,3 +115,28 @@ def test_no_entry_where_the_samples_cannot_say(make_config):
 def test_mistakes(make_config, settings, message):
     with pytest.raises(UserError, match=message):
         make_config(**settings).check()
+
+
+# -- the minimum of every prompt ---------------------------------------------------------------------------
+
+
+def test_every_prompt_is_weighed_by_its_own_worst_group(make_config):
+    config = make_config(objective="mean_of_prompt_mins", num_generations=4, learning_rate=0.0)
+    trainer = PPOTrainer(config)
+    batch = next(iter(trainer.collector))[:, 0]
+    index, rewards = batch["prompt_index"], batch["next", "reward"]
+    assert index.view(2, 4).eq(index.view(2, 4)[:, :1]).all()
+    for rows in (slice(0, 4), slice(4, 8)):
+        worst = int(rewards[rows].mean(0).argmin())
+        expected = torch.nn.functional.one_hot(torch.tensor(worst), 2).float()
+        assert torch.equal(batch["group_weights"][rows], expected.expand(4, 2))
+    assert torch.equal(trainer.adversary.weights, torch.tensor([0.5, 0.5]))
+
+
+def test_the_minimum_of_every_prompt_trains(make_config):
+    settings = {"objective": "mean_of_prompt_mins", "num_generations": 4, "num_iterations": 2}
+    rows = read_metrics(trained(make_config(**settings)).folder)
+    assert all(0 <= row["maxmin/weights/0"] <= 1 for row in rows)
+    for name, message in (({"num_generations": 1}, "at least 2"), ({"num_generations": 3}, "a multiple of")):
+        with pytest.raises(UserError, match=message):
+            make_config(**(settings | name)).check()

@@ -9,7 +9,7 @@ from tensordict.utils import NestedKey
 from torchrl.collectors import Collector
 
 from torchrl_maxmin.collectors.statistics import GroupStatistics
-from torchrl_maxmin.welfare import Adversary
+from torchrl_maxmin.welfare import Adversary, Welfare
 
 __all__ = ["MaxMinCollector"]
 
@@ -27,6 +27,8 @@ class MaxMinCollector(Collector):
         policy: as for the parent.
         adversary: turns utilities into weights; its state is the caller's to save.
         reward_key: group rewards in a batch.
+        prompt_welfare: weigh every prompt by itself, see
+            :class:`~torchrl_maxmin.collectors.GroupStatistics`.
         postproc: applied before the statistics.
         **kwargs: as for the parent (``frames_per_batch``, ``total_frames``, ...).
 
@@ -50,10 +52,11 @@ class MaxMinCollector(Collector):
         *,
         adversary: Adversary,
         reward_key: NestedKey = ("next", "reward"),
+        prompt_welfare: Welfare | None = None,
         postproc: Callable | None = None,
         **kwargs: Any,
     ):
-        statistics = GroupStatistics(adversary, reward_key)
+        statistics = GroupStatistics(adversary, reward_key, prompt_welfare=prompt_welfare)
         both = statistics if postproc is None else lambda data: statistics(postproc(data))
         kwargs.setdefault("auto_register_policy_transforms", False)
         super().__init__(create_env_fn, policy, postproc=both, **kwargs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import nn
+from torch import Tensor, nn
 
 from torchrl_maxmin.distributed import mean_over_ranks
-from torchrl_maxmin.welfare import Adversary
+from torchrl_maxmin.welfare import Adversary, Welfare
 
 __all__ = ["GroupStatistics"]
 
@@ -24,14 +24,26 @@ class GroupStatistics(nn.Module):
     Args:
         adversary: turns utilities [K] into weights [K].
         reward_key: group rewards [*B, K].
+        prompt_welfare: weigh every prompt by itself instead: the gradient of this welfare at the mean
+            rewards of the prompt's own responses, so that the policy climbs the mean over prompts of the
+            welfare. The adversary then stays.
+        prompt_key: which prompt a row answers [*B], int64.
 
     Writes ``group_utilities`` and ``group_weights``, both [*B, K].
     """
 
-    def __init__(self, adversary: Adversary, reward_key: NestedKey = ("next", "reward")):
+    def __init__(
+        self,
+        adversary: Adversary,
+        reward_key: NestedKey = ("next", "reward"),
+        *,
+        prompt_welfare: Welfare | None = None,
+        prompt_key: NestedKey = "prompt_index",
+    ):
         super().__init__()
         self.adversary = adversary
-        self.reward_key = reward_key
+        self.reward_key, self.prompt_key = reward_key, prompt_key
+        self.prompt_welfare = prompt_welfare
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -47,12 +59,22 @@ class GroupStatistics(nn.Module):
                 "groups; give both the same number"
             )
         utilities = mean_over_ranks(rows.sum(0), len(rows))
-        weights = (
-            self.adversary.weights
-            if utilities.isnan().any() and not len(rows)
-            else self.adversary.update(utilities)
-        )
         shape = (*tensordict.batch_size, len(utilities))
+        if self.prompt_welfare is not None:
+            weights = self._by_prompt(reward, tensordict.get(self.prompt_key))
+        elif utilities.isnan().any() and not len(rows):
+            weights = self.adversary.weights
+        else:
+            weights = self.adversary.update(utilities)
         tensordict["group_utilities"] = utilities.expand(shape).clone()
         tensordict["group_weights"] = weights.to(utilities).expand(shape).clone()
         return tensordict
+
+    def _by_prompt(self, reward: Tensor, prompt: Tensor) -> Tensor:
+        """Weights [*B, K]: the welfare's gradient at each prompt's mean rewards."""
+        assert self.prompt_welfare is not None
+        flat = reward.flatten(0, -2)
+        _, which, counts = prompt.flatten().unique(return_inverse=True, return_counts=True)
+        means = flat.new_zeros(len(counts), flat.shape[-1]).index_add_(0, which, flat) / counts[:, None]
+        gradient = self.prompt_welfare.weights(means)
+        return (gradient / gradient.sum(-1, keepdim=True))[which].view(reward.shape)

@@ -27,10 +27,11 @@ class TokenEnv(EnvBase):
         reward_fn: maps a tensordict with prompt, ``action`` and ``action_mask`` to group
             rewards [B, K].
         num_groups: K.
-        num_prompts: prompts a step, B.
+        num_prompts: prompts a step.
         max_new_tokens: columns of a response, R.
         eos_token_id: ends a response.
         vocab_size: number of tokens.
+        num_generations: responses to every prompt, side by side; B is ``num_prompts`` times this.
         minimum: reward with the least of a response's group rewards (``mean_of_mins``); the
             group rewards stay in ``group_reward`` either way.
         seed: of the order of prompts.
@@ -56,17 +57,20 @@ class TokenEnv(EnvBase):
         max_new_tokens: int,
         eos_token_id: int,
         vocab_size: int,
+        num_generations: int = 1,
         minimum: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
-        super().__init__(device=torch.device(device), batch_size=[num_prompts])
+        size = num_prompts * num_generations
+        super().__init__(device=torch.device(device), batch_size=[size])
+        self.num_generations = num_generations
         self.prompts = prompts.to(device)
         self.reward_fn = reward_fn
         self.eos_token_id, self.minimum = eos_token_id, minimum
         self.batch_index = 0
         self._seed = seed
-        size, width = num_prompts, prompts["prompt_tokens"].shape[-1]
+        width = prompts["prompt_tokens"].shape[-1]
         token = {"low": 0, "high": vocab_size - 1, "dtype": torch.int64, "device": device}
         rewards = 1 if minimum else num_groups
         self.observation_spec = Composite(
@@ -86,7 +90,7 @@ class TokenEnv(EnvBase):
 
     def _indices(self) -> Tensor:
         """Prompts of the current batch: slices of one permutation an epoch."""
-        total, size = len(self.prompts), self.batch_size[0]
+        total, size = len(self.prompts), self.batch_size[0] // self.num_generations
         start = self.batch_index * size
         rows = []
         for epoch in range(start // total, (start + size - 1) // total + 1):
@@ -94,7 +98,7 @@ class TokenEnv(EnvBase):
             order = torch.randperm(total, generator=generator)
             first = max(start - epoch * total, 0)
             rows.append(order[first : min(start + size - epoch * total, total)])
-        return torch.cat(rows).to(self.device)
+        return torch.cat(rows).repeat_interleave(self.num_generations).to(self.device)
 
     def _observe(self, group_reward: Tensor | None = None) -> TensorDict:
         index = self._indices()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -40,3 +42,7 @@ class SampledLogProbs:
         if self._temperature != 1.0:
             scores = scores / self._temperature
         self._columns.append(-nn.functional.cross_entropy(scores, token, reduction="none"))
+
+
+# generate() asks for it at every token, and working it out takes longer than the log-probability.
+SampledLogProbs.__call__.__signature__ = inspect.signature(SampledLogProbs.__call__)  # type: ignore[attr-defined]

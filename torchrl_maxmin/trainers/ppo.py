@@ -51,6 +51,7 @@ from torchrl_maxmin.trainers.run import (
     write_config,
     write_json,
 )
+from torchrl_maxmin.welfare import Egalitarian
 
 __all__ = ["PPOTrainer", "run_ppo"]
 
@@ -109,7 +110,7 @@ class PPOTrainer:
         self.baseline: Tensor | None = None
         if saved is None:
             self.calibration = self._calibrate()
-            if config.objective == "mean_of_mins":
+            if config.objective != "min_of_means":
                 self.baseline = self._reference_means()
         else:
             self.calibration, self.baseline = Calibration.from_dict(saved["calibration"]), saved["baseline"]
@@ -206,7 +207,8 @@ class PPOTrainer:
             self.prompts,
             self._group_rewards,
             num_groups=self.rewards.num_groups,
-            num_prompts=config.rollout_batch_size,
+            num_prompts=config.rollout_batch_size // config.num_generations,
+            num_generations=config.num_generations,
             max_new_tokens=config.response_length,
             eos_token_id=self.tokenizer.eos_token_id,
             vocab_size=self.policy.model.get_input_embeddings().num_embeddings,
@@ -220,6 +222,7 @@ class PPOTrainer:
             self.env,
             self.policy,
             adversary=self.adversary,
+            prompt_welfare=Egalitarian() if config.objective == "mean_of_prompt_mins" else None,
             frames_per_batch=frames,
             total_frames=frames * max(config.num_iterations - self.start, 1),
         )

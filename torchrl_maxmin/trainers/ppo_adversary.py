@@ -41,8 +41,9 @@ def adversary_of(config: PPOConfig, num_groups: int, shares: Tensor | None) -> A
     point = torch.full((num_groups,), 1.0 / num_groups) if shares is None else shares.cpu()
     if config.objective == "mean_of_mins":
         return FixedWeights([1.0])
-    if config.welfare == "utilitarian":
-        # population shares where they are known: an equal-weight mean is another welfare
+    if config.welfare == "utilitarian" or config.objective == "mean_of_prompt_mins":
+        # population shares where they are known: an equal-weight mean is another welfare;
+        # weights by prompt need no adversary
         return FixedWeights(point)
     if num_groups == 1:
         return FixedWeights([1.0])

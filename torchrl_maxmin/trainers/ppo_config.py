@@ -10,7 +10,7 @@ from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 
 __all__ = ["PPOConfig"]
 
-OBJECTIVES = ("min_of_means", "mean_of_mins")
+OBJECTIVES = ("min_of_means", "mean_of_prompt_mins", "mean_of_mins")
 WELFARES = (
     "egalitarian",
     "utilitarian",
@@ -37,8 +37,10 @@ class PPOConfig:
         reward_model_path: folder that reward wrote (or any sequence classifier with K labels).
         reward_funcs: instead of a reward model, functions by name, as module:function.
         monitor_funcs: functions by name, or a world's json, that are logged and never trained on.
-        objective: min_of_means (the paper, the minimum over groups of the mean reward) or
+        objective: min_of_means (the paper, the minimum over groups of the mean reward),
+            mean_of_prompt_mins (the same for every prompt by itself, over its num_generations) or
             mean_of_mins (the mean of every response's smallest reward).
+        num_generations: responses to every prompt of a rollout.
         welfare: egalitarian (max-min), utilitarian (mean weighted by population shares), or between the
             two soft_min, kl_ball, chi2_ball, cvar, generalized_gini, nash and alpha_fair (the last two
             with --calibration win_rate; they count from what a response pays that does not end).
@@ -96,6 +98,7 @@ class PPOConfig:
     reward_funcs: list[str] = field(default_factory=list)
     monitor_funcs: list[str] = field(default_factory=list)
     objective: str = "min_of_means"
+    num_generations: int = 1
     welfare: str = "egalitarian"
     welfare_parameter: float = 0.1
     adversary: str = "entropy_regularized"
@@ -160,9 +163,14 @@ class PPOConfig:
             "num_ppo_epochs",
             "mini_batch_size",
             "response_length",
+            "num_generations",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1")
+        if self.rollout_batch_size % self.num_generations:
+            raise UserError("--rollout_batch_size must be a multiple of --num_generations")
+        if self.objective == "mean_of_prompt_mins" and self.num_generations < 2:
+            raise UserError("--objective mean_of_prompt_mins needs --num_generations of at least 2")
         if self.calibration == "sft_std" and self.calibration_samples < 2:
             raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
         if self.stop_at_iteration > self.num_iterations:

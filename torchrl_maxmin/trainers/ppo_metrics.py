@@ -27,14 +27,16 @@ def rollout_metrics(
     """
     mask = batch["action_mask"]
     rewards = batch["next", "group_reward"]
-    utilities, weights = rewards.mean(0), batch["group_weights"][0]
+    utilities, each = rewards.mean(0), batch["group_weights"]
+    # one weighting for all rows, or one a prompt; a mean of equal numbers need not be their value
+    weights = each[0] if bool((each == each[:1]).all()) else each.mean(0)
     kl = ((batch["sample_log_prob"] - batch["ref_log_prob"]) * mask).sum(-1).mean()
     length = mask.sum(-1).float()
     metrics = {
         "objective/kl": kl,
         "objective/kl_coef": kl_coef,
         "objective/entropy": -(batch["sample_log_prob"] * mask).sum(-1).mean(),
-        "objective/scores": (batch["next", "reward"] * weights).sum(-1).mean(),
+        "objective/scores": (batch["next", "reward"] * each).sum(-1).mean(),
         "objective/welfare": utilities.min() - kl_coef * kl,
         "maxmin/worst_group": utilities.argmin(),
         "policy/clipfrac_avg": losses["clip_fraction"],
