@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loss_data import batch, categorical_actor, critic, gradients, rollout
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
 from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.modules import LLMMaskedCategorical
 from torchrl.objectives import A2CLoss, ClipPPOLoss, ReinforceLoss
-from torchrl.objectives.llm import MCAdvantage
+from torchrl.objectives.llm import GRPOLoss, MCAdvantage
 
 from torchrl_maxmin.objectives import KL_ESTIMATORS, MaxMinAdvantage, VectorGAE, kl_estimate
 from torchrl_maxmin.welfare import HardMin
@@ -113,6 +115,58 @@ def test_a_monte_carlo_advantage_of_the_weighted_reward():
     assert stored["next", "reward_per_group"].shape == (12, 2)
     order = stored["prompt_index"].flatten().argsort(stable=True)
     torch.testing.assert_close(stored["advantage"].flatten()[order], expected.flatten(), atol=1e-5, rtol=1e-4)
+
+
+class TokenActor(TensorDictModuleBase):
+    """Next-token logits from a table, as GRPOLoss reads an actor."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_keys, self.out_keys = [("tokens", "full")], ["logits"]
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(7, 7)
+
+    def forward(self, tensordict):
+        return tensordict.set("logits", self.table(tensordict["tokens", "full"].roll(1, -1)))
+
+    def get_dist(self, tensordict, **_):
+        logits = self(tensordict.copy())["logits"]
+        return LLMMaskedCategorical(logits=logits, mask=tensordict["mask"])
+
+
+def test_grpo_gets_the_weighted_gradient():
+    """Group-relative advantages of the weighted reward, one a response, through TorchRL's own loss."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(7, (8, 5), generator=generator)
+    mask = torch.arange(5) < torch.tensor([5, 4, 3, 5, 2, 5, 4, 1])[:, None]
+    actor = TokenActor()
+    data = TensorDict(
+        {
+            "tokens": {"full": tokens},
+            "mask": mask,
+            "group_weights": torch.tensor(WEIGHTS).expand(8, -1).clone(),
+            "advantage": torch.randn(8, 1, 2, generator=generator),
+        },
+        batch_size=[8],
+    )
+    with torch.no_grad():
+        data["log_probs", "full"] = actor.get_dist(data).log_prob(tokens)
+
+    def gradient(advantage):
+        loss = GRPOLoss(actor, entropy_bonus=False, masking_strategy="generic")
+        actor.zero_grad()
+        loss(data.clone().set("advantage", advantage)).loss_objective.backward()
+        return actor.table.weight.grad.clone()
+
+    columns = data["advantage"].clone()
+    found = gradient(MaxMinAdvantage()(data.clone())["advantage"])
+    expected = 0.3 * gradient(columns[..., :1]) + 0.7 * gradient(columns[..., 1:])
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    # what happens without: the columns are averaged, whatever the weights
+    torch.testing.assert_close(
+        gradient(columns), gradient(columns.mean(-1, keepdim=True)), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_a_buffer_weighs_once():
