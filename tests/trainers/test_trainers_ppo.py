@@ -298,7 +298,7 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_config, monkeypatc
         ({"model_name_or_path": "no/such-model"}, "no model at 'no/such-model'.*--model_name_or_path"),
         ({"reward_funcs": [], "reward_model_path": "no/such-reward"}, "no model at 'no/such-reward'"),
         ({"dataset_name": "no/such.jsonl"}, "cannot read data from 'no/such.jsonl'"),
-        ({"objective": "max_of_mins"}, "--objective 'max_of_mins' is none of min_of_means, mean_of_prompt_mins"),
+        ({"objective": "max_of_mins"}, "'max_of_mins' is none of min_of_means, mean_of_prompt_mins"),
         ({"welfare": "rawls"}, "--welfare 'rawls' is none of"),
         ({"adversary": "devil"}, "--adversary 'devil' is none of"),
         ({"calibration": "z"}, "--calibration 'z' is none of"),
