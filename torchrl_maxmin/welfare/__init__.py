@@ -15,6 +15,7 @@ from torchrl_maxmin.welfare.certificate import Certificate, certify
 from torchrl_maxmin.welfare.dual import DualSolution, dual_objective, solve_dual
 from torchrl_maxmin.welfare.fair import AlphaFair, GeneralizedGini, Nash, Regret
 from torchrl_maxmin.welfare.functions import Egalitarian, SoftMin, Utilitarian, Welfare
+from torchrl_maxmin.welfare.gap import DualityGap, duality_gap
 from torchrl_maxmin.welfare.names import WELFARES, make_welfare
 from torchrl_maxmin.welfare.robust import Chi2Ball, CVaR, KLBall
 
@@ -27,6 +28,7 @@ __all__ = [
     "Certificate",
     "Chi2Ball",
     "DualSolution",
+    "DualityGap",
     "Egalitarian",
     "EntropyRegularized",
     "ExponentiatedGradient",
@@ -43,6 +45,7 @@ __all__ = [
     "WelfareAdversary",
     "certify",
     "dual_objective",
+    "duality_gap",
     "make_adversary",
     "make_welfare",
     "solve_dual",

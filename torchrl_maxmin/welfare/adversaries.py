@@ -8,119 +8,28 @@ distributed run, average the utilities over the ranks *before* calling :meth:`Ad
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchrl_maxmin.welfare.functions import Welfare, check_simplex, check_utilities
+from torchrl_maxmin.welfare.adversary import OPTIONS, Adversary
+from torchrl_maxmin.welfare.functions import Welfare, check_simplex
+from torchrl_maxmin.welfare.names import make_welfare
 
-
-class Adversary(nn.Module, ABC):
-    """The base class: ``weights`` ``[K]`` now, ``update(utilities [K]) -> weights [K]``.
-
-    Subclasses write ``_step``, register what they remember as buffers, and offer ``weights``.
-    ``average_weights`` ``[K]`` is the mean of the weights after every update: in a game without
-    curvature the average converges where the last iterate cycles.
-
-    Args:
-        num_groups: K, the number of groups.
-
-    Keyword Args:
-        step_decay: the t-th step is divided by ``sqrt(1 + step_decay * t)``. Defaults to 0, no decay.
-        optimistic: move on ``2 u_t - u_(t-1)``, a guess of the utilities to come, which turns the
-            cycles of a bilinear game into a spiral to its solution (Rakhlin & Sridharan, 2013).
-        ema: share of the past in an exponential average of the utilities. Defaults to 0, none: on the
-            learned policies that were tried the delay hurts more than the noise.
-
-    Raises:
-        ValueError: if ``num_groups`` is not positive or an option out of range.
-    """
-
-    weights: Tensor
-    average_weights: Tensor
-    num_updates: Tensor
-    last_utilities: Tensor
-    smoothed_utilities: Tensor
-
-    def __init__(
-        self, num_groups: int, *, step_decay: float = 0.0, optimistic: bool = False, ema: float = 0.0
-    ) -> None:
-        super().__init__()
-        if num_groups < 1:
-            raise ValueError(f"num_groups must be at least 1, got {num_groups}.")
-        if not step_decay >= 0:
-            raise ValueError(f"step_decay must not be negative, got {step_decay}.")
-        if not 0 <= ema < 1:
-            raise ValueError(f"ema must be at least 0 and below 1, got {ema}.")
-        self.num_groups = int(num_groups)
-        self.step_decay, self.optimistic, self.ema = float(step_decay), bool(optimistic), float(ema)
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("average_weights", torch.full((num_groups,), 1.0 / num_groups))
-        self.register_buffer("last_utilities", torch.zeros(num_groups, dtype=torch.float64))
-        self.register_buffer("smoothed_utilities", torch.zeros(num_groups, dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, utilities: Tensor) -> Tensor:
-        """Move against the utilities and return the new weights.
-
-        Args:
-            utilities: float tensor ``[K]``, the policy's current utility for each group.
-
-        Returns:
-            The weights ``[K]``, a copy that later updates leave alone.
-
-        Raises:
-            ValueError: if ``utilities`` is not ``[K]`` or holds NaN or infinite values.
-        """
-        if utilities.ndim != 1:
-            raise ValueError(
-                f"An adversary takes population utilities of shape [{self.num_groups}], got "
-                f"{tuple(utilities.shape)}: average over samples first."
-            )
-        self._step(self._seen(check_utilities(utilities, self.num_groups)))
-        self.num_updates += 1
-        self.average_weights += (self.weights - self.average_weights) / self.num_updates
-        return self.weights.clone()
-
-    def _seen(self, utilities: Tensor) -> Tensor:
-        """The utilities that the step moves on: smoothed and extrapolated as the options say."""
-        first = int(self.num_updates) == 0
-        if self.ema:
-            new = utilities.to(self.smoothed_utilities)
-            self.smoothed_utilities.lerp_(new, 1.0 if first else 1.0 - self.ema)
-            utilities = self.smoothed_utilities.clone()
-        if self.optimistic:
-            now = utilities.to(self.last_utilities)
-            utilities = now if first else 2 * now - self.last_utilities
-            self.last_utilities.copy_(now)
-        return utilities
-
-    def _decay(self) -> float:
-        """What the next step is multiplied by."""
-        return (1.0 + self.step_decay * int(self.num_updates)) ** -0.5
-
-    def forward(self, utilities: Tensor) -> Tensor:
-        """The same as :meth:`update`."""
-        return self.update(utilities)
-
-    @abstractmethod
-    def _step(self, utilities: Tensor) -> None:
-        """Move the state, given checked utilities ``[K]``."""
-
-    def _settings(self) -> dict[str, Any]:
-        """The settings that are worth showing."""
-        return {}
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``; options only where they are on."""
-        options = {name: getattr(self, name) for name in ("step_decay", "optimistic", "ema")}
-        shown = self._settings() | {name: value for name, value in options.items() if value}
-        return ", ".join(
-            f"{name}={value}" for name, value in {"num_groups": self.num_groups, **shown}.items()
-        )
+__all__ = [
+    "ADVERSARIES",
+    "Adversary",
+    "EntropyRegularized",
+    "ExponentiatedGradient",
+    "FixedWeights",
+    "HardMin",
+    "ProjectedGradient",
+    "WelfareAdversary",
+    "make_adversary",
+    "project_to_simplex",
+]
 
 
 class HardMin(Adversary):
@@ -145,8 +54,9 @@ class HardMin(Adversary):
         self.register_buffer("weights", torch.full((num_groups,), 1.0 / num_groups))
 
     def _step(self, utilities: Tensor) -> None:
-        self.weights.zero_()
-        self.weights[utilities.argmin()] = 1.0
+        answer = torch.zeros_like(self.weights)
+        answer[utilities.argmin()] = 1.0
+        self.weights.lerp_(answer, self._decay())
 
 
 class _LogSpaceAdversary(Adversary):
@@ -266,12 +176,17 @@ class WelfareAdversary(Adversary):
     """The gradient of any welfare, as group weights: every welfare trains a policy.
 
     The gradient is divided by its sum, so that it can stand beside a KL penalty of weight 1; the
-    direction, ``sum_k w_k (r_k - beta KL)``, is that of the welfare of the F_k.
+    direction, ``sum_k w_k (r_k - beta KL)``, is that of the welfare of the F_k. Where the welfare has a
+    kink at the optimum (:class:`CVaR`, :class:`GeneralizedGini`) the weights jump as those of
+    :class:`HardMin` do: ``step_decay`` calms them.
 
     Args:
         num_groups: K.
         welfare: the welfare that the policy climbs.
         **options: see :class:`Adversary`.
+
+    Raises:
+        ValueError: if the welfare is defined for some utilities alone and ``optimistic`` would leave them.
 
     Example:
         >>> import torch
@@ -282,12 +197,17 @@ class WelfareAdversary(Adversary):
 
     def __init__(self, num_groups: int, welfare: Welfare, **options: Any) -> None:
         super().__init__(num_groups, **options)
+        if self.optimistic and not welfare.everywhere:
+            raise ValueError(
+                f"optimistic extrapolates the utilities, which may leave where {type(welfare).__name__} is "
+                "defined: leave it off, or use step_decay."
+            )
         self.welfare = welfare
         self.register_buffer("weights", torch.full((num_groups,), 1.0 / num_groups))
 
     def _step(self, utilities: Tensor) -> None:
-        gradient = self.welfare.weights(utilities.to(self.weights.device, torch.float64))
-        self.weights.copy_(gradient / gradient.sum())
+        values = utilities.to(self.weights.device, torch.float64)
+        self.weights.lerp_(self.welfare.normalized_weights(values).to(self.weights), self._decay())
 
     def _settings(self) -> dict[str, Any]:
         return {"welfare": self.welfare}
@@ -381,12 +301,21 @@ def _fixed(num_groups: int, weights: Tensor | Sequence[float] | None = None) -> 
     return FixedWeights(point)
 
 
+def _of_welfare(num_groups: int, welfare: Welfare | str, **settings: Any) -> WelfareAdversary:
+    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+    if isinstance(welfare, str):
+        welfare = make_welfare(welfare, **settings)
+    elif settings:
+        raise ValueError(f"{sorted(settings)} are settings of a welfare by name, but an object was given.")
+    return WelfareAdversary(num_groups, welfare, **options)
+
+
 ADVERSARIES: dict[str, Callable[..., Adversary]] = {
     "entropy_regularized": EntropyRegularized,
     "exponentiated_gradient": ExponentiatedGradient,
     "hard_min": HardMin,
     "projected_gradient": ProjectedGradient,
-    "welfare": WelfareAdversary,
+    "welfare": _of_welfare,
     "fixed": _fixed,
 }
 """The names that :func:`make_adversary` knows."""
@@ -397,8 +326,8 @@ def make_adversary(name: str, num_groups: int, **kwargs: Any) -> Adversary:
 
     Args:
         name: one of ``entropy_regularized``, ``exponentiated_gradient``, ``projected_gradient``,
-            ``hard_min``, ``welfare`` (``welfare=`` with the welfare) and ``fixed`` (``weights=`` with the
-            shares; equal weights without).
+            ``hard_min``, ``welfare`` (``welfare=`` with the welfare, or with its name and beside it its
+            settings) and ``fixed`` (``weights=`` with the shares; equal weights without).
         num_groups: K.
         **kwargs: the settings of that class.
 
@@ -406,9 +335,12 @@ def make_adversary(name: str, num_groups: int, **kwargs: Any) -> Adversary:
         ValueError: if the name is unknown, or a setting is out of range.
 
     Example:
+        >>> import torch
         >>> from torchrl_maxmin.welfare import make_adversary
         >>> make_adversary("entropy_regularized", 2, tau=0.1)
         EntropyRegularized(num_groups=2, tau=0.1, eta_tau=0.5, scale=1.0)
+        >>> make_adversary("welfare", 2, welfare="cvar", level=0.5).update(torch.tensor([0.3, 0.1]))
+        tensor([0., 1.])
     """
     if name not in ADVERSARIES:
         raise ValueError(f"Unknown adversary {name!r}. Known are: {', '.join(sorted(ADVERSARIES))}.")

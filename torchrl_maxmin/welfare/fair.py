@@ -15,17 +15,17 @@ __all__ = ["AlphaFair", "GeneralizedGini", "Nash", "Regret"]
 class AlphaFair(Welfare):
     """``sum_k p_k ((u_k - d_k)^(1 - a) - 1) / (1 - a)``, and ``sum_k p_k log(u_k - d_k)`` at ``a = 1``.
 
-    a = 0 is the mean, 1 Nash, infinity the minimum (Mo & Walrand, 2000). Utilities must lie above the
-    disagreement point d: take rewards as win rates (``--calibration win_rate``), or give one.
+    a = 0 is the mean (less 1), 1 Nash, infinity the minimum (Mo & Walrand, 2000). Utilities must lie
+    above the disagreement point d: take rewards as win rates (``--calibration win_rate``), or give one.
 
     Args:
-        alpha: a, at least 0.
+        alpha: a, at least 0 and finite.
         shares: the groups' shares ``p`` ``[K]``; None for equal ones.
         disagreement: d ``[K]`` or a number, what a group has if nothing is agreed. Defaults to 0.
 
     Raises:
-        ValueError: if alpha is negative, ``shares`` no point of the simplex, or, when it is called, a
-            utility not above the disagreement point.
+        ValueError: if alpha is negative or infinite, ``shares`` no point of the simplex, or, when it is
+            called, a utility not above the disagreement point.
 
     Example:
         >>> import torch
@@ -42,11 +42,18 @@ class AlphaFair(Welfare):
         shares: Tensor | Sequence[float] | None = None,
         disagreement: Tensor | Sequence[float] | float = 0.0,
     ) -> None:
-        if not alpha >= 0:
-            raise ValueError(f"alpha must not be negative, got {alpha}.")
+        if not 0 <= alpha < float("inf"):
+            raise ValueError(
+                f"alpha must be finite and not negative, got {alpha}; Egalitarian is its limit at infinity."
+            )
         self.alpha = float(alpha)
         self.shares = None if shares is None else check_simplex(shares, "shares")
         self.disagreement = torch.as_tensor(disagreement, dtype=torch.float64)
+
+    @property
+    def everywhere(self) -> bool:
+        """False: utilities must lie above the disagreement point."""
+        return False
 
     def _surplus(self, utilities: Tensor) -> tuple[Tensor, Tensor]:
         """What each group has above the disagreement point, and the shares, both ``[..., K]``."""
@@ -74,6 +81,11 @@ class AlphaFair(Welfare):
         """``p (u - d)^-a``, ``[..., K]``: the gradient, which does not sum to 1."""
         surplus, shares = self._surplus(utilities)
         return shares * surplus.pow(-self.alpha)
+
+    def normalized_weights(self, utilities: Tensor) -> Tensor:
+        """``softmax(log p - a log(u - d))``, ``[..., K]``: finite where a large a overflows the gradient."""
+        surplus, shares = self._surplus(utilities)
+        return (shares.log() - self.alpha * surplus.log()).softmax(-1)
 
 
 class Nash(AlphaFair):
@@ -173,6 +185,11 @@ class Regret(Welfare):
         if self.best.ndim != 1 or not bool(self.best.isfinite().all()):
             raise ValueError(f"best must be one finite number per group, got {self.best.tolist()}.")
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether the welfare of the differences is."""
+        return self.welfare.everywhere
+
     def _differences(self, utilities: Tensor) -> Tensor:
         check_utilities(utilities, self.best.numel())
         return utilities - self.best.to(utilities)
@@ -184,3 +201,7 @@ class Regret(Welfare):
     def weights(self, utilities: Tensor) -> Tensor:
         """Its gradient ``[..., K]``."""
         return self.welfare.weights(self._differences(utilities))
+
+    def normalized_weights(self, utilities: Tensor) -> Tensor:
+        """Its gradient divided by its sum ``[..., K]``."""
+        return self.welfare.normalized_weights(self._differences(utilities))

@@ -70,6 +70,11 @@ class Welfare(ABC):
     Leading dimensions are batch dimensions.
     """
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is defined for all finite utilities."""
+        return True
+
     @abstractmethod
     def value(self, utilities: Tensor) -> Tensor:
         """The welfare ``[...]`` of utilities ``[..., K]``; differentiable."""
@@ -77,6 +82,14 @@ class Welfare(ABC):
     @abstractmethod
     def weights(self, utilities: Tensor) -> Tensor:
         """The gradient ``[..., K]`` of :meth:`value` at ``utilities`` ``[..., K]``."""
+
+    def normalized_weights(self, utilities: Tensor) -> Tensor:
+        """The gradient divided by its sum: group weights ``[..., K]`` on the simplex.
+
+        The same as :meth:`weights` for all but :class:`AlphaFair` and :class:`Nash`.
+        """
+        weights = self.weights(utilities)
+        return weights / weights.sum(-1, keepdim=True)
 
     def __call__(self, utilities: Tensor) -> Tensor:
         """The same as :meth:`value`."""
@@ -183,7 +196,14 @@ class SoftMin(Welfare):
 
     def value(self, utilities: Tensor) -> Tensor:
         """The soft minimum ``[...]`` over the last dimension of ``[..., K]``."""
-        return -self.temperature * self._logits(utilities).logsumexp(-1)
+        check_utilities(utilities)
+        lowest = utilities.detach().amin(-1, keepdim=True)
+        logits = self._logits(utilities - lowest)
+        # Sum of p (exp(-u / T) - 1), which keeps its digits where T is far above the differences.
+        prior = torch.full_like(utilities, 1.0 / utilities.shape[-1]) if self.prior is None else self.prior
+        shortfall = (prior.to(utilities) * torch.expm1((lowest - utilities) / self.temperature)).sum(-1)
+        log_mean = torch.where(shortfall > -0.5, torch.log1p(shortfall.clamp_min(-0.5)), logits.logsumexp(-1))
+        return lowest.squeeze(-1) - self.temperature * log_mean
 
     def weights(self, utilities: Tensor) -> Tensor:
         """``softmax(log p - u / T)``, ``[..., K]``."""

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchrl_maxmin.welfare.fair import AlphaFair, GeneralizedGini, Nash
+from torch import Tensor
+
+from torchrl_maxmin.welfare.fair import AlphaFair, GeneralizedGini, Nash, Regret
 from torchrl_maxmin.welfare.functions import Egalitarian, SoftMin, Utilitarian, Welfare
 from torchrl_maxmin.welfare.robust import Chi2Ball, CVaR, KLBall
 
 __all__ = ["WELFARES", "make_welfare"]
+
+
+def _regret(
+    best: Tensor | Sequence[float], welfare: Welfare | str = "egalitarian", **settings: Any
+) -> Regret:
+    if isinstance(welfare, str):
+        welfare = make_welfare(welfare, **settings)
+    elif settings:
+        raise ValueError(f"{sorted(settings)} are settings of a welfare by name, but an object was given.")
+    return Regret(welfare, best)
+
 
 #: The names that :func:`make_welfare` knows.
 WELFARES: dict[str, Callable[..., Welfare]] = {
@@ -22,6 +35,7 @@ WELFARES: dict[str, Callable[..., Welfare]] = {
     "nash": Nash,
     "alpha_fair": AlphaFair,
     "generalized_gini": GeneralizedGini,
+    "regret": _regret,
 }
 
 
@@ -30,7 +44,8 @@ def make_welfare(name: str, **settings: Any) -> Welfare:
 
     Args:
         name: one of :data:`WELFARES`.
-        **settings: the arguments of that class.
+        **settings: the arguments of that class; ``regret`` takes ``best``, and ``welfare`` (a name or an
+            object, egalitarian without one) with its settings.
 
     Raises:
         ValueError: if the name is unknown, or a setting is out of range.
@@ -39,6 +54,8 @@ def make_welfare(name: str, **settings: Any) -> Welfare:
         >>> from torchrl_maxmin.welfare import make_welfare
         >>> make_welfare("cvar", level=0.2).level
         0.2
+        >>> make_welfare("regret", best=[1.0, 0.5], welfare="soft_min", temperature=0.1).welfare
+        SoftMin(temperature=0.1, prior=None)
     """
     if name not in WELFARES:
         raise ValueError(f"Unknown welfare {name!r}. Known are: {', '.join(sorted(WELFARES))}.")

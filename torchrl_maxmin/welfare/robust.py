@@ -164,8 +164,9 @@ class Chi2Ball(_Ball):
 class CVaR(RobustWelfare):
     """The mean utility of the worst ``level`` of the population (conditional value at risk).
 
-    ``min_w sum_k w_k u_k`` over ``0 <= w_k <= p_k / level``: level 1 is the mean, and a level that no
-    group's share exceeds is the minimum (Rockafellar & Uryasev, 2000).
+    ``min_w sum_k w_k u_k`` over ``0 <= w_k <= p_k / level``: level 1 is the mean, and a level that is
+    no larger than the worst group's share is the minimum (Rockafellar & Uryasev, 2000). Equal groups get
+    weight in proportion to their shares.
 
     Args:
         level: in (0, 1].
@@ -188,9 +189,12 @@ class CVaR(RobustWelfare):
         self.level = float(level)
 
     def _worst(self, utilities: Tensor, shares: Tensor) -> Tensor:
-        order = utilities.argsort(dim=-1, stable=True)
-        sizes = shares.gather(-1, order)
-        before = sizes.cumsum(-1) - sizes
-        taken = (self.level - before).clamp_min(0).minimum(sizes)
-        taken = taken / taken.sum(-1, keepdim=True)
-        return torch.zeros_like(shares).scatter_(-1, order, taken)
+        # How much of the population is worse off than each group, and as badly off: equal groups share
+        # what is left of the level between them, in proportion to their shares.
+        worse = utilities.unsqueeze(-2) < utilities.unsqueeze(-1)
+        alike = utilities.unsqueeze(-2) == utilities.unsqueeze(-1)
+        before = (worse * shares.unsqueeze(-2)).sum(-1)
+        size = (alike * shares.unsqueeze(-2)).sum(-1)
+        part = (self.level - before).clamp_min(0).minimum(size) / torch.where(size > 0, size, 1.0)
+        taken = shares * part
+        return taken / taken.sum(-1, keepdim=True)
