@@ -234,7 +234,7 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("reward", "assignment", "medium", "none of soft, hard"),
         ("reward", "num_rounds", "0", "--num_rounds must be at least 1"),
         ("reward", "heldout_fraction", "1.5", "--heldout_fraction must be at least 0 and below 1"),
-        ("ppo", "objective", "max", "none of min_of_means, mean_of_mins"),
+        ("ppo", "objective", "max", "none of min_of_means, mean_of_prompt_mins"),
         ("ppo", "num_iterations", "0", "--num_iterations must be at least 1"),
         ("ppo", "reward_funcs", "nowhere:f", "no reward function 'nowhere:f': write module:function"),
         ("ppo", "reward_funcs", "json:nothing", "write module:function"),
