@@ -8,6 +8,8 @@ from welfare_bandits import BANDITS, BETA, VALUE, WEIGHTS, mirror_ascent, object
 
 from torchrl_maxmin.welfare import (
     ADVERSARIES,
+    AlphaFair,
+    CVaR,
     EntropyRegularized,
     ExponentiatedGradient,
     FixedWeights,
@@ -15,6 +17,7 @@ from torchrl_maxmin.welfare import (
     KLBall,
     Nash,
     ProjectedGradient,
+    Regret,
     SoftMin,
     WelfareAdversary,
     make_adversary,
@@ -149,6 +152,61 @@ def test_factory():
         make_adversary("argmin", 2)
     with pytest.raises(ValueError, match="2 fixed weights were given for 3 groups"):
         make_adversary("fixed", 3, weights=[0.5, 0.5])
+
+
+def test_any_welfare_by_name_with_its_settings_and_the_options():
+    adversary = make_adversary("welfare", 2, welfare="cvar", level=0.5, ema=0.9)
+    assert isinstance(adversary.welfare, CVaR)
+    assert (adversary.welfare.level, adversary.ema) == (0.5, 0.9)
+    with pytest.raises(ValueError, match="an object was given"):
+        make_adversary("welfare", 2, welfare=Nash(), level=0.5)
+    with pytest.raises(ValueError, match="Unknown welfare"):
+        make_adversary("welfare", 2, welfare="rawls")
+
+
+def test_a_welfare_adversary_follows_a_gradient_that_overflows():
+    weights = WelfareAdversary(2, AlphaFair(300.0)).update(torch.tensor([1e-3, 1e-2]))
+    assert weights.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("welfare", [Nash(), Regret(AlphaFair(2.0), [1.0, 1.0])])
+def test_optimism_would_leave_where_a_fair_welfare_is_defined(welfare):
+    with pytest.raises(ValueError, match="optimistic extrapolates"):
+        WelfareAdversary(2, welfare, optimistic=True)
+
+
+def test_a_decaying_answer_goes_part_of_the_way():
+    adversary = HardMin(2, step_decay=3.0)
+    assert adversary.update(torch.tensor([0.0, 1.0])).tolist() == [1.0, 0.0]
+    # the second step is half of the first: 1 / sqrt(1 + 3)
+    assert adversary.update(torch.tensor([1.0, 0.0])).tolist() == [0.5, 0.5]
+    welfare = WelfareAdversary(2, Nash(), step_decay=3.0)
+    welfare.update(torch.tensor([0.75, 0.25]))
+    torch.testing.assert_close(welfare.update(torch.tensor([0.25, 0.75])), torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("name", BANDITS)
+def test_a_decaying_hard_minimum_closes_what_its_constant_step_leaves(name):
+    rewards = BANDITS[name]
+    gaps = []
+    for step_decay in (0.0, 1.0):
+        adversary = HardMin(rewards.shape[1], step_decay=step_decay)
+        values, _ = mirror_ascent(adversary, rewards, 0.1, 3000)
+        gaps.append((VALUE[name] - values).mean().item())
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+@each_adversary
+def test_a_state_from_before_averages_still_loads(name):
+    adversary = MAKERS[name](3)
+    adversary.update(torch.tensor([0.3, 0.1, 0.2]))
+    added = ("num_updates", "average_weights", "last_utilities", "smoothed_utilities")
+    old = {key: value for key, value in adversary.state_dict().items() if key not in added}
+    resumed = MAKERS[name](3)
+    resumed.load_state_dict(old)
+    assert torch.equal(resumed.weights, adversary.weights)
+    weights = resumed.update(torch.tensor([0.2, 0.3, 0.1]))
+    torch.testing.assert_close(resumed.average_weights, weights)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,30 @@ def test_the_halves_are_balanced_in_either_layout():
         assert certificate.value == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_policy_may_be_given_by_its_responses_terms():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(8, 64, 2, generator=generator, dtype=torch.float64)
+    log_weights, terms = torch.full((8, 64), -math.log(64)), rewards[:, :32]
+    by_response, by_mean = (certify(rewards, log_weights, u, 1.0) for u in (terms, terms.mean(1)))
+    for end in ("value", "low", "high"):
+        assert getattr(by_response, end) == pytest.approx(getattr(by_mean, end), abs=1e-12)
+
+
+def test_given_prompts_leave_the_responses_alone_unsure():
+    """Prompts that differ much, responses that do not: sure of these prompts, unsure of others."""
+    generator = torch.Generator().manual_seed(0)
+    level = 5 * torch.randn(8, 1, 2, generator=generator, dtype=torch.float64)
+    rewards = level + 0.1 * torch.randn(8, 64, 2, generator=generator, dtype=torch.float64)
+    log_weights = torch.full((8, 64), -math.log(64))
+    drawn, given = (
+        certify(rewards, log_weights, rewards[:, :32], 1.0, prompts=which) for which in ("drawn", "given")
+    )
+    assert given.value == drawn.value
+    assert given.high - given.low < 0.1 < drawn.high - drawn.low
+    one = certify(rewards[:1], log_weights[:1], rewards[:1, :32], 1.0, prompts="given")
+    assert one.reason is None
+
+
 def test_bad_input_raises():
     rewards, log_weights, utilities = torch.zeros(4, 16, 2), torch.zeros(4, 16), torch.zeros(4, 2)
     with pytest.raises(ValueError, match="multiple of 4"):
@@ -129,5 +153,9 @@ def test_bad_input_raises():
         certify(rewards, log_weights, utilities * torch.nan, 0.1)
     with pytest.raises(ValueError, match="confidence"):
         certify(rewards, log_weights, utilities, 0.1, confidence=1.0)
+    with pytest.raises(ValueError, match="'drawn' or 'given'"):
+        certify(rewards, log_weights, utilities, 0.1, prompts="fixed")
+    with pytest.raises(ValueError, match="the standard errors come from the responses"):
+        certify(rewards, log_weights, utilities, 0.1, prompts="given")
     with pytest.raises(ValueError, match="beta must be positive"):
         certify(rewards, log_weights, utilities, -1.0)

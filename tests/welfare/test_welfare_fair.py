@@ -124,18 +124,42 @@ def test_names():
         "cvar": {"level": 0.5},
         "alpha_fair": {"alpha": 2.0},
         "generalized_gini": {"weights": [0.6, 0.4]},
+        "regret": {"best": [1.0, 0.9], "welfare": "cvar", "level": 0.5},
     }
     for name in WELFARES:
         value = make_welfare(name, **settings_of.get(name, {}))(torch.tensor([0.5, 0.7]))
         assert value.isfinite()
     with pytest.raises(ValueError, match=r"Unknown welfare 'rawls'.*egalitarian"):
         make_welfare("rawls")
+    assert make_welfare("regret", best=[1.0, 0.9])(torch.tensor([0.5, 0.7])).item() == pytest.approx(-0.5)
+    with pytest.raises(ValueError, match="an object was given"):
+        make_welfare("regret", best=[1.0, 0.9], welfare=Nash(), alpha=2.0)
+
+
+@given(positive, st.floats(0, 20))
+def test_normalized_weights_are_the_gradient_over_its_sum(utilities, alpha):
+    values = f64(utilities)
+    lowest = [0.0, 0.01, 0.02]
+    for welfare in (
+        AlphaFair(alpha, SHARES),
+        Regret(AlphaFair(alpha, SHARES), lowest),
+        GeneralizedGini(SHARES),
+    ):
+        gradient = welfare.weights(values)
+        torch.testing.assert_close(welfare.normalized_weights(values), gradient / gradient.sum())
+
+
+def test_normalized_weights_survive_a_gradient_that_overflows():
+    values = f64([1e-3, 2e-3, 1.0])
+    assert AlphaFair(200.0).weights(values).isinf().any()
+    torch.testing.assert_close(AlphaFair(200.0).normalized_weights(values), f64([1.0, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
         (lambda: AlphaFair(-1.0), "alpha"),
+        (lambda: AlphaFair(float("inf")), "Egalitarian is its limit"),
         (lambda: Nash([0.5, 0.6]), "sum to 1"),
         (lambda: Regret(Egalitarian(), [[1.0]]), "one finite number"),
         (lambda: Regret(Egalitarian(), [1.0, 2.0])(torch.ones(3)), "2 groups"),

@@ -1,4 +1,5 @@
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -53,6 +54,27 @@ def test_softmin_lies_between_minimum_and_mean(array, temperature):
     value = SoftMin(temperature)(utilities).item()
     assert utilities.min().item() - 1e-9 <= value <= utilities.mean().item() + 1e-9
     assert value <= utilities.min().item() + temperature * math.log(len(array)) + 1e-9
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2, 1.0, 1e3, 1e7])
+@pytest.mark.parametrize(
+    "prior", [None, [0.7, 0.299999, 1e-6], [0.5, 0.5, 0.0]], ids=["equal", "rare", "absent"]
+)
+def test_softmin_keeps_its_digits_in_single_precision(temperature, prior):
+    """Against 60 digits; at a temperature of 1e7 the logarithm alone would be off by 1."""
+    utilities = [0.25, 1.5, -2.0]
+    with localcontext(prec=60):
+        shares = [Decimal(1) / 3] * 3 if prior is None else [Decimal(p) for p in prior]
+        t = Decimal(temperature)
+        terms = [p * (-Decimal(u) / t).exp() for p, u in zip(shares, utilities, strict=True)]
+        expected = float(-t * sum(terms).ln())
+        gradient = [float(term / sum(terms)) for term in terms]
+    values = torch.tensor(utilities, requires_grad=True)
+    value = SoftMin(temperature, prior)(values)
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=2e-6, abs=2e-6)
+    assert values.grad.tolist() == pytest.approx(gradient, abs=1e-5)
+    assert SoftMin(temperature, prior).weights(values.detach()).tolist() == pytest.approx(gradient, abs=1e-5)
 
 
 @pytest.mark.parametrize("welfare", [Egalitarian(), Utilitarian(), SoftMin(1.0)], ids=repr)

@@ -166,6 +166,45 @@ def test_worst_cases_are_no_higher_than_any_weights_of_the_set_and_on_the_simple
         assert welfare(values).item() <= (other[inside] @ values.numpy()).min() + 1e-7
 
 
+def test_equal_groups_share_the_value_at_risk_by_size():
+    weights = CVaR(0.4, [0.2, 0.3, 0.5]).weights(torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(weights, torch.tensor([0.4, 0.6, 0.0]))
+    weights = CVaR(0.6, [0.4, 0.2, 0.2, 0.2]).weights(torch.tensor([0.0, 1.0, 1.0, 2.0]))
+    torch.testing.assert_close(weights, torch.tensor([2 / 3, 1 / 6, 1 / 6, 0.0]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("make", [KLBall, Chi2Ball, CVaR])
+def test_ties_and_absent_groups_change_nothing(make, seed):
+    """Splitting a group into equal ones, or adding one of share zero, is the same problem."""
+    rng = np.random.default_rng(seed)
+    shares, utilities = rng.dirichlet(np.ones(3)), rng.normal(size=3)
+    parameter = float(rng.uniform(0.05, 0.9))
+    welfare = make(parameter, torch.from_numpy(shares))
+    split = torch.tensor([shares[0] * 0.3, shares[0] * 0.7, shares[1], shares[2], 0.0])
+    finer = make(parameter, split)
+    values = torch.from_numpy(utilities)
+    more = torch.cat([values[:1], values, torch.tensor([-9.0], dtype=torch.float64)])
+    assert finer(more).item() == pytest.approx(welfare(values).item(), abs=1e-9)
+    weights, coarse = finer.weights(more), welfare.weights(values)
+    torch.testing.assert_close(weights[2:4], coarse[1:], atol=1e-7, rtol=0)
+    torch.testing.assert_close(weights[:2], coarse[0] * torch.tensor([0.3, 0.7]).double(), atol=1e-7, rtol=0)
+    assert weights[4] == 0
+
+
+@pytest.mark.parametrize("radius", [1e-14, 1e-8, 1e-3])
+def test_a_small_radius_costs_its_root_times_the_deviation(radius):
+    shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    values = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    mean = (shares * values).sum()
+    deviation = (shares * (values - mean).square()).sum().sqrt()
+    # To first order KL is half of the chi-square divergence.
+    for ball, factor in ((Chi2Ball, 1.0), (KLBall, 2.0)):
+        loss = mean - ball(radius, shares)(values)
+        expected = (factor * radius) ** 0.5 * deviation
+        assert loss.item() == pytest.approx(expected.item(), rel=max(1e-6, 2 * radius**0.5), abs=1e-9)
+
+
 @pytest.mark.parametrize("ball", BALLS)
 def test_a_group_of_share_zero_stays_out(ball):
     welfare = ball(5.0, [0.5, 0.5, 0.0])

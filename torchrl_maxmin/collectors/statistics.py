@@ -76,5 +76,4 @@ class GroupStatistics(nn.Module):
         flat = reward.flatten(0, -2)
         _, which, counts = prompt.flatten().unique(return_inverse=True, return_counts=True)
         means = flat.new_zeros(len(counts), flat.shape[-1]).index_add_(0, which, flat) / counts[:, None]
-        gradient = self.prompt_welfare.weights(means)
-        return (gradient / gradient.sum(-1, keepdim=True))[which].view(reward.shape)
+        return self.prompt_welfare.normalized_weights(means)[which].view(reward.shape)

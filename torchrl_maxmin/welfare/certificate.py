@@ -19,11 +19,12 @@ Modes that neither policy nor reference sampled are not certified.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -56,9 +57,14 @@ def _halves(num_responses: int) -> tuple[Indices, Indices]:
     return np.flatnonzero(first), np.flatnonzero(~first)
 
 
-def _over_prompts(differences: Array) -> tuple[Array, Array]:
-    """Means and standard errors ``[K]`` of ``[X, K]``."""
-    return differences.mean(0), differences.std(0, ddof=1) / np.sqrt(len(differences))
+def _over_prompts(differences: Array) -> Array:
+    """Standard errors ``[K]`` of the means of ``[X, K]``."""
+    return differences.std(0, ddof=1) / np.sqrt(len(differences))
+
+
+def _over_responses(terms: Array) -> Array:
+    """Squared standard errors of the means over the responses: ``[X, n, ...]`` to ``[X, ...]``."""
+    return terms.var(1, ddof=1) / terms.shape[1]
 
 
 def _effective_sample_size(log_terms: Array) -> Array:
@@ -73,34 +79,39 @@ def certify(
     *,
     confidence: float = 0.95,
     min_effective_samples: float = 10.0,
+    prompts: Literal["drawn", "given"] = "drawn",
 ) -> Certificate:
     """Bound how far a policy is from the KL-regularised max-min optimum, from samples.
 
     For each prompt draw n/2 responses from the policy and n/2 from the reference, and let
     ``m = (pi + pi_ref) / 2``. Prompts are independent draws; standard errors are taken over them, of
-    the paired differences between the bound and the policy's utilities.
+    the paired differences between the bound and the policy's utilities. With ``prompts="given"`` the gap
+    over these very prompts is meant: standard errors are those of the responses within each prompt, and
+    the interval is narrower, as prompts differ more than their responses leave unsure.
 
     Args:
         rewards: ``[X, n, K]``, n a multiple of 4; the policy's responses first and the reference's after
             (or the two alternating), so that halves of the responses hold as many of each.
         log_weights: ``[X, n]``, ``log pi_ref(y) - log m(y) - log n``, *not* normalised to sum to 1: then
             ``sum_i exp(log_weights_i) f(y_i)`` is an unbiased estimate of ``E_ref f``.
-        policy_utilities: ``[X, K]``, for each prompt an unbiased estimate of
+        policy_utilities: ``[X, K]`` or ``[X, m, K]``, for each prompt an unbiased estimate of
             ``F_u = E_policy[r_u - beta log(pi / pi_ref)]``, KL inside: the mean of
             ``r_u - beta * (log pi - log pi_ref)`` over policy responses to this prompt (those in
-            ``rewards`` or others).
+            ``rewards`` or others), or these terms of each of m responses.
         beta: the KL coefficient of the objective, positive.
-        confidence: the level of the interval: Student's t over prompts, Bonferroni-corrected over the K
-            groups.
+        confidence: the level of the interval: Student's t over prompts (or over half a prompt's
+            responses), Bonferroni-corrected over the K groups.
         min_effective_samples: the least effective sample size of
             ``exp(log_weights + w . r / beta)`` that each prompt must have.
+        prompts: ``drawn`` for the gap over the distribution that they come from, ``given`` for the gap over
+            these alone (then ``policy_utilities`` must be ``[X, m, K]``).
 
     Returns:
         The certificate; its numbers are None where nothing can be said, with the reason in words.
 
     Raises:
-        ValueError: on wrong shapes, values that are not finite, n not a multiple of 4, ``beta <= 0``
-            or a ``confidence`` outside (0, 1).
+        ValueError: on wrong shapes, values that are not finite, n not a multiple of 4, ``beta <= 0``,
+            a ``confidence`` outside (0, 1), or given prompts without the terms of two responses or more.
 
     Example:
         >>> import torch
@@ -113,12 +124,23 @@ def certify(
     """
     values, logs = check_samples(rewards, log_weights, beta)
     num_prompts, num_responses, num_groups = values.shape
-    if policy_utilities.shape != (num_prompts, num_groups):
+    if policy_utilities.ndim not in (2, 3) or (
+        (policy_utilities.shape[0], policy_utilities.shape[-1]) != (num_prompts, num_groups)
+    ):
         raise ValueError(
-            f"policy_utilities must be [prompts, groups] = {(num_prompts, num_groups)}, got "
-            f"{tuple(policy_utilities.shape)}."
+            f"policy_utilities must be [prompts, groups] = {(num_prompts, num_groups)}, or have the policy's "
+            f"responses between the two, got {tuple(policy_utilities.shape)}."
         )
-    utilities = policy_utilities.detach().to("cpu", torch.float64).numpy()
+    if prompts not in ("drawn", "given"):
+        raise ValueError(f"prompts must be 'drawn' or 'given', got {prompts!r}.")
+    given = prompts == "given"
+    if given and (policy_utilities.ndim == 2 or policy_utilities.shape[1] < 2):
+        raise ValueError(
+            "With prompts='given' the standard errors come from the responses: give policy_utilities "
+            "[prompts, responses, groups] of two responses or more, not their means."
+        )
+    policy_terms = policy_utilities.detach().to("cpu", torch.float64).numpy()
+    utilities = policy_terms if policy_terms.ndim == 2 else policy_terms.mean(1)
     if not np.isfinite(utilities).all():
         raise ValueError("policy_utilities hold NaN or infinite values.")
     if num_responses % 4:
@@ -128,11 +150,11 @@ def certify(
         )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}.")
-    if num_prompts < 2:
+    if num_prompts < 2 and not given:
         return Certificate(None, None, None, "one prompt gives no standard error; use two or more")
 
     first, second = _halves(num_responses)
-    bound = np.zeros(num_prompts)
+    bound, spread = np.zeros(num_prompts), np.zeros(num_prompts)
     least = np.inf
     for fitted, held_out in ((first, second), (second, first)):
         # A half has n/2 responses: its weights count double.
@@ -147,6 +169,10 @@ def certify(
         log_z = logsumexp(half_logs[:, held_out] + values[:, held_out] @ weights / beta, axis=1)
         with np.errstate(over="ignore"):  # too few samples for the beta: said below
             bound += 0.5 * beta * (np.exp(log_z - log_c) - 1.0 + log_c)
+            if given:
+                exponents = half_logs[:, held_out] + values[:, held_out] @ weights / beta - log_c[:, None]
+                terms = beta * np.exp(exponents + np.log(len(held_out)))
+                spread += 0.25 * _over_responses(terms)
         least = min(least, _effective_sample_size(logs + values @ weights / beta).min())
     if least < min_effective_samples:
         return Certificate(
@@ -160,9 +186,18 @@ def certify(
     # Jensen's inequality and the minimisation over w both bias the plain estimate low: a lower end.
     weights, _, _ = minimise_dual(values, beta, logs)
     floor, _ = dual_terms(weights, values, beta, logs)
-    quantile = float(student.ppf(1.0 - (1.0 - confidence) / (2 * num_groups), num_prompts - 1))
-    gaps, errors = _over_prompts(bound[:, None] - utilities)
-    floor_gaps, floor_errors = _over_prompts(floor[:, None] - utilities)
+    freedom = (num_responses // 2 if given else num_prompts) - 1
+    quantile = float(student.ppf(1.0 - (1.0 - confidence) / (2 * num_groups), freedom))
+    gaps, floor_gaps = (bound[:, None] - utilities).mean(0), (floor[:, None] - utilities).mean(0)
+    if given:
+        # The same responses may stand in both, so the two errors are added, not their squares.
+        own = np.sqrt(_over_responses(policy_terms).sum(0)) / num_prompts
+        tilts = num_responses * softmax(logs + values @ weights / beta, axis=1)
+        errors = own + np.sqrt(spread.sum()) / num_prompts
+        floor_errors = own + beta * np.sqrt(_over_responses(tilts).sum()) / num_prompts
+    else:
+        errors = _over_prompts(bound[:, None] - utilities)
+        floor_errors = _over_prompts(floor[:, None] - utilities)
     value = max(float(gaps.max()), 0.0)  # a gap is never negative
     return Certificate(
         value=value,

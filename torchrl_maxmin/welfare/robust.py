@@ -17,7 +17,7 @@ from torchrl_maxmin.welfare.functions import Welfare, check_simplex, check_utili
 
 __all__ = ["CVaR", "Chi2Ball", "KLBall"]
 
-_BISECTIONS = 120  # halvings of a bracket of 17 decades or so: to the last digit of float64
+_BISECTIONS = 60  # halvings of a bracket of about 60 in the logarithm: to the last digit of float64
 
 
 class RobustWelfare(Welfare):
