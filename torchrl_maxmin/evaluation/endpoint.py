@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -110,12 +111,9 @@ class EndpointJudge:
                 raise
 
     def _compare(self, prompt: str, a: str, b: str) -> float:
-        # Texts may hold braces: replace, never format.
-        question = self.template
-        for name, text in (("criterion", self.criterion), ("prompt", prompt), ("a", a), ("b", b)):
-            question = question.replace("{" + name + "}", f"\0{name}\0")
-        for name, text in (("criterion", self.criterion), ("prompt", prompt), ("a", a), ("b", b)):
-            question = question.replace(f"\0{name}\0", text)
+        texts = {"criterion": self.criterion, "prompt": prompt, "a": a, "b": b}
+        # Texts may hold braces: one pass over the template, and never format.
+        question = re.sub(r"\{(criterion|prompt|a|b)\}", lambda found: texts[found[1]], self.template)
         wait = self.backoff
         for attempt in range(self.retries + 1):
             try:

@@ -143,9 +143,7 @@ def judge_pairs(
     return Judgements(tuple(judges), np.stack(wins, axis=1), np.array(place))
 
 
-def _ask(
-    name: str, judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]
-) -> np.ndarray:
+def _ask(name: str, judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
     try:
         answer = np.asarray(judge(prompts, a, b), dtype=np.float64)
     except UserError:

@@ -6,7 +6,6 @@ the ``plot`` extra and is imported only when a figure is drawn; no backend and n
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_maxmin.evaluation.plot_style import (
+    COLOURS,
+    DASHES,
+    FONT,
+    MARKERS,
+    add_legend,
+    new_figure,
+    tidy,
+    write_figure,
+)
+
 __all__ = ["plot_training", "plot_win_rates"]
 
-# Okabe and Ito's colours, told apart by colour-blind readers; yellow is left out, too pale on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", "--", "-.", ":")
-_FONT = 13
 _MEAN_KEY = re.compile(r"^rewards/(\d+)/mean$")
 
 History = Sequence[Mapping[str, float]]
@@ -65,7 +70,7 @@ def plot_training(
     weighted = any(weight.format(0) in row for runs in seeds.values() for run in runs for row in run)
     num_rows = 2 if weighted else 1
     width = max(3.6 * len(seeds), 5.0)
-    figure = _figure(width + 0.6, 3.1 * num_rows + 0.9)
+    figure = new_figure(width + 0.6, 3.1 * num_rows + 0.9)
     axes = figure.subplots(num_rows, len(seeds), squeeze=False, sharex="col", sharey="row")
     rows: list[dict[str, Any]] = []
     for column, (policy, runs) in enumerate(seeds.items()):
@@ -86,21 +91,21 @@ def plot_training(
                     for i, value in enumerate(curve)
                     if np.isfinite(value)
                 ]  # fmt: skip
-            _tidy(axis)
-        axes[0][column].set_title(policy, fontsize=_FONT + 1)
-        axes[-1][column].set_xlabel("iteration", fontsize=_FONT)
+            tidy(axis)
+        axes[0][column].set_title(policy, fontsize=FONT + 1)
+        axes[-1][column].set_xlabel("iteration", fontsize=FONT)
         if weighted:
             axes[1][column].set_ylim(-0.03, 1.03)
             if not drawn:
                 axes[1][column].text(
                     0.5, 0.5, "no group weights", ha="center", va="center", color="0.4",
-                    fontsize=_FONT - 1, transform=axes[1][column].transAxes,
+                    fontsize=FONT - 1, transform=axes[1][column].transAxes,
                 )  # fmt: skip
-    axes[0][0].set_ylabel("group utility", fontsize=_FONT)
+    axes[0][0].set_ylabel("group utility", fontsize=FONT)
     if weighted:
-        axes[1][0].set_ylabel("group weight", fontsize=_FONT)
-    _legend(figure, *axes[0][0].get_legend_handles_labels())
-    return _write(figure, path, rows)
+        axes[1][0].set_ylabel("group weight", fontsize=FONT)
+    add_legend(figure, *axes[0][0].get_legend_handles_labels())
+    return write_figure(figure, path, rows)
 
 
 def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
@@ -131,7 +136,7 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
         raise ValueError("no policy to draw beside the reference")
     groups = summary["groups"]
     # Room for one number over every interval, side by side.
-    figure = _figure(max(len(policies) * (0.62 * len(groups) + 0.5) + 1.2, 5.4), 4.4)
+    figure = new_figure(max(len(policies) * (0.62 * len(groups) + 0.5) + 1.2, 5.4), 4.4)
     axis = figure.subplots()
     step = 0.8 / (len(groups) + 0.6)
     rows = []
@@ -142,7 +147,7 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
             [[r["mean"] - r["low"] for r in rates], [r["high"] - r["mean"] for r in rates]], 0, None
         )
         offset = step * (k - (len(groups) - 1) / 2)
-        colour, marker = _COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]
+        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
         where = np.arange(len(policies)) + offset
         axis.errorbar(
             where, means, yerr=errors, fmt=marker, color=colour, markersize=6, capsize=7, capthick=2,
@@ -153,7 +158,7 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
             end, shift, side = ("high", 5, "bottom") if rate["mean"] >= 0.5 else ("low", -5, "top")
             axis.annotate(
                 f"{rate['mean']:.2f}", (x, rate[end]), xytext=(0, shift), textcoords="offset points",
-                ha="center", va=side, fontsize=_FONT - 1, color="0.2",
+                ha="center", va=side, fontsize=FONT - 1, color="0.2",
             )  # fmt: skip
         rows += [
             {"policy": policy, "group": group["name"], **{key: rate[key] for key in ("mean", "low", "high")}}
@@ -162,17 +167,17 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
     axis.axhline(0.5, color="0.35", linewidth=1.4, linestyle="--", zorder=0)
     axis.text(
         1.01, 0.5, "as good\nas sft", transform=axis.get_yaxis_transform(), color="0.35", ha="left",
-        va="center", fontsize=_FONT - 2,
+        va="center", fontsize=FONT - 2,
     )  # fmt: skip
     axis.set_xticks(range(len(policies)), policies)
     axis.set_xlim(-0.55, len(policies) - 0.45)
     axis.set_yticks(np.linspace(0, 1, 6))
     axis.set_ylim(-0.09, 1.09)
-    axis.set_ylabel("win rate against sft", fontsize=_FONT)
-    _tidy(axis)
-    axis.tick_params(axis="x", labelsize=_FONT)
-    _legend(figure, *axis.get_legend_handles_labels())
-    return _write(figure, path, rows)
+    axis.set_ylabel("win rate against sft", fontsize=FONT)
+    tidy(axis)
+    axis.tick_params(axis="x", labelsize=FONT)
+    add_legend(figure, *axis.get_legend_handles_labels())
+    return write_figure(figure, path, rows)
 
 
 def _as_seeds(history: History | Sequence[History]) -> list[History]:
@@ -193,7 +198,7 @@ def _curve(run: History, key: str) -> np.ndarray:
 
 
 def _draw_curves(axis: Any, curves: list[np.ndarray], k: int, name: str) -> None:
-    colour, dash = _COLOURS[k % len(_COLOURS)], _DASHES[k % len(_DASHES)]
+    colour, dash = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)]
     if len(curves) > 1:
         for curve in curves:
             axis.plot(curve, color=colour, linewidth=1.0, alpha=0.4)
@@ -201,42 +206,3 @@ def _draw_curves(axis: Any, curves: list[np.ndarray], k: int, name: str) -> None
     shortest = min(len(curve) for curve in curves)
     mean = np.mean([curve[:shortest] for curve in curves], axis=0)
     axis.plot(mean, color=colour, linestyle=dash, linewidth=2.8, label=name)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need Matplotlib: pip install 'torchrl-maxmin[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _legend(figure: Any, handles: list[Any], labels: list[str]) -> None:
-    # A letter is about 0.11 inch wide at this size, handle and gap about 1 inch.
-    columns = int(figure.get_size_inches()[0] / (1.0 + 0.11 * max(map(len, labels))))
-    columns = min(max(columns, 1), len(labels))
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=_FONT)
-
-
-def _tidy(axis: Any) -> None:
-    axis.tick_params(labelsize=_FONT - 1)
-    axis.grid(axis="y", color="0.9", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _write(figure: Any, path: str | Path, rows: list[dict[str, Any]]) -> list[Path]:
-    import matplotlib
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    png, svg, table = (path.with_name(path.name + suffix) for suffix in (".png", ".svg", ".csv"))
-    figure.savefig(png, dpi=150)
-    # A fixed salt and no date: the same numbers give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "torchrl-maxmin"}):
-        figure.savefig(svg, metadata={"Date": None})
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return [png, svg, table]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from torchrl_maxmin.evaluation.group_rates import GroupRates, rates_by_group
 from torchrl_maxmin.evaluation.intervals import (
     NUM_RESAMPLES,
     ClusterBootstrap,
@@ -81,6 +82,8 @@ class GroupWinRates:
         worst_group: Its win rate; ``low`` is the smallest low, ``high`` the smallest high over groups. The
             minimum of noisy means is biased low, most where the groups are close.
         average: Unweighted mean over groups.
+        clustered: The same rates with the intervals to report: t over seeds plus the component of the
+            prompts that they share. None where it was not asked for.
     """
 
     group_names: tuple[str, ...]
@@ -88,6 +91,7 @@ class GroupWinRates:
     worst_group_name: str
     worst_group: Estimate
     average: Estimate
+    clustered: GroupRates | None = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -121,8 +125,21 @@ def group_win_rates(
 ) -> GroupWinRates:
     """Win rates by group of a policy against a reference, with intervals.
 
-    Seeds are resampled first, then prompts, the same prompts for all seeds; with one seed only prompts
-    are. The t interval over seeds (``.groups.t_low``, ``.t_high``) is the one to read when seeds are few.
+    The reference may be any other policy that answered the same prompts; ties count one half. Two kinds of
+    interval come back:
+
+    * ``.clustered``, to report: t over seeds plus the component of the prompts that all seeds share,
+      half^2 = t^2 V_seed + 1.96^2 (V_prompt - V_interaction)+. Simulated, a nominal 95% covers .957 to .968
+      with 3 seeds and .956 to .964 with 6 (rates .2 to .8); above .9 it warns. The worst group's interval is
+      [smallest low, smallest high] over groups, and its point estimate is biased low.
+    * ``.low``/``.high``, percentiles of the bootstrap: seeds are resampled first, then prompts, the same
+      prompts for all seeds. With few seeds it is too narrow: .85 to .87 with 3 seeds in the same simulation.
+      Narrower still are percentiles over seeds alone (.63 to .65 with 3 seeds, .81 with 6), and the naive
+      bootstrap over pairs, which takes responses to one prompt by one policy for independent (.38 to .46).
+
+    With one seed both hold the chance of the prompts only. For comparisons that people made see
+    :func:`~torchrl_maxmin.evaluation.group_rates.user_win_rates`, for judges
+    :func:`~torchrl_maxmin.evaluation.judges.judge_pairs`.
 
     Args:
         utilities: The policy's utilities [S seeds, N prompts, M samples, G groups] or [N, M, G].
@@ -138,6 +155,9 @@ def group_win_rates(
     Raises:
         ValueError: If shapes disagree or utilities hold NaN.
 
+    Warns:
+        CoverageWarning: For a rate above .9 or below .1.
+
     Example:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
@@ -145,6 +165,8 @@ def group_win_rates(
         >>> rates = group_win_rates(better, sft, group_names=["majority", "minority"])
         >>> rates.worst_group_name
         'minority'
+        >>> bool(rates.clustered.worst_group.low < rates.clustered.worst_group.mean)
+        True
     """
     matrix = win_matrix(utilities, reference)
     if matrix.ndim == 2:
@@ -153,7 +175,9 @@ def group_win_rates(
         raise ValueError(f"utilities must be [S, N, M, G] or [N, M, G], got {list(np.shape(utilities))}")
     bootstrap = ClusterBootstrap(*matrix.shape[:2], num_resamples=num_resamples, seed=seed)
     names = [str(k) for k in range(matrix.shape[-1])] if group_names is None else group_names
-    return rates_from_win_matrix(matrix, names, bootstrap, confidence=confidence)
+    rates = rates_from_win_matrix(matrix, names, bootstrap, confidence=confidence)
+    clustered = rates_by_group(matrix, names, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    return dataclasses.replace(rates, clustered=clustered)
 
 
 def rates_from_win_matrix(

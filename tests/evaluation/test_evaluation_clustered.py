@@ -1,0 +1,269 @@
+"""Clustered intervals: closed forms, and how often they cover in simulated studies."""
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import expit, logit
+
+from torchrl_maxmin.evaluation import group_win_rates
+from torchrl_maxmin.evaluation.clustered import (
+    CoverageWarning,
+    interval_over_seeds,
+    interval_over_users,
+    stack_intervals,
+    worst_of,
+)
+from torchrl_maxmin.evaluation.group_rates import rates_by_group, user_win_rates
+from torchrl_maxmin.evaluation.pairwise import paired_change, pairwise_win_rates
+
+GRID = stats.norm.ppf((np.arange(4000) + 0.5) / 4000)
+STUDIES = 500
+
+
+def centre(mean, deviation):
+    """The logit around which users (or seeds and prompts) scatter, that has this population mean."""
+    return brentq(lambda mu: expit(mu + deviation * GRID).mean() - mean, -9, 9)
+
+
+def users_study(rng, users, answers, mean, deviation):
+    """User means [U, studies]."""
+    logits = centre(mean, deviation) + deviation * rng.normal(size=(users, STUDIES))
+    return rng.binomial(answers, expit(logits)) / answers
+
+
+def seeds_study(rng, seeds, mean, scatter=0.3, prompts=200):
+    """Win rates [S, N, studies]: prompts shared by the seeds, 4 answers each."""
+    mu = centre(mean, np.sqrt(scatter**2 + 1.25))
+    logits = mu + scatter * rng.normal(size=(seeds, 1, STUDIES)) + rng.normal(size=(1, prompts, STUDIES))
+    return rng.binomial(4, expit(logits + 0.5 * rng.normal(size=(seeds, prompts, STUDIES)))) / 4
+
+
+def covered(interval, truth):
+    return np.mean((interval.low <= truth) & (truth <= interval.high))
+
+
+@pytest.mark.parametrize(
+    ("users", "deviation", "mean"), list(itertools.product((30, 100), (0.5, 1.0), (0.2, 0.5, 0.8)))
+)
+def test_intervals_over_users_cover(users, deviation, mean):
+    rng = np.random.default_rng([users, int(10 * deviation), int(10 * mean)])
+    rates = users_study(rng, users, 20, mean, deviation)
+    assert 0.92 <= covered(interval_over_users(rates, num_resamples=2), mean) <= 0.98
+
+
+@pytest.mark.parametrize(("seeds", "mean"), list(itertools.product((3, 6), (0.2, 0.5, 0.8))))
+def test_intervals_over_seeds_with_shared_prompts_cover(seeds, mean):
+    values = seeds_study(np.random.default_rng([seeds, int(10 * mean)]), seeds, mean)
+    assert 0.92 <= covered(interval_over_seeds(values, num_resamples=2), mean) <= 0.98
+
+
+@pytest.mark.parametrize(("kind", "count"), [("users", 30), ("users", 100), ("seeds", 3), ("seeds", 6)])
+@pytest.mark.parametrize("apart", [0.0, 0.1])
+def test_interval_of_the_worst_of_two_groups_covers(kind, count, apart):
+    rng = np.random.default_rng([count, int(100 * apart)])
+    groups = []
+    for mean in (0.6, 0.6 + apart):
+        if kind == "users":
+            groups.append(interval_over_users(users_study(rng, count, 20, mean, 1.0), num_resamples=2))
+        else:
+            groups.append(interval_over_seeds(seeds_study(rng, count, mean), num_resamples=2))
+    stacked = stack_intervals(groups)
+    # worst_of is for one study; the same ends, study by study.
+    low, high = stacked.low.min(axis=0), stacked.high.min(axis=0)
+    assert 0.92 <= np.mean((low <= 0.6) & (high >= 0.6)) <= 0.98
+
+
+def test_percentiles_over_seeds_and_pairs_taken_one_by_one_do_not_cover():
+    """What the docs say of the two usual shortcuts."""
+    rng = np.random.default_rng(0)
+    values = seeds_study(rng, 3, 0.5)
+    by_seed = values.mean(axis=1)
+    draws = by_seed[np.array(list(itertools.product(range(3), repeat=3)))].mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    assert np.mean((low <= 0.5) & (high >= 0.5)) < 0.75
+    rates = users_study(rng, 100, 20, 0.5, 1.0)
+    wins = np.round(rates.sum(axis=0) * 20).astype(int)
+    # The naive bootstrap of pairs has a binomial distribution.
+    low, high = (stats.binom.ppf(tail, 2000, wins / 2000) / 2000 for tail in (0.025, 0.975))
+    assert np.mean((low <= 0.5) & (high >= 0.5)) < 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("users", "answers", "deviation"), list(itertools.product((30, 60, 200), (4, 20), (0.0, 0.3, 1.0)))
+)
+def test_intervals_over_users_cover_in_many_studies(users, answers, deviation):
+    """2000 studies a cell."""
+    rng = np.random.default_rng([users, answers, int(10 * deviation)])
+    for mean in (0.2, 0.35, 0.5, 0.65, 0.8):
+        rates = np.concatenate([users_study(rng, users, answers, mean, deviation) for _ in range(4)], axis=1)
+        assert 0.93 <= covered(interval_over_users(rates, num_resamples=2), mean) <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seeds", "scatter", "prompts"), list(itertools.product((3, 6), (0.1, 0.3, 0.6), (60, 200)))
+)
+def test_intervals_over_seeds_cover_in_many_studies(seeds, scatter, prompts):
+    """2000 studies a cell; nearly equal seeds with 3 of them come near to .98."""
+    rng = np.random.default_rng([seeds, int(10 * scatter), prompts])
+    for mean in (0.2, 0.5, 0.8):
+        parts = [
+            covered(
+                interval_over_seeds(seeds_study(rng, seeds, mean, scatter, prompts), num_resamples=2), mean
+            )
+            for _ in range(4)
+        ]
+        assert 0.93 <= np.mean(parts) <= 0.985
+
+
+def test_users_interval_is_a_t_interval_on_the_logit():
+    rates = np.array([0.2, 0.5, 0.9, 0.4, 0.6] * 8)
+    found = interval_over_users(rates)
+    mean, error = rates.mean(), stats.sem(rates)
+    half = stats.t.ppf(0.975, 39) * error / (mean * (1 - mean))
+    np.testing.assert_allclose([found.low, found.high], expit(logit(mean) + half * np.array([-1, 1])))
+    plain = interval_over_users(rates, scale="identity")
+    expected = stats.ttest_1samp(rates, 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose([plain.low, plain.high], expected)
+
+
+def test_seeds_interval_is_the_formula_by_hand():
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(4, 1)) + rng.normal(size=(1, 30)) + 0.5 * rng.normal(size=(4, 30))
+    found = interval_over_seeds(values, scale="identity")
+    seeds, prompts, grand = values.mean(1), values.mean(0), values.mean()
+    rest = sum((values[s, n] - seeds[s] - prompts[n] + grand) ** 2 for s in range(4) for n in range(30))
+    v_seed, v_prompt = seeds.var(ddof=1) / 4, prompts.var(ddof=1) / 30
+    v_interaction = rest / (3 * 29) / 120
+    half = np.sqrt(
+        stats.t.ppf(0.975, 3) ** 2 * v_seed + stats.norm.ppf(0.975) ** 2 * (v_prompt - v_interaction)
+    )
+    np.testing.assert_allclose([found.low, found.high], grand + half * np.array([-1, 1]))
+
+
+def test_prompts_that_add_nothing_leave_the_interval_over_seeds():
+    values = np.repeat([[0.2], [0.5], [0.9], [0.4]], 20, axis=1)
+    found = interval_over_seeds(values, scale="identity")
+    expected = stats.ttest_1samp(values[:, 0], 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high], expected)
+
+
+def test_one_seed_has_the_prompts_chance_and_says_so():
+    rates = np.random.default_rng(2).random((1, 50))
+    found = interval_over_seeds(rates, scale="identity")
+    expected = stats.ttest_1samp(rates[0], 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high], expected)
+    assert "one seed" in found.notes[0]
+    assert np.isnan(interval_over_seeds(rates[:, :1]).low)
+
+
+def test_few_users_and_extreme_rates_warn():
+    rng = np.random.default_rng(3)
+    with pytest.warns(CoverageWarning, match="29 users are few"):
+        interval_over_users(rng.random(29))
+    with pytest.warns(CoverageWarning, match=r"above 0\.9"):
+        interval_over_users(np.full(100, 0.95))
+    with pytest.warns(CoverageWarning, match=r"below 0\.1"):
+        interval_over_seeds(np.full((3, 20, 2), [0.5, 0.05]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interval_over_users(rng.random(30))
+        interval_over_seeds(rng.random((3, 20)))
+        interval_over_users(np.full(30, 5.0), scale="identity")
+
+
+def test_no_scatter_no_width_and_ends_stay_inside():
+    same = interval_over_seeds(np.full((3, 9), 0.5))
+    assert same.low == same.mean == same.high == 0.5
+    with pytest.warns(CoverageWarning):
+        near = interval_over_users(np.array([1.0] * 30 + [0.95]))
+    with pytest.warns(CoverageWarning):
+        always = interval_over_users(np.ones((40, 1)))
+    assert 0 < near.low < near.mean < near.high < 1
+    assert always.high == 1
+    np.testing.assert_allclose(always.low, stats.binomtest(40, 40).proportion_ci().low)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: interval_over_users([]), "not empty"),
+        (lambda: interval_over_users([0.5, np.nan]), "NaN"),
+        (lambda: interval_over_users([0.5, 1.5]), "scale='identity'"),
+        (lambda: interval_over_users([0.5, 0.5], scale="probit"), "not 'probit'"),
+        (lambda: interval_over_seeds([0.5, 0.5]), r"\[S, N, \.\.\.\]"),
+        (lambda: stack_intervals([]), "no groups"),
+        (lambda: rates_by_group(np.zeros(3)), r"\[S, N, G\]"),
+        (lambda: rates_by_group(np.zeros((3, 2)), ["a"]), "1 group names for 2 groups"),
+        (lambda: paired_change([0.5], [0.5, 0.5]), "must share seeds"),
+        (lambda: paired_change([[0.5]], [[0.5]], clusters="pairs"), "'seeds' or 'users'"),
+        (lambda: pairwise_win_rates({"a": np.zeros((2, 1, 1))}), "two policies"),
+        (lambda: user_win_rates([1, 0], ["a"]), "as many"),
+        (lambda: user_win_rates([1, 0], ["a", "b"], {"a": "x"}), "user 'b' has no group"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_worst_group_takes_the_smallest_ends_and_says_its_bias():
+    rng = np.random.default_rng(4)
+    groups = interval_over_users(rng.binomial(20, [0.7, 0.55, 0.5], size=(60, 3)) / 20)
+    index, worst = worst_of(groups)
+    assert index == groups.mean.argmin()
+    assert (worst.mean, worst.low, worst.high) == (groups.mean.min(), groups.low.min(), groups.high.min())
+    assert "biased low" in worst.notes[0]
+    assert worst_of(interval_over_users(rng.random((40, 1))))[1].notes == ()
+
+
+def test_group_win_rates_carries_the_clustered_intervals():
+    rng = np.random.default_rng(5)
+    policy, reference = rng.normal([0.4, 0.0], size=(3, 80, 2, 2)), rng.normal(size=(3, 80, 2, 2))
+    rates = group_win_rates(policy, reference, group_names=["a", "b"])
+    np.testing.assert_allclose(rates.clustered.groups.mean, rates.mean, atol=1e-12)
+    assert rates.clustered.worst_group_name == rates.worst_group_name == "b"
+    np.testing.assert_allclose(rates.clustered.groups.bootstrap_low, rates.low, atol=1e-12)
+    np.testing.assert_allclose(rates.clustered.average.mean, rates.average.mean)
+    told = rates.clustered.to_dict()
+    assert told["worst_group_win_rate"]["notes"][0].startswith("the smallest of 2 noisy means is biased low")
+    assert told["groups"]["clusters"] == {"seeds": 3, "prompts": 80}
+
+
+def test_every_pair_of_policies_both_ways():
+    rng = np.random.default_rng(6)
+    policies = {name: rng.integers(0, 3, (2, 30, m, 2)) for name, m in (("a", 2), ("b", 3), ("c", 1))}
+    rates = pairwise_win_rates(policies, num_resamples=50)
+    assert len(rates) == 6
+    for one, other in itertools.combinations(policies, 2):
+        np.testing.assert_allclose(rates[one, other].groups.mean, 1 - rates[other, one].groups.mean)
+        np.testing.assert_allclose(rates[one, other].groups.low, 1 - rates[other, one].groups.high)
+
+
+def test_pairing_takes_the_prompts_out():
+    rng = np.random.default_rng(7)
+    prompt = rng.normal(size=(1, 100))
+    one = prompt + 0.2 + 0.1 * rng.normal(size=(3, 100))
+    other = prompt + 0.1 * rng.normal(size=(3, 100))
+    paired = paired_change(one, other)
+    alone = interval_over_seeds(one, scale="identity")
+    assert paired.low < 0.2 < paired.high
+    assert paired.high - paired.low < 0.5 * (alone.high - alone.low)
+    by_user = paired_change(one[0], other[0], clusters="users")
+    expected = stats.ttest_rel(one[0], other[0]).confidence_interval(0.95)
+    np.testing.assert_allclose([by_user.low, by_user.high], expected)
+
+
+def test_users_count_once_however_many_comparisons_they_made():
+    wins = [1.0] * 50 + [0.0] + [0.5] * 2
+    with pytest.warns(CoverageWarning, match="few"):
+        rates = user_win_rates(wins, ["a"] * 50 + ["b"] + ["c"] * 2, {"a": "x", "b": "x", "c": "y"})
+    assert rates.group_names == ("x", "y")
+    np.testing.assert_allclose(rates.groups.mean, [0.5, 0.5])
+    assert rates.groups.clusters == {"users": [2, 1]}
+    assert rates.average is None
