@@ -1,8 +1,4 @@
-"""MaxMin PPO: Algorithm 1 of MaxMin-RLHF (arXiv 2402.08925) on TorchRL's parts.
-
-The loop in :meth:`PPOTrainer.train` is the algorithm; everything above it builds its parts and
-everything below it measures.
-"""
+"""MaxMin PPO of a causal language model, on TorchRL's parts; the loop itself is :class:`PPOLoop`'s."""
 
 from __future__ import annotations
 
@@ -14,8 +10,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
-from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
+from torch import Tensor
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
 from torchrl_maxmin.collectors import MaxMinCollector
@@ -29,28 +24,14 @@ from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import require_columns
-from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_functions, reference_rewards
-from torchrl_maxmin.trainers.checkpoint import (
-    find_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
 from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_gap import policy_certificate
+from torchrl_maxmin.trainers.ppo_loop import PPOLoop
 from torchrl_maxmin.trainers.ppo_metrics import rollout_metrics
-from torchrl_maxmin.trainers.run import (
-    MetricsLog,
-    prepare_output_dir,
-    require_finite,
-    resolve_device,
-    seed_everything,
-    write_config,
-    write_json,
-)
+from torchrl_maxmin.trainers.run import require_finite, seed_everything, write_config, write_json
 from torchrl_maxmin.welfare import Egalitarian
 
 __all__ = ["PPOTrainer", "run_ppo"]
@@ -67,17 +48,18 @@ def run_ppo(config: PPOConfig) -> Path:
     return trainer.folder
 
 
-class PPOTrainer:
+class PPOTrainer(PPOLoop):
     """The policy stage, built from a config.
 
     Args:
         config: see :class:`PPOConfig`.
     """
 
+    config: PPOConfig
+
     def __init__(self, config: PPOConfig):
-        config.check()
-        self.config = config
-        self.device = resolve_device(config.device)
+        super().__init__(config)
+        self.num_iterations = config.num_iterations
         require_model(config.model_name_or_path)
         table = load_table(config.dataset_name, config.dataset_split)
         if len(table) == 0:
@@ -86,14 +68,7 @@ class PPOTrainer:
         self.tokenizer = load_tokenizer(config.model_name_or_path)
         mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
         functions, monitors = load_functions(config.reward_funcs), load_functions(config.monitor_funcs)
-        self.folder = Path(config.output_dir)
-        saved = (
-            find_checkpoint(self.folder, config.resume_from_checkpoint)
-            if config.resume_from_checkpoint
-            else None
-        )
-        if saved is None:
-            prepare_output_dir(self.folder)
+        saved = self._saved()
 
         seed_everything(config.seed)
         self.reference = self._load_policy()
@@ -115,14 +90,16 @@ class PPOTrainer:
         else:
             self.calibration, self.baseline = Calibration.from_dict(saved["calibration"]), saved["baseline"]
         shares = None if mixture is None else mixture.log_prior.exp()
-        self.adversary = adversary_of(config, self.rewards.num_groups, shares)
+        # a win rate is at least 0, and a response that does not end pays the penalty
+        self.adversary = adversary_of(
+            config, self.rewards.num_groups, shares, disagreement=-config.missing_eos_penalty
+        )
         self._build_learner()
-        self.start = 0
         if saved is not None:
             self._restore(saved)
         self._build_collector()
         if saved is not None:
-            restore_random_state(saved["random"])
+            self._restore_random(saved)
         write_config(self.folder, config)
 
     # -- parts ----------------------------------------------------------------------------------
@@ -171,35 +148,12 @@ class PPOTrainer:
             loss_mask_key="action_mask",
         )
         self.gae = VectorGAE(gamma=config.gamma, lmbda=config.lam, value_network=None, mask_key="mask")
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": self.policy.parameters(), "lr": config.learning_rate},
-                {
-                    "params": self.critic.parameters(),
-                    "lr": config.critic_learning_rate or config.learning_rate,
-                },
-            ],
-            eps=1e-8,
-            weight_decay=0.0,
-        )
-        warmup, total = config.warmup_iterations, config.num_iterations
-
-        def rate(iteration: int) -> float:
-            if iteration < warmup:
-                return (iteration + 1) / (warmup + 1)
-            return max(total - iteration, 0) / max(total - warmup, 1)
-
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self._build_optimizer(config.rollout_batch_size)
         self.kl_controller: Any = ConstantKLController(kl_coef=config.beta)
         if config.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKLController(
                 init_kl_coef=config.beta, target=config.kl_target, horizon=config.kl_horizon
             )
-        self.buffer = ReplayBuffer(
-            storage=LazyTensorStorage(config.rollout_batch_size, device=self.device),
-            sampler=SamplerWithoutReplacement(),
-            batch_size=min(config.mini_batch_size, config.rollout_batch_size),
-        )
 
     def _build_collector(self) -> None:
         config = self.config
@@ -236,42 +190,25 @@ class PPOTrainer:
         ended = (responses["action"] == self.tokenizer.eos_token_id) & responses["action_mask"]
         return rewards - self.config.missing_eos_penalty * (~ended.any(-1, keepdim=True))
 
-    # -- the algorithm --------------------------------------------------------------------------
+    # -- an iteration ---------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Run all iterations, save the policy and what is known of the run."""
+    def _measure(self, iteration: int, batch: TensorDict, losses: dict[str, Tensor]) -> dict[str, float]:
         config = self.config
-        log = MetricsLog(self.folder, config.report_to, keep=self.start)
-        stop = config.stop_at_iteration or config.num_iterations
-        batches, near_enough = iter(self.collector), False
-        with progress_bar(f"ppo ({self.folder.name})", stop - self.start) as advance:
-            for iteration in range(self.start, stop):
-                batch = self._prepare(next(batches)[:, 0])
-                losses = self._update(batch)
-                metrics = rollout_metrics(batch, losses, self.kl_controller.coef, self.rewards.num_groups)
-                metrics["lr"] = self.schedule.get_last_lr()[0]
-                if self.monitor is not None:
-                    truth = self.monitor(batch.cpu()).mean(0)
-                    metrics |= {f"monitor/{k}/mean": value for k, value in enumerate(truth.tolist())}
-                if config.gap_steps and (iteration + 1) % config.gap_steps == 0:
-                    metrics |= self._gap()
-                log.write(iteration, metrics)
-                self.schedule.step()
-                self._control_kl(metrics["objective/kl"])
-                if (
-                    config.save_steps and (iteration + 1) % config.save_steps == 0
-                ) or iteration + 1 == config.stop_at_iteration:
-                    self._save(iteration + 1)
-                gap = metrics.get("maxmin/duality_gap_high", math.inf)
-                near_enough = config.stop_at_gap > 0 and gap <= config.stop_at_gap
-                advance(
-                    note=f"worst group {metrics['objective/welfare']:+.2f}  kl {metrics['objective/kl']:.1f}"
-                )
-                if near_enough:
-                    break
-        self.collector.shutdown(close_env=False)
-        if stop == config.num_iterations or near_enough:
-            self._finish()
+        metrics = rollout_metrics(batch, losses, self.kl_controller.coef, self.rewards.num_groups)
+        if self.monitor is not None:
+            truth = self.monitor(batch.cpu()).mean(0)
+            metrics |= {f"monitor/{k}/mean": value for k, value in enumerate(truth.tolist())}
+        if config.gap_steps and (iteration + 1) % config.gap_steps == 0:
+            metrics |= self._gap()
+        return metrics
+
+    def _after(self, metrics: dict[str, float]) -> bool:
+        self._control_kl(metrics["objective/kl"])
+        gap = metrics.get("maxmin/duality_gap_high", math.inf)
+        return self.config.stop_at_gap > 0 and gap <= self.config.stop_at_gap
+
+    def _note(self, metrics: dict[str, float]) -> str:
+        return f"{super()._note(metrics)}  kl {metrics['objective/kl']:.1f}"
 
     def _gap(self) -> dict[str, float]:
         """The certified distance to the optimum; no entry where the samples cannot say."""
@@ -300,6 +237,8 @@ class PPOTrainer:
     @torch.no_grad()
     def _prepare(self, rollout: TensorDictBase) -> TensorDict:
         """Advantages of a rollout: reference, values, one column a group, then the weighted sum."""
+        if rollout.ndim == 2:
+            rollout = rollout[:, 0]  # an episode is one step
         batch = rollout.select(
             "prompt_tokens", "prompt_mask", "action", "action_mask", "sample_log_prob",
             "group_weights", "group_utilities", ("next", "reward"), ("next", "group_reward"),
@@ -313,53 +252,19 @@ class PPOTrainer:
         batch["value_target"] = steps["value_target"]
         return batch
 
-    def _update(self, batch: TensorDict) -> dict[str, Tensor]:
-        """Clipped PPO on a rollout; metrics averaged over optimizer steps."""
-        config = self.config
-        self.buffer.empty()
-        self.buffer.extend(batch.exclude("next", "group_utilities"))
-        records = []
-        for _ in range(config.num_ppo_epochs):
-            for minibatch in self.buffer:
-                losses = self.loss(minibatch)
-                total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-                self.optimizer.zero_grad()
-                total.backward()
-                norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
-                nn.utils.clip_grad_norm_(self.critic.parameters(), config.max_grad_norm)
-                require_finite(
-                    total.item() + norm.item(), minibatch, self.folder, "the PPO loss or its gradient"
-                )
-                self.optimizer.step()
-                records.append(losses.detach())
-        return torch.stack(records).mean(0).to_dict()
+    def _rows(self, batch: TensorDict) -> TensorDict:
+        return batch.exclude("next", "group_utilities")
 
     # -- state ----------------------------------------------------------------------------------
 
-    def _save(self, iteration: int) -> None:
-        state = {
-            "iteration": iteration,
-            "policy": self.policy.state_dict(),
-            "critic": self.critic.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "adversary": self.adversary.state_dict(),
+    def _state(self) -> dict[str, Any]:
+        return {
             "kl_coef": self.kl_controller.coef,
             "calibration": self.calibration.to_dict(),
             "baseline": self.baseline,
-            "random": random_state(),
         }
-        save_checkpoint(self.folder, iteration, state)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.start = state["iteration"]
-        if self.start >= (self.config.stop_at_iteration or self.config.num_iterations):
-            raise UserError(f"the checkpoint is at iteration {self.start} already; raise --num_iterations")
-        self.policy.load_state_dict(state["policy"])
-        self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.adversary.load_state_dict(state["adversary"])
+    def _load_state(self, state: dict[str, Any]) -> None:
         self.kl_controller.coef = state["kl_coef"]
 
     def _finish(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.trainers.ppo_config import PPOConfig
+from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 from torchrl_maxmin.welfare import (
     Adversary,
     FixedWeights,
@@ -29,7 +29,14 @@ _PARAMETER = {
 }
 
 
-def adversary_of(config: PPOConfig, num_groups: int, shares: Tensor | None) -> Adversary:
+def adversary_of(
+    config: PPOSettings,
+    num_groups: int,
+    shares: Tensor | None,
+    *,
+    scale: float = 1.0,
+    disagreement: float = 0.0,
+) -> Adversary:
     """The adversary that ``--objective``, ``--welfare`` and ``--adversary`` ask for.
 
     Args:
@@ -37,6 +44,8 @@ def adversary_of(config: PPOConfig, num_groups: int, shares: Tensor | None) -> A
         num_groups: K.
         shares: the groups' shares of the population [K]; None where they are not known (reward
             functions), which then count alike.
+        scale: what the adversary divides utilities by; 1 where the reward is calibrated.
+        disagreement: what a group gets in the worst case, from which Nash and alpha-fairness count.
     """
     point = torch.full((num_groups,), 1.0 / num_groups) if shares is None else shares.cpu()
     if config.objective == "mean_of_mins":
@@ -52,23 +61,22 @@ def adversary_of(config: PPOConfig, num_groups: int, shares: Tensor | None) -> A
         "optimistic": config.adversary_optimistic,
     }
     if config.welfare != "egalitarian":
-        return WelfareAdversary(num_groups, _welfare(config, num_groups, point), **options)
+        return WelfareAdversary(num_groups, _welfare(config, num_groups, point, disagreement), **options)
     settings: dict[str, dict[str, float]] = {
-        "entropy_regularized": {"tau": config.tau},
-        "exponentiated_gradient": {"step_size": config.adversary_step_size},
-        "projected_gradient": {"step_size": config.adversary_step_size},
+        "entropy_regularized": {"tau": config.tau, "scale": scale},
+        "exponentiated_gradient": {"step_size": config.adversary_step_size, "scale": scale},
+        "projected_gradient": {"step_size": config.adversary_step_size, "scale": scale},
         "hard_min": {},
     }
     return make_adversary(config.adversary, num_groups, **settings[config.adversary], **options)
 
 
-def _welfare(config: PPOConfig, num_groups: int, shares: Tensor) -> Welfare:
+def _welfare(config: PPOSettings, num_groups: int, shares: Tensor, disagreement: float) -> Welfare:
     if config.welfare == "generalized_gini":
         return GeneralizedGini.leximin(num_groups, config.welfare_parameter)
     settings: dict[str, Any] = {"prior" if config.welfare == "soft_min" else "shares": shares}
     if config.welfare in ("nash", "alpha_fair"):
-        # a win rate is at least 0, and a response that does not end pays the penalty
-        settings["disagreement"] = -config.missing_eos_penalty
+        settings["disagreement"] = disagreement
     if config.welfare in _PARAMETER:
         settings[_PARAMETER[config.welfare]] = config.welfare_parameter
     return make_welfare(config.welfare, **settings)

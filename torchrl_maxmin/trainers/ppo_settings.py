@@ -1,0 +1,112 @@
+"""Settings that every policy stage has, of a language model or in an environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchrl_maxmin.errors import UserError
+
+__all__ = ["PPOSettings"]
+
+WELFARES = (
+    "egalitarian",
+    "utilitarian",
+    "soft_min",
+    "kl_ball",
+    "chi2_ball",
+    "cvar",
+    "nash",
+    "alpha_fair",
+    "generalized_gini",
+)
+ADVERSARIES = ("entropy_regularized", "hard_min", "exponentiated_gradient", "projected_gradient")
+
+
+@dataclass(kw_only=True)
+class PPOSettings:
+    """MaxMin PPO.
+
+    Args:
+        output_dir: folder for the policy; must be empty or absent, unless a run is resumed in it.
+        objective: min_of_means (the paper, the minimum over groups of the mean reward) or mean_of_mins.
+        welfare: egalitarian (max-min), utilitarian (mean weighted by population shares), or between the
+            two soft_min, kl_ball, chi2_ball, cvar, generalized_gini, nash and alpha_fair.
+        welfare_parameter: temperature of soft_min, radius of kl_ball and chi2_ball, level of cvar, alpha
+            of alpha_fair, ratio of each coefficient of generalized_gini to the one before.
+        adversary: who moves the group weights of egalitarian; entropy_regularized, hard_min (the paper),
+            exponentiated_gradient or projected_gradient.
+        tau: entropy weight of entropy_regularized, in standard deviations of the reward.
+        adversary_step_size: step of exponentiated_gradient and projected_gradient.
+        adversary_step_decay: the t-th step of the adversary is divided by sqrt(1 + this * t).
+        adversary_optimistic: whether the adversary moves on a guess of the utilities to come.
+        num_ppo_epochs: passes over a rollout.
+        mini_batch_size: rows (responses, or steps of an environment) an optimizer step.
+        learning_rate: peak learning rate of the policy.
+        critic_learning_rate: peak learning rate of the critic; 0 takes that of the policy.
+        warmup_iterations: iterations of linear warm-up; then linear decay to 0.
+        cliprange: clipping of the probability ratio.
+        cliprange_value: clipping of the value update; 0 turns it off.
+        lam: lambda of the advantage estimate.
+        gamma: discount.
+        entropy_coeff: weight of an entropy bonus.
+        max_grad_norm: gradient clipping, for policy and critic apart.
+        save_steps: write a checkpoint every so many iterations; 0 writes none.
+        stop_at_iteration: stop there with a checkpoint, as if interrupted; 0 runs to the end.
+        resume_from_checkpoint: checkpoint folder of output_dir, or last.
+        report_to: also log to csv, tensorboard, wandb or mlflow.
+        seed: seed of everything random.
+        device: cpu, cuda or auto.
+    """
+
+    output_dir: str
+    objective: str = "min_of_means"
+    welfare: str = "egalitarian"
+    welfare_parameter: float = 0.1
+    adversary: str = "entropy_regularized"
+    tau: float = 0.1
+    adversary_step_size: float = 0.5
+    adversary_step_decay: float = 0.0
+    adversary_optimistic: bool = False
+    num_ppo_epochs: int = 4
+    mini_batch_size: int = 16
+    learning_rate: float = 3e-6
+    critic_learning_rate: float = 0.0
+    warmup_iterations: int = 5
+    cliprange: float = 0.2
+    cliprange_value: float = 0.0
+    lam: float = 0.95
+    gamma: float = 1.0
+    entropy_coeff: float = 0.0
+    max_grad_norm: float = 1.0
+    save_steps: int = 0
+    stop_at_iteration: int = 0
+    resume_from_checkpoint: str | None = None
+    report_to: str | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work together."""
+        self.require_known(welfare=WELFARES, adversary=ADVERSARIES)
+        self.require_positive("num_ppo_epochs", "mini_batch_size")
+        if self.welfare in ("cvar", "generalized_gini") and not 0 < self.welfare_parameter <= 1:
+            name = "level" if self.welfare == "cvar" else "ratio"
+            raise UserError(
+                f"--welfare_parameter, the {name} of {self.welfare}, must be above 0 and at most 1"
+            )
+        if self.welfare_parameter <= 0:
+            raise UserError("--welfare_parameter must be positive")
+        if self.adversary_step_decay < 0 or self.adversary_step_size < 0:
+            raise UserError("--adversary_step_size and --adversary_step_decay must not be negative")
+
+    def require_known(self, **choices: tuple[str, ...]) -> None:
+        """Raise :class:`UserError` where a field holds none of the words it may."""
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"--{name} {value!r} is none of {', '.join(known)}")
+
+    def require_positive(self, *names: str) -> None:
+        """Raise :class:`UserError` where a count is below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
