@@ -34,7 +34,8 @@ def trained(config):
 def test_a_welfare_gives_its_gradient(make_config, settings, welfare):
     config = make_config(**settings)
     config.check()
-    weights = adversary_of(config, 2, SHARES).update(UTILITIES)
+    adversary = adversary_of(config, 2, SHARES, disagreement=-config.missing_eos_penalty)
+    weights = adversary.update(UTILITIES)
     gradient = welfare.weights(UTILITIES.double())
     torch.testing.assert_close(weights.double(), gradient / gradient.sum(), atol=1e-6, rtol=0)
 
