@@ -4,22 +4,26 @@ A stationary stochastic policy is a point of the occupancy polytope: ``mu(s, a)`
 visits, with ``sum_a mu(s, a) = rho(s) + gamma sum_{s', a'} P(s | s', a') mu(s', a')``. Every group's return
 ``J_k = sum mu r_k`` is linear in it, so max-min, utilitarian and leximin optima are linear programmes
 (Puterman, Markov Decision Processes, section 6.9; general utilities: Zhang et al., arXiv 2007.02151).
+The same holds without a discount where every episode ends: ``mu`` is then the expected number of visits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array, eye_array, hstack, issparse, kron
+from scipy.sparse.linalg import splu
 
 __all__ = ["ExactPolicy", "VectorMDP", "best_responses", "solve_leximin", "solve_max_min", "solve_weighted"]
 
 Array = NDArray[np.float64]
+ROUNDING = 1e-8  # of a sum of probabilities
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,34 +31,58 @@ class VectorMDP:
     """A tabular decision process whose reward has a column for every group.
 
     Attributes:
-        transition: [S, A, S], the chance of each next state.
+        transition: [S, A, S], the chance of each next state; or a scipy sparse matrix [S * A, S] of the same
+            rows, for many states. A row may sum to less than 1: the rest ends the episode, with value 0 after.
         reward: [S, A, K].
         initial: [S], the chance of each first state.
-        gamma: discount, in [0, 1).
+        gamma: discount, in [0, 1]; 1 where every policy's episode ends with probability 1.
 
     Raises:
-        ValueError: on shapes that do not fit, rows that are no probabilities, or a discount of 1.
+        ValueError: on shapes that do not fit, rows that are no probabilities, or a discount of 1 where
+            an episode may go on for ever.
+
+    Example:
+        >>> import numpy as np
+        >>> coin = VectorMDP(np.full((1, 1, 1), 0.5), np.ones((1, 1, 2)), np.ones(1), gamma=1.0)
+        >>> coin.returns([[1.0]]).tolist()  # two steps on average
+        [2.0, 2.0]
     """
 
-    transition: Array
+    transition: Any
     reward: Array
     initial: Array
     gamma: float
 
     def __post_init__(self) -> None:
-        for name in ("transition", "reward", "initial"):
+        for name in ("reward", "initial") if issparse(self.transition) else ("transition", "reward", "initial"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         states, actions = self.reward.shape[:2] if self.reward.ndim == 3 else (0, 0)
-        if self.transition.shape != (states, actions, states) or self.initial.shape != (states,):
+        fitting = (states * actions, states) if issparse(self.transition) else (states, actions, states)
+        if self.transition.shape != fitting or self.initial.shape != (states,):
             raise ValueError(
-                "a decision process needs transition [S, A, S], reward [S, A, K] and initial [S]; got "
-                f"{self.transition.shape}, {self.reward.shape} and {self.initial.shape}"
+                "a decision process needs transition [S, A, S] (sparse: [S * A, S]), reward [S, A, K] and "
+                f"initial [S]; got {self.transition.shape}, {self.reward.shape} and {self.initial.shape}"
             )
-        for name, rows in (("transition", self.transition), ("initial", self.initial)):
-            if (rows < 0).any() or not np.allclose(rows.sum(-1), 1.0, atol=1e-8):
-                raise ValueError(f"{name} must hold probabilities that sum to 1 over its last dimension")
-        if not 0 <= self.gamma < 1:
-            raise ValueError(f"gamma must be at least 0 and below 1, got {self.gamma}")
+        totals = self.moves.sum(1)
+        if not np.isfinite(totals).all() or (self.moves.data < 0).any() or (totals > 1 + ROUNDING).any():
+            raise ValueError("transition must hold probabilities that sum to at most 1 over the next states")
+        if (self.initial < 0).any() or not np.isclose(self.initial.sum(), 1.0, atol=ROUNDING):
+            raise ValueError("initial must hold probabilities that sum to 1")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must be at least 0 and at most 1, got {self.gamma}")
+        if self.gamma == 1 and len(endless := self._endless()):
+            raise ValueError(
+                "gamma 1 needs every episode to end, whatever the policy; from "
+                f"state {endless[0]} ({len(endless)} such states) some actions go on for ever. Give a gamma "
+                "below 1, or add the time to the state and end the episode at a horizon"
+            )
+
+    @cached_property
+    def moves(self) -> csr_array:
+        """The transitions [S * A, S], row ``s * A + a``."""
+        if issparse(self.transition):
+            return csr_array(self.transition, dtype=np.float64)
+        return csr_array(self.transition.reshape(-1, self.transition.shape[-1]))
 
     @property
     def num_groups(self) -> int:
@@ -72,18 +100,31 @@ class VectorMDP:
             gamma,
         )
 
+    def _endless(self) -> NDArray[Any]:
+        """The largest set of states in each of which some action keeps all its mass in the set."""
+        inside = np.ones(len(self.initial), dtype=bool)
+        while True:
+            kept = (self.moves @ inside.astype(np.float64)).reshape(self.reward.shape[:2])
+            following = inside & (kept >= 1 - ROUNDING).any(1)
+            if following.sum() == inside.sum():
+                return np.flatnonzero(inside)
+            inside = following
+
     def flow(self) -> csr_array:
         """The constraints' matrix [S, S * A] on the occupancy, which equals ``initial``."""
         states, actions = self.reward.shape[:2]
-        stay = np.repeat(np.eye(states), actions, axis=1)
-        return csr_array(stay - self.gamma * self.transition.reshape(-1, states).T)
+        return csr_array(kron(eye_array(states), np.ones((1, actions))) - self.gamma * self.moves.T)
 
     def returns(self, policy: ArrayLike) -> Array:
         """Every group's expected discounted return [K] under a policy [S, A]."""
         chance = np.asarray(policy, dtype=np.float64)
-        moves = np.einsum("sa,san->sn", chance, self.transition)
+        states, actions = self.reward.shape[:2]
+        if chance.shape != (states, actions):
+            raise ValueError(f"expected a policy [{states}, {actions}], got shape {chance.shape}")
+        starts = np.arange(states + 1) * actions
+        choose = csr_array((chance.ravel(), np.arange(chance.size), starts), shape=(states, chance.size))
         rewards = np.einsum("sa,sak->sk", chance, self.reward)
-        values = np.linalg.solve(np.eye(len(moves)) - self.gamma * moves, rewards)
+        values = splu(csc_array(eye_array(states) - self.gamma * (choose @ self.moves))).solve(rewards)
         return self.initial @ values
 
 
@@ -113,6 +154,7 @@ def solve_weighted(mdp: VectorMDP, weights: Sequence[float] | Array) -> ExactPol
     if point.shape != (mdp.num_groups,):
         raise ValueError(f"expected {mdp.num_groups} group weights, got shape {point.shape}")
     found = linprog(-(mdp.reward @ point).ravel(), A_eq=mdp.flow(), b_eq=mdp.initial, method="highs")
+    _check(found)
     return _solution(mdp, found, -found.fun, point)
 
 
@@ -171,7 +213,7 @@ def _raise_floor(mdp: VectorMDP, free: NDArray[Any], floors: dict[int, float]) -
     bounds = np.array(
         [0.0] * len(above) + [-floor + slack * max(1.0, abs(floor)) for floor in floors.values()]
     )
-    flow = csr_array(np.hstack([mdp.flow().toarray(), np.zeros((len(mdp.initial), 1))]))
+    flow = hstack([mdp.flow(), csr_array((len(mdp.initial), 1))], format="csr")
     found = linprog(
         objective,
         A_ub=np.array(above + held),
@@ -181,17 +223,21 @@ def _raise_floor(mdp: VectorMDP, free: NDArray[Any], floors: dict[int, float]) -
         bounds=[(0, None)] * size + [(None, None)],
         method="highs",
     )
+    _check(found)
     multipliers = -found.ineqlin.marginals[: len(above)]
     weights = np.zeros(mdp.num_groups)
     weights[free] = multipliers / multipliers.sum()
     return _solution(mdp, found, -found.fun, weights), multipliers
 
 
-def _solution(mdp: VectorMDP, found: object, value: float, weights: Array) -> ExactPolicy:
-    if not found.success:  # type: ignore[attr-defined]
-        raise RuntimeError(f"the linear programme failed: {found.message}")  # type: ignore[attr-defined]
+def _check(found: Any) -> None:
+    if not found.success:
+        raise RuntimeError(f"the linear programme failed: {found.message}")
+
+
+def _solution(mdp: VectorMDP, found: Any, value: float, weights: Array) -> ExactPolicy:
     states, actions = mdp.reward.shape[:2]
-    occupancy = found.x[: states * actions].reshape(states, actions).clip(0)  # type: ignore[attr-defined]
+    occupancy = found.x[: states * actions].reshape(states, actions).clip(0)
     visits = occupancy.sum(1, keepdims=True)
     policy = np.where(visits > 1e-12, occupancy / np.where(visits > 1e-12, visits, 1.0), 1.0 / actions)
     return ExactPolicy(float(value), mdp.returns(policy), policy, weights)
