@@ -52,6 +52,7 @@ def test_lists_of_words():
     words = ["--policies", *specs, "--dataset_name", "d", "--output_dir", "o", "--judge", "j"]
     assert parse("evaluate", *words).policies == specs
     assert parse("ppo", *REQUIRED, "--reward_funcs", "a:f", "7").reward_funcs == ["a:f", "7"]
+    assert parse("ppo", *REQUIRED, "--group_weights", "0.25", "0.75").group_weights == [0.25, 0.75]
 
 
 def test_yaml_holds_the_same_keys(tmp_path):

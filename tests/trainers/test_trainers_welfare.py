@@ -40,6 +40,21 @@ def test_a_welfare_gives_its_gradient(make_config, settings, welfare):
     torch.testing.assert_close(weights.double(), gradient / gradient.sum(), atol=1e-6, rtol=0)
 
 
+def test_fixed_weights_stay_as_they_were_given(make_config):
+    config = make_config(welfare="fixed", group_weights=[0.3, 0.7], num_iterations=2)
+    for row in read_metrics(trained(config).folder):
+        assert [row["maxmin/weights/0"], row["maxmin/weights/1"]] == pytest.approx([0.3, 0.7])
+        scores = 0.3 * row["rewards/0/mean"] + 0.7 * row["rewards/1/mean"]
+        assert row["objective/scores"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_fixed_weights_are_one_a_group(make_config):
+    config = make_config(welfare="fixed", group_weights=[0.2, 0.3, 0.5])
+    config.check()
+    with pytest.raises(UserError, match="gives 3 weights, but the reward has 2 groups; give one a group"):
+        PPOTrainer(config)
+
+
 def test_projected_gradient_with_its_options(make_config):
     config = make_config(adversary="projected_gradient", adversary_step_decay=0.5, adversary_optimistic=True)
     adversary = adversary_of(config, 2, None)
@@ -106,6 +121,12 @@ def test_no_entry_where_the_samples_cannot_say(make_config):
         ({"welfare": "generalized_gini", "welfare_parameter": 1.5}, "ratio of generalized_gini"),
         ({"welfare": "kl_ball", "welfare_parameter": 0.0}, "must be positive"),
         ({"adversary_step_decay": -1.0}, "must not be negative"),
+        ({"welfare": "fixed"}, "need each other"),
+        ({"group_weights": [0.5, 0.5]}, "need each other"),
+        ({"welfare": "fixed", "group_weights": [0.9, 0.2]}, "sum to 1"),
+        ({"welfare": "fixed", "group_weights": [1.5, -0.5]}, "must not be negative"),
+        ({"welfare": "fixed", "group_weights": [1.0, float("nan")]}, "sum to 1"),
+        ({"welfare": "fixed", "group_weights": [0.5, 0.5], "objective": "mean_of_mins"}, "min_of_means"),
         ({"stop_at_gap": 0.1}, "--stop_at_gap needs --gap_steps"),
         ({"gap_steps": 1, "objective": "mean_of_mins"}, "min_of_means"),
         ({"gap_steps": 1, "welfare": "utilitarian"}, "--welfare egalitarian"),

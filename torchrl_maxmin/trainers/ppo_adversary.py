@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 from torchrl_maxmin.welfare import (
     Adversary,
@@ -46,7 +47,17 @@ def adversary_of(
             functions), which then count alike.
         scale: what the adversary divides utilities by; 1 where the reward is calibrated.
         disagreement: what a group gets in the worst case, from which Nash and alpha-fairness count.
+
+    Raises:
+        UserError: where ``--group_weights`` are not as many as the groups.
     """
+    if config.welfare == "fixed":
+        if len(config.group_weights) != num_groups:
+            raise UserError(
+                f"--group_weights gives {len(config.group_weights)} weights, but the reward has {num_groups} "
+                "groups; give one a group"
+            )
+        return FixedWeights(config.group_weights)
     point = torch.full((num_groups,), 1.0 / num_groups) if shares is None else shares.cpu()
     if config.objective == "mean_of_mins":
         return FixedWeights([1.0])

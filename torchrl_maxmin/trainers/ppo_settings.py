@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torchrl_maxmin.errors import UserError
 
@@ -18,6 +18,7 @@ WELFARES = (
     "nash",
     "alpha_fair",
     "generalized_gini",
+    "fixed",
 )
 ADVERSARIES = ("entropy_regularized", "hard_min", "exponentiated_gradient", "projected_gradient")
 
@@ -30,7 +31,8 @@ class PPOSettings:
         output_dir: folder for the policy; must be empty or absent, unless a run is resumed in it.
         objective: min_of_means (the paper, the minimum over groups of the mean reward) or mean_of_mins.
         welfare: egalitarian (max-min), utilitarian (mean weighted by population shares), or between the
-            two soft_min, kl_ball, chi2_ball, cvar, generalized_gini, nash and alpha_fair.
+            two soft_min, kl_ball, chi2_ball, cvar, generalized_gini, nash and alpha_fair; or fixed.
+        group_weights: of fixed, one number a group in the order of the reward heads, summing to 1.
         welfare_parameter: temperature of soft_min, radius of kl_ball and chi2_ball, level of cvar, alpha
             of alpha_fair, ratio of each coefficient of generalized_gini to the one before.
         adversary: who moves the group weights of egalitarian; entropy_regularized, hard_min (the paper),
@@ -61,6 +63,7 @@ class PPOSettings:
     output_dir: str
     objective: str = "min_of_means"
     welfare: str = "egalitarian"
+    group_weights: list[float] = field(default_factory=list)
     welfare_parameter: float = 0.1
     adversary: str = "entropy_regularized"
     tau: float = 0.1
@@ -96,6 +99,13 @@ class PPOSettings:
             )
         if self.welfare_parameter <= 0:
             raise UserError("--welfare_parameter must be positive")
+        if bool(self.group_weights) != (self.welfare == "fixed"):
+            raise UserError("--welfare fixed and --group_weights, its numbers, need each other")
+        weights = self.group_weights
+        if weights and not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-4):
+            raise UserError("--group_weights must not be negative and must sum to 1")
+        if weights and self.objective != "min_of_means":
+            raise UserError("--welfare fixed goes with --objective min_of_means")
         if self.adversary_step_decay < 0 or self.adversary_step_size < 0:
             raise UserError("--adversary_step_size and --adversary_step_decay must not be negative")
 
