@@ -1,5 +1,9 @@
-"""Environments: one step for a whole response of tokens, and tabular processes with exact answers."""
+"""Environments with a reward for every group: token generation, tabular processes and batched classics.
 
+What :func:`make_env` makes by name, and the exact answers that the small ones have.
+"""
+
+from torchrl_maxmin.envs.batched import BatchedEnv
 from torchrl_maxmin.envs.exact import (
     ExactPolicy,
     VectorMDP,
@@ -8,11 +12,18 @@ from torchrl_maxmin.envs.exact import (
     solve_max_min,
     solve_weighted,
 )
+from torchrl_maxmin.envs.fishwood import FishwoodEnv
+from torchrl_maxmin.envs.fruit_tree import FruitTreeEnv
+from torchrl_maxmin.envs.gridworld import GridworldEnv
 from torchrl_maxmin.envs.tabular import TabularEnv
 from torchrl_maxmin.envs.token import TokenEnv
 
 __all__ = [
+    "BatchedEnv",
     "ExactPolicy",
+    "FishwoodEnv",
+    "FruitTreeEnv",
+    "GridworldEnv",
     "TabularEnv",
     "TokenEnv",
     "VectorMDP",

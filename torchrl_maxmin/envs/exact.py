@@ -31,8 +31,8 @@ class VectorMDP:
     """A tabular decision process whose reward has a column for every group.
 
     Attributes:
-        transition: [S, A, S], the chance of each next state; or a scipy sparse matrix [S * A, S] of the same
-            rows, for many states. A row may sum to less than 1: the rest ends the episode, with value 0 after.
+        transition: [S, A, S], the chance of each next state; or, for many states, a scipy sparse matrix
+            [S * A, S] of the same rows. A row may sum to less than 1: the rest ends the episode.
         reward: [S, A, K].
         initial: [S], the chance of each first state.
         gamma: discount, in [0, 1]; 1 where every policy's episode ends with probability 1.
@@ -54,7 +54,9 @@ class VectorMDP:
     gamma: float
 
     def __post_init__(self) -> None:
-        for name in ("reward", "initial") if issparse(self.transition) else ("transition", "reward", "initial"):
+        for name in (
+            ("reward", "initial") if issparse(self.transition) else ("transition", "reward", "initial")
+        ):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         states, actions = self.reward.shape[:2] if self.reward.ndim == 3 else (0, 0)
         fitting = (states * actions, states) if issparse(self.transition) else (states, actions, states)
@@ -99,6 +101,34 @@ class VectorMDP:
             rng.dirichlet(np.ones(states)),
             gamma,
         )
+
+    @classmethod
+    def with_horizon(
+        cls,
+        transition: ArrayLike,
+        reward: ArrayLike,
+        initial: ArrayLike,
+        horizon: int,
+        gamma: float = 1.0,
+    ) -> VectorMDP:
+        """The process that ends after ``horizon`` steps, with the time in its state.
+
+        Args:
+            transition: of one step [S, A, S].
+            reward: [S, A, K].
+            initial: [S].
+            horizon: steps of an episode, T.
+            gamma: discount.
+
+        Returns:
+            A process of T * S states; state ``t * S + s`` is state s after t steps.
+        """
+        reward = np.asarray(reward, dtype=np.float64)
+        states = reward.shape[0]
+        rows = csr_array(np.asarray(transition, dtype=np.float64).reshape(-1, states))
+        first = np.concatenate([np.asarray(initial, dtype=np.float64), np.zeros((horizon - 1) * states)])
+        later = kron(eye_array(horizon, k=1), rows, format="csr")
+        return cls(later, np.tile(reward, (horizon, 1, 1)), first, gamma)
 
     def _endless(self) -> NDArray[Any]:
         """The largest set of states in each of which some action keeps all its mass in the set."""

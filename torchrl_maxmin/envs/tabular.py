@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Categorical, Composite, OneHot, Unbounded
-from torchrl.envs import EnvBase
 
-from torchrl_maxmin.envs.exact import VectorMDP
+from torchrl_maxmin.envs.batched import BatchedEnv
+from torchrl_maxmin.envs.exact import ROUNDING, VectorMDP
 
 __all__ = ["TabularEnv"]
 
 
-class TabularEnv(EnvBase):
+class TabularEnv(BatchedEnv):
     """Copies of a :class:`~torchrl_maxmin.envs.exact.VectorMDP`, all moved by one tensor step.
 
-    The process never terminates: discount it with the process's ``gamma``, or truncate it with
-    :class:`~torchrl.envs.transforms.StepCounter`. What a policy can reach at best is known exactly, from
-    :func:`~torchrl_maxmin.envs.exact.solve_max_min`.
+    An episode terminates where the process lets it; a process that goes on for ever is to be discounted with
+    its ``gamma``, or truncated with :class:`~torchrl.envs.transforms.StepCounter`. What a policy can reach at
+    best is known exactly, from :func:`~torchrl_maxmin.envs.exact.solve_max_min`.
 
     Args:
         mdp: transitions [S, A, S], rewards [S, A, K] and first states [S].
@@ -26,7 +24,8 @@ class TabularEnv(EnvBase):
         seed: of first states and transitions.
         device: where tensors live.
 
-    Entries: ``observation`` [N, S], the state one-hot; ``action`` [N] int64; ``reward`` [N, K].
+    Entries: ``observation`` [N, S], the state one-hot, zeros after the end; ``state`` [N, 1], its index, S
+    after the end; ``action`` [N] int64; ``reward`` [N, K].
 
     Example:
         >>> from torchrl_maxmin.envs import TabularEnv
@@ -39,47 +38,40 @@ class TabularEnv(EnvBase):
     def __init__(
         self, mdp: VectorMDP, num_envs: int = 1, *, seed: int = 0, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(device=torch.device(device), batch_size=[num_envs])
-        self.mdp = mdp
         states, actions, groups = mdp.reward.shape
-        self.transition = torch.as_tensor(mdp.transition, device=device)
-        self.rewards = torch.as_tensor(mdp.reward, dtype=torch.float32, device=device)
-        self.initial = torch.as_tensor(mdp.initial, device=device)
-        size = (num_envs,)
-        self.observation_spec = Composite(
-            observation=OneHot(states, shape=(num_envs, states), dtype=torch.float32, device=device),
-            shape=size,
+        super().__init__(
+            num_envs,
+            observation_size=states,
+            state_size=1,
+            num_actions=actions,
+            num_groups=groups,
+            seed=seed,
             device=device,
         )
-        self.action_spec = Categorical(actions, shape=size, dtype=torch.int64, device=device)
-        self.reward_spec = Unbounded(shape=(num_envs, groups), device=device)
-        flag = {"n": 1, "shape": (num_envs, 1), "dtype": torch.bool, "device": device}
-        self.done_spec = Composite(done=Binary(**flag), terminated=Binary(**flag), shape=size, device=device)
-        self._set_seed(seed)
+        self.mdp = mdp
+        self._actions = actions
+        self.register_buffer("_following", self._cumulative(mdp.moves.toarray()), persistent=False)
+        self.register_buffer("_starting", self._cumulative(mdp.initial[None]), persistent=False)
+        rewards = torch.as_tensor(mdp.reward, dtype=torch.float32, device=device).flatten(0, 1)
+        self.register_buffer("_rewards", rewards, persistent=False)
+        self.register_buffer("_looks", torch.eye(states + 1, states, device=device), persistent=False)
 
-    def _draw(self, chances: Tensor) -> Tensor:
-        return torch.multinomial(chances, 1, generator=self._generator).squeeze(-1)
+    def _cumulative(self, chances: object) -> Tensor:
+        sums = torch.as_tensor(chances, dtype=torch.float64, device=self.device).cumsum(-1)
+        return torch.where(sums >= 1 - ROUNDING, 1.0, sums)
 
-    def _observe(self, state: Tensor) -> TensorDict:
-        flag = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
-        observation = torch.nn.functional.one_hot(state, len(self.initial)).float()
-        entries = {"observation": observation, "done": flag, "terminated": flag.clone()}
-        return TensorDict(entries, self.batch_size, device=self.device)
+    def _draw(self, cumulative: Tensor) -> Tensor:
+        """Indices [N, 1] from cumulative chances [N, S]; S where the chances leave something."""
+        point = self._uniform(self.num_envs, 1, dtype=torch.float64)
+        return (cumulative <= point).sum(-1, keepdim=True)
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
-        fresh = self._draw(self.initial.expand(*self.batch_size, -1))
-        if tensordict is not None:
-            chosen, before = tensordict.get("_reset", None), tensordict.get("observation", None)
-            if chosen is not None and before is not None:
-                fresh = torch.where(chosen.reshape(self.batch_size), fresh, before.argmax(-1))
-        return self._observe(fresh)
+    def _first(self) -> Tensor:
+        return self._draw(self._starting)
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        state, action = tensordict["observation"].argmax(-1), tensordict["action"]
-        result = self._observe(self._draw(self.transition[state, action]))
-        result["reward"] = self.rewards[state, action]
-        return result
+    def _move(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        row = state[:, 0] * self._actions + action
+        following = self._draw(self._following[row])
+        return following, self._rewards[row], following == len(self.mdp.initial), None
 
-    def _set_seed(self, seed: int | None) -> None:
-        self._generator = torch.Generator(device=self.device)
-        self._generator.manual_seed(0 if seed is None else seed)
+    def _look(self, state: Tensor) -> Tensor:
+        return self._looks[state[:, 0]]
