@@ -29,9 +29,9 @@ def texts():
     rng = np.random.default_rng(0)
 
     def draw(m):
-        return [["x" * int(n) for n in rng.integers(1, 6, m)] for _ in range(20)]
+        return [["x" * int(n) for n in rng.integers(1, 6, m)] for _ in range(10)]
 
-    return [f"prompt {n}" for n in range(20)], draw(3), draw(2)
+    return [f"prompt {n}" for n in range(10)], draw(3), draw(2)
 
 
 def test_truth_judges_give_the_win_matrix(texts):

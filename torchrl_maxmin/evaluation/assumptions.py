@@ -7,24 +7,54 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchrl_maxmin.evaluation.exact import ExactOutcome
 from torchrl_maxmin.rewards.choices import PairChoices, fit_bradley_terry
 from torchrl_maxmin.rewards.identifiability import MISASSIGNMENT_BAR
 from torchrl_maxmin.rewards.linear_em import LinearMixture
 
-__all__ = ["check_assumptions"]
+__all__ = ["check_assumptions", "feature_constants"]
 
 #: A single reward that misses the mixture's probabilities by more than this does not realise it.
 REALISABLE = 0.01
+
+BLOCK_ROWS = 8192
+
+
+def feature_constants(differences: Tensor) -> tuple[float, float]:
+    """D and lambda_psi of a pair's two responses, put at +-difference / 2.
+
+    Bradley-Terry sees differences alone, so that this is the smallest D that bounds all features.
+
+    Args:
+        differences: [P, D].
+
+    Returns:
+        The largest norm, and the smallest eigenvalue of the second moment (0 with fewer pairs than features).
+
+    Example:
+        >>> feature_constants(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+        (2.0, 0.5)
+    """
+    largest = max(float(block.double().norm(dim=1).max()) for block in differences.split(BLOCK_ROWS)) / 2
+    num_pairs, num_features = differences.shape
+    if num_pairs < num_features:
+        return largest, 0.0
+    moment = torch.zeros(num_features, num_features, dtype=torch.float64)
+    for block in differences.split(BLOCK_ROWS):
+        moment.addmm_(block.double().T, block.double())
+    smallest = float(torch.linalg.eigvalsh(moment / num_pairs)[0]) / 4
+    # Eigenvalues that rounding alone makes positive are none.
+    return largest, smallest if smallest > 1e-12 else 0.0
 
 
 def check_assumptions(
     choices: PairChoices,
     mixture: LinearMixture,
-    single: LinearMixture,
     found: Mapping[str, np.ndarray],
     outcome: ExactOutcome,
+    constants: tuple[float, float],
     misassigned: Mapping[str, float],
     calibration: Mapping[str, float] | None,
 ) -> list[dict[str, Any]]:
@@ -33,31 +63,29 @@ def check_assumptions(
     Args:
         choices: The pairs.
         mixture: The groups' rewards.
-        single: The one reward.
         found: Epsilon, shares and diversity.
         outcome: The policies on pairs.
+        constants: What :func:`feature_constants` gives.
         misassigned: Expected misassignment.
         calibration: Held-out accuracy less what the fit expected, with its interval.
 
     Returns:
         A list of ``{"assumption", "holds", "told"}``.
     """
-    x = choices.differences.double()
+    largest, smallest = constants
     num_groups = len(mixture.log_prior)
-    smallest = max(float(torch.linalg.eigvalsh(x.T @ x / len(x)).min()) / 4, 0.0)
-    num_parameters = num_groups * x.shape[1]
+    num_parameters = num_groups * choices.num_features
     distance = _distance_to_bradley_terry(choices, mixture)
     checks: list[tuple[str, bool | None, str]] = [
         _linear(calibration),
         (
             "features are bounded by D",
             True,
-            f"on these pairs D = {float(x.norm(dim=1).max()) / 2:.3g} (half the longest difference); other "
-            "responses may be longer",
+            f"on these pairs D = {largest:.3g} (half the longest difference); other responses may be longer",
         ),
         (
             "features are linearly independent (smallest eigenvalue above 0)",
-            smallest > 1e-12,
+            smallest > 0,
             f"the smallest eigenvalue of their second moment is {smallest:.3g}",
         ),
         (
@@ -116,11 +144,11 @@ def _distance_to_bradley_terry(choices: PairChoices, mixture: LinearMixture) -> 
     """Mean distance between the mixture's probabilities on the pairs and the best linear Bradley-Terry's."""
     x = choices.differences
     shares = mixture.log_prior.double().softmax(-1)
-    p = torch.sigmoid(x.double() @ mixture.weight.double().T) @ shares
+    p = torch.sigmoid((x @ mixture.weight.T).double()) @ shares
     # Every pair in both directions, each as often as the mixture would choose it.
     counts = torch.ones(len(x), dtype=torch.float64)
     if choices.row_weights is not None:
         counts = choices.row_weights.double()
     weights = torch.cat([p * counts, (1 - p) * counts]).to(x.dtype)
     best = fit_bradley_terry(torch.cat([x, -x]), l2=1e-9, row_weights=weights)
-    return float(((torch.sigmoid(x.double() @ best.double()) - p).abs() * counts).sum() / counts.sum())
+    return float(((torch.sigmoid((x @ best).double()) - p).abs() * counts).sum() / counts.sum())

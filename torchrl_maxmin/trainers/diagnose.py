@@ -1,0 +1,268 @@
+"""The diagnose stage: does one reward serve the people behind these preferences?"""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.evaluation.diagnosis import Diagnosis, diagnose
+from torchrl_maxmin.evaluation.diagnosis_report import verdict, write_diagnosis
+from torchrl_maxmin.evaluation.summary import write_summary
+from torchrl_maxmin.modules.loading import require_model
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.rewards.layouts import LAYOUTS
+from torchrl_maxmin.rewards.reader import POOLINGS
+from torchrl_maxmin.rewards.selection import L2_CANDIDATES
+from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
+
+__all__ = ["DiagnoseConfig", "run_diagnose"]
+
+
+@dataclass
+class DiagnoseConfig:
+    """What one reward for all costs the groups among the users.
+
+    Args:
+        dataset_name: pairs; json, jsonl, csv or parquet file, saved dataset or hub name with columns
+            prompt, chosen, rejected and a user; or an npz file of features, with arrays differences [P, D]
+            (or chosen and rejected [P, D]) and users [P], and groups [P] and weights [P] where there are any.
+        output_dir: folder for the results; must be empty or absent.
+        model_name_or_path: frozen encoder or language model that gives the features of texts; an npz file
+            needs none.
+        user_column: column that says who chose, or column.field; found by its usual names when left
+            out; none makes every row a user.
+        group_column: ground truth that the groups are compared with; "group" where it exists.
+        dataset_split: split of the pairs.
+        layout: how the rows hold pairs; told from the columns when left out (see data check).
+        ties: drop, or halve: keep a tie as both orders, each counted one half.
+        tie_margin: scores that differ by no more than this tie.
+        max_pairs: pairs at most that one user's scores of one prompt make.
+        num_groups: groups K, or auto to choose by left-out users.
+        max_groups: largest K that auto tries.
+        beta: KL weight of the alignment gap, in log odds of the rewards.
+        heldout_fraction: share of every user's pairs that accuracy is measured on.
+        l2: penalties to choose among by left-out users; as many as there are cost as many times the fits.
+        num_folds: parts that the users are cut into for the choices.
+        num_jackknife: parts that the users are cut into for the intervals; 0 gives none.
+        max_length: longest text in tokens; longer ones lose their start.
+        pooling: where the model is read: last, mean or cls token; what suits it when left out.
+        text_layout: how prompt and completion become one text: continuation, chat, concat, text_pair,
+            response, or a template with {prompt} and {completion}; what suits the model when left out.
+        seed: seed of everything random.
+        device: cpu, cuda or auto; for the features.
+    """
+
+    dataset_name: str
+    output_dir: str
+    model_name_or_path: str | None = None
+    user_column: str | None = None
+    group_column: str | None = None
+    dataset_split: str = "train"
+    layout: str | None = None
+    ties: str = "drop"
+    tie_margin: float = 0.0
+    max_pairs: int = 64
+    num_groups: int | str = "auto"
+    max_groups: int = 3
+    beta: float = 0.5
+    heldout_fraction: float = 0.2
+    l2: list[float] | None = None
+    num_folds: int = 4
+    num_jackknife: int = 10
+    max_length: int = 1024
+    pooling: str | None = None
+    text_layout: str | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    @property
+    def is_array_file(self) -> bool:
+        """Whether the data are features already."""
+        return self.dataset_name.endswith(".npz")
+
+    def groups(self) -> int | None:
+        """``num_groups`` as a number, or None for ``"auto"``; raises :class:`UserError` for anything else."""
+        if str(self.num_groups) == "auto":
+            return None
+        if not str(self.num_groups).isdigit() or int(self.num_groups) < 1:
+            raise UserError(f"--num_groups is a positive number or auto, not {self.num_groups!r}")
+        return int(self.num_groups)
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work."""
+        self.groups()
+        if not self.is_array_file and self.model_name_or_path is None:
+            raise UserError(
+                "texts need features: name a frozen encoder by --model_name_or_path, or give an .npz file of "
+                "features as --dataset_name"
+            )
+        for name in ("max_groups", "max_pairs", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        if self.num_folds < 2:
+            raise UserError("--num_folds must be at least 2")
+        if self.num_jackknife < 0 or self.num_jackknife == 1:
+            raise UserError("--num_jackknife must be 0 or at least 2")
+        if not self.beta > 0:
+            raise UserError("--beta must be positive")
+        if not 0 <= self.heldout_fraction < 1:
+            raise UserError("--heldout_fraction must be at least 0 and below 1")
+        if self.l2 is not None and (not self.l2 or min(self.l2) <= 0):
+            raise UserError("--l2 takes positive penalties")
+        if self.ties not in ("drop", "halve"):
+            raise UserError(f"--ties {self.ties!r} is none of drop, halve")
+        if self.pooling not in (None, *POOLINGS):
+            raise UserError(f"--pooling {self.pooling!r} is none of {', '.join(POOLINGS)}")
+        if self.text_layout and self.text_layout not in LAYOUTS and "{completion}" not in self.text_layout:
+            raise UserError(
+                f"--text_layout {self.text_layout!r} is none of {', '.join(LAYOUTS)}, "
+                "and no template with {completion} in it"
+            )
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Features of pairs, rows sorted by user."""
+
+    differences: Tensor
+    user_offsets: Tensor
+    user_ids: list[str]
+    row_weights: Tensor | None = None
+    judgements: np.ndarray | None = None
+    groups: list[str] | None = None
+
+
+def run_diagnose(config: DiagnoseConfig) -> Path:
+    """Diagnose preference data; returns the folder.
+
+    The folder holds ``summary.json``, ``report.md``, ``groups.csv`` (a line a group), ``users.csv``
+    (responsibilities by user), ``figures/diagnosis`` as .png, .svg and .csv, and ``config.yaml``.
+
+    Raises:
+        UserError: before any work, for data, models or folders that cannot be used.
+    """
+    config.check()
+    num_groups = config.groups()
+    pairs = _from_arrays(Path(config.dataset_name)) if config.is_array_file else _from_texts(config)
+    folder = prepare_output_dir(config.output_dir)
+    seed_everything(config.seed)
+    found = diagnose(
+        pairs.differences,
+        pairs.user_offsets,
+        num_groups=num_groups,
+        max_groups=config.max_groups,
+        beta=config.beta,
+        row_weights=pairs.row_weights,
+        judgements=pairs.judgements,
+        true_groups=pairs.groups,
+        l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
+        heldout_fraction=config.heldout_fraction,
+        num_folds=config.num_folds,
+        num_jackknife=config.num_jackknife,
+        seed=config.seed,
+    )
+    write_summary(folder, {**found.summary, "verdict": verdict(found.summary)})
+    write_diagnosis(folder, found.summary)
+    _write_users(folder / "users.csv", pairs.user_ids, found)
+    write_config(folder, config)
+    return folder
+
+
+def _from_texts(config: DiagnoseConfig) -> _Pairs:
+    from torchrl_maxmin.rewards.warm_start import feature_differences
+
+    model = str(config.model_name_or_path)
+    device = resolve_device(config.device)
+    require_model(model)
+    data = PreferenceDataset.load(
+        config.dataset_name,
+        config.user_column,
+        config.group_column,
+        config.dataset_split,
+        layout=config.layout,
+        ties=config.ties,
+        tie_margin=config.tie_margin,
+        max_pairs=config.max_pairs,
+    )
+    data.require_users(config.groups() or 2)
+    differences = feature_differences(
+        data, model, config.max_length, device, config.pooling, config.text_layout
+    )
+    weights = None if bool((data.weights == 1).all()) else data.weights.float()
+    return _Pairs(differences, data.user_offsets, data.user_ids, weights, data.ranking_ids, data.groups)
+
+
+def _from_arrays(path: Path) -> _Pairs:
+    """Features from an npz file, rows sorted by user in order of first appearance."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise UserError(f"cannot read features from {str(path)!r}: there is no such file") from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot read features from {str(path)!r}: {error}; write it by numpy.savez, without objects"
+        ) from error
+    there = ", ".join(arrays) or "nothing"
+    if "differences" in arrays:
+        differences = arrays["differences"]
+    elif {"chosen", "rejected"} <= set(arrays):
+        if arrays["chosen"].shape != arrays["rejected"].shape:
+            shapes = f"{list(arrays['chosen'].shape)} and {list(arrays['rejected'].shape)}"
+            raise UserError(f"{path}: chosen and rejected must be of one shape, got {shapes}")
+        differences = arrays["chosen"] - arrays["rejected"]
+    else:
+        raise UserError(
+            f"{path} holds {there}; it needs differences, or chosen and rejected [pairs, features]"
+        )
+    if "users" not in arrays:
+        raise UserError(f"{path} holds {there}; it needs users, one id a pair")
+    if differences.ndim != 2 or not np.issubdtype(differences.dtype, np.floating):
+        raise UserError(
+            f"{path}: features must be [pairs, features] of floats, got {list(differences.shape)} of "
+            f"{differences.dtype}"
+        )
+    for name in ("users", "groups", "weights"):
+        if name in arrays and arrays[name].shape != (len(differences),):
+            raise UserError(f"{path}: {name} must be [{len(differences)}], one a pair")
+    codes, first, which = np.unique(arrays["users"], return_index=True, return_inverse=True)
+    appearance = np.argsort(first)
+    row_user = np.argsort(appearance)[which]
+    order = np.argsort(row_user, kind="stable")
+    counts = torch.from_numpy(np.bincount(row_user))
+    groups = None
+    if "groups" in arrays:
+        owners = set(zip(row_user.tolist(), arrays["groups"].tolist(), strict=True))
+        if len(owners) > len(codes):
+            raise UserError(f"{path}: some user has two groups; give each user one")
+        groups = [str(arrays["groups"][i]) for i in first[appearance]]
+    weights = torch.from_numpy(arrays["weights"][order]).float() if "weights" in arrays else None
+    if weights is not None and not bool((weights > 0).all()):
+        raise UserError(f"{path}: weights must be positive; leave out pairs that do not count")
+    return _Pairs(
+        torch.from_numpy(differences[order]),
+        torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+        [str(code) for code in codes[appearance]],
+        weights,
+        groups=groups,
+    )
+
+
+def _write_users(path: Path, user_ids: list[str], found: Diagnosis) -> None:
+    """Likeliest group and responsibilities of every user."""
+    responsibilities = found.mixture.responsibilities
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["user", "group", *(f"responsibility_{k}" for k in range(found.num_groups))])
+        for user, group, row in zip(
+            user_ids, responsibilities.argmax(-1).tolist(), responsibilities.tolist(), strict=True
+        ):
+            writer.writerow([user, group, *(f"{value:.6f}" for value in row)])
