@@ -15,6 +15,8 @@ from torchrl_maxmin.envs.exact import (
 from torchrl_maxmin.envs.fishwood import FishwoodEnv
 from torchrl_maxmin.envs.fruit_tree import FruitTreeEnv
 from torchrl_maxmin.envs.gridworld import GridworldEnv
+from torchrl_maxmin.envs.group_reward import GroupReward
+from torchrl_maxmin.envs.making import make_env
 from torchrl_maxmin.envs.tabular import TabularEnv
 from torchrl_maxmin.envs.token import TokenEnv
 
@@ -24,10 +26,12 @@ __all__ = [
     "FishwoodEnv",
     "FruitTreeEnv",
     "GridworldEnv",
+    "GroupReward",
     "TabularEnv",
     "TokenEnv",
     "VectorMDP",
     "best_responses",
+    "make_env",
     "solve_leximin",
     "solve_max_min",
     "solve_weighted",

@@ -20,9 +20,9 @@ class FishwoodEnv(BatchedEnv):
 
     Every step gathers, with a chance, one unit of what the current place has (index 0 fish, 1 wood), and the
     action says where to be next. The last of ``horizon`` steps is terminated and truncated both, as there.
-    With the default chances and horizon max-min is 18 of each: 180 steps of fishing, 20 of wood. Origin: Roijers,
-    Steckelmacher and Nowe, Multi-objective reinforcement learning for the expected utility of the return
-    (2018).
+    With the default chances and horizon max-min is 18 of each: 180 steps of fishing, 20 of wood. Origin:
+    Roijers, Steckelmacher and Nowe, Multi-objective reinforcement learning for the expected utility of the
+    return (2018).
 
     Args:
         num_envs: copies N.
