@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 
 LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1", "peft>=0.15"]
 PLOT = ["matplotlib>=3.8"]
+MO = ["mo-gymnasium>=1.3"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 LINT = ["ruff>=0.9", "mypy>=1.13", "types-PyYAML", "pre-commit>=4"]
 
@@ -21,8 +22,9 @@ setup(
     extras_require={
         "llm": LLM,
         "plot": PLOT,
-        "test": [*LLM, *PLOT, *TEST],
+        "mo": MO,
+        "test": [*LLM, *PLOT, *MO, *TEST],
         "lint": LINT,
-        "all": [*LLM, *PLOT, *TEST, *LINT],
+        "all": [*LLM, *PLOT, *MO, *TEST, *LINT],
     },
 )

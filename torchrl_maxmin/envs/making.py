@@ -105,7 +105,8 @@ def _factory(path: str) -> Any:
 def _call(env_id: str, make: Any, options: dict[str, Any]) -> Any:
     """Call a maker, with an option that it does not know named before it runs."""
     # a class by its __init__: TorchRL's metaclass hides the signature
-    parameters = inspect.signature(make.__init__ if isinstance(make, type) else make).parameters
+    called = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
+    parameters = inspect.signature(called).parameters
     open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     unknown = [] if open_ended else [name for name in options if name not in parameters]
     if unknown:
