@@ -16,7 +16,7 @@ WOODS = 1  # where every episode starts; the other place, 0, is the water
 
 
 class FishwoodEnv(BatchedEnv):
-    """The dynamics of mo-gymnasium's ``fishwood-v0``: one place has fish, the other has wood.
+    """The dynamics of MO-Gymnasium's ``fishwood-v0``: one place has fish, the other has wood.
 
     Every step gathers, with a chance, one unit of what the current place has (index 0 fish, 1 wood), and the
     action says where to be next. The last of ``horizon`` steps is terminated and truncated both, as there.

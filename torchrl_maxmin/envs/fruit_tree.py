@@ -9,13 +9,14 @@ from torch import Tensor
 
 from torchrl_maxmin.envs.batched import BatchedEnv
 from torchrl_maxmin.envs.exact import VectorMDP
+from torchrl_maxmin.envs.optional import require_mo_gymnasium
 from torchrl_maxmin.errors import UserError
 
 __all__ = ["FruitTreeEnv"]
 
 
 class FruitTreeEnv(BatchedEnv):
-    """The dynamics of mo-gymnasium's ``fruit-tree-v0``: every leaf holds a fruit of K nutrients.
+    """The dynamics of MO-Gymnasium's ``fruit-tree-v0``: every leaf holds a fruit of K nutrients.
 
     An action goes to the left (0) or the right (1) child; reaching a leaf pays its fruit and ends the
     episode. Mixtures of leaves do better for the worst nutrient than any leaf: max-min is 3.7982, 3.7987 and
@@ -23,8 +24,8 @@ class FruitTreeEnv(BatchedEnv):
 
     Args:
         num_envs: copies N.
-        depth: steps of an episode; 5, 6 or 7 with the fruits of mo-gymnasium.
-        fruits: [2 ** depth, K], the leaves from left to right; None reads mo-gymnasium's own table.
+        depth: steps of an episode; 5, 6 or 7 with the fruits of MO-Gymnasium.
+        fruits: [2 ** depth, K], the leaves from left to right; None reads MO-Gymnasium's own table.
         seed: unused by the dynamics, which have no chance in them.
         device: where tensors live.
 
@@ -32,7 +33,7 @@ class FruitTreeEnv(BatchedEnv):
     ``state`` [N, 1], the node; ``reward`` [N, K].
 
     Raises:
-        UserError: without mo-gymnasium where its table is needed, or on a table that does not fit the depth.
+        UserError: without MO-Gymnasium where its table is needed, or on a table that does not fit the depth.
 
     Example:
         >>> from torchrl_maxmin.envs import FruitTreeEnv
@@ -95,16 +96,11 @@ class FruitTreeEnv(BatchedEnv):
 
 
 def _shipped_fruits(depth: int) -> np.ndarray:
-    try:
-        from mo_gymnasium.envs.fruit_tree.fruit_tree import FRUITS
-    except ImportError as missing:
+    home = "mo_gymnasium.envs.fruit_tree.fruit_tree"
+    tables = require_mo_gymnasium("a fruit tree without a table of your own as fruits", home).FRUITS
+    if str(depth) not in tables:
         raise UserError(
-            "the fruits of fruit-tree-v0 are read from mo-gymnasium, which is not installed: "
-            "pip install 'torchrl-maxmin[mo]', or give a table of your own as fruits"
-        ) from missing
-    if str(depth) not in FRUITS:
-        raise UserError(
-            f"mo-gymnasium has fruits for depth {', '.join(sorted(FRUITS))}, not {depth}; give a table "
+            f"MO-Gymnasium has fruits for depth {', '.join(sorted(tables))}, not {depth}; give a table "
             "of your own as fruits [2 ** depth, K]"
         )
-    return np.asarray(FRUITS[str(depth)], dtype=np.float64)
+    return np.asarray(tables[str(depth)], dtype=np.float64)

@@ -1,13 +1,13 @@
 """MO-Gymnasium environments, as TorchRL wraps them, with observations that a small network can read.
 
-What does not work here, or only with care (mo-gymnasium 1.3.2):
+What does not work here, or only with care (MO-Gymnasium 1.3.2):
 
 * ``breakable-bottles-v0`` observes a dictionary, ``minecart-rgb-v0`` and ``mo-supermario-v0`` pixels: refused
   with a message; bring a factory of your own (``module:function``).
 * ``four-room-v0`` draws from Python's own ``random``, so its seed here does not decide it.
 * Unbounded observations (``water-reservoir-v0``, MuJoCo) are left as they are: add TorchRL's
   :class:`~torchrl.envs.transforms.VecNormV2` where a network needs them normalised.
-* MuJoCo, Box2D, highway and mario environments need mo-gymnasium's own extras.
+* MuJoCo, Box2D, highway and mario environments need MO-Gymnasium's own extras.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torchrl.envs import EnvBase, MOGymEnv, ParallelEnv, SerialEnv, TransformedE
 from torchrl.envs.transforms import ObservationTransform
 from torchrl.envs.transforms.utils import _set_missing_tolerance
 
+from torchrl_maxmin.envs.optional import require_mo_gymnasium
 from torchrl_maxmin.errors import UserError
 
 __all__ = ["FlatObservation", "make_gym_env"]
@@ -114,6 +115,7 @@ def _bounds(spec: TensorSpec) -> tuple[Tensor, Tensor]:
 
 
 def _one(env_id: str, observation: str, device: str, options: dict[str, Any]) -> EnvBase:
+    require_mo_gymnasium(env_id)  # here, in a worker's process too, it registers its environments
     env = MOGymEnv(env_id, categorical_action_encoding=True, device=device, **options)
     if list(env.observation_spec.keys(True, True)) != ["observation"]:
         keys = ", ".join(str(key) for key in env.observation_spec.keys(True, True))
@@ -149,7 +151,7 @@ def make_gym_env(
         An environment of batch size [N]: ``observation`` [N, D] float32, ``reward`` [N, K].
 
     Raises:
-        UserError: if mo-gymnasium or what the environment needs is missing, or the observation does not fit.
+        UserError: if MO-Gymnasium or what the environment needs is missing, or the observation does not fit.
 
     Example:
         >>> from torchrl_maxmin.envs.gym import make_gym_env
@@ -163,7 +165,7 @@ def make_gym_env(
     except UserError:
         raise
     except Exception as error:  # what gymnasium raises differs by version and environment
-        raise UserError(f"mo-gymnasium cannot make {env_id}: {error}") from error
+        raise UserError(f"MO-Gymnasium cannot make {env_id}: {error}") from error
     env = (ParallelEnv if parallel else SerialEnv)(num_envs, make)
     env.set_seed(seed)
     return env

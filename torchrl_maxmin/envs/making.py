@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 from typing import Any
 
@@ -14,6 +13,7 @@ from torchrl.envs import EnvBase
 from torchrl_maxmin.envs.fishwood import FishwoodEnv
 from torchrl_maxmin.envs.fruit_tree import FruitTreeEnv
 from torchrl_maxmin.envs.gridworld import GridworldEnv
+from torchrl_maxmin.envs.optional import require_mo_gymnasium
 from torchrl_maxmin.errors import UserError
 
 __all__ = ["BATCHED", "make_env"]
@@ -120,13 +120,8 @@ def _call(env_id: str, make: Any, options: dict[str, Any]) -> Any:
 
 def _require_known(env_id: str) -> None:
     ours = ", ".join(BATCHED)
-    if importlib.util.find_spec("mo_gymnasium") is None:
-        raise UserError(
-            f"'{env_id}' is none of the environments here ({ours}), and MO-Gymnasium is not installed: "
-            "pip install 'torchrl-maxmin[mo]'"
-        )
+    require_mo_gymnasium(f"'{env_id}', none of what is batched here ({ours}),")
     import gymnasium
-    import mo_gymnasium  # noqa: F401  registers its names
 
     theirs = [
         name for name, spec in gymnasium.registry.items() if str(spec.entry_point).startswith("mo_gymnasium")
