@@ -136,6 +136,29 @@ def test_serial_and_parallel_environments_of_them_are_the_same(make):
         assert torch.equal(outs[0][0][key], alone[key])
 
 
+def test_a_rollout_until_all_are_done_leaves_those_that_are():
+    env = MAKERS["tabular-ending"](6, seed=1)
+    torch.manual_seed(0)
+    data = env.rollout(200, break_when_any_done=False, break_when_all_done=True)
+    done = data["next", "done"][..., 0]
+    assert done[:, -1].all()
+    assert not done[:, :-1].all(0).any()
+    lengths = (~done).sum(1) + 1
+    assert lengths.unique().numel() > 1
+    for copy_, length in zip(data, lengths.tolist(), strict=True):
+        assert (copy_["next", "state"][length - 1 :] == 4).all()
+        assert (copy_["next", "state"][: length - 1] < 4).all()
+    # waiting costs and pays nothing
+    idle = env.reset()
+    idle["state"][0], idle["observation"][0], idle["done"][0], idle["terminated"][0] = 4, 0, True, True
+    idle["_step"] = ~idle["done"]
+    stepped = env.rand_step(idle)["next"]
+    assert stepped["state"][0].item() == 4
+    assert stepped["done"][0].item() is stepped["terminated"][0].item() is True
+    assert stepped["reward"][0].tolist() == [0.0, 0.0]
+    assert (stepped["reward"][1:] > 0).all()
+
+
 def test_ends_terminate_and_truncate_where_they_say_so():
     for name, truncates in (("fishwood", True), ("fruit-tree", False), ("gridworld", False)):
         env = MAKERS[name](4)

@@ -16,10 +16,11 @@ __all__ = ["GroupStatistics"]
 class GroupStatistics(nn.Module):
     """Post-processing of a batch: what each group got, and how much each counts.
 
-    Works as the ``postproc`` of any TorchRL collector and on any tensordict with a vector
-    reward. Utilities are means over finished episodes of ``("next", "episode_reward")`` where
-    the data have it (:class:`~torchrl.envs.transforms.RewardSum`), else means of the reward.
-    Without a finished episode the weights stay.
+    Works as the ``postproc`` of any TorchRL collector and on any tensordict with a vector reward.
+    :class:`~torchrl.collectors.MultiSyncCollector` calls it in the main process, on the batch of all workers,
+    so that the adversary answers them together. Utilities are means over finished episodes of
+    ``("next", "episode_reward")`` where the data have it (:class:`~torchrl_maxmin.envs.GroupReward`,
+    TorchRL's ``RewardSum``), else means of the reward. Without a finished episode the weights stay.
 
     Args:
         adversary: turns utilities [K] into weights [K].
@@ -30,6 +31,20 @@ class GroupStatistics(nn.Module):
         prompt_key: which prompt a row answers [*B], int64.
 
     Writes ``group_utilities`` and ``group_weights``, both [*B, K].
+
+    Example:
+        >>> from torchrl.collectors import MultiSyncCollector
+        >>> from torchrl.envs import TransformedEnv
+        >>> from torchrl_maxmin.envs import GroupReward, make_env
+        >>> from torchrl_maxmin.welfare import EntropyRegularized
+        >>> make = lambda: TransformedEnv(make_env("fishwood-v0", 64), GroupReward())
+        >>> collector = MultiSyncCollector(  # doctest: +SKIP
+        ...     [make] * 2, policy, frames_per_batch=25600, total_frames=10**6, cat_results=0,
+        ...     postproc=GroupStatistics(EntropyRegularized(2, scale=20.0)),
+        ... )
+        >>> for batch in collector:  # doctest: +SKIP
+        ...     loss = loss_module(batch)  # reads batch["group_weights"]; then step, and send the policy
+        ...     collector.update_policy_weights_()
     """
 
     def __init__(

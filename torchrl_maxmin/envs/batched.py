@@ -106,10 +106,19 @@ class BatchedEnv(EnvBase):
         return TensorDict(entries, self.batch_size, device=self.device)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        state, reward, terminated, truncated = self._move(tensordict["state"], tensordict["action"])
+        before, moving = tensordict["state"], tensordict.get("_step", None)
+        if moving is not None:  # a rollout until all copies are done: those that are wait where they are
+            moving = moving.reshape(self.num_envs, 1)
+            before = torch.where(moving, before, self._first())
+        state, reward, terminated, truncated = self._move(before, tensordict["action"])
         done = terminated.clone() if truncated is None else terminated | truncated
         entries = {"observation": self._look(state), "state": state, "reward": reward}
         entries |= zip(self._ends, (done, terminated, truncated), strict=False)  # type: ignore[arg-type]
+        if moving is not None:
+            idle = {name: tensordict.get(name, None) for name in entries}
+            for name, kept in idle.items():
+                kept = torch.zeros_like(entries[name]) if kept is None or name == "reward" else kept
+                entries[name] = torch.where(moving, entries[name], kept)
         return TensorDict(entries, self.batch_size, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:

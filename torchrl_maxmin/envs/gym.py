@@ -156,7 +156,7 @@ def make_gym_env(
     Example:
         >>> from torchrl_maxmin.envs.gym import make_gym_env
         >>> env = make_gym_env("deep-sea-treasure-v0", 2)
-        >>> env.rollout(3)["observation"].shape
+        >>> env.rollout(3, break_when_any_done=False)["observation"].shape
         torch.Size([2, 3, 24])
     """
     make = partial(_one, env_id, observation, str(device), options)
