@@ -52,13 +52,15 @@ def test_options_and_the_seed_reach_the_environment():
 
 @pytest.mark.parametrize(("name", "columns", "groups"), LIGHT)
 def test_mo_gymnasium_s(name, columns, groups):
-    env = make_env(name, 2, seed=1, backend="gym")
+    options = {"normalized_action": True} if name == "water-reservoir-v0" else {}
+    env = make_env(name, 2, seed=1, backend="gym", **options)
     assert isinstance(env, SerialEnv)
     check_env_specs(env)
     data = env.rollout(6, break_when_any_done=False)
     assert data["observation"].shape == (2, 6, columns)
     assert data["observation"].dtype is data["next", "reward"].dtype is torch.float32
     assert data["next", "reward"].shape == (2, 6, groups)
+    assert data["next", "reward"].isfinite().all()
     if name != "water-reservoir-v0":  # the only one without bounds
         assert (data["next", "observation"] >= 0).all()
         assert (data["next", "observation"] <= 1).all()

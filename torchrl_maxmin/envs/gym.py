@@ -5,6 +5,8 @@ What does not work here, or only with care (MO-Gymnasium 1.3.2):
 * ``breakable-bottles-v0`` observes a dictionary, ``minecart-rgb-v0`` and ``mo-supermario-v0`` pixels: refused
   with a message; bring a factory of your own (``module:function``).
 * ``four-room-v0`` draws from Python's own ``random``, so its seed here does not decide it.
+* ``water-reservoir-v0`` has actions without a bound, and random ones are infinite, with rewards that are no
+  numbers: make it with ``normalized_action=True``.
 * Unbounded observations (``water-reservoir-v0``, MuJoCo) are left as they are: add TorchRL's
   :class:`~torchrl.envs.transforms.VecNormV2` where a network needs them normalised.
 * MuJoCo, Box2D, highway and mario environments need MO-Gymnasium's own extras.
@@ -34,7 +36,7 @@ INFINITE = 1e30  # gymnasium states "no bound" as infinity or as the largest flo
 
 
 class FlatObservation(ObservationTransform):
-    """Write ``observation`` as one float32 row, and take off the bounds that the reward's spec states.
+    """Write ``observation`` as one float32 row.
 
     Args:
         spec: of the observation that comes in.
@@ -85,12 +87,6 @@ class FlatObservation(ObservationTransform):
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         with _set_missing_tolerance(self, True):
             return self._call(tensordict_reset)
-
-    def transform_reward_spec(self, reward_spec: TensorSpec) -> TensorSpec:
-        """Any number: the bounds that MO-Gymnasium states are not always kept (water-reservoir-v0)."""
-        given = reward_spec["reward"]
-        reward_spec["reward"] = Unbounded(shape=given.shape, dtype=given.dtype, device=given.device)
-        return reward_spec
 
     def transform_observation_spec(self, observation_spec: TensorSpec) -> TensorSpec:
         """One row of float32."""
