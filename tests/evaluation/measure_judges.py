@@ -1,6 +1,7 @@
 """Judges by name, as a user would write them."""
 
 calls = []
+compared = []
 
 
 def words(prompts, completions):
@@ -26,3 +27,16 @@ def undefined(prompts, completions):
 
 
 nothing = 3
+
+
+def shorter(prompts, a, b):
+    """Which of two is the shorter one."""
+    compared.append((list(prompts), list(a), list(b)))
+    return [0.5 + 0.5 * ((len(y) > len(x)) - (len(y) < len(x))) for x, y in zip(a, b, strict=True)]
+
+
+def sure(prompts, a, b):
+    return [1.5] * len(prompts)
+
+
+by_group = {"brief": shorter, "first": lambda prompts, a, b: [1.0] * len(prompts)}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from judge_server import Server, ok, shorter
 from transformers import AutoModelForCausalLM
 
 from torchrl_maxmin.errors import UserError
@@ -157,6 +158,78 @@ def test_a_reward_folder_judges_by_its_calibrated_heads(measure, mixture, reward
 def test_a_judge_that_cannot_judge_is_told_before_any_work(make_config, tmp_path, judge, message):
     with pytest.raises(UserError, match=message):
         run_evaluate(make_config(judge=judge))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_judge_of_pairs_compares_every_two_policies(make_config, measure, other_model, tiny_model):
+    """The same as its utility would say, and no utilities."""
+    measure_judges.compared.clear()
+    folder = run_evaluate(make_config(judge="measure_judges:by_group"))
+    result = SeedResult.load(folder / "result")
+    assert result.extra["judge"] == "comparisons"
+    assert (result.group_names, result.group_shares) == (["brief", "first"], [0.5, 0.5])
+    assert result.utilities == {}
+    expected = measure(name="utilities", judge="measure_judges:brevity")
+    for policy in ("sft", "maxmin"):
+        np.testing.assert_allclose(
+            result.win_matrix(policy, "sft")[:, 0], expected.win_matrix(policy, "sft")[:, 0]
+        )
+        np.testing.assert_allclose(result.win_matrix(policy, "sft")[:, 1], 0.5)  # both orders were asked
+        np.testing.assert_array_equal(result.kl[policy], expected.kl[policy])
+    assert result.extra["judge_first_place"]["first"] == 1.0
+    assert [len(prompts) for prompts, _, _ in measure_judges.compared] == [1, 54, 54]  # 6 prompts, 3 by 3
+    summary = json.loads((folder / "summary.json").read_text())
+    rate = summary["policies"]["maxmin"]["win_rate_vs_sft"]["brief"]
+    assert rate["mean"] == pytest.approx(result.win_matrix("maxmin", "sft")[:, 0].mean())
+    assert summary["policies"]["maxmin"]["utility"] == {"brief": None, "first": None}
+    assert "compared pairs" in summary["policies"]["maxmin"]["length_correlation"]["brief"]["reason"]
+    text = (folder / "report.md").read_text()
+    assert "a group's judge, asked in both orders, prefers" in text
+    assert "first +1.000" in text
+    assert "judges compared pairs and gave no utilities" in text
+
+
+def test_one_function_of_pairs_is_one_group(measure):
+    assert measure(judge="measure_judges:shorter").group_names == ["group 0"]
+
+
+def test_an_endpoint_judges_for_each_group(make_config, measure, prompts):
+    with Server(shorter) as server:
+        settings = {"judge": server.url, "judge_model": "judge-1", "num_samples": 1}
+        result = measure(judge_criteria=["brief=few words", "long=a=b"], **settings)
+        questions = [body["messages"][0]["content"] for _, _, body in server.requests]
+    assert result.extra["judge"] == "endpoint"
+    assert result.group_names == ["brief", "long"]
+    assert len(questions) == 2 + 2 * 2 * len(prompts)  # a first question each, then both orders
+    assert sum("few words" in question for question in questions) == len(questions) / 2
+    assert sum("wants this: a=b" in question for question in questions) == len(questions) / 2
+    expected = measure(name="utilities", judge="measure_judges:brevity", num_samples=1)
+    for g in range(2):
+        np.testing.assert_allclose(
+            result.win_matrix("maxmin", "sft")[:, g], expected.win_matrix("maxmin", "sft")[:, 0]
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "needs --judge_model, and --judge_criteria"),
+        ({"judge_model": "m", "judge_criteria": ["brief"]}, "takes name=words; 'brief' is not that"),
+        ({"judge_model": "m", "judge_criteria": ["a=x", "a=y"]}, "names a group twice"),
+        ({"judge_model": "m", "judge_criteria": ["a=x"]}, "gave no verdict in 4 attempts"),
+        (
+            {"judge": "measure_judges:words", "judge_model": "m"},
+            "belong to a --judge that is an http address",
+        ),
+        ({"judge": "measure_judges:sure"}, r"outside \[0, 1\]"),
+    ],
+)
+def test_a_judge_of_pairs_that_cannot_judge_is_told_before_any_work(
+    make_config, tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with Server(lambda number, body: ok("neither")) as server, pytest.raises(UserError, match=message):
+        run_evaluate(make_config(**({"judge": server.url} | settings)))
     assert not (tmp_path / "out").exists()
 
 

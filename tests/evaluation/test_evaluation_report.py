@@ -25,7 +25,7 @@ from torchrl_maxmin.evaluation import (
 )
 
 NAMES = ["sentiment", "conciseness"]
-MODULES = ["aggregate", "gap", "intervals", "plots", "report", "results", "summary", "win_rates"]
+MODULES = ["aggregate", "gap", "intervals", "plots", "policies", "report", "results", "summary", "win_rates"]
 
 
 def make_result(seed, oracle=True, extra=None, num_prompts=40):
@@ -124,6 +124,9 @@ def test_loading_nothing_is_named(tmp_path):
         ({"length": {"other": np.zeros((4, 2))}}, "which has no utilities"),
         ({"group_shares": [1.0]}, "1 shares"),
         ({"group_names": ["a", "a"]}, "repeat"),
+        ({"wins": {"sft": np.zeros((4, 1, 2))}}, "give one of the two"),
+        ({"utilities": {}}, "no utilities for 'sft'"),
+        ({"utilities": {}, "wins": {"sft": np.zeros((4, 2, 2))}}, "P=1 policies"),
     ],
 )
 def test_bad_records_are_named(change, message):
@@ -261,7 +264,8 @@ def test_single_seed_and_bare_policies(tmp_path):
     assert "oracle_ratio" not in out["comparison"]
     assert "win_rate_vs_single" not in out["policies"]["maxmin"]
     assert out["policies"]["maxmin"]["worst_group_win_rate"] == 1.0
-    assert out["policies"]["maxmin"]["win_rate_vs_sft"]["sentiment"]["t_low"] is None
+    rate = out["policies"]["maxmin"]["win_rate_vs_sft"]["sentiment"]
+    assert (rate["t_low"], rate["t_high"]) == (pytest.approx(1 - 0.5218, abs=1e-4), 1.0)  # 5 of 5, exact
     assert out["em"]["user_accuracy"] is None
     assert out["certificate"]["reason"] == "not computed"
     text = write_report(tmp_path, out, figures=False).read_text()
@@ -274,6 +278,74 @@ def test_policy_that_only_some_seeds_hold(results):
     assert [entry["seed"] for entry in out["policies"]["oracle"]["per_seed"]] == [0]
     assert [entry["seed"] for entry in out["comparison"]["oracle_ratio_per_seed"]] == [0]
     assert [entry["seed"] for entry in out["comparison"]["per_seed"]] == [0, 1]
+
+
+def make_wins(seed):
+    rng = np.random.default_rng(seed)
+    rates = {("single", "sft"): rng.random((40, 2)), ("maxmin", "sft"): rng.random((40, 2)),
+             ("maxmin", "single"): rng.random((40, 2))}  # fmt: skip
+    policies = ["sft", "single", "maxmin"]
+
+    def against(policy, other):
+        if policy == other:
+            return np.full((40, 2), 0.5)
+        return rates[policy, other] if (policy, other) in rates else 1 - rates[other, policy]
+
+    wins = {policy: np.stack([against(policy, other) for other in policies], 1) for policy in policies}
+    return SeedResult(seed, NAMES, [0.5, 0.5], wins=wins, extra={"judge": "endpoint"}), rates
+
+
+def test_results_of_comparisons(tmp_path):
+    results, rates = zip(*(make_wins(seed) for seed in range(2)), strict=True)
+    results[0].save(tmp_path / "saved")
+    loaded = SeedResult.load(tmp_path / "saved")
+    assert loaded.policies == ["sft", "single", "maxmin"]
+    np.testing.assert_array_equal(loaded.win_matrix("maxmin", "single"), rates[0]["maxmin", "single"])
+    np.testing.assert_allclose(loaded.win_matrix("single", "maxmin"), 1 - rates[0]["maxmin", "single"])
+    out = summarise([loaded, results[1]], num_resamples=50)
+    for pair in out["pairs"]:
+        expected = np.mean([r[pair["policy"], pair["other"]].mean(0) for r in rates], axis=0)
+        np.testing.assert_allclose([pair["win_rate"][name]["mean"] for name in NAMES], expected)
+    assert out["policies"]["maxmin"]["utility_interval"]["sentiment"]["t_low"] is None
+    assert out["comparison"]["worst_group_relative_gain"] is not None
+    assert "n/a" in write_report(tmp_path, out, figures=False).read_text()
+    with pytest.raises(ValueError, match="judged in two ways"):
+        summarise([loaded, make_result(1)])
+
+
+def test_every_two_policies_are_compared(summary, results):
+    pairs = {(pair["policy"], pair["other"]): pair for pair in summary["pairs"]}
+    assert list(pairs) == [
+        ("single", "sft"), ("maxmin", "sft"), ("oracle", "sft"), ("maxmin", "single"), ("oracle", "single"),
+        ("oracle", "maxmin"),
+    ]  # fmt: skip
+    for (policy, other), pair in pairs.items():
+        rates = group_win_rates(
+            np.stack([r.utilities[policy] for r in results]),
+            np.stack([r.utilities[other] for r in results]),
+            num_resamples=300,
+        )
+        for k, name in enumerate(NAMES):
+            told = pair["win_rate"][name]
+            assert told["mean"] == pytest.approx(rates.mean[k])
+            assert told["t_low"] == pytest.approx(rates.clustered.groups.low[k])
+            assert told["high"] == pytest.approx(rates.high[k])
+        assert pair["worst_group_win_rate_interval"]["t_high"] == pytest.approx(
+            rates.clustered.groups.high.min()
+        )
+
+
+def test_length_that_earns_the_utility_is_seen():
+    rng = np.random.default_rng(0)
+    length = rng.integers(5, 50, (40, 3)).astype(float)
+    longer = np.stack([length, rng.normal(size=length.shape)], axis=-1)
+    result = SeedResult(0, NAMES, [0.5, 0.5], {"sft": longer}, length={"sft": length})
+    found = summarise([result], num_resamples=50)["policies"]["sft"]["length_correlation"]
+    assert found["sentiment"]["mean"] == pytest.approx(1.0)
+    assert abs(found["conciseness"]["mean"]) < 0.4
+    single = SeedResult(0, NAMES, [0.5, 0.5], {"sft": longer[:, :1]}, length={"sft": length[:, :1]})
+    found = summarise([single], num_resamples=50)["policies"]["sft"]["length_correlation"]
+    assert "one sample a prompt" in found["sentiment"]["reason"]
 
 
 def test_seeds_that_do_not_belong_together_are_named(results):
@@ -295,7 +367,11 @@ def test_report_holds_the_numbers(tmp_path, summary):
     for policy in summary["policies"].values():
         for group in NAMES:
             rate = policy["win_rate_vs_sft"][group]
-            assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in text
+            assert f"{rate['mean']:.3f} [{rate['t_low']:.3f}, {rate['t_high']:.3f}]" in text
+            utility, ends = policy["utility"][group], policy["utility_interval"][group]
+            assert f"{utility:.3f} [{ends['t_low']:.3f}, {ends['t_high']:.3f}]" in text
+            length = policy["length_correlation"][group]
+            assert f"{length['mean']:+.2f} [{length['low']:+.2f}, {length['high']:+.2f}]" in text
         assert f"{policy['worst_group_win_rate']:.3f}" in text
         assert f"{policy['average_win_rate']:.3f}" in text
     compared = summary["comparison"]
@@ -306,7 +382,10 @@ def test_report_holds_the_numbers(tmp_path, summary):
     assert "0.200 [0.050, 2.500]" in text
     assert "The worst group changes with the convention" in text
     assert "Uncalibrated" not in text
-    for caveat in ("what the judge says", "biased low", "3 seeds are few"):
+    for pair in summary["pairs"]:
+        for rate in pair["win_rate"].values():
+            assert f"{rate['mean']:.3f} [{rate['t_low']:.3f}, {rate['t_high']:.3f}]" in text
+    for caveat in ("what the judge says", "biased low", "3 seeds are few", "single: a rate above 0.9"):
         assert caveat in text
     for name in ("win_rates", "training"):
         assert f"](figures/{name}.png)" in text
@@ -320,7 +399,7 @@ def test_terminal_table(summary):
     Console(file=output, width=160).print(table)
     for policy in summary["policies"].values():
         rate = policy["win_rate_vs_sft"]["conciseness"]
-        assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in output.getvalue()
+        assert f"{rate['mean']:.3f} [{rate['t_low']:.3f}, {rate['t_high']:.3f}]" in output.getvalue()
 
 
 def test_win_rate_figure_and_its_numbers(tmp_path, summary):
@@ -335,8 +414,8 @@ def test_win_rate_figure_and_its_numbers(tmp_path, summary):
         rate = summary["policies"][row["policy"]]["win_rate_vs_sft"][row["group"]]
         assert [float(row[key]) for key in ("mean", "low", "high")] == [
             rate["mean"],
-            rate["low"],
-            rate["high"],
+            rate["t_low"],
+            rate["t_high"],
         ]
     again = plot_win_rates(summary, tmp_path / "again")
     assert again[1].read_bytes() == svg.read_bytes()

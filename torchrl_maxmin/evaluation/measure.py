@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,19 @@ import yaml
 from tensordict import TensorDict
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.evaluation.report import write_report
+from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
+from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.evaluation.summary import summarise, write_summary
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer, require_model
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.preferences import World, load_table
+from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import require_columns
-from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
-from torchrl_maxmin.rewards.ensemble import is_reward_model
-from torchrl_maxmin.rewards.source import load_functions
 from torchrl_maxmin.trainers.ppo_gap import log_prob_in_batches, policy_certificate
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
 
@@ -42,8 +40,12 @@ class EvaluateConfig:
         policies: policy folders as name=folder; sft, the reference, must be one of them.
         dataset_name: held-out prompts; file, saved dataset or hub name with a column prompt.
         output_dir: folder for the results; must be empty or absent.
-        judge: who says what a response is worth to each group; a world's json, module:function that
-            gives one column a group, or a reward folder (its heads, by the calibration it holds).
+        judge: who says what a response is worth to each group; a world's json, module:function
+            f(prompts, completions) that gives one column a group, or a reward folder (its heads, by the
+            calibration it holds). Or who says which of two is better; module:function f(prompts, a, b), a
+            dict of these by group, or the address of an OpenAI-compatible endpoint.
+        judge_model: name that the endpoint has for its model; the key is read from OPENAI_API_KEY.
+        judge_criteria: what each group wants, as name=words; one judge each at the endpoint.
         reward_model_path: the reward mixture that trained the policies; adds its figures, the
             calibration's sensitivity and the certificate.
         certify: policy whose distance to the optimum is certified under that mixture.
@@ -65,6 +67,8 @@ class EvaluateConfig:
     dataset_name: str
     output_dir: str
     judge: str
+    judge_model: str | None = None
+    judge_criteria: list[str] | None = None
     reward_model_path: str | None = None
     certify: str = "maxmin"
     beta: float | None = None
@@ -114,6 +118,7 @@ def run_evaluate(config: EvaluateConfig) -> Path:
     summary = summarise([result])
     write_summary(folder, summary)
     write_report(folder, summary)
+    console.print(rich_table(summary))
     return folder
 
 
@@ -128,7 +133,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     device = resolve_device(config.device)
     for path in folders.values():
         require_model(path)
-    judge = _Judge(config.judge, device)
+    judge = load_judge(config.judge, device, config.judge_model, config.judge_criteria)
     mixture = None
     if config.reward_model_path:
         mixture = load_reward_model(config.reward_model_path).to(device)
@@ -151,14 +156,26 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             sampled = sample_responses(policy, prompts, config.num_samples)
             written = to_texts(tokenizer, sampled)
             responses[name] = written
-            utilities[name] = judge(*written).reshape(*shape, -1)
+            if isinstance(judge, UtilityJudge):
+                utilities[name] = judge(*written).reshape(*shape, -1)
             ratio = sampled["sample_log_prob"] - log_prob_in_batches(reference, sampled)
             kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
             length[name] = sampled["action_mask"].sum(-1).double().numpy().reshape(shape)
             advance(note=name)
     extra: dict[str, Any] = {"judge": judge.kind}
+    wins: dict[str, np.ndarray] = {}
+    if not isinstance(judge, UtilityJudge):
+        count = config.num_samples
+        asked = responses[REFERENCE][0][::count]
+        answers = {
+            name: [said[n : n + count] for n in range(0, len(said), count)]
+            for name, (_, said) in responses.items()
+        }
+        wins, extra["judge_first_place"] = judge.compare(asked, answers)
     if mixture is not None:
-        extra |= _mixture_figures(config, mixture, judge, responses, tokenizer, prompts, reference)
+        extra |= _mixture_figures(
+            config, mixture, judge.group_names, utilities, responses, tokenizer, prompts, reference
+        )
     result = SeedResult(
         seed=config.seed,
         group_names=judge.group_names,
@@ -166,55 +183,12 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         utilities=utilities,
         kl=kl,
         length=length,
+        wins=wins,
         extra=extra,
     )
     result.save(folder / "result")
     write_config(folder, config)
     return result, folder
-
-
-class _Judge:
-    """Utilities [N, G] of completions, by ground truth, a function, or reward heads."""
-
-    def __init__(self, spec: str, device: torch.device):
-        self.kind = "function"
-        self.group_names: list[str] = []
-        self.group_shares: list[float] = []
-        if is_reward_model(spec):
-            self.kind = "reward heads"
-            mixture = load_reward_model(spec).to(device)
-            self._call: Any = partial(mixture.score, calibrated=True)
-            self.group_shares = mixture.log_prior.exp().cpu().tolist()
-            self.group_names = [f"group {k}" for k in range(mixture.num_groups)]
-            return
-        function = load_functions([spec])[0]
-        self._call = function
-        self._probe(spec)
-        if isinstance(function, World):
-            self.kind = "world"
-            self.group_names, self.group_shares = list(function.group_names), list(function.shares)
-
-    def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
-        values = np.asarray(self._call(prompts, completions), dtype=float).reshape(len(prompts), -1)
-        if not np.isfinite(values).all():
-            raise UserError(
-                "the judge gives NaN or infinity for some response; it must give a number to every one"
-            )
-        return values
-
-    def _probe(self, spec: str) -> None:
-        """Ask for two responses before thousands are sampled, to see what the judge gives."""
-        try:
-            values = self(["a", "b"], ["c", "d"])
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"judge {spec!r} fails on f(prompts, completions) with {type(error).__name__}: {error}; "
-                "it must give one number, or one a group, for every response"
-            ) from error
-        self.group_names = [f"group {k}" for k in range(values.shape[1])]
-        self.group_shares = [1 / values.shape[1]] * values.shape[1]
 
 
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
@@ -227,7 +201,8 @@ def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torc
 def _mixture_figures(
     config: EvaluateConfig,
     mixture: RewardModel,
-    judge: _Judge,
+    group_names: list[str],
+    utilities: dict[str, np.ndarray],
     responses: dict[str, tuple[list[str], list[str]]],
     tokenizer: Any,
     prompts: TensorDict,
@@ -245,13 +220,14 @@ def _mixture_figures(
         "head_accuracy": reward.get("heldout", {}).get("head_accuracy"),
     }
     heads = reward.get("head_of_group", {})
-    if all(name in heads for name in judge.group_names):
-        truth = judge(*responses[REFERENCE])
-        extra["em"]["head_correlation"] = {
-            name: float(np.corrcoef(raw[:, heads[name]].numpy(), truth[:, g])[0, 1])
-            for g, name in enumerate(judge.group_names)
-        }
-        extra["group_users"] = [reward["users"][heads[name]] for name in judge.group_names]
+    if all(name in heads for name in group_names):
+        if utilities:
+            truth = utilities[REFERENCE].reshape(len(raw), -1)
+            extra["em"]["head_correlation"] = {
+                name: float(np.corrcoef(raw[:, heads[name]].numpy(), truth[:, g])[0, 1])
+                for g, name in enumerate(group_names)
+            }
+        extra["group_users"] = [reward["users"][heads[name]] for name in group_names]
     if config.certify not in responses:
         reason = f"no policy named {config.certify!r} was evaluated; name the one meant by --certify"
         extra["certificate"] = {**_NOTHING, "reason": reason}

@@ -23,6 +23,7 @@ from torchrl_maxmin.evaluation.plot_style import (
     tidy,
     write_figure,
 )
+from torchrl_maxmin.evaluation.policies import interval_to_read
 
 __all__ = ["plot_training", "plot_win_rates"]
 
@@ -143,9 +144,8 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
     for k, group in enumerate(groups):
         rates = [summary["policies"][policy]["win_rate_vs_sft"][group["name"]] for policy in policies]
         means = np.array([rate["mean"] for rate in rates])
-        errors = np.clip(
-            [[r["mean"] - r["low"] for r in rates], [r["high"] - r["mean"] for r in rates]], 0, None
-        )
+        ends = np.array([interval_to_read(rate) for rate in rates], dtype=float).T
+        errors = np.clip([means - ends[0], ends[1] - means], 0, None)
         offset = step * (k - (len(groups) - 1) / 2)
         colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
         where = np.arange(len(policies)) + offset
@@ -153,16 +153,16 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
             where, means, yerr=errors, fmt=marker, color=colour, markersize=6, capsize=7, capthick=2,
             elinewidth=2.2, label=f"{group['name']} ({group['share']:.0%})",
         )  # fmt: skip
-        for x, rate in zip(where, rates, strict=True):
+        for x, rate, low, high in zip(where, rates, *ends, strict=True):
             # Numbers stand on the far side of the line at 1/2, so that it does not strike them through.
-            end, shift, side = ("high", 5, "bottom") if rate["mean"] >= 0.5 else ("low", -5, "top")
+            end, shift, side = (high, 5, "bottom") if rate["mean"] >= 0.5 else (low, -5, "top")
             axis.annotate(
-                f"{rate['mean']:.2f}", (x, rate[end]), xytext=(0, shift), textcoords="offset points",
+                f"{rate['mean']:.2f}", (x, end), xytext=(0, shift), textcoords="offset points",
                 ha="center", va=side, fontsize=FONT - 1, color="0.2",
             )  # fmt: skip
         rows += [
-            {"policy": policy, "group": group["name"], **{key: rate[key] for key in ("mean", "low", "high")}}
-            for policy, rate in zip(policies, rates, strict=True)
+            {"policy": policy, "group": group["name"], "mean": rate["mean"], "low": low, "high": high}
+            for policy, rate, low, high in zip(policies, rates, *ends, strict=True)
         ]
     axis.axhline(0.5, color="0.35", linewidth=1.4, linestyle="--", zorder=0)
     axis.text(

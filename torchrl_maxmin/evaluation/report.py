@@ -8,6 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_maxmin.evaluation.plots import plot_training, plot_win_rates
+from torchrl_maxmin.evaluation.report_tables import (
+    ends_text,
+    interval_text,
+    markdown_table,
+    number_text,
+    pairs_block,
+    policy_table,
+    rate_text,
+    size_block,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,8 +68,10 @@ def write_report(
     parts = [
         f"# {title}",
         _what_was_done(summary),
-        "## Win rates by group\n\n" + _policy_table(summary),
+        "## Win rates by group\n\n" + policy_table(summary),
         _comparison_block(summary),
+        *pairs_block(summary),
+        *size_block(summary),
     ]
     if figures is None:
         figures = find_spec("matplotlib") is not None
@@ -69,7 +81,7 @@ def write_report(
         plot_win_rates(summary, folder / "figures" / "win_rates")
         parts.append(
             "![Win rates against sft by policy and group, with intervals](figures/win_rates.png)\n\n"
-            "Bars are the bootstrap intervals of the table. Numbers: "
+            "Bars are the intervals of the table. Numbers: "
             "[figures/win_rates.csv](figures/win_rates.csv)"
         )
         if histories:
@@ -119,25 +131,12 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
     for name, policy in summary["policies"].items():
         table.add_row(
             name,
-            *(_rate(policy["win_rate_vs_sft"][group["name"]]) for group in summary["groups"]),
-            _number(policy["worst_group_win_rate"], ".3f"),
-            _number(policy["average_win_rate"], ".3f"),
-            _number(policy["kl"], ".2f"),
+            *(rate_text(policy["win_rate_vs_sft"][group["name"]]) for group in summary["groups"]),
+            number_text(policy["worst_group_win_rate"], ".3f"),
+            number_text(policy["average_win_rate"], ".3f"),
+            number_text(policy["kl"], ".2f"),
         )
     return table
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "n/a" if value is None else format(value, spec)
-
-
-def _interval(interval: Mapping[str, Any], spec: str, prefix: str = "") -> str:
-    low, high = interval.get(f"{prefix}low"), interval.get(f"{prefix}high")
-    return "n/a" if low is None or high is None else f"[{low:{spec}}, {high:{spec}}]"
-
-
-def _rate(rate: Mapping[str, Any]) -> str:
-    return f"{_number(rate['mean'], '.3f')} {_interval(rate, '.3f')}"
 
 
 def _seeds(summary: Mapping[str, Any]) -> str:
@@ -151,37 +150,22 @@ def _what_was_done(summary: Mapping[str, Any]) -> str:
     wall = summary.get("wall_seconds")
     took = "" if wall is None else f" The whole run took {wall:.0f} s."
     level = f"{summary['confidence']:.0%}"
-    source = (
-        "resampling prompts only, as there is one seed"
-        if len(summary["seeds"]) == 1
-        else "resampling seeds first, then prompts, the same prompts for all seeds"
-    )
+    source = "t intervals over seeds with the component of the prompts that they share"
+    if len(summary["seeds"]) == 1:
+        source = "t intervals over prompts, as there is one seed"
+        ends = [policy["worst_group_win_rate_interval"] for policy in summary["policies"].values()]
+        if any(end.get("t_low") is None for end in ends):  # a summary that was written before these were
+            source = "bootstrap intervals over prompts, as there is one seed"
+    who = "a group's own utility prefers"
+    if _judge_kinds(summary) & {"endpoint", "comparisons"}:
+        who = "a group's judge, asked in both orders, prefers"
     return (
         f"Policies ({policies}) were trained with {_seeds(summary)} "
         f"({', '.join(map(str, summary['seeds']))}) for a population of {groups}, and each was sampled on "
-        f"the same {summary['num_prompts']} held-out prompts. A win rate is how often a group's own utility "
-        "prefers the policy's sample to the sft policy's on the same prompt, over all pairs of samples, ties "
-        f"counting one half. Intervals are {level} bootstrap intervals, {source}.{took}"
+        f"the same {summary['num_prompts']} held-out prompts. A win rate is how often {who} the policy's "
+        "sample to the sft policy's on the same prompt, over all pairs of samples, ties counting one half. "
+        f"Intervals are {level} {source}.{took}"
     )
-
-
-def _policy_table(summary: Mapping[str, Any]) -> str:
-    names = [group["name"] for group in summary["groups"]]
-    header = ["policy", *names, "worst group", "average", "KL (nats)", "length"]
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    for name, policy in summary["policies"].items():
-        cells = [
-            name,
-            *(_rate(policy["win_rate_vs_sft"][group]) for group in names),
-            f"{_number(policy['worst_group_win_rate'], '.3f')} "
-            f"{_interval(policy['worst_group_win_rate_interval'], '.3f')}",
-            f"{_number(policy['average_win_rate'], '.3f')} "
-            f"{_interval(policy['average_win_rate_interval'], '.3f')}",
-            _number(policy["kl"], ".2f"),
-            _number(policy["length"], ".1f"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def _comparison_block(summary: Mapping[str, Any]) -> str:
@@ -191,23 +175,24 @@ def _comparison_block(summary: Mapping[str, Any]) -> str:
     if compared["worst_group_relative_gain"] is None:
         return heading + f"Not compared: the results hold no {policy}, no {baseline}, or a win rate of zero."
     several = len(summary["seeds"]) > 1
-    header = ["relative change of the win rate against sft", "estimate", "bootstrap"]
+    header = ["relative change of the win rate against sft", "estimate"]
     header += ["t over seeds"] if several else []
-    header += ["by seed"]
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    header += ["bootstrap", "by seed"]
+    rows = []
     for key, label in _ROWS.items():
         interval = compared[f"{key}_interval"]
         if key == "majority_relative_change":
             label = f"{label} ({compared['majority_group']})"
-        cells = [label, _number(compared[key], "+.1%"), _interval(interval, "+.1%")]
-        cells += [_interval(interval, "+.1%", "t_")] if several else []
-        cells += [" ".join(_number(entry[key], "+.0%") for entry in compared["per_seed"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    text = heading + "\n".join(lines)
+        cells = [label, number_text(compared[key], "+.1%")]
+        cells += [ends_text(interval["t_low"], interval["t_high"], "+.1%")] if several else []
+        cells += [ends_text(interval["low"], interval["high"], "+.1%")]
+        cells += [" ".join(number_text(entry[key], "+.0%") for entry in compared["per_seed"])]
+        rows.append(cells)
+    text = heading + markdown_table(header, rows)
     head_to_head = summary["policies"][policy].get("win_rate_vs_single")
     if head_to_head:
         text += "\n\nHead to head, each group prefers " + policy + " to " + baseline + " with win rate: "
-        text += ", ".join(f"{name} {_rate(rate)}" for name, rate in head_to_head.items()) + "."
+        text += ", ".join(f"{name} {rate_text(rate)}" for name, rate in head_to_head.items()) + "."
         text += (
             " The baseline is trained for the majority, so the majority's preference for it is expected: "
             "what it gives up is the last row of the table."
@@ -215,7 +200,7 @@ def _comparison_block(summary: Mapping[str, Any]) -> str:
     if compared.get("oracle_ratio") is not None:
         text += (
             f"\n\nWorst group relative to MaxMin on the true utilities: {compared['oracle_ratio']:.3f} "
-            f"{_interval(compared['oracle_ratio_interval'], '.3f')}."
+            f"{interval_text(compared['oracle_ratio_interval'], '.3f')}."
         )
     return text
 
@@ -228,10 +213,10 @@ def _em_block(summary: Mapping[str, Any]) -> str:
     lines = [
         "## Groups found",
         "",
-        f"- Users assigned to the right group: {_number(em['user_accuracy'], '.3f')}"
+        f"- Users assigned to the right group: {number_text(em['user_accuracy'], '.3f')}"
         + (f" (worst seed {em['user_accuracy_min']:.3f})" if em.get("user_accuracy_min") is not None else ""),
-        f"- Number of groups selected: {_number(em['num_groups_selected'], '.0f')}",
-        f"- Held-out log-likelihood, nats a pair: {_number(em['heldout_log_likelihood'], '.3f')}",
+        f"- Number of groups selected: {number_text(em['num_groups_selected'], '.0f')}",
+        f"- Held-out log-likelihood, nats a pair: {number_text(em['heldout_log_likelihood'], '.3f')}",
     ]
     if users:
         lines.append(f"- Users: {users}")
@@ -264,7 +249,7 @@ def _certificate_block(summary: Mapping[str, Any]) -> str:
     several = " (mean; smallest low and largest high over seeds)" if len(summary["seeds"]) > 1 else ""
     return heading + (
         f"The worst group's utility is within {certificate['value']:.3f} "
-        f"{_interval(certificate, '.3f')} of the best that any policy can give its worst group{several}. "
+        f"{interval_text(certificate, '.3f')} of the best that any policy can give its worst group{several}. "
         "Modes that nobody sampled are not certified."
     )
 
@@ -302,9 +287,9 @@ def _caveats(summary: Mapping[str, Any]) -> str:
     seeds = (
         "One seed: intervals hold prompts only, and say nothing about another training run."
         if count == 1
-        else f"{count} seeds are few, and the bootstrap over few seeds is too narrow: simulated, a nominal "
-        "95% covers about 0.66 / 0.78 / 0.87 with 2 / 3 / 5 seeds, the t interval over seeds (`t_low` and "
-        "`t_high` in summary.json) 0.88 / 0.93 / 0.95. Read the latter."
+        else f"{count} seeds are few: the bootstrap over few seeds (`low` and `high` in summary.json) is too "
+        "narrow: simulated, a nominal 95% covers .85 to .87 with 3 seeds, .92 to .94 with 6. The t intervals "
+        "(`t_low` and `t_high`), which stand in the tables, cover .95 to .97, for relative changes .93."
         if count < 10
         else f"{count} seeds: chance in training is measured by these alone."
     )
@@ -316,12 +301,27 @@ def _caveats(summary: Mapping[str, Any]) -> str:
             "- The minimum over groups of noisy win rates is biased low, most where groups are close. The "
             "interval of the worst group is [smallest low, smallest high] over groups.",
             f"- {seeds}",
+            *_about_rates(summary),
         ]
     )
 
 
+def _about_rates(summary: Mapping[str, Any]) -> list[str]:
+    """Policies whose intervals may be too narrow, as their notes say."""
+    noted: dict[str, list[str]] = {}
+    for name, policy in summary["policies"].items():
+        for note in policy.get("notes", []):
+            if "biased low" not in note and "one seed" not in note:
+                noted.setdefault(note, []).append(name)
+    return [f"- {', '.join(names)}: {note}." for note, names in noted.items()]
+
+
+def _judge_kinds(summary: Mapping[str, Any]) -> set[str | None]:
+    return {extra.get("judge") for extra in summary.get("extra", [])}
+
+
 def _about_the_judge(summary: Mapping[str, Any]) -> list[str]:
-    kinds = {extra.get("judge") for extra in summary.get("extra", [])}
+    kinds = _judge_kinds(summary)
     if kinds == {"world"}:
         return [
             "- The world is synthetic and its conflict between groups was chosen. The size of the effect is "
@@ -333,4 +333,11 @@ def _about_the_judge(summary: Mapping[str, Any]) -> list[str]:
             "- The judge is a reward mixture. Where the policies were trained on it, win rates are "
             "optimistic: a policy learns its judge's mistakes too."
         ]
-    return ["- Win rates are what the judge says; they are as good as the judge."]
+    lines = ["- Win rates are what the judge says; they are as good as the judge."]
+    for extra in summary.get("extra", []):
+        if extra.get("judge_first_place"):
+            told = ", ".join(f"{name} {value:+.3f}" for name, value in extra["judge_first_place"].items())
+            lines.append(
+                f"- Both orders were asked. What stood first won oftener by (seed {extra['seed']}): {told}."
+            )
+    return lines

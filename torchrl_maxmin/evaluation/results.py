@@ -1,4 +1,4 @@
-"""What one trained seed leaves behind for evaluation: utilities, KL and length on held-out prompts."""
+"""What one trained seed leaves behind for evaluation: utilities or wins, KL and length."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_maxmin.evaluation.win_rates import win_matrix
+
 __all__ = ["REFERENCE", "SeedResult"]
 
 #: The policy that every other one is compared with.
@@ -16,6 +18,7 @@ REFERENCE = "sft"
 
 _ARRAYS_FILE = "arrays.npz"
 _JSON_FILE = "result.json"
+_FIELDS = ("utilities", "kl", "length", "wins")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,14 +33,17 @@ class SeedResult:
         group_names: The G groups, in the order of the utilities' last dimension.
         group_shares: Population shares [G]; the largest is the majority.
         utilities: Policy name -> utilities [N prompts, M samples, G groups]. ``sft`` is always there;
-            M may differ between policies, N and G may not.
+            M may differ between policies, N and G may not. Empty where judges compared pairs.
         kl: Policy name -> [N, M], the sequence's log pi - log pi_ref on the policy's own samples.
         length: Policy name -> [N, M], response length in tokens.
+        wins: Where judges compared pairs, in place of utilities: policy name -> probability [N, P, G] that
+            its response is the better one, against each of the P policies in their order here.
         extra: Plain JSON that is carried through: ``em``, ``certificate``, ``calibration``,
             ``group_users`` (users in each group), ``timings``, ... (see :func:`summarise`).
 
     Raises:
-        ValueError: If ``sft`` is missing, or shapes disagree, or a number is not finite.
+        ValueError: If ``sft`` is missing, utilities and wins are both there or both not, shapes disagree, or
+            a number is not finite.
 
     Example:
         >>> import numpy as np
@@ -52,42 +58,48 @@ class SeedResult:
     seed: int
     group_names: list[str]
     group_shares: list[float]
-    utilities: dict[str, np.ndarray]
+    utilities: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     kl: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     length: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    wins: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("utilities", "kl", "length"):
+        for name in _FIELDS:
             arrays = {policy: np.asarray(array) for policy, array in getattr(self, name).items()}
             object.__setattr__(self, name, arrays)
-        if REFERENCE not in self.utilities:
+        if self.utilities and self.wins:
+            raise ValueError(f"seed {self.seed}: utilities and wins; give one of the two")
+        what = "wins" if self.wins else "utilities"
+        if REFERENCE not in self.policies:
             raise ValueError(
-                f"seed {self.seed}: no utilities for '{REFERENCE}', the policy that the others are compared "
-                f"with; got {sorted(self.utilities)}. Evaluate it too."
+                f"seed {self.seed}: no {what} for '{REFERENCE}', the policy that the others are compared "
+                f"with; got {sorted(self.policies)}. Evaluate it too."
             )
         num_groups = len(self.group_names)
         if len(self.group_shares) != num_groups:
             raise ValueError(f"seed {self.seed}: {num_groups} group names, {len(self.group_shares)} shares")
         if len(set(self.group_names)) != num_groups:
             raise ValueError(f"seed {self.seed}: group names repeat: {self.group_names}")
-        num_prompts = self.utilities[REFERENCE].shape[0]
-        for policy, array in self.utilities.items():
-            if array.ndim != 3 or array.shape[0] != num_prompts or array.shape[2] != num_groups:
+        second = f"P={len(self.policies)} policies" if self.wins else "M samples"
+        for policy, array in self._scores.items():
+            right = array.ndim == 3 and array.shape[::2] == (self.num_prompts, num_groups)
+            if not right or (self.wins and array.shape[1] != len(self.policies)):
                 raise ValueError(
-                    f"seed {self.seed}: utilities of '{policy}' must be [N={num_prompts} prompts, M samples, "
-                    f"G={num_groups} groups], got {list(array.shape)}"
+                    f"seed {self.seed}: {what} of '{policy}' must be [N={self.num_prompts} prompts, "
+                    f"{second}, G={num_groups} groups], got {list(array.shape)}"
                 )
         for name in ("kl", "length"):
             for policy, array in getattr(self, name).items():
-                if policy not in self.utilities:
-                    raise ValueError(f"seed {self.seed}: {name} of '{policy}', which has no utilities")
-                if array.shape != self.utilities[policy].shape[:2]:
+                if policy not in self.policies:
+                    raise ValueError(f"seed {self.seed}: {name} of '{policy}', which has no {what}")
+                samples = array.shape[1:] if self.wins else self.utilities[policy].shape[1:2]
+                if array.ndim != 2 or array.shape != (self.num_prompts, *samples):
                     raise ValueError(
                         f"seed {self.seed}: {name} of '{policy}' must be [N, M] = "
-                        f"{list(self.utilities[policy].shape[:2])}, got {list(array.shape)}"
+                        f"{[self.num_prompts, *samples]}, got {list(array.shape)}"
                     )
-        for name in ("utilities", "kl", "length"):
+        for name in _FIELDS:
             for policy, array in getattr(self, name).items():
                 if not np.isfinite(array).all():
                     raise ValueError(
@@ -98,21 +110,29 @@ class SeedResult:
     @property
     def num_prompts(self) -> int:
         """Number of held-out prompts N."""
-        return self.utilities[REFERENCE].shape[0]
+        return self._scores[REFERENCE].shape[0]
 
     @property
     def policies(self) -> list[str]:
         """Policy names, in the order given."""
-        return list(self.utilities)
+        return list(self._scores)
+
+    @property
+    def _scores(self) -> dict[str, np.ndarray]:
+        return self.wins or self.utilities
+
+    def win_matrix(self, policy: str, other: str) -> np.ndarray:
+        """How often each group prefers one policy's responses to another's, prompt by prompt: [N, G]."""
+        if self.wins:
+            return self.wins[policy][:, self.policies.index(other)]
+        return win_matrix(self.utilities[policy], self.utilities[other])
 
     def save(self, folder: str | Path) -> Path:
         """Write ``arrays.npz`` and ``result.json`` into ``folder`` (made if missing) and return it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {
-            f"{name}/{policy}": array
-            for name in ("utilities", "kl", "length")
-            for policy, array in getattr(self, name).items()
+            f"{name}/{policy}": array for name in _FIELDS for policy, array in getattr(self, name).items()
         }
         with open(folder / _ARRAYS_FILE, "wb") as file:
             np.savez_compressed(file, **arrays)
@@ -138,7 +158,7 @@ class SeedResult:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no saved result: {name} is missing")
         record = json.loads((folder / _JSON_FILE).read_text(encoding="utf-8"))
-        fields: dict[str, dict[str, np.ndarray]] = {"utilities": {}, "kl": {}, "length": {}}
+        fields: dict[str, dict[str, np.ndarray]] = {name: {} for name in _FIELDS}
         with np.load(folder / _ARRAYS_FILE, allow_pickle=False) as archive:
             for policy in record["policies"]:
                 for name, arrays in fields.items():

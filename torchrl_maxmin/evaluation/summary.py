@@ -16,19 +16,13 @@ from torchrl_maxmin.evaluation.aggregate import (
     mean_tree,
     plain,
 )
-from torchrl_maxmin.evaluation.intervals import NUM_RESAMPLES, ClusterBootstrap, Estimate, estimate
+from torchrl_maxmin.evaluation.intervals import NUM_RESAMPLES, ClusterBootstrap, Estimate
+from torchrl_maxmin.evaluation.policies import BASELINE, pairs_summary, policy_summary, win_matrices
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
-from torchrl_maxmin.evaluation.win_rates import (
-    GroupWinRates,
-    compare_win_matrices,
-    rates_from_win_matrix,
-    win_matrix,
-)
+from torchrl_maxmin.evaluation.win_rates import compare_win_matrices
 
 __all__ = ["BASELINE", "MAXMIN", "ORACLE", "summarise", "write_summary"]
 
-#: The policy trained on one reward for all.
-BASELINE = "single"
 #: The policy that the headline is about.
 MAXMIN = "maxmin"
 #: MaxMin on the true utilities.
@@ -47,10 +41,14 @@ def summarise(
 ) -> dict[str, Any]:
     """Content of ``summary.json``.
 
-    Headline numbers are plain numbers; beside each stands ``<key>_interval`` with ``low``/``high`` (the
-    percentile interval of the seeds-then-prompts bootstrap) and, for the win rates and the comparison,
-    ``t_low``/``t_high`` (the t interval over seeds, null with one seed). ``per_seed`` lists hold the same
-    keys seed by seed. What cannot be computed is null. The same records give the same bytes.
+    Headline numbers are plain numbers; beside each stands ``<key>_interval`` with ``t_low``/``t_high``, the
+    interval to read (:func:`~torchrl_maxmin.evaluation.clustered.interval_over_seeds`: t over seeds and the
+    component of the prompts that they share; over prompts alone with one seed), and ``low``/``high``, the
+    percentile interval of the seeds-then-prompts bootstrap, which few seeds make too narrow. Relative changes
+    under ``comparison`` have the t interval of :func:`~torchrl_maxmin.evaluation.intervals.estimate`, null
+    with one seed. The worst group's interval is [smallest low, smallest high] over groups; its point estimate
+    is biased low, which ``notes`` say. ``pairs`` holds every policy against every other. ``per_seed`` lists
+    hold the same keys seed by seed. What cannot be computed is null. The same records give the same bytes.
 
     A policy that only some seeds hold is summarised over those seeds, and compared over the seeds that
     hold both.
@@ -108,10 +106,10 @@ def summarise(
             )
         return bootstraps[count]
 
-    policies = {
-        policy: _policy_summary(policy, results, names, bootstrap_for, confidence)
-        for policy in _ordered_policies(results)
-    }
+    # The same seed, so the same resamples as the comparison's.
+    settings = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
+    ordered = _ordered_policies(results)
+    policies = {policy: policy_summary(policy, results, names, settings) for policy in ordered}
     users = first.extra.get("group_users")
     known = {"em", "certificate", "calibration", "group_users", "timings"}
     summary = {
@@ -126,6 +124,7 @@ def summarise(
         ],
         "em": em_summary(results),
         "policies": policies,
+        "pairs": pairs_summary(ordered, results, names, settings),
         "comparison": _comparison(results, names, shares, bootstrap_for, confidence),
         "certificate": certificate_summary(results),
         "calibration": calibration_summary(results),
@@ -161,6 +160,11 @@ def _checked(results: Sequence[SeedResult]) -> list[SeedResult]:
                 f"seeds {first.seed} and {result.seed} name other groups: {first.group_names} and "
                 f"{result.group_names}; order them alike"
             )
+        if bool(result.wins) != bool(first.wins):
+            raise ValueError(
+                f"seeds {first.seed} and {result.seed} were judged in two ways, by utilities and by "
+                "comparisons; judge all seeds alike"
+            )
         if result.num_prompts != first.num_prompts:
             raise ValueError(
                 f"seeds {first.seed} and {result.seed} have {first.num_prompts} and {result.num_prompts} "
@@ -170,94 +174,9 @@ def _checked(results: Sequence[SeedResult]) -> list[SeedResult]:
 
 
 def _ordered_policies(results: list[SeedResult]) -> list[str]:
-    found = list(dict.fromkeys(policy for result in results for policy in result.utilities))
+    found = list(dict.fromkeys(policy for result in results for policy in result.policies))
     rank = {REFERENCE: 0, BASELINE: 1, MAXMIN: 2, ORACLE: 4}
     return sorted(found, key=lambda policy: rank.get(policy, 3))
-
-
-def _win_matrices(results: list[SeedResult], policy: str, other: str) -> np.ndarray:
-    """[S, N, G]; seed by seed, as M may differ between seeds."""
-    return np.stack([win_matrix(r.utilities[policy], r.utilities[other]) for r in results])
-
-
-def _policy_summary(
-    policy: str,
-    results: list[SeedResult],
-    names: list[str],
-    bootstrap_for: Callable[[int], ClusterBootstrap],
-    confidence: float,
-) -> dict[str, Any]:
-    results = [result for result in results if policy in result.utilities]
-    seeds = [result.seed for result in results]
-    bootstrap = bootstrap_for(len(results))
-    rates = rates_from_win_matrix(
-        _win_matrices(results, policy, REFERENCE), names, bootstrap, confidence=confidence
-    )
-    utility = estimate(
-        np.stack([result.utilities[policy].mean(axis=1, dtype=np.float64) for result in results]),
-        bootstrap,
-        confidence=confidence,
-    )
-    out: dict[str, Any] = {
-        "win_rate_vs_sft": _by_group(rates),
-        "utility": dict(zip(names, utility.mean, strict=True)),
-        "utility_interval": {
-            name: {"low": utility.low[k], "high": utility.high[k]} for k, name in enumerate(names)
-        },
-        "worst_group": rates.worst_group_name,
-        **_with_interval("worst_group_win_rate", rates.worst_group),
-        **_with_interval("average_win_rate", rates.average),
-    }
-    per_seed: list[dict[str, Any]] = [
-        {
-            "seed": seed,
-            "win_rate_vs_sft": dict(zip(names, rates.per_seed[s], strict=True)),
-            "utility": dict(zip(names, utility.per_seed[s], strict=True)),
-            "worst_group_win_rate": rates.worst_group.per_seed[s],
-            "average_win_rate": rates.average.per_seed[s],
-        }
-        for s, seed in enumerate(seeds)
-    ]
-    with_baseline = [result for result in results if BASELINE in result.utilities]
-    if with_baseline:
-        against = rates_from_win_matrix(
-            _win_matrices(with_baseline, policy, BASELINE),
-            names,
-            bootstrap_for(len(with_baseline)),
-            confidence=confidence,
-        )
-        out["win_rate_vs_single"] = _by_group(against)
-        row = {result.seed: s for s, result in enumerate(with_baseline)}
-        for entry in per_seed:
-            if entry["seed"] in row:
-                entry["win_rate_vs_single"] = dict(
-                    zip(names, against.per_seed[row[entry["seed"]]], strict=True)
-                )
-    for key in ("kl", "length"):
-        out[key], out[f"{key}_interval"] = None, {"low": None, "high": None}
-        if all(policy in getattr(result, key) for result in results):
-            values = np.stack([getattr(r, key)[policy].mean(axis=1, dtype=np.float64) for r in results])
-            measured = estimate(values, bootstrap, confidence=confidence)
-            out[key] = measured.mean
-            out[f"{key}_interval"] = {"low": measured.low, "high": measured.high}
-            for s, entry in enumerate(per_seed):
-                entry[key] = measured.per_seed[s]
-    out["per_seed"] = per_seed
-    return out
-
-
-def _by_group(rates: GroupWinRates) -> dict[str, dict[str, float]]:
-    groups = rates.groups
-    return {
-        name: {
-            "mean": groups.mean[k],
-            "low": groups.low[k],
-            "high": groups.high[k],
-            "t_low": groups.t_low[k],
-            "t_high": groups.t_high[k],
-        }
-        for k, name in enumerate(rates.group_names)
-    }
 
 
 def _with_interval(key: str, value: Estimate) -> dict[str, Any]:
@@ -279,7 +198,7 @@ def _comparison(
     bootstrap_for: Callable[[int], ClusterBootstrap],
     confidence: float,
 ) -> dict[str, Any]:
-    both = [r for r in results if MAXMIN in r.utilities and BASELINE in r.utilities]
+    both = [r for r in results if MAXMIN in r.policies and BASELINE in r.policies]
     out: dict[str, Any] = {
         "policy": MAXMIN,
         "baseline": BASELINE,
@@ -292,8 +211,8 @@ def _comparison(
         out["per_seed"] = []
     else:
         compared = compare_win_matrices(
-            _win_matrices(both, MAXMIN, REFERENCE),
-            _win_matrices(both, BASELINE, REFERENCE),
+            win_matrices(both, MAXMIN, REFERENCE),
+            win_matrices(both, BASELINE, REFERENCE),
             shares,
             bootstrap_for(len(both)),
             confidence=confidence,
@@ -304,11 +223,11 @@ def _comparison(
             {"seed": result.seed, **{key: getattr(compared, key).per_seed[s] for key in _COMPARISONS}}
             for s, result in enumerate(both)
         ]
-    with_oracle = [r for r in results if MAXMIN in r.utilities and ORACLE in r.utilities]
+    with_oracle = [r for r in results if MAXMIN in r.policies and ORACLE in r.policies]
     if with_oracle:
         gain = compare_win_matrices(
-            _win_matrices(with_oracle, MAXMIN, REFERENCE),
-            _win_matrices(with_oracle, ORACLE, REFERENCE),
+            win_matrices(with_oracle, MAXMIN, REFERENCE),
+            win_matrices(with_oracle, ORACLE, REFERENCE),
             shares,
             bootstrap_for(len(with_oracle)),
             confidence=confidence,
