@@ -11,7 +11,7 @@ TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint aot bench install clean
+.PHONY: demo test test-slow lint aot bench frontier install clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ aot: install $(TRITON_SITE)
 ## time the kernels, after holding them against float64; ARGS="--device cuda" on a GPU
 bench: install
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
+
+## what each group gets and at what cost, by welfare, share and disturbance; ARGS="--seeds 0 1 2" for three seeds
+frontier: install
+	$(BIN)/python reproductions/frontier/run.py $(ARGS)
 
 # one package in a folder of its own, so that the environment stays as it is
 build/triton-%:

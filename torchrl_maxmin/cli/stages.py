@@ -31,12 +31,13 @@ class Task:
     after: tuple[str, ...] = ()
 
 
-def run_tasks(tasks: Mapping[str, Task], num_workers: int) -> dict[str, float]:
+def run_tasks(tasks: Mapping[str, Task], num_workers: int, overall: str = "") -> dict[str, float]:
     """Run tasks, each as soon as what it waits for is done; earlier ones go first.
 
     Args:
         tasks: by name; the name's part before ``/`` stands before the task's bars.
         num_workers: processes. Each uses one thread: small models run fastest that way.
+        overall: name of a bar over all tasks, for runs of many; the bars of what is done then vanish.
 
     Returns:
         Seconds of each task.
@@ -49,8 +50,10 @@ def run_tasks(tasks: Mapping[str, Task], num_workers: int) -> dict[str, float]:
     seconds: dict[str, float] = {}
     waiting = dict(tasks)
     running: dict[Future, str] = {}
-    with _Drawing(queue), ProcessPoolExecutor(num_workers, context, _start_worker, (queue,)) as pool:
+    with _Drawing(queue, overall), ProcessPoolExecutor(num_workers, context, _start_worker, (queue,)) as pool:
         while waiting or running:
+            if overall:
+                queue.put((overall, overall, len(seconds), len(tasks), ""))
             ready = [name for name, task in waiting.items() if all(dep in seconds for dep in task.after)]
             for name in ready[: num_workers - len(running)]:
                 label = name.split("/")[0] + ": " if "/" in name else ""
@@ -58,6 +61,8 @@ def run_tasks(tasks: Mapping[str, Task], num_workers: int) -> dict[str, float]:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 seconds[running.pop(future)] = _result(future, pool)
+        if overall:
+            queue.put((overall, overall, len(tasks), len(tasks), ""))
     return seconds
 
 
@@ -99,8 +104,8 @@ def _call(task: Task, label: str) -> float:
 class _Drawing:
     """Draws the bars that workers send through a queue, in a thread, until the block ends."""
 
-    def __init__(self, queue: Any):
-        self.queue = queue
+    def __init__(self, queue: Any, overall: str = ""):
+        self.queue, self.overall = queue, overall
 
     def __enter__(self) -> None:
         self.thread = threading.Thread(target=self._draw, daemon=True)
@@ -117,4 +122,5 @@ class _Drawing:
                 key, title, done, total, note = event
                 if key not in known:
                     known[key] = progress.add_task(title, total=total, note="")
-                progress.update(known[key], completed=done, note=note)
+                passing = bool(self.overall) and key != self.overall
+                progress.update(known[key], completed=done, note=note, visible=not passing or done < total)

@@ -1,0 +1,72 @@
+"""Tasks that are done once: a run that was cut off goes on, and one with other settings starts anew."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torchrl_maxmin.cli.stages import Task
+
+
+@dataclass(frozen=True)
+class Step:
+    """A task that writes one folder, and the mark that it leaves there.
+
+    Attributes:
+        function: called with ``config``; may find ``folder`` absent or empty.
+        config: a dataclass.
+        folder: what it writes; removed before it runs.
+        digest: of the function, its config and everything before it.
+    """
+
+    function: Callable[[Any], Any]
+    config: Any
+    folder: Path
+    digest: str
+
+    @property
+    def mark(self) -> Path:
+        """Where a finished step leaves its digest and how long it took."""
+        return self.folder / "done.json"
+
+
+def run_step(step: Step) -> None:
+    """Run a step, unless it was finished before with the same settings and the same steps before it."""
+    if step.mark.is_file() and json.loads(step.mark.read_text())["digest"] == step.digest:
+        return
+    shutil.rmtree(step.folder, ignore_errors=True)
+    start = time.perf_counter()
+    step.function(step.config)
+    done = {"digest": step.digest, "seconds": time.perf_counter() - start}
+    step.mark.write_text(json.dumps(done) + "\n")
+
+
+@dataclass
+class Plan:
+    """Steps by name, each after those that it needs."""
+
+    tasks: dict[str, Task] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        function: Callable[[Any], Any],
+        config: Any,
+        folder: Path,
+        after: tuple[str, ...] = (),
+    ) -> str:
+        """Add a step; returns its name, for ``after`` of others."""
+        before = [self.tasks[other].config.digest for other in after]
+        told = [f"{function.__module__}.{function.__name__}", asdict(config), before]
+        digest = hashlib.sha256(json.dumps(told, default=str, sort_keys=True).encode()).hexdigest()
+        self.tasks[name] = Task(run_step, Step(function, config, folder, digest), after)
+        return name
+
+    def seconds(self) -> dict[str, float]:
+        """How long each finished step took when it ran."""
+        marks = {name: task.config.mark for name, task in self.tasks.items()}
+        return {name: json.loads(m.read_text())["seconds"] for name, m in marks.items() if m.is_file()}
