@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from torchrl_maxmin.cli.parsing import parse_config
+from torchrl_maxmin.cli.parsing import mentions, parse_config
 from torchrl_maxmin.errors import UserError
 
 __all__ = ["main"]
@@ -24,7 +24,20 @@ STAGES = {
         "run_evaluate",
         "results by group, with intervals",
     ),
+    "diagnose": (
+        "torchrl_maxmin.trainers.diagnose",
+        "DiagnoseConfig",
+        "run_diagnose",
+        "can one reward serve these users?",
+    ),
 }
+#: the policy stage in an environment, which --env_id asks for
+ENV_PPO = (
+    "torchrl_maxmin.trainers.env_ppo",
+    "EnvPPOConfig",
+    "run_env_ppo",
+    "train for the worst-off group in an environment",
+)
 OTHERS = {
     "data": ("torchrl_maxmin.cli.tools", "data", "data check FILE: what is in a preference data set"),
     "report": ("torchrl_maxmin.cli.tools", "report", "report FOLDER: print and rewrite the report of a run"),
@@ -57,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_stage(verb: str, arguments: list[str]) -> int:
-    module_name, config_name, function_name, line = STAGES[verb]
+    stage = ENV_PPO if verb == "ppo" and mentions(arguments, "env_id") else STAGES[verb]
+    module_name, config_name, function_name, line = stage
     module = importlib.import_module(module_name)
     config_class = getattr(module, config_name)
     config = parse_config(verb, line, config_class, arguments)

@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torchrl_maxmin.errors import UserError
 
-__all__ = ["OneLineParser", "config_from_mapping", "parse_config"]
+__all__ = ["OneLineParser", "config_from_mapping", "mentions", "parse_config"]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -48,6 +50,28 @@ def parse_config(verb: str, line: str, config_class: type, arguments: Sequence[s
         return _build(config_class, parser.parse_args(_config_first(words)))
     except argparse.ArgumentError as error:
         raise UserError(_one_line(str(error), config_class, "--") + hint) from error
+
+
+def mentions(arguments: Sequence[str], name: str) -> bool:
+    """Whether the flags, or the YAML files that ``--config`` names, set a field.
+
+    Args:
+        arguments: words after the verb.
+        name: the field.
+    """
+    files = [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    files += [after for word, after in pairwise(arguments) if word == "--config"]
+    if any(word.partition("=")[0] == f"--{name}" for word in arguments):
+        return True
+    return any(re.search(rf"^{name}\s*:", text, re.MULTILINE) for text in map(_text_of, files))
+
+
+def _text_of(path: str) -> str:
+    """A file's text; nothing where it cannot be read, which the parser tells in its own words."""
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def config_from_mapping(config_class: type, values: Mapping[str, Any], where: str) -> Any:

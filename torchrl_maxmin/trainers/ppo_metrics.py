@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tensordict import TensorDictBase
 from torch import Tensor
 
-__all__ = ["rollout_metrics"]
+__all__ = ["rollout_metrics", "update_metrics"]
 
 
 def rollout_metrics(
@@ -39,19 +39,34 @@ def rollout_metrics(
         "objective/scores": (batch["next", "reward"] * each).sum(-1).mean(),
         "objective/welfare": utilities.min() - kl_coef * kl,
         "maxmin/worst_group": utilities.argmin(),
-        "policy/clipfrac_avg": losses["clip_fraction"],
-        "policy/approxkl_avg": losses["kl_approx"],
-        "val/ratio": losses["mean_ratio"],
-        "loss/policy_avg": losses["loss_objective"],
-        "loss/value_avg": losses["loss_critic"],
         "completions/mean_length": length.mean(),
     }
     for k in range(num_groups):
         metrics[f"rewards/{k}/mean"] = rewards[:, k].mean()
         metrics[f"rewards/{k}/std"] = rewards[:, k].std(correction=0)
+    metrics |= update_metrics(losses, weights)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def update_metrics(losses: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """Metrics of the updates on one rollout, of a language model or in an environment.
+
+    Args:
+        losses: outputs of the loss, averaged over optimizer steps.
+        weights: the group weights [K] that they used.
+    """
+    metrics = {
+        "policy/clipfrac_avg": losses["clip_fraction"],
+        "policy/approxkl_avg": losses["kl_approx"],
+        "val/ratio": losses["mean_ratio"],
+        "loss/policy_avg": losses["loss_objective"],
+        "loss/value_avg": losses["loss_critic"],
+    }
+    if "entropy" in losses:
+        metrics["policy/entropy_avg"] = losses["entropy"]
     for k, weight in enumerate(weights):
         metrics[f"maxmin/weights/{k}"] = weight
     for k, explained in enumerate(losses["explained_variance"].reshape(-1)):
         name = "kl" if k == len(weights) else str(k)
         metrics[f"val/explained_var/{name}"] = explained
-    return {name: float(value) for name, value in metrics.items()}
+    return metrics

@@ -1,0 +1,133 @@
+"""What a policy gives each group in an environment: sampled with intervals, and exactly where that can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_maxmin.envs.exact import solve_max_min
+from torchrl_maxmin.errors import UserError
+
+__all__ = ["episode_returns", "episode_summary", "exact_summary", "policy_table"]
+
+
+@torch.no_grad()
+def episode_returns(
+    env: EnvBase, policy: TensorDictModuleBase, num_episodes: int, *, max_steps: int | None = None
+) -> Tensor:
+    """Returns of whole episodes under the stochastic policy.
+
+    Every copy of the environment gives its first ``ceil(num_episodes / N)`` episodes: those that end
+    first would be the short ones.
+
+    Args:
+        env: batch size [N], writing ``("next", "episode_group_reward")`` [N, K], as
+            :class:`~torchrl_maxmin.envs.GroupReward` does.
+        policy: reads ``observation``, writes ``action``.
+        num_episodes: at least so many.
+        max_steps: steps of every copy after which an episode that has not ended is an error.
+
+    Returns:
+        [E, K], float64.
+
+    Raises:
+        UserError: if an episode does not end in ``max_steps``.
+    """
+    (copies,) = env.batch_size
+    quota = -(-num_episodes // copies)
+    counts, rows, steps = torch.zeros(copies, dtype=torch.int64), [], 0
+    with set_exploration_type(ExplorationType.RANDOM):
+        state = env.reset()
+        while bool((counts < quota).any()):
+            step, state = env.step_and_maybe_reset(policy(state))
+            ended = step["next", "done"].reshape(copies).cpu() & (counts < quota)
+            if bool(ended.any()):
+                rows.append(step["next", "episode_group_reward"].cpu()[ended].double())
+                counts += ended
+            steps += 1
+            if max_steps is not None and steps >= max_steps * quota and bool((counts < 1).any()):
+                raise UserError(
+                    f"no episode ended in {steps} steps of a copy of the environment; cut episodes by "
+                    "--max_episode_steps, or take more steps a rollout by --frames_per_batch"
+                )
+    return torch.cat(rows)
+
+
+def episode_summary(returns: Tensor, confidence: float = 0.95) -> dict[str, Any]:
+    """Mean return of every group with its t interval, the worst group, and the mean of the episodes' minima.
+
+    Args:
+        returns: [E, K].
+        confidence: of the intervals, each by itself.
+
+    Returns:
+        ``episodes``; ``utilities`` {group: {mean, low, high}}; ``worst_group``, the least mean, which is biased
+        low; ``worst_group_interval``, least of the lows and least of the highs; ``mean_of_mins`` {mean, low,
+        high}.
+
+    Example:
+        >>> episode_summary(torch.tensor([[1.0, 4.0], [3.0, 4.0]]))["utilities"]["0"]["mean"]
+        2.0
+    """
+    columns = {str(k): _interval(column.numpy(), confidence) for k, column in enumerate(returns.T)}
+    return {
+        "episodes": len(returns),
+        "utilities": columns,
+        "worst_group": min(c["mean"] for c in columns.values()),
+        "worst_group_interval": [min(c[end] for c in columns.values()) for end in ("low", "high")],
+        "mean_of_mins": _interval(returns.amin(-1).numpy(), confidence),
+    }
+
+
+def _interval(values: np.ndarray, confidence: float) -> dict[str, float]:
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
+    half = stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * error
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+@torch.no_grad()
+def policy_table(env: EnvBase, policy: TensorDictModuleBase) -> np.ndarray:
+    """The chance of every action in every state of the environment's process [S, A].
+
+    Args:
+        env: with ``observations()`` [S, D], as the tabular environments have.
+        policy: a :class:`~torchrl.modules.ProbabilisticActor` over categorical actions.
+    """
+    from tensordict import TensorDict
+
+    observations = env.observations()
+    distribution = policy.get_dist(TensorDict({"observation": observations}, [len(observations)]))
+    return distribution.probs.double().cpu().numpy()
+
+
+def exact_summary(env: EnvBase, policy: TensorDictModuleBase, objective: str) -> dict[str, Any]:
+    """Exact utilities, and how far from the max-min optimum they are, where the process is known.
+
+    Args:
+        env: the environment; its ``process()`` and ``observations()`` are used where it has them.
+        policy: the policy.
+        objective: what the policy was trained for; the certificate speaks of ``min_of_means`` alone.
+
+    Returns:
+        ``exact`` {utilities, worst_group, max_min} or None, and ``certificate`` {value, low, high, reason}.
+    """
+    if not hasattr(env, "process"):
+        reason = "the environment's process is not known: there is nothing to compare with"
+        return {"exact": None, "certificate": {"value": None, "low": None, "high": None, "reason": reason}}
+    process = env.process()
+    utilities = process.returns(policy_table(env, policy))
+    best = solve_max_min(process).value
+    exact = {"utilities": utilities.tolist(), "worst_group": float(utilities.min()), "max_min": best}
+    gap = best - float(utilities.min())
+    certificate: dict[str, Any] = {"value": gap, "low": gap, "high": gap, "reason": None}
+    if objective != "min_of_means":
+        reason = f"trained for {objective}, which has another optimum"
+        certificate = {"value": None, "low": None, "high": None, "reason": reason}
+    return {"exact": exact, "certificate": certificate}

@@ -1,0 +1,88 @@
+"""Settings of the policy stage in an environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.trainers.ppo_settings import PPOSettings
+
+__all__ = ["EnvPPOConfig"]
+
+OBJECTIVES = ("min_of_means", "mean_of_mins")
+BACKENDS = ("auto", "batched", "gym")
+OBSERVATIONS = ("auto", "one_hot", "scale", "none")
+
+
+@dataclass(kw_only=True)
+class EnvPPOConfig(PPOSettings):
+    """MaxMin PPO in an environment whose reward has a column for every group.
+
+    A group's utility is its mean return, undiscounted, over the episodes that ended in a rollout.
+
+    Args:
+        env_id: fishwood-v0, fruit-tree-v0, gridworld, any id of mo-gymnasium, or module:function that
+            makes an environment from num_envs, seed and env_options.
+        env_backend: batched (all copies in one tensor step), gym (mo-gymnasium one step at a time), or
+            auto, which is batched where that is there.
+        env_options: keywords of the environment, as a mapping, for instance {"depth": 5}.
+        observation: what the policy sees of a gym environment; one_hot, scale, none or auto.
+        num_envs: copies of the environment.
+        max_episode_steps: cut episodes after so many steps; 0 leaves them as they are.
+        frames_per_batch: steps of all copies together a rollout.
+        total_frames: steps of all copies together.
+        objective: min_of_means (the minimum over groups of the mean return) or mean_of_mins (the mean
+            over episodes of the return of whoever got least).
+        shares: the groups' shares of the population; alike when left out.
+        utility_scale: what the groups' returns are divided by; 0 measures it, as the standard deviation
+            of the first policy's returns within a group.
+        hidden_sizes: units of the hidden layers of policy and critic.
+        eval_episodes: episodes behind the results.
+    """
+
+    env_id: str
+    env_backend: str = "auto"
+    env_options: dict[str, Any] = field(default_factory=dict)
+    observation: str = "auto"
+    num_envs: int = 128
+    max_episode_steps: int = 0
+    frames_per_batch: int = 8192
+    total_frames: int = 2_000_000
+    shares: list[float] = field(default_factory=list)
+    utility_scale: float = 0.0
+    hidden_sizes: list[int] = field(default_factory=lambda: [64, 64])
+    eval_episodes: int = 1000
+    # what suits small networks
+    tau: float = 0.05
+    mini_batch_size: int = 2048
+    learning_rate: float = 3e-3
+    warmup_iterations: int = 0
+    entropy_coeff: float = 0.01
+    max_grad_norm: float = 0.5
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work together."""
+        super().check()
+        self.require_known(objective=OBJECTIVES, env_backend=BACKENDS, observation=OBSERVATIONS)
+        self.require_positive("num_envs", "frames_per_batch", "total_frames", "eval_episodes")
+        if self.frames_per_batch % self.num_envs:
+            raise UserError(
+                f"--frames_per_batch must be a multiple of --num_envs: {self.frames_per_batch} steps do not "
+                f"divide among {self.num_envs} copies"
+            )
+        if self.total_frames < self.frames_per_batch:
+            raise UserError("--total_frames must be at least --frames_per_batch")
+        if self.stop_at_iteration > self.num_iterations:
+            raise UserError(f"--stop_at_iteration is after the last iteration, {self.num_iterations}")
+        if self.max_episode_steps < 0 or self.utility_scale < 0:
+            raise UserError("--max_episode_steps and --utility_scale must not be negative")
+        if self.shares and (min(self.shares) < 0 or not sum(self.shares) > 0):
+            raise UserError("--shares must not be negative and not all 0, one for every group")
+        if any(size < 1 for size in self.hidden_sizes):
+            raise UserError("--hidden_sizes must be at least 1 each")
+
+    @property
+    def num_iterations(self) -> int:
+        """Rollouts, each followed by updates."""
+        return self.total_frames // self.frames_per_batch
