@@ -1,4 +1,4 @@
-"""Diversity as ``diagnose`` finds it, beside its exact value on the same pairs.
+"""Diversity and alignment gap as ``diagnose`` finds them, beside their exact values on the same pairs.
 
     python reproductions/theory/planted.py
 
@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.special import expit
+from scipy.special import expit, logit
 from torch import Tensor
 
 from torchrl_maxmin.evaluation import diagnose
+from torchrl_maxmin.evaluation.diagnosis_figures import calibrated_margins, pair_outcome
 from torchrl_maxmin.evaluation.theorem import diversity
 from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.rewards.choices import fit_bradley_terry
 
 WORLDS = {"80:20": (80, 20), "10:1": (10, 1), "one group": (1,)}
 AGREEMENT = 0.92
@@ -50,20 +52,38 @@ def planted(
     return torch.from_numpy(x), torch.arange(users + 1) * pairs, groups, expit(x @ tastes.T)
 
 
+def exact_gaps(x: Tensor, groups: np.ndarray, probabilities: np.ndarray, beta: float) -> np.ndarray:
+    """What one reward costs each group [K], from true rewards and the Bradley-Terry fit to all choices.
+
+    The single reward is what unlimited choices on these pairs give, by every group as often as it is large.
+    """
+    chosen = torch.from_numpy(probabilities @ (np.bincount(groups) / len(groups)))
+    single = fit_bradley_terry(torch.cat([x, -x]), l2=1e-9, row_weights=torch.cat([chosen, 1 - chosen]))
+    margins, alone = (calibrated_margins(m) for m in (logit(probabilities), (x @ single).numpy()[:, None]))
+    return np.maximum(pair_outcome(margins, alone, beta).single_gap.gap, 0)  # 0 but for rounding
+
+
 def compare(world: str, seed: int, **size: int) -> dict[str, Any]:
-    """Diversity found and exact, and what else the diagnosis says."""
+    """Diversity and the largest gap, found and exact, and what else the diagnosis says."""
     x, offsets, groups, probabilities = planted(WORLDS[world], seed, **size)
     found = diagnose(x, offsets, true_groups=groups.tolist(), seed=seed).summary
-    low = found["diversity"]["low"]
+    between = found["diversity"]
+    gaps = [group["alignment_gap"]["single"] for group in found["groups"]]
+    gap = max(gaps, key=lambda point: point["mean"])
     return {
         "world": world,
         "seed": seed,
         "K": found["num_groups"],
-        "diversity": found["diversity"]["largest"],
-        "low": max(map(max, low)) if low else None,
-        "high": max(map(max, found["diversity"]["high"])) if low else None,
+        "diversity": between["largest"],
+        "low": max(map(max, between["low"])) if between["low"] else None,
+        "high": max(map(max, between["high"])) if between["low"] else None,
+        "fitted": max(map(max, between["fitted"])),
         "exact": float(diversity(probabilities).max()),
-        "users in the right partition": found["recovery"]["adjusted_rand_index"],
+        "gap": gap["mean"],
+        "gap low": gap["low"],
+        "gap high": gap["high"],
+        "exact gap": float(exact_gaps(x, groups, probabilities, found["beta"]).max()),
+        "adjusted Rand index": found["recovery"]["adjusted_rand_index"],
         "l2": found["l2"][str(found["num_groups"])],
     }
 
@@ -73,32 +93,47 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> str:
     with (folder / "planted.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+            for row in rows
+        )
     lines = [
-        "| planted | K chosen right | diversity found, mean | exact, mean | difference, mean | largest |",
-        "|---|---|---:|---:|---:|---:|",
+        "| planted | K chosen right | figure | found, mean | exact, mean | difference, mean | largest | "
+        "intervals that hold it |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
+    figures = {
+        "diversity": ("diversity", "exact", "low", "high"),
+        "the same, as fitted": ("fitted", "exact", None, None),
+        "alignment gap of the worst group": ("gap", "exact gap", "gap low", "gap high"),
+    }
     for world, shares in WORLDS.items():
         mine = [row for row in rows if row["world"] == world]
         if not mine:
             continue
-        found, exact = (np.array([row[key] for row in mine]) for key in ("diversity", "exact"))
         right = sum(row["K"] == len(shares) for row in mine)
-        lines.append(
-            f"| {world} | {right} of {len(mine)} | {found.mean():.4f} | {exact.mean():.4f} "
-            f"| {(found - exact).mean():+.4f} | {np.abs(found - exact).max():.4f} |"
-        )
+        for name, (key, truth, low, high) in figures.items():
+            found, exact = (np.array([row[column] for row in mine]) for column in (key, truth))
+            off = found - exact
+            held = "none given"
+            if low and all(row[low] is not None for row in mine):
+                held = f"{sum(row[low] <= row[truth] <= row[high] for row in mine)} of {len(mine)}"
+            lines.append(
+                f"| {world} | {right} of {len(mine)} | {name} | {found.mean():.4f} | {exact.mean():.4f} "
+                f"| {round(off.mean(), 4) + 0.0:+.4f} | {np.abs(off).max():.4f} | {held} |"
+            )
     text = "\n".join(
         [
-            "# Diversity found by `diagnose`, beside the exact value on the same pairs",
+            "# Diversity and alignment gap by `diagnose`, beside their exact values on the same pairs",
             "",
             "300 users, 20 pairs each, 64 features, orthogonal tastes; K and the penalty by left-out users. "
             "Written by `planted.py`; every run, with intervals: `planted.csv`.",
             "",
             *lines,
             "",
-            "The penalty shrinks rewards, so that diversity comes out a little low. Where one group is "
-            "planted one is chosen, and diversity is 0.",
+            "The penalty shrinks rewards, so that a fit's diversity comes out a little low; the figure that "
+            "is reported has the bias taken off that fits to simulated choices show. Where one group is "
+            "planted one is chosen, and diversity and gap are 0.",
             "",
         ]
     )

@@ -13,7 +13,7 @@ from torchrl_maxmin.cli.parsing import parse_config
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.trainers.diagnose import DiagnoseConfig, run_diagnose
 
-QUICK = {"l2": [1e-3], "num_jackknife": 2, "max_groups": 2, "device": "cpu"}
+QUICK = {"l2": [1e-3], "num_jackknife": 2, "num_bootstrap": 2, "max_groups": 2, "device": "cpu"}
 
 
 def planted(users=40, pairs=12, features=4, minority=10):
@@ -139,6 +139,7 @@ def test_the_config_is_what_flags_say():
         ({"num_groups": "many"}, "--num_groups is a positive number or auto"),
         ({"beta": 0.0}, "--beta must be positive"),
         ({"num_jackknife": 1}, "--num_jackknife must be 0 or at least 2"),
+        ({"num_bootstrap": -1}, "--num_bootstrap must be 0 or at least 2"),
         ({"num_folds": 1}, "--num_folds"),
         ({"heldout_fraction": 1.0}, "--heldout_fraction"),
         ({"l2": []}, "--l2 takes positive"),

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,12 @@ from torchrl_maxmin.evaluation.plot_style import (
     tidy,
     write_figure,
 )
+from torchrl_maxmin.evaluation.report_tables import markdown_table
 
-__all__ = ["plot_diagnosis", "verdict", "write_diagnosis"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["plot_diagnosis", "verdict", "verdict_table", "write_diagnosis"]
 
 _HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
 
@@ -32,13 +36,46 @@ def verdict(summary: Mapping[str, Any]) -> str:
             "One reward serves: the users do not differ as far as these data can tell, and diversity, "
             "epsilon and alignment gap are 0."
         )
+    if summary["one_reward_serves"] is None:
+        why = "one group was asked for" if summary["choice"] is None else "too few users to look for more"
+        return f"Whether one reward serves was not asked: {why}."
     worst = max(summary["groups"], key=lambda group: group["alignment_gap"]["single"]["mean"])
+    given = " (asked for, not chosen)" if summary["choice"] is None else ""
     return (
-        f"{summary['num_groups']} groups, diversity up to {summary['diversity']['largest']:.3f}. One reward "
-        f"for all costs {worst['name']} ({worst['share']['mean']:.0%} of the users) "
-        f"{_told(worst['alignment_gap']['single'])} of utility against its own best policy; MaxMin costs it "
-        f"{_told(worst['alignment_gap']['maxmin'])}."
+        f"{summary['num_groups']} groups{given}, diversity up to {summary['diversity']['largest']:.3f}. One "
+        f"reward for all costs {worst['name']} ({worst['share']['mean']:.0%} of the users) "
+        f"{_told(worst['alignment_gap']['single'])} of utility against its own best policy, in deviations of "
+        f"its reward; MaxMin costs it {_told(worst['alignment_gap']['maxmin'])}."
     )
+
+
+def verdict_table(summary: Mapping[str, Any]) -> Table:
+    """The verdict and a column a group, for a terminal.
+
+    Args:
+        summary: What ``diagnose`` found.
+
+    Returns:
+        A ``rich.table.Table``.
+    """
+    from rich.table import Table
+
+    groups = summary["groups"]
+    table = Table(title=verdict(summary), title_justify="left", title_style="bold")
+    table.add_column("")
+    for group in groups:
+        table.add_column(f"{group['name']}\n{group['users']} users", justify="right", no_wrap=True)
+    rows = {
+        "share": [group["share"] for group in groups],
+        "accuracy, one reward": [group["accuracy"]["single"] for group in groups],
+        "accuracy, a reward a group": [group["accuracy"]["mixture"] for group in groups],
+        "epsilon (Lemma 1)": [group["epsilon"] for group in groups],
+        "alignment gap, one reward": [group["alignment_gap"]["single"] for group in groups],
+        "alignment gap, MaxMin": [group["alignment_gap"]["maxmin"] for group in groups],
+    }
+    for name, points in rows.items():
+        table.add_row(name, *("n/a" if point is None else _told(point, ".2f") for point in points))
+    return table
 
 
 def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: bool | None = None) -> Path:
@@ -152,11 +189,6 @@ def _told(point: Mapping[str, Any], spec: str = ".3f") -> str:
     return f"{point['mean']:{spec}} [{point['low']:{spec}}, {point['high']:{spec}}]"
 
 
-def _table(header: list[str], rows: list[list[str]], rule: str = "|---:") -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---" + rule * (len(header) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def _data(summary: Mapping[str, Any]) -> str:
     text = (
         f"{summary['num_users']} users, {summary['num_pairs']:g} choices, {summary['num_features']} "
@@ -179,7 +211,7 @@ def _group_table(summary: Mapping[str, Any]) -> str:
         for group in summary["groups"]
     ]  # fmt: skip
     header = ["group", "users", "share", "epsilon", "distance to the mixture", "alignment gap, one reward"]
-    text = _table([*header, "alignment gap, MaxMin"], rows)
+    text = markdown_table([*header, "alignment gap, MaxMin"], rows)
     maxmin = summary["maxmin"]
     return text + (
         f"\n\nThe worst-off group's utility is {min(maxmin['single_utilities']):.4f} under one reward and "
@@ -202,7 +234,7 @@ def _diversity_table(summary: Mapping[str, Any]) -> str:
     rows = [[name, *(cell(i, j) for j in range(len(names)))] for i, name in enumerate(names)]
     return (
         "Total variation of the groups' preference probabilities (Definition 1), averaged over the pairs.\n\n"
-        + _table(["", *names], rows)
+        + markdown_table(["", *names], rows)
     )
 
 
@@ -215,7 +247,7 @@ def _accuracy_table(summary: Mapping[str, Any]) -> str:
             continue
         cells = [_told(found[name]) for name in ("single", "mixture", "difference")]
         rows.append([group["name"], str(found["users"]), *cells])
-    text = _table(["group", "users", "one reward", "a reward a group", "difference"], rows)
+    text = markdown_table(["group", "users", "one reward", "a reward a group", "difference"], rows)
     notes = {
         f"- {group['name']}: {note}."
         for group in summary["groups"]
@@ -233,7 +265,7 @@ def _bounds(summary: Mapping[str, Any]) -> str:
             [
                 group["name"], f"{lemma['bound']:.3g}", f"{lemma['measured']:.3g}",
                 f"{theorem['printed']:.3g}", f"{theorem['squared']:.3g}",
-                f"{group['alignment_gap']['single']['mean']:.3g}", theorem["reason"] or "",
+                f"{theorem['measured']:.3g}", theorem["reason"] or "",
             ]
         )  # fmt: skip
     lipschitz = constants["lipschitz"]
@@ -243,14 +275,14 @@ def _bounds(summary: Mapping[str, Any]) -> str:
         f"{constants['feature_bound']:.3g}, lambda = {constants['smallest_eigenvalue']:.3g}, L = 1 / c = "
         + ("infinite" if lipschitz is None else f"{lipschitz:.3g}")
         + ".\n\n"
-        + _table(
+        + markdown_table(
             [
                 "group",
                 "Lemma 1, bound",
                 "parameters apart, measured",
                 "Theorem 1, printed",
                 "Theorem 1, squared",
-                "alignment gap, measured",
+                "alignment gap in log odds, measured",
                 "note",
             ],
             rows,
@@ -260,17 +292,20 @@ def _bounds(summary: Mapping[str, Any]) -> str:
 
 def _assumptions(summary: Mapping[str, Any]) -> str:
     rows = [[item["assumption"], _HOLDS[item["holds"]], item["told"]] for item in summary["assumptions"]]
-    return _table(["assumption", "here", "because"], rows, rule="|---")
+    return markdown_table(["assumption", "here", "because"], rows, rule="|---")
 
 
 def _caveats(summary: Mapping[str, Any]) -> str:
     lines = [
         "The alignment gap is exact for policies that choose between the two responses of a pair, reference "
-        "uniform, under the fitted rewards, in log odds. It says nothing of responses that nobody compared, "
-        "and it is not the gap of a trained language model.",
-        "The bounds are a diagnostic and no certificate: see the assumptions and the gaps of the proof.",
-        "Rewards are linear in frozen features and shrunk by a penalty, so that diversity comes out somewhat "
-        "too small. Intervals hold the chance of the users, not this bias, nor the choice of K.",
+        "uniform, under the fitted rewards, each scaled to deviation 1 within pairs (`sft_std`, as the `ppo` "
+        "verb has it). It says nothing of responses that nobody compared, and it is not the gap of a trained "
+        "language model. A group whose choices say little gets a reward of the same size as the others.",
+        "The bounds are a diagnostic and no certificate: see the assumptions and the gaps of the proof. The "
+        "gap that stands beside them is in log odds, where the penalty makes it too small.",
+        "Rewards are linear in frozen features and shrunk by a penalty. Diversity, epsilon, distance and gap "
+        "are the fit's less the bias that fits to simulated choices show (`fitted` in summary.json has them "
+        "as they were). Intervals hold the chance of the users, not that of K and the penalty.",
     ]
     misassigned = summary["misassignment"]["balanced"]
     if misassigned > 0:

@@ -1,19 +1,19 @@
-"""Mixtures fitted again without some users or pairs: intervals, held-out accuracy, misassignment."""
+"""Mixtures fitted again, without some users or pairs or to simulated choices: errors, bias, accuracy."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from scipy.special import expit
 from torch import Tensor
 
 from torchrl_maxmin.evaluation.clustered import CoverageWarning, Interval, interval_over_users
+from torchrl_maxmin.evaluation.diagnosis_figures import Figures
 from torchrl_maxmin.evaluation.metrics import group_accuracy_by_user
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards.choices import PairChoices
@@ -22,9 +22,10 @@ from torchrl_maxmin.rewards.identifiability import balanced_misassignment_bound,
 from torchrl_maxmin.rewards.linear_em import LinearMixture
 from torchrl_maxmin.rewards.selection import heldout_rows
 
-__all__ = ["Fitter", "heldout_accuracy", "jackknife", "misassignment"]
+__all__ = ["Fitter", "Measure", "bias_of_fit", "heldout_accuracy", "jackknife_error", "misassignment"]
 
-Figures = dict[str, np.ndarray]
+#: Figures of (pairs, mixture, single).
+Measure = Callable[[PairChoices, LinearMixture, LinearMixture], Figures]
 
 
 @dataclass(frozen=True)
@@ -42,43 +43,38 @@ class Fitter:
     settings: dict[str, Any]
 
     def __call__(
-        self, choices: PairChoices, num_groups: int, like: LinearMixture | None = None, warm: bool = False
+        self,
+        choices: PairChoices,
+        num_groups: int,
+        like: LinearMixture | None = None,
+        start: Tensor | None = None,
     ) -> LinearMixture:
-        """Fit K groups, the largest first; or in the order of another fit, and ``warm`` from its heads."""
+        """Fit K groups, the largest first; or in the order of another fit, and from heads that are given."""
         settings = self.settings
-        if warm and like is not None and num_groups > 1:
-            settings = settings | {"start": like.weight}
+        if start is not None and num_groups > 1:
+            settings = settings | {"start": start}
         fit = fit_choices(choices, num_groups, self.seed, l2=self.l2[num_groups], **settings)
         if like is not None:
             return fit.ordered(match_groups(fit.weight, like.weight))
         return fit.ordered(fit.log_prior.argsort(descending=True))
 
 
-def jackknife(
-    choices: PairChoices,
-    mixture: LinearMixture,
-    fitter: Fitter,
-    measure: Callable[[PairChoices, LinearMixture, LinearMixture], Figures],
-    found: Figures,
-    num_parts: int,
-    confidence: float,
-) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
-    """Ends of each figure: t over parts of the users, each left out once and all fitted again.
+def jackknife_error(
+    choices: PairChoices, mixture: LinearMixture, fitter: Fitter, measure: Measure, num_parts: int
+) -> Figures | None:
+    """Standard error of each figure: parts of the users are left out one by one, and all is fitted again.
 
-    K and the penalties stay as they were chosen, so that their chance, and the bias of the penalty, are not
-    in the intervals.
+    K and the penalties stay as they were chosen: their chance is not in it.
 
     Args:
         choices: All pairs.
         mixture: The fit to all, whose order of groups holds.
         fitter: Fits.
-        measure: Figures of (pairs, mixture, single).
-        found: The figures of all pairs.
+        measure: What is measured.
         num_parts: Parts that the users are cut into.
-        confidence: Coverage asked for.
 
     Returns:
-        (low, high) by figure; None with one group, which has nothing to vary, or fewer than two parts.
+        Errors by figure; None with one group, which has nothing to vary, or fewer than two parts.
     """
     num_users = len(choices.user_offsets) - 1
     num_groups = len(mixture.log_prior)
@@ -91,17 +87,62 @@ def jackknife(
             inside = torch.ones(num_users, dtype=torch.bool)
             inside[fold] = False
             rest = choices.take_users(inside.nonzero().flatten())
-            fits = fitter(rest, num_groups, like=mixture, warm=True), fitter(rest, 1)
+            fits = fitter(rest, num_groups, like=mixture, start=mixture.weight), fitter(rest, 1)
             parts.append(measure(rest, *fits))
             advance()
-    quantile = stats.t.ppf((1 + confidence) / 2, len(folds) - 1)
-    ends = {}
-    for name, value in found.items():
-        left_out = np.stack([part[name] for part in parts])
-        spread = ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0) * (len(folds) - 1) / len(folds)
-        half = quantile * np.sqrt(spread)
-        ends[name] = value - half, value + half
-    return ends
+    return {name: value.std(axis=0) * np.sqrt(len(folds) - 1) for name, value in _stacked(parts).items()}
+
+
+def bias_of_fit(
+    choices: PairChoices,
+    mixture: LinearMixture,
+    fitter: Fitter,
+    measure: Measure,
+    found: Figures,
+    num_resamples: int,
+) -> tuple[Figures, Figures] | None:
+    """How far a fit is from what it was fitted to: parametric bootstrap.
+
+    The fitted mixture chooses anew between the same responses, every user in a group drawn by its share, and
+    is fitted to that: what the figures lose on the way is what the penalty (and wrong groups) take.
+
+    Args:
+        choices: All pairs.
+        mixture: The fit to all.
+        fitter: Fits.
+        measure: What is measured.
+        found: The figures of the fit.
+        num_resamples: How often.
+
+    Returns:
+        Bias and its standard error by figure; None with one group or fewer than two resamples.
+    """
+    num_users, num_groups = len(choices.user_offsets) - 1, len(mixture.log_prior)
+    if num_groups == 1 or num_resamples < 2:
+        return None
+    rng = np.random.default_rng([fitter.seed, num_resamples])
+    shares = mixture.log_prior.double().softmax(-1).numpy()
+    margins = choices.differences @ mixture.weight.T
+    # Heads as long as random starts are: fits that stop early must be as early again.
+    start = torch.nn.functional.normalize(mixture.weight, dim=-1)
+    resamples: list[Figures] = []
+    with progress_bar("measuring the bias of the fit", num_resamples) as advance:
+        for _ in range(num_resamples):
+            groups = torch.from_numpy(rng.choice(num_groups, size=num_users, p=shares))
+            own = margins.gather(1, groups[choices.row_users].unsqueeze(1)).double().numpy()
+            sign = np.where(rng.random(own.shape) < expit(own), 1, -1)
+            chosen = choices.differences * torch.from_numpy(sign).to(choices.dtype)
+            simulated = replace(choices, differences=chosen)
+            fits = fitter(simulated, num_groups, like=mixture, start=start), fitter(simulated, 1)
+            resamples.append(measure(simulated, *fits))
+            advance()
+    values = _stacked(resamples)
+    bias = {name: values[name].mean(axis=0) - found[name] for name in found}
+    return bias, {name: value.std(axis=0, ddof=1) / np.sqrt(num_resamples) for name, value in values.items()}
+
+
+def _stacked(parts: list[Figures]) -> Figures:
+    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
 
 def heldout_accuracy(

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.evaluation.diagnosis import Diagnosis, diagnose
-from torchrl_maxmin.evaluation.diagnosis_report import verdict, write_diagnosis
+from torchrl_maxmin.evaluation.diagnosis import Diagnosis, check_pairs, diagnose
+from torchrl_maxmin.evaluation.diagnosis_report import verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.modules.loading import require_model
 from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.progress import console
 from torchrl_maxmin.rewards.layouts import LAYOUTS
 from torchrl_maxmin.rewards.reader import POOLINGS
 from torchrl_maxmin.rewards.selection import L2_CANDIDATES
@@ -47,11 +48,12 @@ class DiagnoseConfig:
         max_pairs: pairs at most that one user's scores of one prompt make.
         num_groups: groups K, or auto to choose by left-out users.
         max_groups: largest K that auto tries.
-        beta: KL weight of the alignment gap, in log odds of the rewards.
+        beta: KL weight of the alignment gap, rewards calibrated as sft_std has it.
         heldout_fraction: share of every user's pairs that accuracy is measured on.
         l2: penalties to choose among by left-out users; as many as there are cost as many times the fits.
         num_folds: parts that the users are cut into for the choices.
         num_jackknife: parts that the users are cut into for the intervals; 0 gives none.
+        num_bootstrap: simulated choices that the bias of the fit is measured on; 0 leaves it in.
         max_length: longest text in tokens; longer ones lose their start.
         pooling: where the model is read: last, mean or cls token; what suits it when left out.
         text_layout: how prompt and completion become one text: continuation, chat, concat, text_pair,
@@ -77,6 +79,7 @@ class DiagnoseConfig:
     l2: list[float] | None = None
     num_folds: int = 4
     num_jackknife: int = 10
+    num_bootstrap: int = 20
     max_length: int = 1024
     pooling: str | None = None
     text_layout: str | None = None
@@ -109,8 +112,9 @@ class DiagnoseConfig:
                 raise UserError(f"--{name} must be at least 1")
         if self.num_folds < 2:
             raise UserError("--num_folds must be at least 2")
-        if self.num_jackknife < 0 or self.num_jackknife == 1:
-            raise UserError("--num_jackknife must be 0 or at least 2")
+        for name in ("num_jackknife", "num_bootstrap"):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                raise UserError(f"--{name} must be 0 or at least 2")
         if not self.beta > 0:
             raise UserError("--beta must be positive")
         if not 0 <= self.heldout_fraction < 1:
@@ -126,6 +130,25 @@ class DiagnoseConfig:
                 f"--text_layout {self.text_layout!r} is none of {', '.join(LAYOUTS)}, "
                 "and no template with {completion} in it"
             )
+
+    def load_pairs(self) -> PreferenceDataset:
+        """Load texts as these settings say; raises :class:`UserError` for data that cannot be used."""
+        data = PreferenceDataset.load(
+            self.dataset_name,
+            self.user_column,
+            self.group_column,
+            self.dataset_split,
+            layout=self.layout,
+            ties=self.ties,
+            tie_margin=self.tie_margin,
+            max_pairs=self.max_pairs,
+        )
+        if data.num_users < 2:
+            raise UserError(
+                "all pairs come from one user, so groups cannot be told apart; check --user_column"
+            )
+        data.require_users(self.groups() or 2)
+        return data
 
 
 @dataclass(frozen=True)
@@ -151,8 +174,16 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     """
     config.check()
     num_groups = config.groups()
-    pairs = _from_arrays(Path(config.dataset_name)) if config.is_array_file else _from_texts(config)
-    folder = prepare_output_dir(config.output_dir)
+    if config.is_array_file:
+        pairs = _from_arrays(Path(config.dataset_name))
+        check_pairs(pairs.differences, pairs.user_offsets, num_groups, config.beta, pairs.groups)
+        folder = prepare_output_dir(config.output_dir)
+    else:
+        device = resolve_device(config.device)
+        require_model(str(config.model_name_or_path))
+        data = config.load_pairs()
+        folder = prepare_output_dir(config.output_dir)
+        pairs = _from_texts(config, data, device)
     seed_everything(config.seed)
     found = diagnose(
         pairs.differences,
@@ -167,32 +198,21 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         heldout_fraction=config.heldout_fraction,
         num_folds=config.num_folds,
         num_jackknife=config.num_jackknife,
+        num_bootstrap=config.num_bootstrap,
         seed=config.seed,
     )
     write_summary(folder, {**found.summary, "verdict": verdict(found.summary)})
     write_diagnosis(folder, found.summary)
     _write_users(folder / "users.csv", pairs.user_ids, found)
     write_config(folder, config)
+    console.print(verdict_table(found.summary))
     return folder
 
 
-def _from_texts(config: DiagnoseConfig) -> _Pairs:
+def _from_texts(config: DiagnoseConfig, data: PreferenceDataset, device: torch.device) -> _Pairs:
     from torchrl_maxmin.rewards.warm_start import feature_differences
 
     model = str(config.model_name_or_path)
-    device = resolve_device(config.device)
-    require_model(model)
-    data = PreferenceDataset.load(
-        config.dataset_name,
-        config.user_column,
-        config.group_column,
-        config.dataset_split,
-        layout=config.layout,
-        ties=config.ties,
-        tie_margin=config.tie_margin,
-        max_pairs=config.max_pairs,
-    )
-    data.require_users(config.groups() or 2)
     differences = feature_differences(
         data, model, config.max_length, device, config.pooling, config.text_layout
     )
