@@ -1,12 +1,13 @@
 """Clustered intervals: closed forms, and how often they cover in simulated studies."""
 
+import importlib.util
 import itertools
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
-from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from torchrl_maxmin.evaluation import group_win_rates
@@ -20,26 +21,16 @@ from torchrl_maxmin.evaluation.clustered import (
 from torchrl_maxmin.evaluation.group_rates import rates_by_group, user_win_rates
 from torchrl_maxmin.evaluation.pairwise import paired_change, pairwise_win_rates
 
-GRID = stats.norm.ppf((np.arange(4000) + 0.5) / 4000)
-STUDIES = 500
+RUN = Path(__file__).parents[2] / "reproductions/coverage/run.py"
 
 
-def centre(mean, deviation):
-    """The logit around which users (or seeds and prompts) scatter, that has this population mean."""
-    return brentq(lambda mu: expit(mu + deviation * GRID).mean() - mean, -9, 9)
-
-
-def users_study(rng, users, answers, mean, deviation):
-    """User means [U, studies]."""
-    logits = centre(mean, deviation) + deviation * rng.normal(size=(users, STUDIES))
-    return rng.binomial(answers, expit(logits)) / answers
-
-
-def seeds_study(rng, seeds, mean, scatter=0.3, prompts=200):
-    """Win rates [S, N, studies]: prompts shared by the seeds, 4 answers each."""
-    mu = centre(mean, np.sqrt(scatter**2 + 1.25))
-    logits = mu + scatter * rng.normal(size=(seeds, 1, STUDIES)) + rng.normal(size=(1, prompts, STUDIES))
-    return rng.binomial(4, expit(logits + 0.5 * rng.normal(size=(seeds, prompts, STUDIES)))) / 4
+@pytest.fixture(scope="module")
+def study():
+    """The simulated studies of the reproduction, 500 of them at a time."""
+    spec = importlib.util.spec_from_file_location("coverage_run", RUN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def covered(interval, truth):
@@ -49,58 +40,74 @@ def covered(interval, truth):
 @pytest.mark.parametrize(
     ("users", "deviation", "mean"), list(itertools.product((30, 100), (0.5, 1.0), (0.2, 0.5, 0.8)))
 )
-def test_intervals_over_users_cover(users, deviation, mean):
+def test_intervals_over_users_cover(study, users, deviation, mean):
     rng = np.random.default_rng([users, int(10 * deviation), int(10 * mean)])
-    rates = users_study(rng, users, 20, mean, deviation)
+    rates = study.users_study(rng, users, 20, mean, deviation)
     assert 0.92 <= covered(interval_over_users(rates, num_resamples=2), mean) <= 0.98
 
 
 @pytest.mark.parametrize(("seeds", "mean"), list(itertools.product((3, 6), (0.2, 0.5, 0.8))))
-def test_intervals_over_seeds_with_shared_prompts_cover(seeds, mean):
-    values = seeds_study(np.random.default_rng([seeds, int(10 * mean)]), seeds, mean)
+def test_intervals_over_seeds_with_shared_prompts_cover(study, seeds, mean):
+    values = study.seeds_study(np.random.default_rng([seeds, int(10 * mean)]), seeds, mean)
     assert 0.92 <= covered(interval_over_seeds(values, num_resamples=2), mean) <= 0.98
 
 
 @pytest.mark.parametrize(("kind", "count"), [("users", 30), ("users", 100), ("seeds", 3), ("seeds", 6)])
 @pytest.mark.parametrize("apart", [0.0, 0.1])
-def test_interval_of_the_worst_of_two_groups_covers(kind, count, apart):
+def test_interval_of_the_worst_of_two_groups_covers(study, kind, count, apart):
     rng = np.random.default_rng([count, int(100 * apart)])
     groups = []
     for mean in (0.6, 0.6 + apart):
         if kind == "users":
-            groups.append(interval_over_users(users_study(rng, count, 20, mean, 1.0), num_resamples=2))
+            groups.append(interval_over_users(study.users_study(rng, count, 20, mean, 1.0), num_resamples=2))
         else:
-            groups.append(interval_over_seeds(seeds_study(rng, count, mean), num_resamples=2))
+            groups.append(interval_over_seeds(study.seeds_study(rng, count, mean), num_resamples=2))
     stacked = stack_intervals(groups)
     # worst_of is for one study; the same ends, study by study.
     low, high = stacked.low.min(axis=0), stacked.high.min(axis=0)
     assert 0.92 <= np.mean((low <= 0.6) & (high >= 0.6)) <= 0.98
 
 
-def test_percentiles_over_seeds_and_pairs_taken_one_by_one_do_not_cover():
+def test_percentiles_over_seeds_and_pairs_taken_one_by_one_do_not_cover(study):
     """What the docs say of the two usual shortcuts."""
     rng = np.random.default_rng(0)
-    values = seeds_study(rng, 3, 0.5)
-    by_seed = values.mean(axis=1)
-    draws = by_seed[np.array(list(itertools.product(range(3), repeat=3)))].mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    assert np.mean((low <= 0.5) & (high >= 0.5)) < 0.75
-    rates = users_study(rng, 100, 20, 0.5, 1.0)
-    wins = np.round(rates.sum(axis=0) * 20).astype(int)
-    # The naive bootstrap of pairs has a binomial distribution.
-    low, high = (stats.binom.ppf(tail, 2000, wins / 2000) / 2000 for tail in (0.025, 0.975))
-    assert np.mean((low <= 0.5) & (high >= 0.5)) < 0.75
+    values = study.seeds_study(rng, 3, 0.5)
+    assert study.covered(*study.over_seeds(values), 0.5) < 0.8
+    assert study.covered(*study.naive(values.mean(axis=(0, 1)), values[..., 0].size * 4), 0.5) < 0.5
+    rates = study.users_study(rng, 100, 20, 0.5, 1.0)
+    assert study.covered(*study.naive(rates.mean(axis=0), 2000), 0.5) < 0.75
+
+
+def test_the_naive_bootstrap_is_binomial(study):
+    """Against resampling comparisons for real."""
+    wins = np.random.default_rng(1).random(200) < 0.6
+    draws = np.random.default_rng(2).choice(wins, size=(20_000, 200)).mean(axis=1)
+    low, high = study.naive(wins.mean()[None], 200)
+    np.testing.assert_allclose([low[0], high[0]], np.quantile(draws, [0.025, 0.975]), atol=0.006)
+
+
+def test_the_table_of_coverage_is_written(study, tmp_path):
+    rows = [
+        {"kind": "users", "count": 30, "mean": 0.5, "interval": 0.95, "cluster bootstrap": 0.94},
+        {"kind": "users", "count": 30, "mean": 0.8, "interval": 0.99, "cluster bootstrap": 0.93},
+    ]
+    text = study.write(tmp_path, rows, 7)
+    assert "| users, 30 | 2 | 0.950 to 0.990 | 0.930 to 0.940 |" in text
+    assert "in 1 of 2 cells" in text
+    assert (tmp_path / "coverage.csv").read_text().count("\n") == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("users", "answers", "deviation"), list(itertools.product((30, 60, 200), (4, 20), (0.0, 0.3, 1.0)))
 )
-def test_intervals_over_users_cover_in_many_studies(users, answers, deviation):
+def test_intervals_over_users_cover_in_many_studies(study, users, answers, deviation):
     """2000 studies a cell."""
     rng = np.random.default_rng([users, answers, int(10 * deviation)])
     for mean in (0.2, 0.35, 0.5, 0.65, 0.8):
-        rates = np.concatenate([users_study(rng, users, answers, mean, deviation) for _ in range(4)], axis=1)
+        rates = np.concatenate(
+            [study.users_study(rng, users, answers, mean, deviation) for _ in range(4)], axis=1
+        )
         assert 0.93 <= covered(interval_over_users(rates, num_resamples=2), mean) <= 0.97
 
 
@@ -108,13 +115,14 @@ def test_intervals_over_users_cover_in_many_studies(users, answers, deviation):
 @pytest.mark.parametrize(
     ("seeds", "scatter", "prompts"), list(itertools.product((3, 6), (0.1, 0.3, 0.6), (60, 200)))
 )
-def test_intervals_over_seeds_cover_in_many_studies(seeds, scatter, prompts):
+def test_intervals_over_seeds_cover_in_many_studies(study, seeds, scatter, prompts):
     """2000 studies a cell; nearly equal seeds with 3 of them come near to .98."""
     rng = np.random.default_rng([seeds, int(10 * scatter), prompts])
     for mean in (0.2, 0.5, 0.8):
         parts = [
             covered(
-                interval_over_seeds(seeds_study(rng, seeds, mean, scatter, prompts), num_resamples=2), mean
+                interval_over_seeds(study.seeds_study(rng, seeds, mean, scatter, prompts), num_resamples=2),
+                mean,
             )
             for _ in range(4)
         ]

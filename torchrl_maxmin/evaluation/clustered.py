@@ -87,11 +87,11 @@ def interval_over_users(
     t interval over the users' means, each user counted once; on the logit scale for rates: the standard
     error divided by m (1 - m) around logit m, so that the ends stay within (0, 1).
 
-    Simulated (3000 studies a cell; population means .2, .5, .8; user logits scattered by 0, .5, 1; 4 and 20
-    answers a user), a nominal 95% covers .945 to .959 with 30 and 100 users, and .945 to .981 with 10. Rates
-    near 1 need answers: 30 users of one answer each cover .89 at a rate of .92 and .43 at .98. The bootstrap
-    over users covers .88 to .89 with 10 users of 20 answers scattered by 1, .91 to .94 with 30. The naive
-    bootstrap over pairs takes a user's 20 answers for 20 users: .63 to .71, with 100 users as with 10.
+    Simulated (`reproductions/coverage`, 2000 studies a cell; population means .2 to .8; user logits scattered
+    by 0, .5, 1; 4 and 20 answers a user), a nominal 95% covers .938 to .965 with 30 to 200 users, and .939 to
+    .950 with 10 users of 20 answers scattered by 1. There the bootstrap over users covers .87 to .91, with 30
+    users .92 to .94. The naive bootstrap over pairs takes a user's 20 answers for 20 users: .65 to .73, with
+    200 users as with 10. At a rate of .98, 30 users of one answer each, both bootstraps cover .45.
 
     Args:
         user_means: One mean a user [U, ...], such as the share of comparisons that the policy won.
@@ -154,13 +154,13 @@ def interval_over_seeds(
     can show. V_interaction is taken off as it is in V_prompt too, and once is enough. On the logit scale
     half is divided by m (1 - m).
 
-    Simulated (3000 studies a cell; means .2, .5, .8; seeds scattered by .3 on the logit, prompts by 1, the
-    two together by .5; 200 prompts of 4 answers), a nominal 95% covers .957 to .968 with 3 seeds and .956 to
-    .964 with 6. Where seeds do not differ at all it goes up to .979, as t takes the prompts' noise for
-    theirs. Beside it, 3 / 6 seeds: the bootstrap over seeds and prompts .85 to .87 / .92 to .94; percentiles
-    over seeds .63 to .65 / .81; t over seeds alone, prompts taken as fixed, .94 to .95 / .92 to .93, and
-    .86 to .90 / .70 to .75 where seeds do not differ; the naive bootstrap over pairs .41 to .46 / .38 to .43.
-    With 2 seeds t is 12.7: the interval is honest and says next to nothing.
+    Simulated (`reproductions/coverage`, 2000 studies a cell; means .2 to .8; seeds scattered by .3 on the
+    logit, prompts by 1, the two together by .5; 200 prompts of 4 answers), a nominal 95% covers .954 to .967
+    with 3 seeds and .953 to .962 with 6. Where seeds hardly differ (by .1) it goes up to .980, as t takes
+    the prompts' noise for theirs. Beside it, 3 / 6 seeds: the bootstrap over seeds and prompts .86 to .89 /
+    .92 to .94; percentiles over seeds .73 to .74 / .80 to .82, and .62 to .68 where seeds hardly differ; the
+    naive bootstrap over pairs .40 to .47 / .36 to .43. With 2 seeds t is 12.7: the interval is honest and
+    says next to nothing.
 
     Args:
         values: [S, N, ...]: seed by seed, and the same prompts in the same order for all.
@@ -239,10 +239,10 @@ def stack_intervals(intervals: Sequence[Interval]) -> Interval:
 def worst_of(groups: Interval) -> tuple[int, Interval]:
     """The worst group: its index, and [smallest of the lows, smallest of the highs].
 
-    Simulated (3000 studies; the worse of two groups at .6, the other 0, .05 or .1 above), a nominal 95%
-    covers the true minimum .947 to .971 with 30 and 100 users, .956 to .979 with 3 and 6 seeds. A t interval
-    over every seed's own minimum covers .90 / .71 with 3 / 6 seeds where the groups are equal: each minimum
-    is biased low (by .02 here), and more seeds do not mend that.
+    Simulated (`reproductions/coverage`, 2000 studies; the worse of two groups at .6, the other 0, .05 or .1
+    above), a nominal 95% covers the true minimum .952 to .969 with 30 and 100 users, .959 to .977 with 3 and
+    6 seeds. A t interval over every seed's own minimum covers .89 / .72 with 3 / 6 seeds where the groups are
+    equal: each minimum is biased low (by .02 here), and more seeds do not mend that.
 
     Args:
         groups: An interval over groups [G].

@@ -288,7 +288,7 @@ def _caveats(summary: Mapping[str, Any]) -> str:
         "One seed: intervals hold prompts only, and say nothing about another training run."
         if count == 1
         else f"{count} seeds are few: the bootstrap over few seeds (`low` and `high` in summary.json) is too "
-        "narrow: simulated, a nominal 95% covers .85 to .87 with 3 seeds, .92 to .94 with 6. The t intervals "
+        "narrow: simulated, a nominal 95% covers .86 to .89 with 3 seeds, .92 to .94 with 6. The t intervals "
         "(`t_low` and `t_high`), which stand in the tables, cover .95 to .97, for relative changes .93."
         if count < 10
         else f"{count} seeds: chance in training is measured by these alone."

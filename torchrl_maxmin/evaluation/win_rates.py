@@ -129,13 +129,14 @@ def group_win_rates(
     interval come back:
 
     * ``.clustered``, to report: t over seeds plus the component of the prompts that all seeds share,
-      half^2 = t^2 V_seed + 1.96^2 (V_prompt - V_interaction)+. Simulated, a nominal 95% covers .957 to .968
-      with 3 seeds and .956 to .964 with 6 (rates .2 to .8); above .9 it warns. The worst group's interval is
+      half^2 = t^2 V_seed + 1.96^2 (V_prompt - V_interaction)+. Simulated, a nominal 95% covers .954 to .967
+      with 3 seeds and .953 to .962 with 6 (rates .2 to .8); above .9 it warns. The worst group's interval is
       [smallest low, smallest high] over groups, and its point estimate is biased low.
     * ``.low``/``.high``, percentiles of the bootstrap: seeds are resampled first, then prompts, the same
-      prompts for all seeds. With few seeds it is too narrow: .85 to .87 with 3 seeds in the same simulation.
-      Narrower still are percentiles over seeds alone (.63 to .65 with 3 seeds, .81 with 6), and the naive
-      bootstrap over pairs, which takes responses to one prompt by one policy for independent (.38 to .46).
+      prompts for all seeds. With few seeds it is too narrow: .86 to .89 with 3 seeds in the same simulation.
+      Narrower still are percentiles over seeds alone (.73 to .74 with 3 seeds, .80 to .82 with 6), and the
+      naive bootstrap over pairs, which takes responses to one prompt by one policy for independent (.36 to
+      .47).
 
     With one seed both hold the chance of the prompts only. For comparisons that people made see
     :func:`~torchrl_maxmin.evaluation.group_rates.user_win_rates`, for judges
