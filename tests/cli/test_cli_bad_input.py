@@ -66,6 +66,7 @@ def stage(tiny_model):
                 "output_dir": "out",
                 "judge": "world.json",
             },
+            "diagnose": {**common, "dataset_name": "pairs.jsonl", "num_groups": 2},
             "demo": {"output_dir": "out"},
         }[verb]
         given = {name: value for name, value in (base | changes).items() if value is not None}
@@ -119,6 +120,7 @@ def test_one_user(refused, stage, here, groups):
     line = refused(*stage("reward", dataset_name="one.jsonl", num_groups=groups))
     assert "one user" in line
     assert "--num_groups 1" in line
+    assert "check --user_column" in refused(*stage("diagnose", dataset_name="one.jsonl", num_groups=groups))
 
 
 def test_chosen_equal_to_rejected(refused, stage, here):
@@ -138,7 +140,7 @@ def test_more_groups_than_users(refused, stage):
 # -- models and folders ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "diagnose"])
 def test_model_folder_that_does_not_exist(refused, stage, here, verb):
     line = refused(*stage(verb, model_name_or_path=here / "nowhere"))
     assert "nowhere" in line
@@ -155,7 +157,7 @@ def test_other_models_that_do_not_exist(refused, stage, here, tiny_model):
     assert "without config.json" in refused(*stage("evaluate", judge="hollow"))
 
 
-@pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "evaluate", "demo"])
+@pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "evaluate", "diagnose", "demo"])
 def test_output_folder_that_is_not_empty(refused, stage, here, verb):
     (here / "out").mkdir()
     (here / "out" / "precious.txt").write_text("mine")
@@ -178,7 +180,7 @@ def test_no_checkpoint_to_resume(refused, stage, here):
 
 def test_cuda_without_a_gpu(refused, stage, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for verb in ("sft", "reward", "ppo", "evaluate", "demo"):
+    for verb in ("sft", "reward", "ppo", "evaluate", "diagnose", "demo"):
         assert "--device cpu" in refused(*stage(verb, device="cuda"))
     assert "give cpu, cuda" in refused(*stage("sft", device="abacus"))
 
@@ -195,10 +197,10 @@ def test_without_transformers(refused, stage, monkeypatch):
 
 
 def test_unknown_verb(refused):
-    assert "choose one of demo, sft, reward, ppo, evaluate, data, report, env" in refused("trane")
+    assert "choose one of demo, sft, reward, ppo, evaluate, diagnose, data, report, env" in refused("trane")
 
 
-@pytest.mark.parametrize("verb", ["demo", "sft", "reward", "ppo", "evaluate"])
+@pytest.mark.parametrize("verb", ["demo", "sft", "reward", "ppo", "evaluate", "diagnose"])
 def test_unknown_flag(refused, stage, verb):
     assert "unknown flag --output_dri; did you mean --output_dir?" in refused(*stage(verb, output_dri="out"))
     assert f"unknown flag --zzz; see torchrl-maxmin {verb} --help" in refused(*stage(verb, zzz=1))
@@ -243,6 +245,11 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("evaluate", "certificate_samples", "6", "a positive multiple of 4"),
         ("evaluate", "beta", "0", "--beta must be positive"),
         ("evaluate", "judge", "nowhere:f", "no reward function"),
+        ("evaluate", "judge", "http://localhost:1/v1", "needs --judge_model, and --judge_criteria"),
+        ("diagnose", "num_groups", "two", "--num_groups is a positive number or auto, not 'two'"),
+        ("diagnose", "num_groups", "4", "--num_groups 4 is more than the 3 users"),
+        ("diagnose", "num_jackknife", "1", "--num_jackknife must be 0 or at least 2"),
+        ("diagnose", "dataset_name", "nowhere.npz", "there is no such file"),
         ("demo", "world", "1:1", "unknown world '1:1'; choose one of 10:1, 80:20"),
         ("demo", "policies", "best", "--policies knows single, maxmin, oracle, not 'best'"),
         ("demo", "seeds", "-1", "none below 0"),

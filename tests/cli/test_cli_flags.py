@@ -87,6 +87,7 @@ def test_a_written_config_reads_back_as_it_was(tmp_path, verb):
     required = {
         "sft": REQUIRED,
         "reward": REQUIRED,
+        "diagnose": [*REQUIRED, "--l2", "1e-3"],
         "ppo": [*REQUIRED, "--reward_funcs", "a:f", "--beta", "1e-7"],
     }
     words = ["--policies", "sft=a", "--dataset_name", "d", "--output_dir", "o", "--judge", "j"]
