@@ -57,6 +57,7 @@ def write_report(homes: Sequence[Path], sizes: Sizes, folder: Path, minutes: flo
             "population": "mean over the population",
             "unseen users": "unseen users",
         },
+        x_label="win rate against sft",
         level=0.5,
     )
     text = [*_head(homes, sizes, minutes), *lines, *_shares(shares), *_robustness(robustness, assigned)]

@@ -29,7 +29,7 @@ from torchrl_maxmin.welfare import solve_dual
 #: Tokens of a response.
 TOKENS = 2
 #: Weights of the minority on the exact frontier.
-GRID = tuple(np.linspace(0, 1, 41).tolist())
+GRID = tuple(np.linspace(0, 1, 101).tolist())
 
 
 @dataclass(frozen=True)

@@ -42,21 +42,25 @@ def _read(path: Path) -> Any:
 def exact_panel(homes: Sequence[Path]) -> tuple[ExactPanel, list[dict[str, Any]]]:
     """The enumerable world over seeds: what is drawn, and each policy's gap to the exact optimum."""
     found = [np.load(home / "short/exact/exact.npz") for home in homes]
-    optimum = np.array([seed["optimum"] for seed in found])
-    trained, rows = {}, []
-    for name in SHORT_POLICIES:
-        values = np.stack([seed[name] for seed in found])  # [S, X, K]
-        trained[name] = interval_over_seeds(values, scale="identity")
+    optimum = np.stack([seed["optimum"] for seed in found])
+    trained = {name: np.stack([seed[name].mean(axis=0) for seed in found]) for name in SHORT_POLICIES}
+    rows = []
+    for name, values in trained.items():
         # every seed's own worst group, against that seed's own optimum
-        gaps = optimum - values.mean(axis=1).min(axis=1)
-        kl = np.mean([seed[f"kl/{name}"].mean() for seed in found])
+        gaps = optimum - values.min(axis=1)
         rows.append(
-            {"policy": name, "optimum": float(optimum.mean()), "responses": int(found[0]["responses"]),
-             "worst value": float((optimum - gaps).mean()), "gap": float(gaps.mean()),
-             "smallest gap": float(gaps.min()), "largest gap": float(gaps.max()), "kl": float(kl)}
-        )  # fmt: skip
-    curve = np.mean([seed["curve"].mean(axis=1) for seed in found], axis=0)
-    return ExactPanel(curve, float(optimum.mean()), trained), rows
+            {
+                "policy": name,
+                "worst value": float(values.min(axis=1).mean()),
+                "gap": float(gaps.mean()),
+                "smallest gap": float(gaps.min()),
+                "largest gap": float(gaps.max()),
+                "kl": float(np.mean([seed[f"kl/{name}"].mean() for seed in found])),
+                "optimum": float(optimum.mean()),
+                "responses": int(found[0]["responses"]),
+            }
+        )
+    return ExactPanel(np.stack([seed["curve"].mean(axis=1) for seed in found]), optimum, trained), rows
 
 
 def certificate_rows(homes: Sequence[Path], sizes: Sizes) -> list[dict[str, Any]]:
@@ -127,7 +131,7 @@ def robustness_rows(homes: Sequence[Path], sizes: Sizes) -> list[dict[str, Any]]
     for kind in KINDS:
         judged = [np.load(home / "unseen/judged.npz") for home in homes]
         means = {p: np.stack([seed[f"{p}/{kind}"] for seed in judged]) for p in ("single", "maxmin")}
-        rows.append(_means_row("unseen users", f"unseen, {kind}", means))
+        rows.append(_means_row("unseen users", kind, means))
     return rows
 
 

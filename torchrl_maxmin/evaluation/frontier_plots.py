@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.evaluation.clustered import Interval
 from torchrl_maxmin.evaluation.frontier import FrontierPoint, frontier_rows
 from torchrl_maxmin.evaluation.plot_style import (
     COLOURS,
@@ -36,14 +35,14 @@ class ExactPanel:
     """An enumerable world beside the measured one: utilities less the KL, by group, majority first.
 
     Attributes:
-        curve: The best policies of fixed weights [W, 2].
-        optimum: The dual's optimum, the largest worst-group value that there is.
-        trained: Policy -> interval over groups [2].
+        curve: The best policies of fixed weights [S seeds, W, K].
+        optimum: Each seed's optimum of the dual [S], the largest worst-group value that there is.
+        trained: Policy -> what it is worth [S, K].
     """
 
     curve: np.ndarray
-    optimum: float
-    trained: Mapping[str, Interval]
+    optimum: np.ndarray
+    trained: Mapping[str, np.ndarray]
 
 
 def plot_frontier(
@@ -136,7 +135,7 @@ def plot_series(
             places = np.array([row[x] for row in mine]) * shift
             _draw_errors(axis, places, mine, key, index, name)
         if level and key in level:
-            axis.axhline(level[key], color="0.35", linewidth=1.4, linestyle="--", zorder=0)
+            axis.axhline(level[key], color="0.35", linewidth=1.4, linestyle="--", zorder=1)
         axis.set_xscale("log")
         axis.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
         axis.minorticks_off()
@@ -153,6 +152,7 @@ def plot_changes(
     *,
     policies: Sequence[str],
     panels: Mapping[str, str],
+    x_label: str,
     level: float | None = None,
 ) -> list[Path]:
     """Policies side by side, condition by condition, with intervals.
@@ -163,6 +163,7 @@ def plot_changes(
         path: Where to write, without suffix.
         policies: The policies to draw.
         panels: Measure -> title of its panel; conditions without that measure are left out of it.
+        x_label: What the numbers are; rates, as the axis goes from 0 to 1.
         level: Where to draw a line down.
 
     Returns:
@@ -185,7 +186,9 @@ def plot_changes(
             axis.axvline(level, color="0.35", linewidth=1.4, linestyle="--", zorder=0)
         axis.set_yticks(range(len(mine)), [row["condition"] for row in mine])
         axis.set_ylim(len(mine) - 0.4, -0.6)
+        axis.set_xlim(-0.03, 1.03)
         axis.set_title(title, fontsize=FONT + 1)
+        axis.set_xlabel(x_label, fontsize=FONT)
         tidy(axis)
         axis.grid(axis="x", color="0.9", linewidth=0.8)
     add_legend(figure, *axes[0].get_legend_handles_labels())
@@ -242,33 +245,55 @@ def _draw_errors(
 
 
 def _draw_exact(axis: Any, exact: ExactPanel, named: list[str]) -> list[dict[str, Any]]:
-    """The enumerable world's panel; its rows for the CSV."""
-    curve = np.asarray(exact.curve)
-    axis.plot(curve[:, 0], curve.min(axis=1), color=_SWEEPS[0], linewidth=2.2)
-    axis.axhline(exact.optimum, color="0.35", linewidth=1.4, linestyle="--", zorder=0)
+    """The enumerable world's panel; its rows for the CSV.
+
+    Means over seeds. A policy stands as far below the optimum as it fell short of each seed's own; its bar
+    goes from the smallest to the largest shortfall.
+    """
+    curve, optimum = np.asarray(exact.curve).mean(axis=0), float(np.mean(exact.optimum))
+    worst = np.asarray(exact.curve).min(axis=2).mean(axis=0)
+    axis.plot(curve[:, 0], worst, color=_SWEEPS[0], linewidth=2.2)
+    axis.axhline(optimum, color="0.35", linewidth=1.4, linestyle="--", zorder=1)
     axis.annotate(
-        "exact optimum", (0.02, exact.optimum), xycoords=("axes fraction", "data"), xytext=(0, 4),
+        "exact optimum", (0.02, optimum), xycoords=("axes fraction", "data"), xytext=(0, 4),
         textcoords="offset points", ha="left", va="bottom", fontsize=FONT - 2, color="0.35",
     )  # fmt: skip
     rows: list[dict[str, Any]] = [
-        {"panel": "exact", "policy": "fixed weights, exact", "majority value": x, "worst value": y}
-        for x, y in zip(curve[:, 0], curve.min(axis=1), strict=True)
+        {"panel": "exact", "policy": "best of fixed weights", "majority value": x, "worst value": y}
+        for x, y in zip(curve[:, 0], worst, strict=True)
     ]
-    rows.append({"panel": "exact", "policy": "optimum", "worst value": exact.optimum})
-    for name, interval in exact.trained.items():
-        k = int(np.argmin(interval.mean))
+    rows.append({"panel": "exact", "policy": "optimum", "worst value": optimum})
+    places = []
+    for name, values in exact.trained.items():
+        across, short = values[:, 0], exact.optimum - values.min(axis=1)
         place = {
-            "x": interval.mean[0], "x low": interval.low[0], "x high": interval.high[0],
-            "y": interval.mean[k], "y low": interval.low.min(), "y high": interval.high.min(),
+            "x": across.mean(), "x low": across.mean(), "x high": across.mean(),
+            "y": optimum - short.mean(), "y low": optimum - short.max(), "y high": optimum - short.min(),
         }  # fmt: skip
         if name in named:
             _draw_mark(axis, place, named.index(name), name)
         else:
             _draw_line(axis, [place], 0, name)
-        rows.append(
-            {"panel": "exact", "policy": name, "majority value": place["x"], "worst value": place["y"],
-             "worst value low": place["y low"], "worst value high": place["y high"]}
-        )  # fmt: skip
+            axis.annotate(
+                name, (place["x"], place["y"]), xytext=(8, -4), textcoords="offset points", ha="left",
+                va="top", fontsize=FONT - 2, color="0.35",
+            )  # fmt: skip
+        keys = {
+            "majority value": "x",
+            "worst value": "y",
+            "worst value low": "y low",
+            "worst value high": "y high",
+        }
+        rows.append({"panel": "exact", "policy": name} | {key: place[end] for key, end in keys.items()})
+        places.append(place)
+    # The curve's far ends, one group alone, would flatten the rest.
+    bottom = min(place["y low"] for place in places)
+    margin = 0.12 * (optimum - bottom)
+    shown = worst >= bottom - margin
+    left = min(curve[shown, 0].min(), *(place["x"] for place in places))
+    right = max(curve[shown, 0].max(), *(place["x"] for place in places))
+    axis.set_ylim(bottom - margin, optimum + 2 * margin)
+    axis.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
     axis.set_xlabel("majority's utility less KL", fontsize=FONT)
     axis.set_ylabel("worst group's utility less KL", fontsize=FONT)
     axis.set_title("an enumerable world", fontsize=FONT + 1)
