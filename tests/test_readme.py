@@ -42,13 +42,13 @@ def test_first_block_names_targets_of_the_makefile():
 
 
 def test_by_hand_block_runs_after_a_demo(tmp_path, monkeypatch):
-    """The demo's own files, at a small size, then every line of the block in a shell."""
+    """The demo's own files, at a small size, then every line of the block and the diagnosis in a shell."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(TINY_RECIPE)
     arguments = ["--recipe", "recipe.yaml", "--num_users", "24", "--pairs_per_user", "6", "--num_groups", "2"]
     assert main(["demo", *arguments, "--policies", "single", "maxmin"]) == 0
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    script = "set -euo pipefail\n" + blocks("bash")[1]
+    script = "set -euo pipefail\n" + blocks("bash")[1] + blocks("bash")[2]
     run = subprocess.run(
         ["bash", "-c", script], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=600
     )
@@ -58,6 +58,7 @@ def test_by_hand_block_runs_after_a_demo(tmp_path, monkeypatch):
     assert by_hand == (tmp_path / "runs/demo/seed-0/maxmin/model.safetensors").read_bytes()
     assert (tmp_path / "mine/results/report.md").is_file()
     assert (tmp_path / "mine/results/figures/win_rates.png").is_file()
+    assert "# What one reward costs these users" in (tmp_path / "mine/diagnosis/report.md").read_text()
 
 
 @pytest.mark.parametrize("target", re.findall(r"make ([a-z-]+)", README))

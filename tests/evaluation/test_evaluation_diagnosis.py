@@ -191,6 +191,7 @@ def test_one_group_reports_zero_and_says_so(one):
     assert "nobody to differ from" in group["theorem1"]["reason"]
     assert summary["intervals"] == "none"
     assert verdict(summary).startswith("One reward serves")
+    assert "chance" not in verdict(summary)
 
 
 def test_what_cannot_be_computed_says_why(reproduction):
@@ -305,6 +306,10 @@ def test_what_was_not_asked_is_not_answered(reproduction, tmp_path):
     assert verdict(one) == "Whether one reward serves was not asked: one group was asked for."
     assert "not asked" in write_diagnosis(tmp_path, one).read_text()
     assert "2 groups (asked for, not chosen)" in verdict(diagnose(x, offsets, num_groups=2, **BARE).summary)
+    coins = torch.from_numpy(np.random.default_rng(0).normal(size=(120, 3)))
+    nothing = diagnose(coins, offsets, max_groups=2, **BARE).summary
+    assert nothing["one_reward_serves"] is True
+    assert "not seen to rank held-out pairs better than chance" in verdict(nothing)
     few = diagnose(x[:12], offsets[:3], **BARE).summary
     assert "too few users" in verdict(few)
 

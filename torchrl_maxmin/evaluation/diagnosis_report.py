@@ -32,10 +32,14 @@ _HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
 def verdict(summary: Mapping[str, Any]) -> str:
     """One sentence: does one reward serve?"""
     if summary["one_reward_serves"]:
-        return (
+        told = (
             "One reward serves: the users do not differ as far as these data can tell, and diversity, "
             "epsilon and alignment gap are 0."
         )
+        accuracy = summary["groups"][0]["accuracy"]["single"]
+        if accuracy is None or not accuracy["low"] > 0.5:  # NaN with one user
+            told += " That is little: the reward is not seen to rank held-out pairs better than chance."
+        return told
     if summary["one_reward_serves"] is None:
         why = "one group was asked for" if summary["choice"] is None else "too few users to look for more"
         return f"Whether one reward serves was not asked: {why}."
@@ -68,10 +72,10 @@ def verdict_table(summary: Mapping[str, Any]) -> Table:
     rows = {
         "share": [group["share"] for group in groups],
         "accuracy, one reward": [group["accuracy"]["single"] for group in groups],
-        "accuracy, a reward a group": [group["accuracy"]["mixture"] for group in groups],
-        "epsilon (Lemma 1)": [group["epsilon"] for group in groups],
-        "alignment gap, one reward": [group["alignment_gap"]["single"] for group in groups],
-        "alignment gap, MaxMin": [group["alignment_gap"]["maxmin"] for group in groups],
+        "accuracy, own reward": [group["accuracy"]["mixture"] for group in groups],
+        "epsilon": [group["epsilon"] for group in groups],
+        "gap, one reward": [group["alignment_gap"]["single"] for group in groups],
+        "gap, MaxMin": [group["alignment_gap"]["maxmin"] for group in groups],
     }
     for name, points in rows.items():
         table.add_row(name, *("n/a" if point is None else _told(point, ".2f") for point in points))
