@@ -11,7 +11,7 @@ TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint aot bench frontier install clean
+.PHONY: demo test test-slow lint aot bench rl frontier install clean
 
 install: $(VENV)/.installed
 
@@ -50,6 +50,10 @@ bench: install
 ## what each group gets and at what cost, by welfare, share and disturbance; ARGS="--seeds 0 1 2" for three seeds
 frontier: install
 	$(BIN)/python reproductions/frontier/run.py $(ARGS)
+
+## max-min in environments, against exact answers; ARGS="fishwood" for some of them
+rl: install
+	$(BIN)/python reproductions/rl/run.py $(ARGS)
 
 # one package in a folder of its own, so that the environment stays as it is
 build/triton-%:
