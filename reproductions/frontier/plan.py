@@ -63,10 +63,15 @@ class Sizes:
     certificate_samples: int = 512
 
 
+#: The shipped demo's flags by stage.
+DEMO: dict[str, dict[str, Any]] = yaml.safe_load(
+    (files("torchrl_maxmin") / "cli/configs/demo.yaml").read_text()
+)
+
+
 def _stages(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The shipped demo's flags, with what is said otherwise."""
-    shipped = yaml.safe_load((files("torchrl_maxmin") / "cli/configs/demo.yaml").read_text())
-    return {name: {**section, **changes.get(name, {})} for name, section in shipped.items()}
+    return {name: {**section, **changes.get(name, {})} for name, section in DEMO.items()}
 
 
 #: The demo's own settings, but for three quarters of its PPO iterations.

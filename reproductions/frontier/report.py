@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import BY_SHARE, NAMED, Sizes, beta_name, weight_name
+from plan import BY_SHARE, DEMO, NAMED, Sizes, beta_name, weight_name
 from tables import (
     assignment_rows,
     certificate_rows,
@@ -78,9 +78,9 @@ def _head(homes: Sequence[Path], sizes: Sizes, minutes: float) -> list[str]:
         f"Written by `run.py`. Seeds {seeds}; majority to minority 10:1 unless a row says otherwise; "
         f"{sizes.num_users} users, {sizes.pairs_per_user} pairs each. Every policy had the same budget, "
         f"{ppo['num_iterations']} PPO iterations of {ppo['rollout_batch_size']} responses (the demo has "
-        f"40), and beta {ppo['beta']:g} unless its name says another; all else is as in the demo. Policies "
-        "of a seed share the reference, the pairs and, where it can be the same, the reward model. One "
-        f"process would take {minutes:.0f} minutes for all steps.",
+        f"{DEMO['ppo']['num_iterations']}), and beta {ppo['beta']:g} unless its name says another; all else "
+        "is as in the demo. Policies of a seed share the reference, the pairs and, where it can be the "
+        f"same, the reward model. The steps of all seeds add up to {minutes:.0f} minutes.",
         "",
         "A win rate is how often a group's own true utility prefers the policy's response to the "
         f"reference's on the same held-out prompt ({evaluate['num_samples']} samples of each, ties one "
@@ -122,9 +122,11 @@ def _frontier(homes: Sequence[Path], sizes: Sizes, folder: Path) -> tuple[list[s
         *_frontier_table(points),
         "",
         "`weight w` trains on fixed weights 1 - w and w of the calibrated heads (utilitarian is the share, "
-        "about 0.09). `soft_min` has temperature .5. `nash` runs on win rates, with beta and the penalty "
-        "for a response that does not end in that unit (divided by the square root of 12). The average "
-        "counts groups alike. Numbers of the picture: [frontier.csv](frontier.csv).",
+        "about 0.09). `soft_min` (temperature .5) and `nash` weigh groups by share too. `nash` runs on win "
+        "rates, with beta and the penalty for a response that does not end in that unit (divided by the "
+        "square root of 12). The average counts groups alike. Numbers of the picture: "
+        "[frontier.csv](frontier.csv). In its right panel bars go from the smallest to the largest over "
+        "seeds.",
         "",
         *_exact(exact_rows, sizes),
         *_certificates(certificates, sizes),

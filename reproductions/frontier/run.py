@@ -4,7 +4,7 @@
 
 Trains every policy by the package's own stages on the embedded world, measures it on held-out prompts by the
 groups' true utilities, and writes results.md, CSV files and pictures. A run that was cut off goes on where it
-was; steps whose settings changed are done again.
+was; steps whose settings changed are done again. Remove runs/frontier to start over.
 """
 
 import argparse
