@@ -319,10 +319,13 @@ def test_mistakes_in_a_recipe(refused, stage, here, text, message):
     assert message in refused(*stage("demo", recipe="odd.yaml"))
 
 
-def test_report_of_nothing(refused):
-    assert "no summary.json in nowhere; give the output folder of demo or evaluate" in refused(
+def test_report_of_nothing(refused, here):
+    assert "no summary.json in nowhere; give the output folder of demo, evaluate or diagnose" in refused(
         "report", "nowhere"
     )
+    (here / "reward").mkdir()
+    (here / "reward" / "summary.json").write_text('{"num_groups": 2}')
+    assert "reward holds no results by group; give the folder of demo" in refused("report", "reward")
 
 
 # -- through the shell -----------------------------------------------------------------------------

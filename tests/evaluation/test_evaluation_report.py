@@ -313,6 +313,7 @@ def test_results_of_comparisons(tmp_path):
         summarise([loaded, make_result(1)])
 
 
+@pytest.mark.filterwarnings("ignore:a rate above")
 def test_every_two_policies_are_compared(summary, results):
     pairs = {(pair["policy"], pair["other"]): pair for pair in summary["pairs"]}
     assert list(pairs) == [

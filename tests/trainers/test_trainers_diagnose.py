@@ -9,6 +9,7 @@ import pytest
 import yaml
 from scipy.special import expit
 
+from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.cli.parsing import parse_config
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.trainers.diagnose import DiagnoseConfig, run_diagnose
@@ -82,6 +83,28 @@ def test_one_taste_for_all_says_one_reward_serves(make):
     summary = read(run_diagnose(make({"differences": x, "users": users})))
     assert (summary["num_groups"], summary["diversity"]["largest"]) == (1, 0.0)
     assert summary["verdict"].startswith("One reward serves")
+
+
+def test_the_report_verb_writes_a_diagnosis_again(make, arrays, capsys):
+    folder = run_diagnose(make(arrays, num_groups=2))
+    text = (folder / "report.md").read_text()
+    (folder / "report.md").unlink()
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.md").read_text() == text
+    out = capsys.readouterr().out
+    assert "gap, one reward" in out
+    assert out.endswith(f"report: {folder / 'report.md'}\n")
+
+
+def test_the_verb_prints_its_verdict_and_where_it_wrote(make, arrays, capsys):
+    config = make(arrays)
+    words = ["--dataset_name", config.dataset_name, "--output_dir", config.output_dir, "--l2", "1e-3"]
+    quick = ["--num_jackknife", "0", "--num_bootstrap", "0", "--num_groups", "2"]
+    assert main(["diagnose", *words, *quick]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"diagnose done: {config.output_dir}\n"
+    assert "gap, one reward" in err
 
 
 def test_weights_reach_the_fit(make, arrays):

@@ -71,13 +71,20 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("folder", help="folder with a summary.json")
     folder = Path(parser.parse_args(arguments).folder)
     if not (folder / "summary.json").is_file():
-        raise UserError(f"no summary.json in {folder}; give the output folder of demo or evaluate")
+        raise UserError(f"no summary.json in {folder}; give the output folder of demo, evaluate or diagnose")
     from torchrl_maxmin.cli.histories import training_histories
     from torchrl_maxmin.evaluation import rich_table, write_report
+    from torchrl_maxmin.evaluation.diagnosis_report import verdict_table, write_diagnosis
 
     summary = json.loads((folder / "summary.json").read_text())
-    path = write_report(folder, summary, histories=training_histories(folder, summary))
-    Console().print(rich_table(summary))
+    if "proof_gaps" in summary:
+        path, table = write_diagnosis(folder, summary), verdict_table(summary)
+    elif "policies" in summary:
+        path = write_report(folder, summary, histories=training_histories(folder, summary))
+        table = rich_table(summary)
+    else:
+        raise UserError(f"{folder} holds no results by group; give the folder of demo, evaluate or diagnose")
+    Console().print(table)
     _write(f"report: {path}")
     return 0
 

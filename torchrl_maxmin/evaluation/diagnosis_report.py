@@ -36,8 +36,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
             "One reward serves: the users do not differ as far as these data can tell, and diversity, "
             "epsilon and alignment gap are 0."
         )
-        accuracy = summary["groups"][0]["accuracy"]["single"]
-        if accuracy is None or not accuracy["low"] > 0.5:  # NaN with one user
+        accuracy = summary["groups"][0]["accuracy"]["single"] or {"low": None}
+        if accuracy["low"] is None or not accuracy["low"] > 0.5:  # NaN with one user
             told += " That is little: the reward is not seen to rank held-out pairs better than chance."
         return told
     if summary["one_reward_serves"] is None:
