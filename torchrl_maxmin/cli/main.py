@@ -17,7 +17,12 @@ STAGES = {
     "demo": ("torchrl_maxmin.cli.demo", "DemoConfig", "run_demo", "the whole job on the embedded world"),
     "sft": ("torchrl_maxmin.trainers.sft", "SFTConfig", "run_sft", "fine-tune the reference policy"),
     "reward": ("torchrl_maxmin.trainers.reward", "RewardConfig", "run_reward", "groups and their rewards"),
-    "ppo": ("torchrl_maxmin.trainers.ppo", "PPOConfig", "run_ppo", "train for the worst-off group"),
+    "ppo": (
+        "torchrl_maxmin.trainers.ppo",
+        "PPOConfig",
+        "run_ppo",
+        "train for the worst-off group; in an environment with --env_id (ppo --env_id ID --help)",
+    ),
     "evaluate": (
         "torchrl_maxmin.evaluation.measure",
         "EvaluateConfig",

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from torchrl_maxmin.errors import UserError
 
 __all__ = ["OneLineParser", "config_from_mapping", "mentions", "parse_config"]
@@ -63,15 +65,16 @@ def mentions(arguments: Sequence[str], name: str) -> bool:
     files += [after for word, after in pairwise(arguments) if word == "--config"]
     if any(word.partition("=")[0] == f"--{name}" for word in arguments):
         return True
-    return any(re.search(rf"^{name}\s*:", text, re.MULTILINE) for text in map(_text_of, files))
+    return any(name in keys for keys in map(_keys_of, files))
 
 
-def _text_of(path: str) -> str:
-    """A file's text; nothing where it cannot be read, which the parser tells in its own words."""
+def _keys_of(path: str) -> set[Any]:
+    """A YAML file's keys; none where it cannot be read, which the parser tells in its own words."""
     try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return set()
+    return set(content) if isinstance(content, Mapping) else set()
 
 
 def config_from_mapping(config_class: type, values: Mapping[str, Any], where: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from typing import Any
 
@@ -15,6 +14,7 @@ from torchrl_maxmin.envs.fruit_tree import FruitTreeEnv
 from torchrl_maxmin.envs.gridworld import GridworldEnv
 from torchrl_maxmin.envs.optional import require_mo_gymnasium
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.importing import import_named
 
 __all__ = ["BATCHED", "make_env"]
 
@@ -74,7 +74,12 @@ def make_env(
         env = env.to(device)
     elif env_id in BATCHED and backend != "gym":
         given = {"num_envs": num_envs, "seed": seed, "device": device, **options}
-        env = _call(env_id, BATCHED[env_id], given)
+        try:
+            env = _call(env_id, BATCHED[env_id], given)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{env_id} cannot be made with {options}: {error}") from error
     elif backend == "batched":
         raise UserError(f"there is no batched form of {env_id}; there is one of {', '.join(BATCHED)}")
     else:
@@ -95,10 +100,9 @@ def make_env(
 
 
 def _factory(path: str) -> Any:
-    module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        return import_named(path)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot import the environment factory {path}: {error}") from error
 
 

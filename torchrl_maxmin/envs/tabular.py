@@ -75,3 +75,11 @@ class TabularEnv(BatchedEnv):
 
     def _look(self, state: Tensor) -> Tensor:
         return self._looks[state[:, 0]]
+
+    def process(self) -> VectorMDP:
+        """The exact process."""
+        return self.mdp
+
+    def observations(self) -> Tensor:
+        """The observation of every state of :meth:`process` [S, S], in its order."""
+        return self._looks[: len(self.mdp.initial)].clone()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, StepCounter, TransformedEnv
+from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_maxmin.envs.exact import solve_max_min
+from torchrl_maxmin.envs.exact import VectorMDP, solve_max_min
 from torchrl_maxmin.errors import UserError
 
 __all__ = ["episode_returns", "episode_summary", "exact_summary", "policy_table"]
@@ -32,13 +35,13 @@ def episode_returns(
             :class:`~torchrl_maxmin.envs.GroupReward` does.
         policy: reads ``observation``, writes ``action``.
         num_episodes: at least so many.
-        max_steps: steps of every copy after which an episode that has not ended is an error.
+        max_steps: of an episode, on average; a copy that needs more is an error.
 
     Returns:
         [E, K], float64.
 
     Raises:
-        UserError: if an episode does not end in ``max_steps``.
+        UserError: if a copy needs more than ``max_steps`` an episode, as one does that never ends.
     """
     (copies,) = env.batch_size
     quota = -(-num_episodes // copies)
@@ -52,10 +55,10 @@ def episode_returns(
                 rows.append(step["next", "episode_group_reward"].cpu()[ended].double())
                 counts += ended
             steps += 1
-            if max_steps is not None and steps >= max_steps * quota and bool((counts < 1).any()):
+            if max_steps is not None and steps >= max_steps * quota and bool((counts < quota).any()):
                 raise UserError(
-                    f"no episode ended in {steps} steps of a copy of the environment; cut episodes by "
-                    "--max_episode_steps, or take more steps a rollout by --frames_per_batch"
+                    f"an episode did not end in {max_steps} steps; cut episodes by --max_episode_steps, or "
+                    "take more steps a rollout by --frames_per_batch"
                 )
     return torch.cat(rows)
 
@@ -68,14 +71,19 @@ def episode_summary(returns: Tensor, confidence: float = 0.95) -> dict[str, Any]
         confidence: of the intervals, each by itself.
 
     Returns:
-        ``episodes``; ``utilities`` {group: {mean, low, high}}; ``worst_group``, the least mean, which is biased
-        low; ``worst_group_interval``, least of the lows and least of the highs; ``mean_of_mins`` {mean, low,
-        high}.
+        ``episodes``; ``utilities`` {group: {mean, low, high}}; ``worst_group``, the least mean, which is
+        biased low; ``worst_group_interval``, least of the lows and least of the highs; ``mean_of_mins``
+        {mean, low, high}.
+
+    Raises:
+        ValueError: for fewer than two episodes, which give no interval.
 
     Example:
         >>> episode_summary(torch.tensor([[1.0, 4.0], [3.0, 4.0]]))["utilities"]["0"]["mean"]
         2.0
     """
+    if len(returns) < 2:
+        raise ValueError(f"an interval needs at least two episodes, got {len(returns)}")
     columns = {str(k): _interval(column.numpy(), confidence) for k, column in enumerate(returns.T)}
     return {
         "episodes": len(returns),
@@ -100,8 +108,6 @@ def policy_table(env: EnvBase, policy: TensorDictModuleBase) -> np.ndarray:
         env: with ``observations()`` [S, D], as the tabular environments have.
         policy: a :class:`~torchrl.modules.ProbabilisticActor` over categorical actions.
     """
-    from tensordict import TensorDict
-
     observations = env.observations()
     distribution = policy.get_dist(TensorDict({"observation": observations}, [len(observations)]))
     return distribution.probs.double().cpu().numpy()
@@ -111,23 +117,41 @@ def exact_summary(env: EnvBase, policy: TensorDictModuleBase, objective: str) ->
     """Exact utilities, and how far from the max-min optimum they are, where the process is known.
 
     Args:
-        env: the environment; its ``process()`` and ``observations()`` are used where it has them.
+        env: the environment; its ``process()`` and ``observations()`` are used where it has them, and
+            where the process ends all episodes that end.
         policy: the policy.
         objective: what the policy was trained for; the certificate speaks of ``min_of_means`` alone.
 
     Returns:
         ``exact`` {utilities, worst_group, max_min} or None, and ``certificate`` {value, low, high, reason}.
     """
-    if not hasattr(env, "process"):
-        reason = "the environment's process is not known: there is nothing to compare with"
-        return {"exact": None, "certificate": {"value": None, "low": None, "high": None, "reason": reason}}
-    process = env.process()
+    process = env.process() if hasattr(env, "process") else None
+    if (reason := _why_unknown(env, process)) or process is None:
+        return {"exact": None, "certificate": _certificate(None, reason)}
     utilities = process.returns(policy_table(env, policy))
-    best = solve_max_min(process).value
-    exact = {"utilities": utilities.tolist(), "worst_group": float(utilities.min()), "max_min": best}
-    gap = best - float(utilities.min())
-    certificate: dict[str, Any] = {"value": gap, "low": gap, "high": gap, "reason": None}
+    worst, best = float(utilities.min()), solve_max_min(process).value
+    gap: float | None = best - worst
     if objective != "min_of_means":
-        reason = f"trained for {objective}, which has another optimum"
-        certificate = {"value": None, "low": None, "high": None, "reason": reason}
-    return {"exact": exact, "certificate": certificate}
+        gap, reason = None, f"trained for {objective}, which has another optimum"
+    exact = {"utilities": utilities.tolist(), "worst_group": worst, "max_min": best}
+    return {"exact": exact, "certificate": _certificate(gap, reason)}
+
+
+def _why_unknown(env: EnvBase, process: VectorMDP | None) -> str | None:
+    """Why the process does not say what an episode's return is on average; None where it does."""
+    if process is None:
+        return "the environment's process is not known: there is nothing to compare with"
+    if process.gamma < 1:
+        return f"the process discounts by {process.gamma:g}, and the returns of episodes are not discounted"
+    cutting = [one for one in _transforms(env) if isinstance(one, StepCounter) and one.max_steps is not None]
+    return "episodes are cut after a number of steps, and the process goes on" if cutting else None
+
+
+def _transforms(env: EnvBase) -> Iterator[Transform]:
+    while isinstance(env, TransformedEnv):
+        yield from env.transform if isinstance(env.transform, Compose) else [env.transform]
+        env = env.base_env
+
+
+def _certificate(gap: float | None, reason: str | None) -> dict[str, Any]:
+    return {"value": gap, "low": gap, "high": gap, "reason": reason}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.importing import import_named
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.preferences.world import World
@@ -82,11 +80,8 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
                 raise UserError(f"no world file {spec!r}")
             functions.append(World.load(spec))
             continue
-        module, _, name = spec.partition(":")
-        if os.getcwd() not in sys.path:  # a console script does not look where it is called from
-            sys.path.append(os.getcwd())
         try:
-            functions.append(getattr(importlib.import_module(module), name))
+            functions.append(import_named(spec))
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(
                 f"no reward function {spec!r}: write module:function, importable from here"

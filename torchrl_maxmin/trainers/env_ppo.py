@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def run_env_ppo(config: EnvPPOConfig) -> Path:
     """
     trainer = EnvPPOTrainer(config)
     trainer.train()
+    trainer.env.close(raise_if_closed=False)
     return trainer.folder
 
 
@@ -48,12 +50,18 @@ def load_env_policy(folder: str | Path) -> tuple[TensorDictModule, EnvBase]:
         folder: what :func:`run_env_ppo` wrote.
 
     Returns:
-        The policy, which reads ``observation`` and writes ``action``, and a fresh environment.
+        The policy, which reads ``observation`` and writes ``action``, and a fresh environment, on the CPU.
+
+    Raises:
+        UserError: if the folder holds no such policy.
     """
-    config = EnvPPOConfig(**yaml.safe_load((Path(folder) / "config.yaml").read_text()))
+    folder = Path(folder)
+    if not (folder / POLICY_FILE).is_file():
+        raise UserError(f"no {POLICY_FILE} in {folder}; give the output folder of ppo --env_id")
+    config = EnvPPOConfig(**yaml.safe_load((folder / "config.yaml").read_text()))
     env = make_group_env(config, config.seed)
     actor = make_actor(env, config.hidden_sizes)
-    actor.load_state_dict(torch.load(Path(folder) / POLICY_FILE, weights_only=True))
+    actor.load_state_dict(torch.load(folder / POLICY_FILE, weights_only=True, map_location="cpu"))
     return actor, env
 
 
@@ -98,7 +106,7 @@ class EnvPPOTrainer(PPOLoop):
         columns = 1 if config.objective == "mean_of_mins" else self.num_groups
         self.critic = make_critic(self.env, columns, config.hidden_sizes).to(self.device)
         saved = self._saved()
-        self.utility_scale = config.utility_scale or (saved or {}).get("utility_scale") or self._scale()
+        self.utility_scale = self._scale() if saved is None else saved["utility_scale"]
         shares = torch.tensor(config.shares) / sum(config.shares) if config.shares else None
         self.adversary = adversary_of(config, self.num_groups, shares, scale=self.utility_scale)
         self._build_learner()
@@ -108,6 +116,7 @@ class EnvPPOTrainer(PPOLoop):
             self.env,
             self.policy,
             adversary=self.adversary,
+            postproc=self._check_rewards,
             frames_per_batch=config.frames_per_batch,
             total_frames=config.frames_per_batch * (self.num_iterations - self.start),
         )
@@ -119,11 +128,20 @@ class EnvPPOTrainer(PPOLoop):
     # -- parts ------------------------------------------------------------------------------------
 
     def _scale(self) -> float:
-        """The standard deviation of a return of the first policy, the mean over groups."""
-        limit = 10 * self.config.frames_per_batch // self.config.num_envs
-        returns = episode_returns(self.env, self.policy, self.config.num_envs, max_steps=limit)
-        scale = float(returns.std(0, correction=0).mean())
+        """The unit of the returns: as given, or their deviation under the first policy, mean over groups."""
+        returns = episode_returns(self.env, self.policy, self.config.num_envs, max_steps=self._longest())
+        means = returns.mean(0)
+        if self.config.welfare in ("nash", "alpha_fair") and not (means > 0).all():
+            raise UserError(
+                f"--welfare {self.config.welfare} needs positive returns, and those of the first policy are "
+                f"{', '.join(f'{mean:.3g}' for mean in means)}; add a constant to the reward"
+            )
+        scale = self.config.utility_scale or float(returns.std(0, correction=0).mean())
         return scale if scale > 0 else 1.0
+
+    def _longest(self) -> int:
+        """Steps after which an episode is taken for one that never ends."""
+        return 10 * self.config.frames_per_batch // self.config.num_envs
 
     def _build_learner(self) -> None:
         config = self.config
@@ -147,17 +165,20 @@ class EnvPPOTrainer(PPOLoop):
         self.env.set_seed(self.config.seed * 1_000_003 + iteration)
         self.collector.reset()
 
+    def _check_rewards(self, rollout: TensorDictBase) -> TensorDictBase:
+        """Before the adversary sees them, which refuses NaN without saving the batch."""
+        require_finite(rollout["next", "reward"].sum().item(), rollout, self.folder, "a reward")
+        return rollout
+
     # -- an iteration -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def _prepare(self, rollout: TensorDictBase) -> TensorDict:
         """Advantages of every group on one scale, then the weighted sum."""
-        reward = rollout["next", "reward"]
-        require_finite(reward.sum().item(), rollout, self.folder, "a reward")
         steps = rollout.select(
             "observation", ("next", "observation"), ("next", "done"), ("next", "terminated")
         )
-        steps["next", "reward"] = reward / self.utility_scale
+        steps["next", "reward"] = rollout["next", "reward"] / self.utility_scale
         steps["group_weights"] = rollout["group_weights"]
         self.gae(steps)
         rollout["advantage"] = whiten(steps["advantage"])
@@ -176,16 +197,19 @@ class EnvPPOTrainer(PPOLoop):
         metrics: dict[str, Any] = {
             "frames": (iteration + 1) * self.config.frames_per_batch,
             "episodes": len(returns),
-            "objective/scores": (utilities * weights).sum(),
-            "objective/welfare": utilities.min(),
         }
         if len(returns):
             means = returns.mean(0)
+            metrics["objective/scores"] = (utilities * weights).sum()
+            metrics["objective/welfare"] = utilities.min()
             metrics["maxmin/worst_group"] = means.argmin()
             metrics |= {f"rewards/{k}/mean": value for k, value in enumerate(means)}
             metrics |= {f"rewards/{k}/std": value for k, value in enumerate(returns.std(0, correction=0))}
         metrics |= update_metrics(losses, weights)
         return {name: float(value) for name, value in metrics.items()}
+
+    def _note(self, metrics: dict[str, float]) -> str:
+        return super()._note(metrics) if metrics["episodes"] else "no episode ended"
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -201,10 +225,12 @@ class EnvPPOTrainer(PPOLoop):
 
     def _finish(self) -> None:
         config = self.config
-        torch.save(self.policy.state_dict(), self.folder / POLICY_FILE)
+        partial = self.folder / f".{POLICY_FILE}.partial"
+        torch.save(self.policy.state_dict(), partial)
+        os.replace(partial, self.folder / POLICY_FILE)
         trained = time.perf_counter()
         env = make_group_env(config, config.seed + 1).to(self.device)
-        returns = episode_returns(env, self.policy, config.eval_episodes)
+        returns = episode_returns(env, self.policy, config.eval_episodes, max_steps=self._longest())
         frames = (self.num_iterations - self.start) * config.frames_per_batch
         summary = {
             "env_id": config.env_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,9 @@ OBSERVATIONS = ("auto", "one_hot", "scale", "none")
 class EnvPPOConfig(PPOSettings):
     """MaxMin PPO in an environment whose reward has a column for every group.
 
-    A group's utility is its mean return, undiscounted, over the episodes that ended in a rollout.
+    A group's utility is its mean return, undiscounted, over the episodes that ended in a rollout. A
+    rollout in which none ended leaves the group weights as they are. Checkpoints start episodes anew: see
+    that ``--save_steps`` rollouts are longer than an episode. Nash and alpha_fair count from 0.
 
     Args:
         env_id: fishwood-v0, fruit-tree-v0, gridworld, any id of mo-gymnasium, or module:function that
@@ -65,7 +68,8 @@ class EnvPPOConfig(PPOSettings):
         """Raise :class:`UserError` for settings that cannot work together."""
         super().check()
         self.require_known(objective=OBJECTIVES, env_backend=BACKENDS, observation=OBSERVATIONS)
-        self.require_positive("num_envs", "frames_per_batch", "total_frames", "eval_episodes")
+        self.require_positive("num_envs", "frames_per_batch", "total_frames")
+        self.require_in_range(0.0, math.inf, "max_episode_steps", "utility_scale")
         if self.frames_per_batch % self.num_envs:
             raise UserError(
                 f"--frames_per_batch must be a multiple of --num_envs: {self.frames_per_batch} steps do not "
@@ -75,12 +79,22 @@ class EnvPPOConfig(PPOSettings):
             raise UserError("--total_frames must be at least --frames_per_batch")
         if self.stop_at_iteration > self.num_iterations:
             raise UserError(f"--stop_at_iteration is after the last iteration, {self.num_iterations}")
-        if self.max_episode_steps < 0 or self.utility_scale < 0:
-            raise UserError("--max_episode_steps and --utility_scale must not be negative")
+        if self.eval_episodes < 2:
+            raise UserError("--eval_episodes must be at least 2: one episode has no interval")
         if self.shares and (min(self.shares) < 0 or not sum(self.shares) > 0):
             raise UserError("--shares must not be negative and not all 0, one for every group")
         if any(size < 1 for size in self.hidden_sizes):
             raise UserError("--hidden_sizes must be at least 1 each")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        flags = {name: f"--{name}" for name in ("num_envs", "seed", "device", "observation")}
+        flags |= {"env_id": "--env_id", "backend": "--env_backend"}
+        for name in self.env_options:
+            if name in flags:
+                raise UserError(f"--env_options must not hold {name}, which has a flag: {flags[name]}")
+            if not isinstance(name, str):
+                raise UserError(f"--env_options holds {name!r}, but its keys are names of options")
 
     @property
     def num_iterations(self) -> int:

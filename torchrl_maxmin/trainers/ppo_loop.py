@@ -200,12 +200,17 @@ class PPOLoop(ABC):
         """Everything but the random generators, which come last: see :meth:`_restore_random`."""
         self.start = state["iteration"]
         if self.start >= (self.config.stop_at_iteration or self.num_iterations):
-            raise UserError(f"the checkpoint is at iteration {self.start} already; raise {self.more_iterations}")
-        self.policy.load_state_dict(state["policy"])
-        self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.adversary.load_state_dict(state["adversary"])
+            raise UserError(
+                f"the checkpoint is at iteration {self.start} already; raise {self.more_iterations}"
+            )
+        try:
+            for name in ("policy", "critic", "adversary", "optimizer", "schedule"):
+                getattr(self, name).load_state_dict(state[name])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                "the checkpoint is of other settings (sizes of the networks, groups, adversary); resume with "
+                f"those of {self.folder / 'config.yaml'}"
+            ) from error
         self._load_state(state)
 
     def _restore_random(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torchrl_maxmin.errors import UserError
@@ -92,13 +93,20 @@ class PPOSettings:
         """Raise :class:`UserError` for settings that cannot work together."""
         self.require_known(welfare=WELFARES, adversary=ADVERSARIES)
         self.require_positive("num_ppo_epochs", "mini_batch_size")
+        self.require_in_range(
+            0.0, math.inf,
+            "learning_rate", "critic_learning_rate", "warmup_iterations", "cliprange_value", "entropy_coeff",
+            "adversary_step_size", "adversary_step_decay", "save_steps", "stop_at_iteration",
+        )  # fmt: skip
+        self.require_in_range(0.0, 1.0, "gamma", "lam")
         if self.welfare in ("cvar", "generalized_gini") and not 0 < self.welfare_parameter <= 1:
             name = "level" if self.welfare == "cvar" else "ratio"
             raise UserError(
                 f"--welfare_parameter, the {name} of {self.welfare}, must be above 0 and at most 1"
             )
-        if self.welfare_parameter <= 0:
-            raise UserError("--welfare_parameter must be positive")
+        for name in ("welfare_parameter", "tau", "cliprange", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be positive")
         if bool(self.group_weights) != (self.welfare == "fixed"):
             raise UserError("--welfare fixed and --group_weights, its numbers, need each other")
         weights = self.group_weights
@@ -106,14 +114,19 @@ class PPOSettings:
             raise UserError("--group_weights must not be negative and must sum to 1")
         if weights and self.objective != "min_of_means":
             raise UserError("--welfare fixed goes with --objective min_of_means")
-        if self.adversary_step_decay < 0 or self.adversary_step_size < 0:
-            raise UserError("--adversary_step_size and --adversary_step_decay must not be negative")
 
     def require_known(self, **choices: tuple[str, ...]) -> None:
         """Raise :class:`UserError` where a field holds none of the words it may."""
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"--{name} {value!r} is none of {', '.join(known)}")
+
+    def require_in_range(self, low: float, high: float, *names: str) -> None:
+        """Raise :class:`UserError` where a number is not between two others; a NaN never is."""
+        for name in names:
+            if not low <= getattr(self, name) <= high:
+                bounds = "not be negative" if high == math.inf else f"be between {low:g} and {high:g}"
+                raise UserError(f"--{name} must {bounds}")
 
     def require_positive(self, *names: str) -> None:
         """Raise :class:`UserError` where a count is below 1."""
