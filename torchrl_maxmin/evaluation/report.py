@@ -44,7 +44,7 @@ def write_report(
     Args:
         folder: Output folder (made if missing); figures go to ``folder/figures``.
         summary: What :func:`summarise` returned.
-        histories: Training metrics for :func:`plot_training`; without them that figure is left out.
+        histories: Training metrics for :func:`plot_training`; without them a figure that is there stays.
         title: First heading.
         figures: Draw figures; None draws them if Matplotlib is there, and says so in the report if not.
 
@@ -87,6 +87,7 @@ def write_report(
         if histories:
             names = [group["name"] for group in summary["groups"]]
             plot_training(histories, folder / "figures" / "training", group_names=names)
+        if (folder / "figures" / "training.png").is_file():
             parts.append(
                 "![Group utilities and weights over training](figures/training.png)\n\n"
                 "Thin lines are seeds, thick lines their mean. Numbers: "
