@@ -1,10 +1,11 @@
-"""A short policy run that every test of the trainers starts from."""
+"""Short policy runs that every test of the trainers starts from."""
 
 import json
 
 import pytest
 
 from torchrl_maxmin.preferences.world import sample_prompts
+from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 
@@ -38,5 +39,27 @@ def make_config(tiny_model, prompt_file, tmp_path):
             "device": "cpu",
         }
         return PPOConfig(**(base | settings))
+
+    return make
+
+
+@pytest.fixture
+def make_env_config(tmp_path):
+    """A config of four small iterations in a walk whose episodes end at random; settings override it."""
+
+    def make(name="run", **settings):
+        base = {
+            "env_id": "trainers_envs:walk",
+            "output_dir": str(tmp_path / name),
+            "num_envs": 8,
+            "frames_per_batch": 64,
+            "total_frames": 256,
+            "mini_batch_size": 24,
+            "num_ppo_epochs": 2,
+            "hidden_sizes": [8],
+            "eval_episodes": 20,
+            "device": "cpu",
+        }
+        return EnvPPOConfig(**(base | settings))
 
     return make

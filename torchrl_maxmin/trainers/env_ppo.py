@@ -12,7 +12,7 @@ import yaml
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
-from torchrl.envs import EnvBase, StepCounter, TransformedEnv
+from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from torchrl_maxmin.collectors import MaxMinCollector
 from torchrl_maxmin.envs import GroupReward, make_env
@@ -75,9 +75,8 @@ def make_group_env(config: EnvPPOConfig, seed: int) -> TransformedEnv:
         observation=config.observation,
         **config.env_options,
     )
-    if config.max_episode_steps:
-        env = TransformedEnv(env, StepCounter(config.max_episode_steps))
-    return TransformedEnv(env, GroupReward(minimum=config.objective == "mean_of_mins"))
+    cut = [StepCounter(config.max_episode_steps)] if config.max_episode_steps else []
+    return TransformedEnv(env, Compose(*cut, GroupReward(minimum=config.objective == "mean_of_mins")))
 
 
 class EnvPPOTrainer(PPOLoop):
