@@ -68,9 +68,17 @@ def stage(tiny_model):
             },
             "diagnose": {**common, "dataset_name": "pairs.jsonl", "num_groups": 2},
             "demo": {"output_dir": "out"},
+            "ppo in an environment": {
+                "env_id": "gridworld",
+                "output_dir": "out",
+                "num_envs": 8,
+                "frames_per_batch": 96,
+                "total_frames": 192,
+                "device": "cpu",
+            },
         }[verb]
         given = {name: value for name, value in (base | changes).items() if value is not None}
-        return [verb, *(part for name, value in given.items() for part in (f"--{name}", value))]
+        return [verb.split()[0], *(part for name, value in given.items() for part in (f"--{name}", value))]
 
     return flags
 
@@ -157,7 +165,9 @@ def test_other_models_that_do_not_exist(refused, stage, here, tiny_model):
     assert "without config.json" in refused(*stage("evaluate", judge="hollow"))
 
 
-@pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "evaluate", "diagnose", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["sft", "reward", "ppo", "ppo in an environment", "evaluate", "diagnose", "demo"]
+)
 def test_output_folder_that_is_not_empty(refused, stage, here, verb):
     (here / "out").mkdir()
     (here / "out" / "precious.txt").write_text("mine")
@@ -176,11 +186,12 @@ def test_no_checkpoint_to_resume(refused, stage, here):
     assert "no checkpoint in out" in line
     assert "without --resume_from_checkpoint" in line
     assert "no checkpoint at" in refused(*stage("ppo", resume_from_checkpoint="checkpoint-7"))
+    assert "no checkpoint in out" in refused(*stage("ppo in an environment", resume_from_checkpoint="last"))
 
 
 def test_cuda_without_a_gpu(refused, stage, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for verb in ("sft", "reward", "ppo", "evaluate", "diagnose", "demo"):
+    for verb in ("sft", "reward", "ppo", "ppo in an environment", "evaluate", "diagnose", "demo"):
         assert "--device cpu" in refused(*stage(verb, device="cuda"))
     assert "give cpu, cuda" in refused(*stage("sft", device="abacus"))
 
@@ -200,10 +211,13 @@ def test_unknown_verb(refused):
     assert "choose one of demo, sft, reward, ppo, evaluate, diagnose, data, report, env" in refused("trane")
 
 
-@pytest.mark.parametrize("verb", ["demo", "sft", "reward", "ppo", "evaluate", "diagnose"])
+@pytest.mark.parametrize(
+    "verb", ["demo", "sft", "reward", "ppo", "ppo in an environment", "evaluate", "diagnose"]
+)
 def test_unknown_flag(refused, stage, verb):
     assert "unknown flag --output_dri; did you mean --output_dir?" in refused(*stage(verb, output_dri="out"))
-    assert f"unknown flag --zzz; see torchrl-maxmin {verb} --help" in refused(*stage(verb, zzz=1))
+    line = refused(*stage(verb, zzz=1))
+    assert f"unknown flag --zzz; see torchrl-maxmin {verb.split()[0]} --help" in line
 
 
 def test_part_of_a_flag_is_an_unknown_flag(refused, stage):
@@ -241,6 +255,35 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("ppo", "reward_funcs", "nowhere:f", "no reward function 'nowhere:f': write module:function"),
         ("ppo", "reward_funcs", "json:nothing", "write module:function"),
         ("ppo", "reward_funcs", "nowhere.json", "no world file"),
+        ("ppo", "tau", "0", "--tau must be positive"),
+        ("ppo", "gamma", "1.1", "--gamma must be between 0 and 1"),
+        ("ppo", "save_steps", "-1", "--save_steps must not be negative"),
+        ("ppo in an environment", "env_id", "fish-wood", "unknown environment 'fish-wood'; batched here: fi"),
+        ("ppo in an environment", "env_id", "nowhere:f", "cannot import the environment factory nowhere:f"),
+        ("ppo in an environment", "env_id", "math:floor", "math:floor has no option num_envs, seed"),
+        ("ppo in an environment", "env_id", "json:dumps", "json:dumps needs the option obj, which was not"),
+        (
+            "ppo in an environment",
+            "env_options",
+            '{"depth": 3}',
+            "gridworld has no option depth; it has size",
+        ),
+        (
+            "ppo in an environment",
+            "env_options",
+            '{"seed": 3}',
+            "must not hold seed, which has a flag: --see",
+        ),
+        ("ppo in an environment", "env_options", "depth", "--env_options takes dict, not 'depth'"),
+        ("ppo in an environment", "num_envs", "7", "96 steps do not divide among 7 copies"),
+        ("ppo in an environment", "num_envs", "many", "--num_envs takes int, not 'many'"),
+        ("ppo in an environment", "shares", "[1, 2, 3]", "--shares has 3 numbers, the reward 2 groups"),
+        ("ppo in an environment", "shares", "[0, 0]", "--shares must not be negative and not all 0"),
+        ("ppo in an environment", "total_frames", "95", "must be at least --frames_per_batch"),
+        ("ppo in an environment", "objective", "max", "none of min_of_means, mean_of_mins"),
+        ("ppo in an environment", "env_backend", "jax", "none of auto, batched, gym"),
+        ("ppo in an environment", "hidden_sizes", "[0]", "--hidden_sizes must be at least 1 each"),
+        ("ppo in an environment", "dataset_name", "pairs.jsonl", "unknown flag --dataset_name; see"),
         ("evaluate", "num_samples", "0", "--num_samples must be at least 1"),
         ("evaluate", "certificate_samples", "6", "a positive multiple of 4"),
         ("evaluate", "beta", "0", "--beta must be positive"),
@@ -261,6 +304,26 @@ def test_words_that_belong_to_no_flag(refused, stage):
 )
 def test_wrong_values(refused, stage, verb, name, value, message):
     assert message in refused(*stage(verb, **{name: value}))
+
+
+def test_an_environment_that_never_ends(refused, stage, here, capsys):
+    """A factory beside the command is found; the folder that was made stays empty."""
+    (here / "factory_beside.py").write_text(
+        "from torchrl_maxmin.envs import TabularEnv, VectorMDP\n"
+        "def make(num_envs, seed):\n"
+        "    return TabularEnv(VectorMDP.random(3, 2, 2), num_envs, seed=seed)\n"
+    )
+    (here / "out").mkdir()
+    (here / "__pycache__").mkdir()
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    try:
+        for scale in ("0", "1"):
+            words = stage("ppo in an environment", env_id="factory_beside:make", utility_scale=scale)
+            assert "did not end in 120 steps; cut episodes by --max_episode_steps" in refused(*words)
+    finally:
+        sys.dont_write_bytecode = before
+    assert main([str(word) for word in words] + ["--max_episode_steps", "5", "--eval_episodes", "8"]) == 0
+    assert capsys.readouterr().out == "ppo done: out\n"
 
 
 def test_lists_that_repeat_or_lack_something(refused, stage, tiny_model):

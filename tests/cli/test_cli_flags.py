@@ -7,8 +7,9 @@ import re
 import pytest
 import yaml
 
-from torchrl_maxmin.cli.main import OTHERS, STAGES, main
-from torchrl_maxmin.cli.parsing import config_from_mapping, parse_config
+from torchrl_maxmin.cli.main import ENV_PPO, OTHERS, STAGES, main
+from torchrl_maxmin.cli.parsing import config_from_mapping, mentions, parse_config
+from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import RewardConfig
 from torchrl_maxmin.trainers.run import write_config
@@ -16,13 +17,18 @@ from torchrl_maxmin.trainers.run import write_config
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
 
-def config_class(verb):
-    module, name, *_ = STAGES[verb]
+IN_ENV = "ppo --env_id=fruit-tree-v0"  # the policy stage's other form
+FORMS = [*STAGES, IN_ENV]
+
+
+def config_class(form):
+    module, name, *_ = ENV_PPO if form == IN_ENV else STAGES[form]
     return getattr(importlib.import_module(module), name)
 
 
-def parse(verb, *words):
-    return parse_config(verb, "", config_class(verb), words)
+def parse(form, *words):
+    verb, *flags = form.split()
+    return parse_config(verb, "", config_class(form), [*flags, *words])
 
 
 def test_defaults_are_those_of_the_dataclass():
@@ -82,13 +88,14 @@ def test_flags_win_over_yaml_wherever_they_stand(tmp_path, config_first):
     assert (given.seeds, given.num_users, given.world) == ([7], 60, "80:20")
 
 
-@pytest.mark.parametrize("verb", list(STAGES))
+@pytest.mark.parametrize("verb", FORMS)
 def test_a_written_config_reads_back_as_it_was(tmp_path, verb):
     required = {
         "sft": REQUIRED,
         "reward": REQUIRED,
         "diagnose": [*REQUIRED, "--l2", "1e-3"],
         "ppo": [*REQUIRED, "--reward_funcs", "a:f", "--beta", "1e-7"],
+        IN_ENV: ["--output_dir", "o", "--env_options", '{"depth": 5}', "--shares", "1", "3", "--tau", "1e-7"],
     }
     words = ["--policies", "sft=a", "--dataset_name", "d", "--output_dir", "o", "--judge", "j"]
     config = parse(
@@ -100,11 +107,11 @@ def test_a_written_config_reads_back_as_it_was(tmp_path, verb):
     assert moved == dataclasses.replace(config, output_dir="other")
 
 
-@pytest.mark.parametrize("verb", list(STAGES))
+@pytest.mark.parametrize("verb", FORMS)
 def test_help_explains_every_field(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for name in ["config", *(field.name for field in dataclasses.fields(config_class(verb)))]:
@@ -113,6 +120,51 @@ def test_help_explains_every_field(verb, capsys, monkeypatch):
         words = re.sub(r"\((required, )?type: .*", "", entry[0], flags=re.DOTALL)
         words = re.sub(rf"--{name}\+?( {name.upper()}| \[ITEM,\.\.\.\]| {{true,false}})?,?", "", words)
         assert re.search(r"[a-z]{3}", words), f"--{name} has no help: {entry[0]}"
+
+
+def test_help_of_ppo_says_that_there_is_another_form(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        main(["ppo", "--help"])
+    assert "in an environment with --env_id (ppo --env_id ID --help)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("env_id: gridworld\n", True),
+        ("tau: 0.3\n'env_id' : gridworld\n", True),
+        ('{"env_id": "gridworld", "env_options": {"horizon": 4}}', True),
+        ("# env_id: gridworld\ntau: 0.3\n", False),
+        ("dataset_name: |\n  x\n  env_id: y\n", False),
+        ("reward:\n  env_id: 3\n", False),
+        ("- env_id\n", False),
+        ("env_id: [\n", False),  # no YAML, which the parser tells
+        ("", False),
+    ],
+)
+def test_a_yaml_with_env_id_asks_for_an_environment(tmp_path, text, config):
+    (tmp_path / "ppo.yaml").write_text(text)
+    for words in (["--config", str(tmp_path / "ppo.yaml")], [f"--config={tmp_path}/ppo.yaml", "--seed", "1"]):
+        assert mentions(words, "env_id") is config
+    assert not mentions(["--config", str(tmp_path / "nowhere.yaml")], "env_id")
+
+
+def test_flags_ask_for_an_environment():
+    assert mentions(["--seed", "1", "--env_id", "x"], "env_id")
+    assert mentions(["--env_id=x"], "env_id")
+    assert not mentions(["--env_ids=x", "--dataset_name", "env_id", "--config"], "env_id")
+
+
+def test_the_environments_form_runs_on_flags_and_yaml(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("torchrl_maxmin.trainers.env_ppo.run_env_ppo", given.append)
+    keys = {"env_id": "gridworld", "output_dir": "o", "env_options": {"horizon": 4}, "hidden_sizes": [8]}
+    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(keys))
+    assert main(["ppo", "--config", str(tmp_path / "ppo.yaml"), "--seed", "2"]) == 0
+    flags = ["--env_options", '{"horizon": 4}', "--hidden_sizes", "8", "--seed", "2", "--output_dir", "o"]
+    assert main(["ppo", "--env_id", "gridworld", *flags]) == 0
+    assert given == [EnvPPOConfig(**keys, seed=2)] * 2
 
 
 @pytest.mark.parametrize("verb", list(OTHERS))

@@ -107,7 +107,7 @@ def _factory(path: str) -> Any:
 
 
 def _call(env_id: str, make: Any, options: dict[str, Any]) -> Any:
-    """Call a maker, with an option that it does not know named before it runs."""
+    """Call a maker, with an option that it does not know or lacks named before it runs."""
     # a class by its __init__: TorchRL's metaclass hides the signature
     called = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
     parameters = inspect.signature(called).parameters
@@ -119,6 +119,13 @@ def _call(env_id: str, make: Any, options: dict[str, Any]) -> Any:
             f"{env_id} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
             + (" (MO-Gymnasium's own options go with backend gym)" if env_id in BATCHED else "")
         )
+    missing = [
+        name
+        for name, one in parameters.items()
+        if one.default is one.empty and not one.kind.name.startswith("VAR") and name not in {"self", *options}
+    ]
+    if missing:
+        raise UserError(f"{env_id} needs the option {', '.join(missing)}, which was not given")
     return make(**options)
 
 
