@@ -1,5 +1,7 @@
 """What the README tells a reader to run is run, word for word."""
 
+import difflib
+import json
 import os
 import re
 import subprocess
@@ -59,6 +61,25 @@ def test_by_hand_block_runs_after_a_demo(tmp_path, monkeypatch):
     assert (tmp_path / "mine/results/report.md").is_file()
     assert (tmp_path / "mine/results/figures/win_rates.png").is_file()
     assert "# What one reward costs these users" in (tmp_path / "mine/diagnosis/report.md").read_text()
+
+
+def test_diff_is_what_stands_between_the_two_examples():
+    plain, maxmin = (
+        text[text.index("import argparse") :].splitlines()
+        for text in ((ROOT / f"examples/ppo_{name}.py").read_text() for name in ("plain", "maxmin"))
+    )
+    lines = difflib.unified_diff(plain, maxmin, n=0, lineterm="")
+    changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    assert blocks("diff")[0].splitlines() == changed
+
+
+def test_environment_block_trains(tmp_path, monkeypatch):
+    """The command as it stands, but for the number of steps."""
+    monkeypatch.chdir(tmp_path)
+    words = re.sub("--total_frames [0-9]+", "--total_frames 12288", blocks("bash")[3]).split()
+    assert words[:3] == ["torchrl-maxmin", "ppo", "--env_id"]
+    assert main(words[1:]) == 0
+    assert json.loads((tmp_path / "runs/tree/summary.json").read_text())["certificate"]["value"] > 0
 
 
 @pytest.mark.parametrize("target", re.findall(r"make ([a-z-]+)", README))

@@ -72,8 +72,8 @@ def depth(levels: int, **settings: Any) -> dict[str, Any]:
 EXPERIMENTS = [
     Experiment("fruit-tree-6", depth(6)),
     Experiment("fruit-tree-6-linear", depth(6), plain=True),
-    Experiment("fruit-tree-5", depth(5)),
-    Experiment("fruit-tree-5-linear", depth(5), plain=True),
+    Experiment("fruit-tree-5", depth(5, total_frames=750_000)),
+    Experiment("fruit-tree-5-linear", depth(5, total_frames=750_000), plain=True),
     Experiment("fruit-tree-7", depth(7)),
     Experiment("fruit-tree-7-mean-of-mins", depth(7, objective="mean_of_mins")),
     Experiment("fishwood", FISHWOOD),

@@ -14,10 +14,10 @@ from torchrl_maxmin.evaluation.plot_style import COLOURS, FONT, new_figure, writ
 from torchrl_maxmin.trainers.env_ppo import load_env_policy
 
 PANELS = (
-    ("gridworld-majority", "majority's reward alone"),
-    ("gridworld", "MaxMin"),
-    ("deliveries-10-1", "shares 10 : 1, a goal pays once"),
-    ("deliveries", "MaxMin, a goal pays once"),
+    ("gridworld-majority", "majority's reward alone", "a goal pays in every step"),
+    ("gridworld", "MaxMin", "a goal pays in every step"),
+    ("deliveries-10-1", "shares 10 : 1", "a goal pays once, moves cost"),
+    ("deliveries", "MaxMin", "a goal pays once, moves cost"),
 )
 
 
@@ -45,17 +45,18 @@ def visits(env: EnvBase, policy: Any, seed: int) -> dict[str, float]:
 
 def draw_gridworld(output: Path, runs: Path) -> None:
     """Draw 40 episodes of seed 0 of each policy; writes ``gridworld`` as .png, .svg and .csv."""
-    present = [(name, title) for name, title in PANELS if (runs / name / "seed-0/policy.pt").exists()]
+    present = [panel for panel in PANELS if (runs / panel[0] / "seed-0/policy.pt").exists()]
     if not present:
         return
-    figure, rows = new_figure(3.6 * len(present), 4.0), []
+    figure, rows = new_figure(3.8 * len(present), 4.9), []
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
     axes = np.atleast_1d(figure.subplots(1, len(present)))
-    for axis, (name, title) in zip(axes, present, strict=True):
+    for axis, (name, title, pays) in zip(axes, present, strict=True):
         policy, env = load_env_policy(runs / name / "seed-0")
         cells = walks(env, policy, 0)
         share = visits(env, policy, 0)["both"]
         _draw_walks(axis, cells[:40], env.size)
-        axis.set_title(f"{title}\nboth goals in {share:.0%} of episodes", fontsize=FONT)
+        axis.set_title(f"{title}\n{pays}\nboth in {share:.0%} of episodes", fontsize=FONT)
         rows += [
             {"policy": name, "episode": n, "cells": " ".join(map(str, walk))}
             for n, walk in enumerate(cells[:40])

@@ -81,6 +81,11 @@ class PPOTrainer(PPOLoop):
             self.rewards = MixtureRewards(mixture.to(self.device), self.tokenizer)
         else:
             self.rewards = FunctionRewards(functions, self.tokenizer)
+        shares = None if mixture is None else mixture.log_prior.exp()
+        # a win rate is at least 0, and a response that does not end pays the penalty
+        self.adversary = adversary_of(
+            config, self.rewards.num_groups, shares, disagreement=-config.missing_eos_penalty
+        )
         self.monitor = FunctionRewards(monitors, self.tokenizer) if monitors else None
         self.baseline: Tensor | None = None
         if saved is None:
@@ -89,11 +94,6 @@ class PPOTrainer(PPOLoop):
                 self.baseline = self._reference_means()
         else:
             self.calibration, self.baseline = Calibration.from_dict(saved["calibration"]), saved["baseline"]
-        shares = None if mixture is None else mixture.log_prior.exp()
-        # a win rate is at least 0, and a response that does not end pays the penalty
-        self.adversary = adversary_of(
-            config, self.rewards.num_groups, shares, disagreement=-config.missing_eos_penalty
-        )
         self._build_learner()
         if saved is not None:
             self._restore(saved)
