@@ -31,7 +31,7 @@ from torchrl_maxmin.evaluation.episodes import episode_returns, episode_summary,
 from torchrl_maxmin.progress import console
 from torchrl_maxmin.trainers.env_ppo import load_env_policy, run_env_ppo
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
-from torchrl_maxmin.trainers.run import write_json
+from torchrl_maxmin.trainers.run import read_metrics, write_json
 
 HERE = Path(__file__).parent
 
@@ -108,7 +108,10 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     processes = play_random_processes(10 if given.frames else 200)
-    seconds = time.perf_counter() - start if len(tasks) == len(rows) else None
+    total = given.runs / "total.json"
+    if len(tasks) == len(rows):  # else what an earlier call measured, if it trained all
+        write_json(total, {"seconds": time.perf_counter() - start})
+    seconds = json.loads(total.read_text())["seconds"] if total.exists() else None
     write_results(given.output, rows, processes, seconds)
     draw_gridworld(given.output, given.runs)
     console.print(f"results: {given.output / 'results.md'}", highlight=False)
@@ -130,7 +133,9 @@ def row(one: Any, runs: Path, seed: int) -> dict[str, Any]:
         "worst_group": exact.get("worst_group"),
         "max_min": exact.get("max_min"),
         "utilities": " ".join(f"{value:.4f}" for value in exact.get("utilities", [])),
+        "first_worst_group": None if one.plain else read_metrics(folder)[0]["objective/welfare"],
         "sampled_worst_group": summary["sampled"]["worst_group"],
+        "sampled_interval": " to ".join(f"{end:.2f}" for end in summary["sampled"]["worst_group_interval"]),
         "sampled_mean_of_mins": summary["sampled"]["mean_of_mins"]["mean"],
         "visits_both": json.loads(visited.read_text())["both"] if visited.exists() else None,
         "settings": json.dumps({k: v for k, v in asdict(config).items() if k in one.settings}),

@@ -51,6 +51,7 @@ def write_results(
         "over seeds: lowest, mean, highest. Every run: `results.csv`.\n\n"
         + "\n".join(table(rows))
         + "\n\n"
+        + through_gymnasium(rows)
         + two_objectives(rows)
         + random_processes(processes)
         + "\n![Walks of the policies](gridworld.png)\n"
@@ -86,6 +87,17 @@ def spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{min(values):.3f}, **{sum(values) / len(values):.3f}**, {max(values):.3f}"
+
+
+def through_gymnasium(rows: list[dict[str, Any]]) -> str:
+    """A sentence on the run whose environment is MO-Gymnasium's own, where it was made."""
+    return "".join(
+        f"Through `MOGymEnv` the worst group of the first rollout had {row['first_worst_group']:.2f}; after "
+        f"{row['frames']:,} steps it has {row['sampled_worst_group']:.2f} over sampled episodes "
+        f"(95% interval {row['sampled_interval']}).\n\n"
+        for row in rows
+        if row["experiment"] == "fishwood-gym"
+    )
 
 
 def two_objectives(rows: list[dict[str, Any]]) -> str:
