@@ -38,14 +38,15 @@ def summary_of(folder):
 # -- what is learned -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adversary", ["entropy_regularized", "hard_min"])
-def test_max_min_mixes_as_the_linear_programme_does(make_env_config, adversary):
+@pytest.mark.parametrize(("adversary", "share"), [("entropy_regularized", 0.92), ("hard_min", 0.96)])
+def test_max_min_mixes_as_the_linear_programme_does(make_env_config, adversary, share):
     folder = run_env_ppo(make_env_config(**ARMS, adversary=adversary))
     best = solve_max_min(trainers_envs.arms(1, 0).process())
     assert best.value == pytest.approx(5 / 14)  # p = .1 p + .5 (1 - p)
     exact = summary_of(folder)["exact"]
     assert exact["max_min"] == pytest.approx(best.value)
-    assert 0.93 * best.value <= exact["worst_group"] <= best.value + 1e-9  # uniform: .267, either arm: .1
+    # over 13 seeds the least was .934 and .973 of it; uniform has .747, an arm by itself at most .56
+    assert share * best.value <= exact["worst_group"] <= best.value + 1e-9
     np.testing.assert_allclose(exact["utilities"], best.utilities, atol=0.06)
 
 

@@ -74,6 +74,16 @@ def test_the_seed_decides_everything(make_env_config, settings):
     assert any(not torch.equal(value, everything(runs[0])[0][name]) for name, value in tensors.items())
 
 
+def test_seed_and_iteration_decide_the_episodes(make_env_config):
+    looks = []
+    for name, seed, iteration in (("a", 1, 0), ("b", 1, 0), ("c", 1, 1), ("d", 2, 0), ("e", 2, 1)):
+        trainer = EnvPPOTrainer(make_env_config(name, seed=seed))
+        trainer._start_episodes(iteration)
+        looks.append(tuple(trainer.env.reset()["state"].flatten().tolist()))
+    assert looks[0] == looks[1]
+    assert len(set(looks)) == 4
+
+
 def test_four_iterations_equal_two_and_two(make_env_config, settings):
     whole = trained(make_env_config("whole", **settings, save_steps=2))
     stopped = trained(make_env_config("parts", **settings, save_steps=2, stop_at_iteration=2))
