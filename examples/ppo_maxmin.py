@@ -10,6 +10,7 @@ import time
 
 import torch
 from tensordict.nn import TensorDictModule
+from torchrl import torchrl_logger
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.envs import RewardSum, TransformedEnv
 from torchrl.modules import MLP, ProbabilisticActor
@@ -94,6 +95,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     start = time.perf_counter()
     arguments = vars(parser.parse_args())
+    torchrl_logger.setLevel("WARNING")
     torch.set_num_threads(1)  # small networks run fastest so
     actor, env = train(**arguments)
     exact = exact_summary(env, actor, "min_of_means")["exact"]
