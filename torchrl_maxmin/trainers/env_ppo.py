@@ -19,7 +19,7 @@ from torchrl_maxmin.envs import GroupReward, make_env
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation.episodes import episode_returns, episode_summary, exact_summary
 from torchrl_maxmin.modules.mlp import make_actor, make_critic
-from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE, whiten
+from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 from torchrl_maxmin.trainers.ppo_loop import PPOLoop
@@ -144,17 +144,7 @@ class EnvPPOTrainer(PPOLoop):
 
     def _build_learner(self) -> None:
         config = self.config
-        self.loss = MaxMinPPOLoss(
-            self.policy,
-            self.critic,
-            functional=False,
-            clip_epsilon=config.cliprange,
-            clip_value=config.cliprange_value or None,
-            entropy_bonus=config.entropy_coeff > 0,
-            entropy_coeff=config.entropy_coeff,
-            critic_coeff=1.0,
-            loss_critic_type="l2",
-        )
+        self._build_loss(self.policy)
         self.loss.set_keys(sample_log_prob="sample_log_prob")
         self.gae = VectorGAE(gamma=config.gamma, lmbda=config.lam, value_network=self.critic)
         self._build_optimizer(config.frames_per_batch)

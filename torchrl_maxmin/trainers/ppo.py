@@ -20,7 +20,7 @@ from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
 from torchrl_maxmin.modules.loading import load_tokenizer, require_model
 from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.modules.sequences import backbone_of
-from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE, whiten
+from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import require_columns
@@ -135,17 +135,8 @@ class PPOTrainer(PPOLoop):
         columns = self.adversary.num_groups + 1  # the last column is the KL penalty
         self.critic = TokenCritic(copy.deepcopy(backbone_of(self.reference.model)), columns).to(self.device)
         self.reference.requires_grad_(False)
-        self.loss = MaxMinPPOLoss(
-            TokenScorer(self.policy, entropy=config.entropy_coeff > 0),
-            self.critic,
-            functional=False,
-            clip_epsilon=config.cliprange,
-            clip_value=config.cliprange_value or None,
-            entropy_bonus=config.entropy_coeff > 0,
-            entropy_coeff=config.entropy_coeff,
-            critic_coeff=1.0,
-            loss_critic_type="l2",
-            loss_mask_key="action_mask",
+        self._build_loss(
+            TokenScorer(self.policy, entropy=config.entropy_coeff > 0), loss_mask_key="action_mask"
         )
         self.gae = VectorGAE(gamma=config.gamma, lmbda=config.lam, value_network=None, mask_key="mask")
         self._build_optimizer(config.rollout_batch_size)

@@ -155,6 +155,22 @@ class PPOLoop(ABC):
         prepare_output_dir(self.folder)
         return None
 
+    def _build_loss(self, actor: nn.Module, **options: Any) -> None:
+        """The clipped loss of this actor and the critic; ``options`` are the loss's own."""
+        config = self.config
+        self.loss = MaxMinPPOLoss(
+            actor,
+            self.critic,
+            functional=False,
+            clip_epsilon=config.cliprange,
+            clip_value=config.cliprange_value or None,
+            entropy_bonus=config.entropy_coeff > 0,
+            entropy_coeff=config.entropy_coeff,
+            critic_coeff=1.0,
+            loss_critic_type="l2",
+            **options,
+        )
+
     def _build_optimizer(self, num_rows: int) -> None:
         """Optimizer, schedule and the buffer that deals ``num_rows`` rows out."""
         config = self.config
