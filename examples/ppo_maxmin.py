@@ -16,8 +16,8 @@ from torchrl.envs import RewardSum, TransformedEnv
 from torchrl.modules import MLP, ProbabilisticActor
 
 from torchrl_maxmin.collectors import MaxMinCollector
+from torchrl_maxmin.collectors.episodes import exact_summary
 from torchrl_maxmin.envs import make_env
-from torchrl_maxmin.evaluation.episodes import exact_summary
 from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE
 from torchrl_maxmin.welfare import EntropyRegularized
 

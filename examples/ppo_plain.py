@@ -18,8 +18,8 @@ from torchrl.modules import MLP, ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
+from torchrl_maxmin.collectors.episodes import exact_summary
 from torchrl_maxmin.envs import make_env
-from torchrl_maxmin.evaluation.episodes import exact_summary
 
 
 def train(

@@ -26,8 +26,8 @@ from tabular import play_random_processes
 from torchrl.envs import TransformedEnv
 
 from torchrl_maxmin.cli.stages import Task, run_tasks
+from torchrl_maxmin.collectors.episodes import episode_returns, episode_summary, exact_summary
 from torchrl_maxmin.envs import GroupReward
-from torchrl_maxmin.evaluation.episodes import episode_returns, episode_summary, exact_summary
 from torchrl_maxmin.progress import console
 from torchrl_maxmin.trainers.env_ppo import load_env_policy, run_env_ppo
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig

@@ -30,7 +30,7 @@ STAGES = {
         "results by group, with intervals",
     ),
     "diagnose": (
-        "torchrl_maxmin.trainers.diagnose",
+        "torchrl_maxmin.evaluation.diagnose_stage",
         "DiagnoseConfig",
         "run_diagnose",
         "can one reward serve these users?",

@@ -15,9 +15,9 @@ from torch import Tensor
 from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from torchrl_maxmin.collectors import MaxMinCollector
+from torchrl_maxmin.collectors.episodes import episode_returns, episode_summary, exact_summary
 from torchrl_maxmin.envs import GroupReward, make_env
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.evaluation.episodes import episode_returns, episode_summary, exact_summary
 from torchrl_maxmin.modules.mlp import make_actor, make_critic
 from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
