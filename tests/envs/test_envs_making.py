@@ -184,6 +184,11 @@ def test_a_factory_of_one_s_own(monkeypatch):
         ("fishwood-v0", {"backend": "jax"}, "backend must be one of auto, batched, gym"),
         ("fishwood-v0", {"num_envs": 0}, "num_envs must be at least 1"),
         ("fishwood-v0", {"fishproba": 0.3}, "no option fishproba; it has fish_chance, wood_chance, horizon"),
+        (
+            "gridworld",
+            {"backend": "gym"},
+            "gridworld is no environment of MO-Gymnasium: leave backend at auto",
+        ),
         ("fishwood-v0", {"backend": "gym", "colour": 1}, "MO-Gymnasium cannot make fishwood-v0: .*colour"),
         ("deep-sea-treasure-v0", {"observation": "rows"}, "observation must be one of auto"),
         ("no_such_module:f", {}, "cannot import the environment factory no_such_module:f"),

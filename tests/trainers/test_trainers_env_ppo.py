@@ -335,6 +335,13 @@ def test_a_policy_that_learns_never_to_end_is_told_after_it_is_saved(make_env_co
     assert (trainer.folder / "policy.pt").is_file()
 
 
+def test_utilities_that_leave_where_nash_is_defined_are_told_in_a_line(make_env_config):
+    trainer = EnvPPOTrainer(make_env_config(env_id="trainers_envs:arms", welfare="nash"))
+    trainer.adversary.welfare.disagreement += 10.0  # as if returns had fallen by as much
+    with pytest.raises(UserError, match=r"Nash needs utilities above the disagreement point, got .*soft_min"):
+        trainer.train()
+
+
 def test_a_folder_that_holds_something_is_left_as_it_is(make_env_config):
     config = make_env_config()
     folder = Path(config.output_dir)

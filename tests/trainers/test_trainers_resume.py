@@ -33,7 +33,7 @@ def everything(trainer):
     "settings",
     [
         {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100, "tau": 0.5},
-        {"objective": "mean_of_mins", "mini_batch_size": 3, "entropy_coeff": 0.01, "adversary": "hard_min"},
+        {"objective": "mean_of_mins", "mini_batch_size": 3, "entropy_coeff": 0.01},
         {"adversary": "exponentiated_gradient", "calibration": "win_rate", "temperature": 0.8},
     ],
 )

@@ -127,6 +127,15 @@ def test_no_entry_where_the_samples_cannot_say(make_config):
         ({"welfare": "fixed", "group_weights": [1.5, -0.5]}, "must not be negative"),
         ({"welfare": "fixed", "group_weights": [1.0, float("nan")]}, "sum to 1"),
         ({"welfare": "fixed", "group_weights": [0.5, 0.5], "objective": "mean_of_mins"}, "min_of_means"),
+        (
+            {"welfare": "nash", "objective": "mean_of_mins"},
+            "--objective min_of_means: mean_of_mins is a welf",
+        ),
+        (
+            {"adversary": "hard_min", "objective": "mean_of_mins"},
+            "--adversary hard_min moves the group weigh",
+        ),
+        ({"adversary": "hard_min", "welfare": "utilitarian"}, "of --welfare egalitarian .*: leave it out"),
         ({"stop_at_gap": 0.1}, "--stop_at_gap needs --gap_steps"),
         ({"gap_steps": 1, "objective": "mean_of_mins"}, "min_of_means"),
         ({"gap_steps": 1, "welfare": "utilitarian"}, "--welfare egalitarian"),

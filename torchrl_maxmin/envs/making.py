@@ -83,7 +83,7 @@ def make_env(
     elif backend == "batched":
         raise UserError(f"there is no batched form of {env_id}; there is one of {', '.join(BATCHED)}")
     else:
-        _require_known(env_id)
+        _require_known(env_id, backend)
         from torchrl_maxmin.envs.gym import make_gym_env
 
         env = make_gym_env(
@@ -129,9 +129,10 @@ def _call(env_id: str, make: Any, options: dict[str, Any]) -> Any:
     return make(**options)
 
 
-def _require_known(env_id: str) -> None:
+def _require_known(env_id: str, backend: str) -> None:
     ours = ", ".join(BATCHED)
-    require_mo_gymnasium(f"'{env_id}', none of what is batched here ({ours}),")
+    asked = f" with backend {backend}" if env_id in BATCHED else f", none of what is batched here ({ours}),"
+    require_mo_gymnasium(f"'{env_id}'{asked}")
     import gymnasium
 
     theirs = [
@@ -139,6 +140,8 @@ def _require_known(env_id: str) -> None:
     ]
     if env_id in gymnasium.registry:
         return
+    if env_id in BATCHED:
+        raise UserError(f"{env_id} is no environment of MO-Gymnasium: leave backend at auto, or batched")
     close = difflib.get_close_matches(env_id, sorted({*BATCHED, *theirs}), n=4, cutoff=0.5)
     raise UserError(
         f"unknown environment '{env_id}'; batched here: {ours}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.modules.loading import require_model
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.progress import console
-from torchrl_maxmin.rewards.layouts import LAYOUTS
-from torchrl_maxmin.rewards.reader import POOLINGS
 from torchrl_maxmin.rewards.selection import L2_CANDIDATES
+from torchrl_maxmin.rewards.settings import MixtureSettings
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
 
 __all__ = ["DiagnoseConfig", "run_diagnose"]
 
 
 @dataclass
-class DiagnoseConfig:
+class DiagnoseConfig(MixtureSettings):
     """What one reward for all costs the groups among the users.
 
     Args:
@@ -38,78 +37,36 @@ class DiagnoseConfig:
         output_dir: folder for the results; must be empty or absent.
         model_name_or_path: frozen encoder or language model that gives the features of texts; an npz file
             needs none.
-        user_column: column that says who chose, or column.field; found by its usual names when left
-            out; none makes every row a user.
-        group_column: ground truth that the groups are compared with; "group" where it exists.
-        dataset_split: split of the pairs.
-        layout: how the rows hold pairs; told from the columns when left out (see data check).
-        ties: drop, or halve: keep a tie as both orders, each counted one half.
-        tie_margin: scores that differ by no more than this tie.
-        max_pairs: pairs at most that one user's scores of one prompt make.
-        num_groups: groups K, or auto to choose by left-out users.
-        max_groups: largest K that auto tries.
         beta: KL weight of the alignment gap, rewards calibrated as sft_std has it.
-        heldout_fraction: share of every user's pairs that accuracy is measured on.
         l2: penalties to choose among by left-out users; as many as there are cost as many times the fits.
         num_folds: parts that the users are cut into for the choices.
         num_jackknife: parts that the users are cut into for the intervals; 0 gives none.
         num_bootstrap: simulated choices that the bias of the fit is measured on; 0 leaves it in.
-        max_length: longest text in tokens; longer ones lose their start.
-        pooling: where the model is read: last, mean or cls token; what suits it when left out.
-        text_layout: how prompt and completion become one text: continuation, chat, concat, text_pair,
-            response, or a template with {prompt} and {completion}; what suits the model when left out.
-        seed: seed of everything random.
-        device: cpu, cuda or auto; for the features.
     """
 
     dataset_name: str
     output_dir: str
     model_name_or_path: str | None = None
-    user_column: str | None = None
-    group_column: str | None = None
-    dataset_split: str = "train"
-    layout: str | None = None
-    ties: str = "drop"
-    tie_margin: float = 0.0
-    max_pairs: int = 64
-    num_groups: int | str = "auto"
-    max_groups: int = 3
     beta: float = 0.5
-    heldout_fraction: float = 0.2
+    heldout_fraction: float = field(default=0.2, kw_only=True)
     l2: list[float] | None = None
     num_folds: int = 4
     num_jackknife: int = 10
     num_bootstrap: int = 20
-    max_length: int = 1024
-    pooling: str | None = None
-    text_layout: str | None = None
-    seed: int = 0
-    device: str = "auto"
 
     @property
     def is_array_file(self) -> bool:
         """Whether the data are features already."""
         return self.dataset_name.endswith(".npz")
 
-    def groups(self) -> int | None:
-        """``num_groups`` as a number, or None for ``"auto"``; raises :class:`UserError` for anything else."""
-        if str(self.num_groups) == "auto":
-            return None
-        if not str(self.num_groups).isdigit() or int(self.num_groups) < 1:
-            raise UserError(f"--num_groups is a positive number or auto, not {self.num_groups!r}")
-        return int(self.num_groups)
-
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
-        self.groups()
+        super().check()
         if not self.is_array_file and self.model_name_or_path is None:
             raise UserError(
                 "texts need features: name a frozen encoder by --model_name_or_path, or give an .npz file of "
                 "features as --dataset_name"
             )
-        for name in ("max_groups", "max_pairs", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")
         if self.num_folds < 2:
             raise UserError("--num_folds must be at least 2")
         for name in ("num_jackknife", "num_bootstrap"):
@@ -117,38 +74,8 @@ class DiagnoseConfig:
                 raise UserError(f"--{name} must be 0 or at least 2")
         if not self.beta > 0:
             raise UserError("--beta must be positive")
-        if not 0 <= self.heldout_fraction < 1:
-            raise UserError("--heldout_fraction must be at least 0 and below 1")
         if self.l2 is not None and (not self.l2 or min(self.l2) <= 0):
             raise UserError("--l2 takes positive penalties")
-        if self.ties not in ("drop", "halve"):
-            raise UserError(f"--ties {self.ties!r} is none of drop, halve")
-        if self.pooling not in (None, *POOLINGS):
-            raise UserError(f"--pooling {self.pooling!r} is none of {', '.join(POOLINGS)}")
-        if self.text_layout and self.text_layout not in LAYOUTS and "{completion}" not in self.text_layout:
-            raise UserError(
-                f"--text_layout {self.text_layout!r} is none of {', '.join(LAYOUTS)}, "
-                "and no template with {completion} in it"
-            )
-
-    def load_pairs(self) -> PreferenceDataset:
-        """Load texts as these settings say; raises :class:`UserError` for data that cannot be used."""
-        data = PreferenceDataset.load(
-            self.dataset_name,
-            self.user_column,
-            self.group_column,
-            self.dataset_split,
-            layout=self.layout,
-            ties=self.ties,
-            tie_margin=self.tie_margin,
-            max_pairs=self.max_pairs,
-        )
-        if data.num_users < 2:
-            raise UserError(
-                "all pairs come from one user, so groups cannot be told apart; check --user_column"
-            )
-        data.require_users(self.groups() or 2)
-        return data
 
 
 @dataclass(frozen=True)
@@ -181,7 +108,12 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     else:
         device = resolve_device(config.device)
         require_model(str(config.model_name_or_path))
-        data = config.load_pairs()
+        data = config.load_pairs(config.dataset_name)
+        if data.num_users < 2:
+            raise UserError(
+                "all pairs come from one user, so groups cannot be told apart; check --user_column"
+            )
+        data.require_users(num_groups or 2)
         folder = prepare_output_dir(config.output_dir)
         pairs = _from_texts(config, data, device)
     seed_everything(config.seed)

@@ -170,9 +170,10 @@ def plot_changes(
         The three paths.
     """
     conditions = {measure: [row for row in rows if row["measure"] == measure] for measure in panels}
-    tallest = max(len(found) for found in conditions.values())
-    figure = new_figure(7.0 * len(panels), 0.46 * tallest + 1.9)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    # One above the other on one axis, a condition as high as another: narrow enough for a page.
+    heights = [len(found) + 0.5 for found in conditions.values()]
+    figure = new_figure(9.0, 0.38 * sum(heights) + 0.5 * len(panels) + 1.2)
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axis, (measure, title) in zip(axes, panels.items(), strict=True):
         mine = conditions[measure]
         for index, policy in enumerate(policies):
@@ -188,9 +189,9 @@ def plot_changes(
         axis.set_ylim(len(mine) - 0.4, -0.6)
         axis.set_xlim(-0.03, 1.03)
         axis.set_title(title, fontsize=FONT + 1)
-        axis.set_xlabel(x_label, fontsize=FONT)
         tidy(axis)
         axis.grid(axis="x", color="0.9", linewidth=0.8)
+    axes[-1].set_xlabel(x_label, fontsize=FONT)
     add_legend(figure, *axes[0].get_legend_handles_labels())
     return write_figure(figure, path, [dict(row) for row in rows])
 

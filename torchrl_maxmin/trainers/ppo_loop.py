@@ -139,9 +139,8 @@ class PPOLoop(ABC):
                 total.backward()
                 norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
                 nn.utils.clip_grad_norm_(self.critic.parameters(), config.max_grad_norm)
-                require_finite(
-                    total.item() + norm.item(), minibatch, self.folder, "the PPO loss or its gradient"
-                )
+                value = (total.detach() + norm).item()  # one wait for the device a step
+                require_finite(value, minibatch, self.folder, "the PPO loss or its gradient")
                 self.optimizer.step()
                 records.append(losses.detach())
         return torch.stack(records).mean(0).to_dict()

@@ -112,8 +112,17 @@ class PPOSettings:
         weights = self.group_weights
         if weights and not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-4):
             raise UserError("--group_weights must not be negative and must sum to 1")
-        if weights and self.objective != "min_of_means":
-            raise UserError("--welfare fixed goes with --objective min_of_means")
+        plain = self.objective == "min_of_means"
+        if not plain and self.welfare != "egalitarian":
+            raise UserError(
+                f"--welfare {self.welfare} goes with --objective min_of_means: "
+                f"{self.objective} is a welfare itself"
+            )
+        if self.adversary != ADVERSARIES[0] and not (plain and self.welfare == "egalitarian"):
+            raise UserError(
+                f"--adversary {self.adversary} moves the group weights of --welfare egalitarian with "
+                "--objective min_of_means, and of no other: leave it out"
+            )
 
     def require_known(self, **choices: tuple[str, ...]) -> None:
         """Raise :class:`UserError` where a field holds none of the words it may."""

@@ -50,7 +50,7 @@ def run_reward(config: RewardConfig) -> Path:
         if data.groups is None:
             raise UserError("--use_true_groups needs a group column in the data; name it with --group_column")
     else:
-        data.require_users(2 if groups == "auto" else int(groups))
+        data.require_users(groups or 2)
     if config.eval_dataset_name:
         heldout: PreferenceDataset | None = config.load_pairs(config.eval_dataset_name)
     else:
@@ -70,7 +70,7 @@ def run_reward(config: RewardConfig) -> Path:
     fit = fit_mixture(
         data,
         config.model_name_or_path,
-        groups,
+        groups or "auto",
         config.assignment,
         heldout=heldout,
         use_true_groups=config.use_true_groups,

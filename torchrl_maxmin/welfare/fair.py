@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.welfare.functions import Welfare, check_simplex, check_utilities
 
 __all__ = ["AlphaFair", "GeneralizedGini", "Nash", "Regret"]
@@ -60,10 +61,11 @@ class AlphaFair(Welfare):
         check_utilities(utilities, None if self.shares is None else self.shares.numel())
         surplus = utilities - self.disagreement.to(utilities)
         if not bool((surplus > 0).all()):
-            raise ValueError(
+            # which a policy may come to in the middle of a run
+            raise UserError(
                 f"{type(self).__name__} needs utilities above the disagreement point, got "
-                f"{utilities.tolist()} for {self.disagreement.tolist()}: calibrate the rewards as win rates "
-                "(--calibration win_rate), or give a lower disagreement point."
+                f"{utilities.tolist()} for {self.disagreement.tolist()}: take win rates for rewards "
+                "(--calibration win_rate), give a lower disagreement point, or take soft_min, which has none"
             )
         if self.shares is None:
             return surplus, torch.full_like(utilities, 1.0 / utilities.shape[-1])

@@ -1,0 +1,96 @@
+"""Settings of every stage that fits a mixture to preferences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.rewards.layouts import LAYOUTS
+from torchrl_maxmin.rewards.reader import POOLINGS
+
+__all__ = ["MixtureSettings"]
+
+
+@dataclass(kw_only=True)
+class MixtureSettings:
+    """Groups among the people behind preferences.
+
+    Args:
+        user_column: column that says who chose, or column.field; found by its usual names when left
+            out; none makes every row a user.
+        group_column: ground truth for evaluation, never for training; "group" where it exists.
+        dataset_split: split of the pairs.
+        layout: how the rows hold pairs; told from the columns when left out (see data check).
+        ties: drop, or halve: keep a tie as both orders, each counted one half.
+        tie_margin: scores that differ by no more than this tie.
+        max_pairs: pairs at most that one user's scores of one prompt make.
+        num_groups: groups K, or auto to choose by left-out users; 1 is single-reward RLHF.
+        max_groups: largest K that auto tries.
+        heldout_fraction: share of every user's pairs that accuracy is measured on.
+        max_length: longest text in tokens; longer ones lose their start.
+        pooling: where the model is read: last, mean or cls token; what suits it when left out.
+        text_layout: how prompt and completion become one text: continuation, chat, concat, text_pair,
+            response, or a template with {prompt} and {completion}; what suits the model when left out.
+        seed: seed of everything random.
+        device: cpu, cuda or auto.
+    """
+
+    user_column: str | None = None
+    group_column: str | None = None
+    dataset_split: str = "train"
+    layout: str | None = None
+    ties: str = "drop"
+    tie_margin: float = 0.0
+    max_pairs: int = 64
+    num_groups: int | str = "auto"
+    max_groups: int = 3
+    heldout_fraction: float = 0.1
+    max_length: int = 1024
+    pooling: str | None = None
+    text_layout: str | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def groups(self) -> int | None:
+        """``num_groups`` as a number, or None for ``"auto"``; raises :class:`UserError` for anything else."""
+        if str(self.num_groups) == "auto":
+            return None
+        if not str(self.num_groups).isdigit() or int(self.num_groups) < 1:
+            raise UserError(f"--num_groups is a positive number or auto, not {self.num_groups!r}")
+        return int(self.num_groups)
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work."""
+        self.groups()
+        self.require_positive("max_groups", "max_pairs", "max_length")
+        if self.ties not in ("drop", "halve"):
+            raise UserError(f"--ties {self.ties!r} is none of drop, halve")
+        if not 0 <= self.heldout_fraction < 1:
+            raise UserError("--heldout_fraction must be at least 0 and below 1")
+        if self.pooling not in (None, *POOLINGS):
+            raise UserError(f"--pooling {self.pooling!r} is none of {', '.join(POOLINGS)}")
+        if self.text_layout and self.text_layout not in LAYOUTS and "{completion}" not in self.text_layout:
+            raise UserError(
+                f"--text_layout {self.text_layout!r} is none of {', '.join(LAYOUTS)}, "
+                "and no template with {completion} in it"
+            )
+
+    def require_positive(self, *names: str) -> None:
+        """Raise :class:`UserError` where a count is below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+
+    def load_pairs(self, name: str) -> PreferenceDataset:
+        """Load pairs as these settings say; raises :class:`UserError` for data that cannot be used."""
+        return PreferenceDataset.load(
+            name,
+            self.user_column,
+            self.group_column,
+            self.dataset_split,
+            layout=self.layout,
+            ties=self.ties,
+            tie_margin=self.tie_margin,
+            max_pairs=self.max_pairs,
+        )
