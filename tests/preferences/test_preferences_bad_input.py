@@ -85,6 +85,13 @@ FILES = [
     ("wide.csv", b"prompt,chosen\n" + b"x" * 100_000 + b"\n", "Expected 2 columns, got 1"),
     ("twice.csv", b"prompt,prompt,rejected,user_id\na,b,c,d\n", "two columns of the same name"),
     ("cut.parquet", as_parquet([PAIR] * 99, stop=-40), "cannot read data from .*cut.parquet"),
+    (
+        "spoilt.parquet",  # text that is not UTF-8, which the reader of parquet lets pass
+        lambda path: parquet(path, [changed(PAIR, chosen="caf\u00e9")]).replace(
+            "\u00e9".encode(), b"\xff\xfe"
+        ),
+        r"spoilt.parquet is damaged in column 'chosen' \(Invalid.*UTF8.*write it again",
+    ),
     ("fake.parquet", b"PAR1 but no more", "cannot read data from .*fake.parquet"),
     ("empty.parquet", b"", "cannot read data from .*empty.parquet"),
     # -- columns

@@ -226,6 +226,13 @@ def _read_parquet(path: Path, reach: Reach) -> Iterator[pa.Table]:
         for batch in file.iter_batches(_BATCH_ROWS):
             done += len(batch)
             reach(size * done // total)
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    column.validate(full=True)  # the reader does not look whether text is UTF-8
+                except pa.ArrowInvalid as error:
+                    raise UserError(
+                        f"{path} is damaged in column {name!r} ({_first_line(error)}); write it again"
+                    ) from error
             yield pa.Table.from_batches([batch])
 
 
