@@ -160,7 +160,8 @@ def check_rows(rows, kind, kwargs):
 any_rows = given(tables(), st.sampled_from([".json", ".jsonl"]), options)
 any_bytes = given(spoilt_files(), options)
 quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-long = settings(quick, max_examples=190_000)  # about half an hour each
+# half an hour each of rows and of bytes on one core
+long_of_rows, long_of_bytes = (settings(quick, max_examples=count) for count in (190_000, 900_000))
 
 
 @quick
@@ -176,14 +177,14 @@ def test_any_bytes(file, kwargs):
 
 
 @pytest.mark.slow
-@long
+@long_of_rows
 @any_rows
 def test_any_rows_for_long(rows, kind, kwargs):
     check_rows(rows, kind, kwargs)
 
 
 @pytest.mark.slow
-@long
+@long_of_bytes
 @any_bytes
 def test_any_bytes_for_long(file, kwargs):
     loads_or_says_why(*file, kwargs)
