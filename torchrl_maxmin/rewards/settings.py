@@ -8,12 +8,13 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards.layouts import LAYOUTS
 from torchrl_maxmin.rewards.reader import POOLINGS
+from torchrl_maxmin.settings import CheckedSettings
 
 __all__ = ["MixtureSettings"]
 
 
 @dataclass(kw_only=True)
-class MixtureSettings:
+class MixtureSettings(CheckedSettings):
     """Groups among the people behind preferences.
 
     Args:
@@ -64,8 +65,7 @@ class MixtureSettings:
         """Raise :class:`UserError` for settings that cannot work."""
         self.groups()
         self.require_positive("max_groups", "max_pairs", "max_length")
-        if self.ties not in ("drop", "halve"):
-            raise UserError(f"--ties {self.ties!r} is none of drop, halve")
+        self.require_known(ties=("drop", "halve"))
         if not 0 <= self.heldout_fraction < 1:
             raise UserError("--heldout_fraction must be at least 0 and below 1")
         if self.pooling not in (None, *POOLINGS):
@@ -75,12 +75,6 @@ class MixtureSettings:
                 f"--text_layout {self.text_layout!r} is none of {', '.join(LAYOUTS)}, "
                 "and no template with {completion} in it"
             )
-
-    def require_positive(self, *names: str) -> None:
-        """Raise :class:`UserError` where a count is below 1."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")
 
     def load_pairs(self, name: str) -> PreferenceDataset:
         """Load pairs as these settings say; raises :class:`UserError` for data that cannot be used."""

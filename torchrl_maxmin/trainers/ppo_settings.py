@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.settings import CheckedSettings
 
 __all__ = ["PPOSettings"]
 
@@ -25,7 +26,7 @@ ADVERSARIES = ("entropy_regularized", "hard_min", "exponentiated_gradient", "pro
 
 
 @dataclass(kw_only=True)
-class PPOSettings:
+class PPOSettings(CheckedSettings):
     """MaxMin PPO.
 
     Args:
@@ -123,22 +124,3 @@ class PPOSettings:
                 f"--adversary {self.adversary} moves the group weights of --welfare egalitarian with "
                 "--objective min_of_means, and of no other: leave it out"
             )
-
-    def require_known(self, **choices: tuple[str, ...]) -> None:
-        """Raise :class:`UserError` where a field holds none of the words it may."""
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"--{name} {value!r} is none of {', '.join(known)}")
-
-    def require_in_range(self, low: float, high: float, *names: str) -> None:
-        """Raise :class:`UserError` where a number is not between two others; a NaN never is."""
-        for name in names:
-            if not low <= getattr(self, name) <= high:
-                bounds = "not be negative" if high == math.inf else f"be between {low:g} and {high:g}"
-                raise UserError(f"--{name} must {bounds}")
-
-    def require_positive(self, *names: str) -> None:
-        """Raise :class:`UserError` where a count is below 1."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")

@@ -100,18 +100,16 @@ class RewardConfig(MixtureSettings):
             "response_length",
             "lora_r",
         )
-        if self.assignment not in ("soft", "hard"):
-            raise UserError(f"--assignment {self.assignment!r} is none of soft, hard")
-        if self.head not in HEADS:
-            raise UserError(f"--head {self.head!r} is none of {', '.join(HEADS)}")
+        self.require_known(
+            assignment=("soft", "hard"),
+            head=tuple(HEADS),
+            adapters=tuple(ADAPTERS),
+            calibration=tuple(CALIBRATIONS),
+        )
         if self.head_rank is not None and (self.head != "low_rank" or self.head_rank < 1):
             raise UserError("--head_rank is a positive number that goes with --head low_rank")
-        if self.adapters not in ADAPTERS:
-            raise UserError(f"--adapters {self.adapters!r} is none of {', '.join(ADAPTERS)}")
         if self.save_rounds < 0:
             raise UserError("--save_rounds must be at least 0")
-        if self.calibration not in CALIBRATIONS:
-            raise UserError(f"--calibration {self.calibration!r} is none of {', '.join(CALIBRATIONS)}")
         if self.calibration == "sft_std" and self.calibration_samples < 2:
             raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
 
