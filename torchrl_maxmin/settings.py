@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 from torchrl_maxmin.errors import UserError
 
@@ -19,14 +20,27 @@ class CheckedSettings:
                 raise UserError(f"--{name} {value!r} is none of {', '.join(known)}")
 
     def require_in_range(self, low: float, high: float, *names: str) -> None:
-        """Raise :class:`UserError` where a number is not between two others; a NaN never is."""
-        for name in names:
-            if not low <= getattr(self, name) <= high:
-                bounds = "not be negative" if high == math.inf else f"be between {low:g} and {high:g}"
-                raise UserError(f"--{name} must {bounds}")
+        """Raise :class:`UserError` where a number is not between two others."""
+        self._require(lambda value: low <= value <= high, f"be between {low:g} and {high:.10g}", names)
+
+    def require_at_least(self, low: float, *names: str) -> None:
+        """Raise :class:`UserError` where a number is below another, or not finite."""
+        self._require(lambda value: low <= value, f"be at least {low:g}" if low else "not be negative", names)
 
     def require_positive(self, *names: str) -> None:
-        """Raise :class:`UserError` where a count is below 1."""
+        """Raise :class:`UserError` where a number is not above 0, or not finite."""
+        self._require(lambda value: value > 0, "be positive", names)
+
+    def require_seed(self) -> None:
+        """Raise :class:`UserError` for a ``seed`` that numpy and torch do not both take."""
+        self.require_in_range(0, 2**32 - 1, "seed")
+
+    def _require(self, holds: Callable[[float], bool], bounds: str, names: Iterable[str]) -> None:
         for name in names:
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")
+            value = getattr(self, name)
+            if value is None:  # left out
+                continue
+            if not math.isfinite(value):
+                raise UserError(f"--{name} must be a finite number; it is {value}")
+            if not holds(value):
+                raise UserError(f"--{name} must {bounds}; it is {value}")

@@ -242,6 +242,16 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("sft", "max_steps", "many", "--max_steps takes int, not 'many'"),
         ("sft", "max_steps", "1.5", "--max_steps takes int, not '1.5'"),
         ("sft", "learning_rate", "fast", "--learning_rate takes float, not 'fast'"),
+        ("sft", "max_steps", "0", "--max_steps must be at least 1, or -1 to train --num_train_epochs"),
+        (
+            "sft",
+            "per_device_train_batch_size",
+            "0",
+            "--per_device_train_batch_size must be at least 1; it is 0",
+        ),
+        ("sft", "learning_rate", ".nan", "--learning_rate must be a finite number; it is nan"),
+        ("sft", "lr_scheduler_type", "linaer", "none of linear, cosine"),
+        ("sft", "seed", "-1", "--seed must be between 0 and 4294967295; it is -1"),
         ("demo", "seeds", "one", "--seeds takes int, not 'one'"),
         ("demo", "num_users", "few", "--num_users takes int, not 'few'"),
         ("reward", "num_groups", "two", "--num_groups is a positive number or auto, not 'two'"),
@@ -405,7 +415,7 @@ def test_report_of_nothing(refused, here):
 def test_console_entry(here, tiny_model, words, message):
     before = contents(here)
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", "pairs.jsonl", "--output_dir", "out"]
-    command = [sys.executable, "-m", "torchrl_maxmin.cli.main", words[0], *flags, *words[1:]]
+    command = [sys.executable, "-m", "torchrl_maxmin", words[0], *flags, *words[1:]]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
     assert run.stdout == ""

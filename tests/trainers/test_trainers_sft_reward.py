@@ -67,6 +67,27 @@ def test_sft_is_a_function_of_its_seed(tiny_model, texts, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.01, 1), (0.6, 2), (2, 4)])
+def test_epochs_are_rounded_up_to_steps(tiny_model, texts, tmp_path, monkeypatch, epochs, steps):
+    """40 rows, 20 a step; transformers would read 0 steps as 3 epochs."""
+    totals = []
+
+    def keep(arguments, **settings):
+        totals.append(settings["max_steps"])
+        raise InterruptedError
+
+    monkeypatch.setattr("transformers.TrainingArguments.__init__", keep)
+    with pytest.raises(InterruptedError):
+        run_sft(sft_config(tiny_model, texts, tmp_path, max_steps=-1, num_train_epochs=epochs))
+    assert totals == [steps]
+
+
+@pytest.mark.parametrize("schedule", sft_module.SCHEDULES)
+def test_schedules(tiny_model, texts, tmp_path, schedule):
+    settings = {"lr_scheduler_type": schedule, "max_steps": 2, "warmup_steps": 1}
+    assert (run_sft(sft_config(tiny_model, texts, tmp_path, **settings)) / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("max_length", "completion_only", "expected"),
     [

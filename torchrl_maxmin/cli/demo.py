@@ -244,6 +244,7 @@ def _seed_tasks(
         output_dir=reference,
         **common,
     )
+    sft.check()
     sizes = _stage(WorldSizes, recipe, "world")
     sizes.check()
     prepared = _Prepare(home, config.world, seed, config.num_users, config.pairs_per_user, sizes, sft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,14 +68,12 @@ class DiagnoseConfig(MixtureSettings):
                 "texts need features: name a frozen encoder by --model_name_or_path, or give an .npz file of "
                 "features as --dataset_name"
             )
-        if self.num_folds < 2:
-            raise UserError("--num_folds must be at least 2")
+        self.require_at_least(2, "num_folds")
+        self.require_positive("beta")
         for name in ("num_jackknife", "num_bootstrap"):
             if getattr(self, name) < 0 or getattr(self, name) == 1:
                 raise UserError(f"--{name} must be 0 or at least 2")
-        if not self.beta > 0:
-            raise UserError("--beta must be positive")
-        if self.l2 is not None and (not self.l2 or min(self.l2) <= 0):
+        if self.l2 is not None and not (self.l2 and all(0 < value < math.inf for value in self.l2)):
             raise UserError("--l2 takes positive penalties")
 
 

@@ -26,6 +26,7 @@ from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+from torchrl_maxmin.settings import CheckedSettings
 from torchrl_maxmin.trainers.ppo_gap import log_prob_in_batches, policy_certificate
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
 
@@ -33,7 +34,7 @@ __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(CheckedSettings):
     """Results by group of several policies on held-out prompts.
 
     Args:
@@ -99,17 +100,12 @@ class EvaluateConfig:
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
         self.folders()
-        for name in ("num_samples", "response_length", "max_prompt_length", "certificate_prompts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")
+        self.require_seed()
+        self.require_at_least(1, "num_samples", "response_length", "max_prompt_length", "certificate_prompts")
+        self.require_at_least(0, "num_prompts")
+        self.require_positive("temperature", "beta")
         if self.certificate_samples < 4 or self.certificate_samples % 4:
             raise UserError("--certificate_samples must be a positive multiple of 4")
-        if self.num_prompts < 0:
-            raise UserError("--num_prompts must be at least 0")
-        if self.temperature <= 0:
-            raise UserError("--temperature must be positive")
-        if self.beta is not None and self.beta <= 0:
-            raise UserError("--beta must be positive")
 
 
 def run_evaluate(config: EvaluateConfig) -> Path:

@@ -64,7 +64,9 @@ class MixtureSettings(CheckedSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
         self.groups()
-        self.require_positive("max_groups", "max_pairs", "max_length")
+        self.require_at_least(1, "max_groups", "max_pairs", "max_length")
+        self.require_at_least(0, "tie_margin")
+        self.require_seed()
         self.require_known(ties=("drop", "halve"))
         if not 0 <= self.heldout_fraction < 1:
             raise UserError("--heldout_fraction must be at least 0 and below 1")

@@ -68,8 +68,8 @@ class EnvPPOConfig(PPOSettings):
         """Raise :class:`UserError` for settings that cannot work together."""
         super().check()
         self.require_known(objective=OBJECTIVES, env_backend=BACKENDS, observation=OBSERVATIONS)
-        self.require_positive("num_envs", "frames_per_batch", "total_frames")
-        self.require_in_range(0.0, math.inf, "max_episode_steps", "utility_scale")
+        self.require_at_least(1, "num_envs", "frames_per_batch", "total_frames")
+        self.require_at_least(0, "max_episode_steps", "utility_scale")
         if self.frames_per_batch % self.num_envs:
             raise UserError(
                 f"--frames_per_batch must be a multiple of --num_envs: {self.frames_per_batch} steps do not "
@@ -81,7 +81,7 @@ class EnvPPOConfig(PPOSettings):
             raise UserError(f"--stop_at_iteration is after the last iteration, {self.num_iterations}")
         if self.eval_episodes < 2:
             raise UserError("--eval_episodes must be at least 2: one episode has no interval")
-        if self.shares and (min(self.shares) < 0 or not sum(self.shares) > 0):
+        if self.shares and not (min(self.shares) >= 0 and 0 < sum(self.shares) < math.inf):
             raise UserError("--shares must not be negative and not all 0, one for every group")
         if any(size < 1 for size in self.hidden_sizes):
             raise UserError("--hidden_sizes must be at least 1 each")

@@ -89,7 +89,14 @@ class PPOConfig(PPOSettings):
             kl_estimator=KL_ESTIMATORS,
             kl_controller=("constant", "adaptive"),
         )
-        self.require_positive("num_iterations", "rollout_batch_size", "response_length", "num_generations")
+        self.require_at_least(
+            1,
+            "num_iterations", "rollout_batch_size", "num_generations", "response_length", "max_prompt_length",
+            "calibration_prompts", "calibration_samples", "certificate_prompts", "certificate_samples",
+            "kl_horizon",
+        )  # fmt: skip
+        self.require_at_least(0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap")
+        self.require_positive("temperature", "kl_target")
         if bool(self.reward_model_path) == bool(self.reward_funcs):
             raise UserError("give a reward: either --reward_model_path or --reward_funcs")
         if self.rollout_batch_size % self.num_generations:
@@ -102,8 +109,6 @@ class PPOConfig(PPOSettings):
             raise UserError("--stop_at_iteration is after --num_iterations")
         if self.kl_controller == "adaptive" and self.beta <= 0:
             raise UserError("--kl_controller adaptive starts from --beta, which must be positive")
-        if self.temperature <= 0:
-            raise UserError("--temperature must be positive")
         if self.welfare in ("nash", "alpha_fair") and self.calibration != "win_rate":
             raise UserError(f"--welfare {self.welfare} needs positive utilities: add --calibration win_rate")
         self._check_certificate()
@@ -113,8 +118,6 @@ class PPOConfig(PPOSettings):
             raise UserError("--stop_at_gap needs --gap_steps, which says how often to look")
         if not self.gap_steps:
             return
-        if self.gap_steps < 0 or self.stop_at_gap < 0:
-            raise UserError("--gap_steps and --stop_at_gap must not be negative")
         if (self.welfare, self.objective) != ("egalitarian", "min_of_means"):
             raise UserError("--gap_steps certifies max-min: it needs --welfare egalitarian, min_of_means")
         if self.beta <= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from torchrl_maxmin.errors import UserError
@@ -48,12 +47,12 @@ class PPOSettings(CheckedSettings):
         learning_rate: peak learning rate of the policy.
         critic_learning_rate: peak learning rate of the critic; 0 takes that of the policy.
         warmup_iterations: iterations of linear warm-up; then linear decay to 0.
-        cliprange: clipping of the probability ratio.
+        cliprange: clipping of the probability ratio; .inf turns it off.
         cliprange_value: clipping of the value update; 0 turns it off.
         lam: lambda of the advantage estimate.
         gamma: discount.
         entropy_coeff: weight of an entropy bonus.
-        max_grad_norm: gradient clipping, for policy and critic apart.
+        max_grad_norm: gradient clipping, for policy and critic apart; .inf turns it off.
         save_steps: write a checkpoint every so many iterations; 0 writes none.
         stop_at_iteration: stop there with a checkpoint, as if interrupted; 0 runs to the end.
         resume_from_checkpoint: checkpoint folder of output_dir, or last.
@@ -93,21 +92,23 @@ class PPOSettings(CheckedSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work together."""
         self.require_known(welfare=WELFARES, adversary=ADVERSARIES)
-        self.require_positive("num_ppo_epochs", "mini_batch_size")
-        self.require_in_range(
-            0.0, math.inf,
+        self.require_seed()
+        self.require_at_least(1, "num_ppo_epochs", "mini_batch_size")
+        self.require_at_least(
+            0,
             "learning_rate", "critic_learning_rate", "warmup_iterations", "cliprange_value", "entropy_coeff",
             "adversary_step_size", "adversary_step_decay", "save_steps", "stop_at_iteration",
         )  # fmt: skip
-        self.require_in_range(0.0, 1.0, "gamma", "lam")
+        self.require_in_range(0, 1, "gamma", "lam")
+        self.require_positive("welfare_parameter", "tau")
         if self.welfare in ("cvar", "generalized_gini") and not 0 < self.welfare_parameter <= 1:
             name = "level" if self.welfare == "cvar" else "ratio"
             raise UserError(
                 f"--welfare_parameter, the {name} of {self.welfare}, must be above 0 and at most 1"
             )
-        for name in ("welfare_parameter", "tau", "cliprange", "max_grad_norm"):
+        for name in ("cliprange", "max_grad_norm"):
             if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be positive")
+                raise UserError(f"--{name} must be positive; .inf turns it off")
         if bool(self.group_weights) != (self.welfare == "fixed"):
             raise UserError("--welfare fixed and --group_weights, its numbers, need each other")
         weights = self.group_weights

@@ -90,16 +90,17 @@ class RewardConfig(MixtureSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
         super().check()
-        self.require_positive(
-            "num_rounds",
-            "steps_per_round",
-            "per_device_train_batch_size",
-            "num_restarts",
-            "calibration_prompts",
-            "calibration_samples",
-            "response_length",
-            "lora_r",
-        )
+        self.require_at_least(
+            1,
+            "num_rounds", "steps_per_round", "per_device_train_batch_size", "num_restarts", "lora_r",
+            "lora_alpha", "calibration_prompts", "calibration_samples", "response_length",
+        )  # fmt: skip
+        self.require_at_least(
+            0,
+            "learning_rate", "head_learning_rate", "reward_l2", "weight_decay", "convergence_tolerance",
+            "save_rounds",
+        )  # fmt: skip
+        self.require_in_range(0, 1, "lora_dropout")
         self.require_known(
             assignment=("soft", "hard"),
             head=tuple(HEADS),
@@ -108,8 +109,6 @@ class RewardConfig(MixtureSettings):
         )
         if self.head_rank is not None and (self.head != "low_rank" or self.head_rank < 1):
             raise UserError("--head_rank is a positive number that goes with --head low_rank")
-        if self.save_rounds < 0:
-            raise UserError("--save_rounds must be at least 0")
         if self.calibration == "sft_std" and self.calibration_samples < 2:
             raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, loa
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.preferences import encode, load_table
 from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.settings import CheckedSettings
 from torchrl_maxmin.trainers.run import (
     prepare_output_dir,
     resolve_device,
@@ -24,9 +26,20 @@ from torchrl_maxmin.trainers.run import (
 
 __all__ = ["SFTConfig", "run_sft"]
 
+#: the schedules of transformers that need no options of their own
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
 
 @dataclass
-class SFTConfig:
+class SFTConfig(CheckedSettings):
     """Supervised fine-tuning of a causal language model.
 
     Args:
@@ -39,7 +52,8 @@ class SFTConfig:
         num_train_epochs: passes over the data when max_steps is -1.
         per_device_train_batch_size: rows a step.
         learning_rate: peak learning rate of AdamW.
-        lr_scheduler_type: schedule by its Hugging Face name.
+        lr_scheduler_type: linear, cosine, cosine_with_restarts, polynomial, constant,
+            constant_with_warmup or inverse_sqrt.
         warmup_steps: steps of linear warm-up.
         weight_decay: AdamW weight decay.
         max_length: longest text in tokens; longer ones lose their start.
@@ -63,6 +77,16 @@ class SFTConfig:
     completion_only_loss: bool = False
     seed: int = 0
     device: str = "auto"
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work."""
+        self.require_seed()
+        self.require_known(lr_scheduler_type=SCHEDULES)
+        self.require_at_least(1, "per_device_train_batch_size", "max_length")
+        self.require_at_least(0, "learning_rate", "warmup_steps", "weight_decay")
+        self.require_positive("num_train_epochs")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError("--max_steps must be at least 1, or -1 to train --num_train_epochs")
 
 
 def _read_texts(config: SFTConfig) -> list[tuple[str, str]]:
@@ -88,6 +112,7 @@ def run_sft(config: SFTConfig) -> Path:
     Raises:
         UserError: before any work, for a model, data set or folder that cannot be used.
     """
+    config.check()
     device = resolve_device(config.device)
     tokenizer = load_tokenizer(config.model_name_or_path)
     texts = _read_texts(config)
@@ -126,7 +151,7 @@ def _train(
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     steps_per_epoch = -(-len(rows) // config.per_device_train_batch_size)
-    total = config.max_steps if config.max_steps > 0 else int(steps_per_epoch * config.num_train_epochs)
+    total = config.max_steps if config.max_steps > 0 else math.ceil(steps_per_epoch * config.num_train_epochs)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
