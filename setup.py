@@ -14,10 +14,15 @@ LINT = ["ruff>=0.9", "mypy>=1.13", "types-PyYAML", "pre-commit>=4"]
 
 setup(
     package_dir={"maxmin_kernels": "kernels/maxmin_kernels"},
-    packages=[*find_packages("kernels"), *find_packages(include=["torchrl_maxmin", "torchrl_maxmin.*"])],
+    packages=[
+        *find_packages("kernels"),
+        *find_packages(include=["torchrl_maxmin", "torchrl_maxmin.*"]),
+        "torchrl_maxmin.cli.configs",  # YAML alone
+    ],
     package_data={
         "maxmin_kernels": ["py.typed"],
-        "torchrl_maxmin": ["py.typed", "cli/configs/*.yaml"],
+        "torchrl_maxmin": ["py.typed"],
+        "torchrl_maxmin.cli.configs": ["*.yaml"],
     },
     extras_require={
         "llm": LLM,
