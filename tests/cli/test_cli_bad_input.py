@@ -61,7 +61,7 @@ def stage(tiny_model):
             "reward": {**common, "dataset_name": "pairs.jsonl", "num_groups": 2},
             "ppo": {**common, "dataset_name": "prompts.jsonl", "reward_funcs": "world.json"},
             "evaluate": {
-                "policies": f"sft={tiny_model}",
+                "policies": f"[sft={tiny_model}, maxmin={tiny_model}]",
                 "dataset_name": "prompts.jsonl",
                 "output_dir": "out",
                 "judge": "world.json",
@@ -157,7 +157,7 @@ def test_model_folder_that_does_not_exist(refused, stage, here, verb):
 
 def test_other_models_that_do_not_exist(refused, stage, here, tiny_model):
     away = here / "nowhere"
-    assert "nowhere" in refused(*stage("evaluate", policies=f"sft={away}"))
+    assert "nowhere" in refused(*stage("evaluate", policies=f"[sft={away}, maxmin={tiny_model}]"))
     assert "nowhere" in refused(*stage("evaluate", reward_model_path=away))
     assert "nowhere" in refused(*stage("ppo", reward_funcs=None, reward_model_path=away))
     (here / "hollow").mkdir()
@@ -266,6 +266,7 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("ppo", "reward_funcs", "json:nothing", "write module:function"),
         ("ppo", "reward_funcs", "nowhere.json", "no world file"),
         ("ppo", "tau", "0", "--tau must be positive"),
+        ("ppo", "report_to", "file", "none of csv, tensorboard, wandb, mlflow"),
         ("ppo", "gamma", "1.1", "--gamma must be between 0 and 1"),
         ("ppo", "save_steps", "-1", "--save_steps must not be negative"),
         ("ppo in an environment", "env_id", "fish-wood", "unknown environment 'fish-wood'; batched here: fi"),
@@ -316,6 +317,12 @@ def test_wrong_values(refused, stage, verb, name, value, message):
     assert message in refused(*stage(verb, **{name: value}))
 
 
+def test_a_logger_whose_package_is_missing(refused, stage, monkeypatch):
+    monkeypatch.setattr("torchrl_maxmin.trainers.ppo_settings.find_spec", lambda package: None)
+    for verb in ("ppo", "ppo in an environment"):
+        assert refused(*stage(verb, report_to="wandb")).endswith("needs its package: pip install wandb")
+
+
 def test_an_environment_that_never_ends(refused, stage, here, capsys):
     """A factory beside the command is found; the folder that was made stays empty."""
     (here / "factory_beside.py").write_text(
@@ -343,6 +350,8 @@ def test_lists_that_repeat_or_lack_something(refused, stage, tiny_model):
     line = refused(*stage("evaluate", policies=f"maxmin={tiny_model}"))
     assert "--policies needs sft=folder" in line
     assert "'sft' has no folder" in refused(*stage("evaluate", policies="sft"))
+    assert "a policy to compare with sft" in refused(*stage("evaluate", policies=f"sft={tiny_model}"))
+    assert "a policy to compare with sft" in refused(*stage("demo"), "--policies")
     same = [f"sft={tiny_model}", f"sft={tiny_model}"]
     assert "twice" in refused(*stage("evaluate", policies=None), "--policies", *same)
 

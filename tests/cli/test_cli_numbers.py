@@ -18,7 +18,7 @@ STAGE_FLAGS = {
     "reward": COMMON,
     "ppo": COMMON | {"reward_funcs": ["a:f"]},
     "ppo in an environment": {"output_dir": "o", "env_id": "gridworld"},
-    "evaluate": {"policies": ["sft=a"], "dataset_name": "d", "output_dir": "o", "judge": "j"},
+    "evaluate": {"policies": ["sft=a", "maxmin=b"], "dataset_name": "d", "output_dir": "o", "judge": "j"},
     "diagnose": COMMON,
 }
 #: numbers that have a documented meaning

@@ -277,7 +277,7 @@ def test_a_constant_head_has_no_scale_and_stops_nothing(measure, mixture, tmp_pa
         ({"policies": ["sft"]}, "'sft' has no folder"),
         ({"policies": ["sft=a", "sft=b"]}, "twice"),
         ({"num_samples": 0}, "--num_samples must be at least 1"),
-        ({"num_prompts": -1}, "--num_prompts must be at least 0"),
+        ({"num_prompts": -1}, "--num_prompts must not be negative"),
         ({"certificate_samples": 10}, "multiple of 4"),
         ({"temperature": 0.0}, "--temperature must be positive"),
         ({"beta": -1.0}, "--beta must be positive"),

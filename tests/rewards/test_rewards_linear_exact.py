@@ -276,6 +276,27 @@ def test_lbfgs_agrees_with_newton(monkeypatch):
     assert rises.min() >= -1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "features", "noise", "l2"), [(6, 512, 0.0, 1e-6), (40, 256, 1e-3, 1e-4), (50, 384, 1e-2, 1e-6)]
+)
+def test_features_that_nearly_all_go_one_way(rows, features, noise, l2, dtype):
+    """As those of a language model do: a float32 Hessian is then not positive definite."""
+    rng = np.random.default_rng(0)
+    common = 3 * rng.normal(size=features) * rng.normal(size=(rows, 1))
+    x = torch.as_tensor(common + noise * rng.normal(size=(rows, features)), dtype=dtype)
+    pairs = x.double().numpy()
+
+    def objective(weight):
+        margins = pairs @ weight
+        gradient = -pairs.T @ expit(-margins) / rows + 2 * l2 * weight
+        return -log_expit(margins).mean() + l2 * weight @ weight, gradient
+
+    options = {"maxiter": 20_000, "maxfun": 20_000, "ftol": 1e-16, "gtol": 1e-10, "maxcor": 50}
+    apart = minimize(objective, np.zeros(features), jac=True, method="L-BFGS-B", options=options)
+    assert objective(fit_bradley_terry(x, l2=l2).double().numpy())[0] < apart.fun + 1e-8
+
+
 def test_no_penalty_on_separable_pairs_stays_finite():
     x = torch.rand(12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     plain = fit_bradley_terry(x, l2=0.0)

@@ -99,7 +99,8 @@ class EvaluateConfig(CheckedSettings):
 
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
-        self.folders()
+        if len(self.folders()) < 2:
+            raise UserError(f"--policies needs name=folder of a policy to compare with {REFERENCE}")
         self.require_seed()
         self.require_at_least(1, "num_samples", "response_length", "max_prompt_length", "certificate_prompts")
         self.require_at_least(0, "num_prompts")

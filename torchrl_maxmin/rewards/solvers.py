@@ -18,6 +18,8 @@ _MAX_STEPS = 100
 # A Newton step that promises less than this share of the loss is taken in full, and is the last:
 # convergence is quadratic, so what is left behind it is below rounding.
 _SETTLED = 1e-12
+# A ridge above the mean eigenvalue is enough for any number of features that is solved here.
+_MAX_RIDGES = 10
 
 
 class ConvexLosses(Protocol):
@@ -53,7 +55,7 @@ def _newton(losses: ConvexLosses, weight: Tensor) -> Tensor:
     factor, last_decrement = None, torch.zeros_like(value)
     for _ in range(_MAX_STEPS):
         if factor is None:
-            factor = torch.linalg.cholesky(_ridged(losses.hessian(weight)))
+            factor = _factor(losses.hessian(weight))
         step = torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
         decrement = (gradient * step).sum(-1)
         settled = decrement <= _SETTLED * (1 + value.abs())
@@ -67,11 +69,22 @@ def _newton(losses: ConvexLosses, weight: Tensor) -> Tensor:
     return weight
 
 
-def _ridged(hessian: Tensor) -> Tensor:
-    """A whisper of a ridge: it stands in for a penalty of zero and covers float32 rounding."""
+def _factor(hessian: Tensor) -> Tensor:
+    """Cholesky factors after a whisper of a ridge: it stands in for a penalty of zero.
+
+    It also covers the rounding of a float32 Hessian, which grows with the largest eigenvalue: where
+    features nearly all go one way, the ridge grows until there is a factor. It only shapes the steps.
+    """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    diagonal += 1e-12 + 1e-6 * diagonal.mean(-1, keepdim=True)
-    return hessian
+    ridge = 1e-12 + 1e-6 * diagonal.mean(-1, keepdim=True)
+    diagonal += ridge
+    for _ in range(_MAX_RIDGES):
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed.any():
+            return factor
+        ridge = 10 * ridge
+        diagonal += ridge * (failed > 0).unsqueeze(-1)
+    return torch.linalg.cholesky(hessian)  # no number: let it say so
 
 
 def _backtrack(

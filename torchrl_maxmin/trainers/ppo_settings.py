@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.settings import CheckedSettings
@@ -21,6 +22,8 @@ WELFARES = (
     "generalized_gini",
     "fixed",
 )
+#: loggers of TorchRL, and the packages that each needs
+LOGGERS = {"csv": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 ADVERSARIES = ("entropy_regularized", "hard_min", "exponentiated_gradient", "projected_gradient")
 
 
@@ -100,6 +103,12 @@ class PPOSettings(CheckedSettings):
             "adversary_step_size", "adversary_step_decay", "save_steps", "stop_at_iteration",
         )  # fmt: skip
         self.require_in_range(0, 1, "gamma", "lam")
+        if self.report_to:
+            self.require_known(report_to=tuple(LOGGERS))
+            if not all(find_spec(package) for package in LOGGERS[self.report_to]):
+                raise UserError(
+                    f"--report_to {self.report_to} needs its package: pip install {self.report_to}"
+                )
         self.require_positive("welfare_parameter", "tau")
         if self.welfare in ("cvar", "generalized_gini") and not 0 < self.welfare_parameter <= 1:
             name = "level" if self.welfare == "cvar" else "ratio"
