@@ -258,6 +258,7 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("reward", "num_groups", "0", "--num_groups is a positive number or auto"),
         ("demo", "num_groups", "two", "--num_groups is a positive number or auto"),
         ("reward", "assignment", "medium", "none of soft, hard"),
+        ("reward", "adapters", "shared", "--adapters and --lora_target_modules go with --use_peft true"),
         ("reward", "num_rounds", "0", "--num_rounds must be at least 1"),
         ("reward", "heldout_fraction", "1.5", "--heldout_fraction must be at least 0 and below 1"),
         ("ppo", "objective", "max", "none of min_of_means, mean_of_prompt_mins"),
@@ -298,6 +299,8 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("evaluate", "num_samples", "0", "--num_samples must be at least 1"),
         ("evaluate", "certificate_samples", "6", "a positive multiple of 4"),
         ("evaluate", "beta", "0", "--beta must be positive"),
+        ("evaluate", "beta", "0.1", "--beta needs --reward_model_path"),
+        ("evaluate", "certify", "best", "--certify needs --reward_model_path"),
         ("evaluate", "judge", "nowhere:f", "no reward function"),
         ("evaluate", "judge", "http://localhost:1/v1", "needs --judge_model, and --judge_criteria"),
         ("diagnose", "num_groups", "two", "--num_groups is a positive number or auto, not 'two'"),
@@ -352,6 +355,8 @@ def test_lists_that_repeat_or_lack_something(refused, stage, tiny_model):
     assert "'sft' has no folder" in refused(*stage("evaluate", policies="sft"))
     assert "a policy to compare with sft" in refused(*stage("evaluate", policies=f"sft={tiny_model}"))
     assert "a policy to compare with sft" in refused(*stage("demo"), "--policies")
+    line = refused(*stage("evaluate", certify="best", reward_model_path=tiny_model))
+    assert line.endswith("--certify 'best' is none of --policies: sft, maxmin")
     same = [f"sft={tiny_model}", f"sft={tiny_model}"]
     assert "twice" in refused(*stage("evaluate", policies=None), "--policies", *same)
 

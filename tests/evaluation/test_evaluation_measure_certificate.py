@@ -114,8 +114,9 @@ def test_no_certificate_for_a_folder_that_says_nothing(make_config, reward_folde
     assert "maxmin does not say how it was trained" in summary["certificate"]["reason"]
 
 
-def test_no_certificate_for_a_policy_that_is_not_there(measure, reward_folder):
-    found = measure(reward_model_path=reward_folder, certify="best").extra["certificate"]
+def test_no_certificate_for_a_policy_that_is_not_there(measure, reward_folder, tiny_model, other_model):
+    policies = [f"sft={tiny_model}", f"best={other_model}"]
+    found = measure(reward_model_path=reward_folder, policies=policies).extra["certificate"]
     assert found["value"] is None
-    assert "no policy named 'best'" in found["reason"]
+    assert "no policy named 'maxmin'" in found["reason"]
     assert "--certify" in found["reason"]

@@ -105,6 +105,12 @@ class EvaluateConfig(CheckedSettings):
         self.require_at_least(1, "num_samples", "response_length", "max_prompt_length", "certificate_prompts")
         self.require_at_least(0, "num_prompts")
         self.require_positive("temperature", "beta")
+        named = self.certify != type(self).certify
+        if (named or self.beta is not None) and not self.reward_model_path:
+            flag = "--certify" if named else "--beta"
+            raise UserError(f"{flag} needs --reward_model_path, whose certificate it is about")
+        if named and self.certify not in self.folders():
+            raise UserError(f"--certify {self.certify!r} is none of --policies: {', '.join(self.folders())}")
         if self.certificate_samples < 4 or self.certificate_samples % 4:
             raise UserError("--certificate_samples must be a positive multiple of 4")
 

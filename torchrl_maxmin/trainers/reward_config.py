@@ -109,6 +109,9 @@ class RewardConfig(MixtureSettings):
         )
         if self.head_rank is not None and (self.head != "low_rank" or self.head_rank < 1):
             raise UserError("--head_rank is a positive number that goes with --head low_rank")
+        lora = self.lora_target_modules is not None or self.adapters != type(self).adapters
+        if lora and not self.use_peft:
+            raise UserError("--adapters and --lora_target_modules go with --use_peft true")
         if self.calibration == "sft_std" and self.calibration_samples < 2:
             raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
 
