@@ -268,6 +268,7 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("ppo", "reward_funcs", "nowhere.json", "no world file"),
         ("ppo", "tau", "0", "--tau must be positive"),
         ("ppo", "report_to", "file", "none of csv, tensorboard, wandb, mlflow"),
+        ("ppo", "cliprange", "1.5", "--cliprange must be above 0 and at most 1; it is 1.5"),
         ("ppo", "gamma", "1.1", "--gamma must be between 0 and 1"),
         ("ppo", "save_steps", "-1", "--save_steps must not be negative"),
         ("ppo in an environment", "env_id", "fish-wood", "unknown environment 'fish-wood'; batched here: fi"),

@@ -22,7 +22,7 @@ STAGE_FLAGS = {
     "diagnose": COMMON,
 }
 #: numbers that have a documented meaning
-ALLOWED = {("sft", "max_steps", -1), ("*", "cliprange", math.inf), ("*", "max_grad_norm", math.inf)}
+ALLOWED = {("sft", "max_steps", -1), ("*", "max_grad_norm", math.inf)}
 
 
 def config_class(stage):

@@ -406,6 +406,8 @@ def test_constructor_errors():
         MaxMinPPOLoss(categorical_actor(), critic(1), entropy_coef=0.1)
     with pytest.raises(ValueError, match="must not be negative"):
         MaxMinPPOLoss(categorical_actor(), critic(1), kl_to_ref_coeff=-0.1)
+    with pytest.raises(ValueError, match="clip_epsilon must be between 0 and 1"):
+        MaxMinPPOLoss(categorical_actor(), critic(1), clip_epsilon=1.5)
     with pytest.raises(ValueError, match="loss_mask_key must be"):
         MaxMinPPOLoss(categorical_actor(), critic(1), loss_mask_key=3)
 

@@ -82,7 +82,8 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
 
     Raises:
         TypeError: on an unknown argument, or an actor of neither kind.
-        ValueError: in ``forward``, if a K-column advantage has no weights, or shapes do not fit.
+        ValueError: on a ``clip_epsilon`` outside 0 to 1, or a negative ``kl_to_ref_coeff``; in
+            ``forward``, if a K-column advantage has no weights, or shapes do not fit.
 
     Examples:
         >>> import torch
@@ -173,6 +174,10 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
         unknown = sorted(set(kwargs) - known - {"critic_coef", "entropy_coef"})
         if unknown:
             raise TypeError(f"MaxMinPPOLoss got unknown arguments: {', '.join(unknown)}.")
+        # The parent looks at pairs only; above 1 its lower bound, log(1 - clip_epsilon), is NaN.
+        clip = kwargs.get("clip_epsilon", 0.2)
+        if isinstance(clip, int | float) and not 0 <= clip <= 1:
+            raise ValueError(f"clip_epsilon must be between 0 and 1, or a pair, got {clip}.")
         kwargs["clip_value"] = kwargs.get("clip_value") or None  # False and 0 mean no clipping
         super().__init__(actor_network, critic_network, **kwargs)
         if kl_to_ref_coeff < 0:

@@ -50,7 +50,7 @@ class PPOSettings(CheckedSettings):
         learning_rate: peak learning rate of the policy.
         critic_learning_rate: peak learning rate of the critic; 0 takes that of the policy.
         warmup_iterations: iterations of linear warm-up; then linear decay to 0.
-        cliprange: clipping of the probability ratio; .inf turns it off.
+        cliprange: clipping of the probability ratio, at most 1.
         cliprange_value: clipping of the value update; 0 turns it off.
         lam: lambda of the advantage estimate.
         gamma: discount.
@@ -115,9 +115,10 @@ class PPOSettings(CheckedSettings):
             raise UserError(
                 f"--welfare_parameter, the {name} of {self.welfare}, must be above 0 and at most 1"
             )
-        for name in ("cliprange", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be positive; .inf turns it off")
+        if not 0 < self.cliprange <= 1:
+            raise UserError(f"--cliprange must be above 0 and at most 1; it is {self.cliprange}")
+        if not self.max_grad_norm > 0:
+            raise UserError("--max_grad_norm must be positive; .inf turns it off")
         if bool(self.group_weights) != (self.welfare == "fixed"):
             raise UserError("--welfare fixed and --group_weights, its numbers, need each other")
         weights = self.group_weights
