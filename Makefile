@@ -30,7 +30,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
-## the slow part: whole demos over several seeds
+## the slow part: whole demos over several seeds, random files and settings
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
