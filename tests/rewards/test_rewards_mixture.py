@@ -215,6 +215,38 @@ def test_function_rewards_join_columns(tokenizer, tmp_path):
     torch.testing.assert_close(rewards[:, 1:], torch.tensor(world(PROMPTS, COMPLETIONS), dtype=torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (lambda n: [1.0] * (2 * n), r"shape \[4\] for 2 responses; it must give one number, or one a group"),
+        (lambda n: [[1.0, 2.0]], r"shape \[1, 2\] for 2 responses"),
+        (lambda n: torch.ones(n, 2, 2), r"shape \[2, 2, 2\]"),
+        (lambda n: None, r"shape \[\] for"),
+        (lambda n: ["good"] * n, "function fixed gives no numbers"),
+        (lambda n: [[1.0], [1.0, 2.0]], "gives no numbers"),
+        (lambda n: [float("nan")] * n, "gives NaN or infinity"),
+        (lambda n: 1 / 0, "function fixed fails on f.prompts, completions. with ZeroDivisionError: division"),
+    ],
+)
+def test_functions_that_give_no_rewards(tokenizer, said, message):
+    def fixed(prompts, completions):
+        return said(len(prompts))
+
+    with pytest.raises(UserError, match=message):
+        FunctionRewards([fixed], tokenizer)
+
+
+def test_function_rewards_of_tensors_and_arrays(tokenizer):
+    batch = responses(tokenizer)
+    lengths = torch.tensor([len(text) for text in COMPLETIONS], dtype=torch.float32)
+    kinds = [list, torch.Tensor.numpy, torch.Tensor.requires_grad_, lambda values: list(values.unbind())]
+    for kind in kinds:
+        source = FunctionRewards([lambda p, c, k=kind: k(torch.tensor([len(t) * 1.0 for t in c]))], tokenizer)
+        rewards = source(batch)
+        assert torch.equal(rewards, lengths.unsqueeze(-1))
+        assert not rewards.requires_grad
+
+
 def test_load_functions():
     assert load_functions(["math:sqrt"])[0](9) == 3
     for spec in ("math:no_such", "no_such_module:f", "math"):

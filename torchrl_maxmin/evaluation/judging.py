@@ -18,7 +18,7 @@ from torchrl_maxmin.preferences import World
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.ensemble import is_reward_model
-from torchrl_maxmin.rewards.source import load_functions
+from torchrl_maxmin.rewards.source import ask, count_columns, load_functions, require_finite_rewards
 
 __all__ = ["PairJudges", "UtilityJudge", "load_judge"]
 
@@ -125,13 +125,13 @@ def load_judge(
         return UtilityJudge("reward heads", names, shares, partial(mixture.score, calibrated=True))
     function: Any = load_functions([spec])[0]
     if isinstance(function, World):
-        _probe(function, spec)
+        count_columns(function, "judge")
         return UtilityJudge("world", list(function.group_names), list(function.shares), function)
     if isinstance(function, Mapping):
         return _asked(PairJudges("comparisons", {str(name): judge for name, judge in function.items()}))
     if _takes_pairs(function):
         return _asked(PairJudges("comparisons", {"group 0": function}))
-    count = _probe(function, spec)
+    count = count_columns(function, "judge")
     names = [f"group {k}" for k in range(count)]
     return UtilityJudge("function", names, [1 / count] * count, function)
 
@@ -171,22 +171,6 @@ def _asked(judges: PairJudges) -> PairJudges:
 def _utilities(
     function: Callable[..., Any], prompts: Sequence[str], completions: Sequence[str]
 ) -> np.ndarray:
-    values = np.asarray(function(prompts, completions), dtype=float).reshape(len(prompts), -1)
-    if not np.isfinite(values).all():
-        raise UserError(
-            "the judge gives NaN or infinity for some response; it must give a number to every one"
-        )
+    values = ask(function, prompts, completions, "judge")
+    require_finite_rewards(values, "judge")
     return values
-
-
-def _probe(function: Callable[..., Any], spec: str) -> int:
-    """Ask for two responses before thousands are sampled; how many groups the answers are for."""
-    try:
-        return _utilities(function, ["a", "b"], ["c", "d"]).shape[1]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"judge {spec!r} fails on f(prompts, completions) with {type(error).__name__}: {error}; "
-            "it must give one number, or one a group, for every response"
-        ) from error

@@ -56,7 +56,7 @@ def policy_table(summary: Mapping[str, Any]) -> str:
             *(rate_text(policy["win_rate_vs_sft"][group]) for group in names),
             _value_text(policy, "worst_group_win_rate", ".3f"),
             _value_text(policy, "average_win_rate", ".3f"),
-            number_text(policy["kl"], ".2f"),
+            number_text(policy["kl"], "z.2f"),
             number_text(policy["length"], ".1f"),
         ]
         for name, policy in summary["policies"].items()
@@ -92,8 +92,8 @@ def size_block(summary: Mapping[str, Any]) -> list[str]:
         points = [{"mean": policy["utility"][group], **policy["utility_interval"][group]} for group in names]
         correlation = [policy["length_correlation"][group] for group in names]
         reasons |= dict.fromkeys(point["reason"] for point in correlation if point["mean"] is None)
-        told = ["n/a" if point["mean"] is None else rate_text(point, "+.2f") for point in correlation]
-        sizes = [_value_text(policy, "kl", ".2f"), _value_text(policy, "length", ".1f")]
+        told = ["n/a" if point["mean"] is None else rate_text(point, "+z.2f") for point in correlation]
+        sizes = [_value_text(policy, "kl", "z.2f"), _value_text(policy, "length", ".1f")]
         rows.append([name, *map(rate_text, points), *sizes, *told])
     header = ["policy", *(f"utility, {group}" for group in names), "KL (nats)", "length"]
     header += [f"length with utility, {group}" for group in names]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -17,9 +18,18 @@ from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards.base import RewardModel
 
-__all__ = ["FunctionRewards", "MixtureRewards", "load_functions", "reference_rewards"]
+__all__ = [
+    "FunctionRewards",
+    "MixtureRewards",
+    "ask",
+    "count_columns",
+    "load_functions",
+    "reference_rewards",
+    "require_finite_rewards",
+]
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions) -> floats [N] or [N, k]
+_WANTED = "it must give one number, or one a group, for every response"
 
 
 class MixtureRewards:
@@ -47,24 +57,74 @@ class MixtureRewards:
 
 
 class FunctionRewards:
-    """Rewards [B, K] by plain functions ``f(prompts, completions) -> floats``.
+    """Rewards [B, K] by plain functions ``f(prompts, completions) -> floats``, each asked once to begin with.
 
     Args:
         functions: each gives one column [N], or several [N, k].
         tokenizer: the policy's.
+
+    Raises:
+        UserError: for a function that fails, or gives anything else.
     """
 
     def __init__(self, functions: Sequence[RewardFunction], tokenizer: Any):
         self.functions, self.tokenizer = list(functions), tokenizer
-        self.num_groups = self._columns(["a"], ["b"]).shape[-1]
-
-    def _columns(self, prompts: list[str], completions: list[str]) -> Tensor:
-        columns = [torch.as_tensor(f(prompts, completions), dtype=torch.float32) for f in self.functions]
-        return torch.cat([c.reshape(len(prompts), -1) for c in columns], -1)
+        self.num_groups = sum(count_columns(function, "reward function") for function in self.functions)
 
     def __call__(self, responses: TensorDictBase) -> Tensor:
         """Score a tensordict of prompts and responses."""
-        return self._columns(*to_texts(self.tokenizer, responses)).to(responses["action"].device)
+        texts = to_texts(self.tokenizer, responses)
+        columns = np.concatenate([ask(f, *texts, "reward function") for f in self.functions], -1)
+        return torch.from_numpy(columns).to(responses["action"].device, torch.float32)
+
+
+def ask(
+    function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], role: str
+) -> np.ndarray:
+    """What a function says of N responses: floats [N, k].
+
+    Raises:
+        UserError: where that is anything else.
+    """
+    said = function(prompts, completions)
+    role = _named(function, role)
+    try:
+        values = np.asarray(said.detach().cpu() if isinstance(said, Tensor) else said, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the {role} gives no numbers ({error}); {_WANTED}") from error
+    if values.ndim not in (1, 2) or len(values) != len(prompts):
+        shape = list(values.shape)
+        raise UserError(f"the {role} gives numbers of shape {shape} for {len(prompts)} responses; {_WANTED}")
+    return values.reshape(len(prompts), -1)
+
+
+def count_columns(function: RewardFunction, role: str) -> int:
+    """How many groups a function speaks for: asked about two responses, before thousands are sampled.
+
+    Raises:
+        UserError: where it fails, or its answer is not one that :func:`ask` takes.
+    """
+    try:
+        values = ask(function, ["a", "b"], ["c", "d e"], role)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the {_named(function, role)} fails on f(prompts, completions) with {type(error).__name__}: "
+            f"{error}; {_WANTED}"
+        ) from error
+    require_finite_rewards(values, _named(function, role))
+    return values.shape[1]
+
+
+def require_finite_rewards(values: np.ndarray, role: str) -> None:
+    """Raise :class:`UserError` where a number is NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise UserError(f"the {role} gives NaN or infinity for some response; {_WANTED}")
+
+
+def _named(function: RewardFunction, role: str) -> str:
+    return f"{role} {getattr(function, '__name__', type(function).__name__)}"
 
 
 def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
@@ -95,8 +155,13 @@ def reference_rewards(
     rewards: MixtureRewards | FunctionRewards,
     num_samples: int,
 ) -> Tensor:
-    """Raw rewards [X, n, K] on the CPU of n samples of the reference policy for each of X prompts."""
+    """Raw rewards [X, n, K] on the CPU of n samples of the reference policy for each of X prompts.
+
+    Raises:
+        UserError: where one is NaN or infinite.
+    """
     device = next(reference.parameters()).device
     samples = sample_responses(reference, prompts, num_samples)
     raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(512)])
+    require_finite_rewards(raw.numpy(), "reward")
     return raw.reshape(len(prompts), num_samples, -1)

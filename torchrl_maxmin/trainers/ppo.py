@@ -67,7 +67,13 @@ class PPOTrainer(PPOLoop):
         require_columns(table, ["prompt"], "ppo")
         self.tokenizer = load_tokenizer(config.model_name_or_path)
         mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
-        functions, monitors = load_functions(config.reward_funcs), load_functions(config.monitor_funcs)
+        self.rewards: MixtureRewards | FunctionRewards
+        if mixture is None:
+            self.rewards = FunctionRewards(load_functions(config.reward_funcs), self.tokenizer)
+        else:
+            self.rewards = MixtureRewards(mixture.to(self.device), self.tokenizer)
+        monitors = load_functions(config.monitor_funcs)
+        self.monitor = FunctionRewards(monitors, self.tokenizer) if monitors else None
         saved = self._saved()
 
         seed_everything(config.seed)
@@ -76,17 +82,11 @@ class PPOTrainer(PPOLoop):
         self.prompts = encode_prompts(
             self.tokenizer, list(dict.fromkeys(table["prompt"][:])), config.max_prompt_length
         )
-        self.rewards: MixtureRewards | FunctionRewards
-        if mixture is not None:
-            self.rewards = MixtureRewards(mixture.to(self.device), self.tokenizer)
-        else:
-            self.rewards = FunctionRewards(functions, self.tokenizer)
         shares = None if mixture is None else mixture.log_prior.exp()
         # a win rate is at least 0, and a response that does not end pays the penalty
         self.adversary = adversary_of(
             config, self.rewards.num_groups, shares, disagreement=-config.missing_eos_penalty
         )
-        self.monitor = FunctionRewards(monitors, self.tokenizer) if monitors else None
         self.baseline: Tensor | None = None
         if saved is None:
             self.calibration = self._calibrate()
