@@ -347,6 +347,27 @@ def test_an_environment_that_never_ends(refused, stage, here, capsys):
     assert capsys.readouterr().out == "ppo done: out\n"
 
 
+def test_a_reward_that_turns_nan(here, stage, capsys, monkeypatch):
+    """No mistake on the command line, but a line all the same: it names the batch that was saved."""
+    (here / "rewards_that_turn.py").write_text(
+        "calls = []\n"
+        "def score(prompts, completions):\n"
+        "    calls.append(len(completions))\n"
+        "    bad = len(calls) > 2  # after the first question and the calibration\n"
+        "    return [float('nan') if bad else float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    small = {"rollout_batch_size": 4, "response_length": 4, "calibration": "sft_mean"}
+    words = stage("ppo", reward_funcs="rewards_that_turn:score", **small)
+    assert main([str(word) for word in words]) == 1
+    saved = here / "out" / "nonfinite_batch.pt"
+    assert saved.is_file()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        "torchrl-maxmin ppo: error: a reward is nan; the batch that gave it is in out/nonfinite_batch.pt"
+    )
+
+
 def test_lists_that_repeat_or_lack_something(refused, stage, tiny_model):
     assert "distinct" in refused(*stage("demo"), "--seeds", "0", "0")
     assert "one or more" in refused(*stage("demo"), "--seeds")

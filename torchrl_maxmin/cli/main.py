@@ -51,7 +51,7 @@ OTHERS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's."""
+    """Run one verb; returns the exit code: 0, 1 for a NaN or infinity, 2 for a mistake of the user's."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments else "--help"
     if verb in ("-h", "--help"):
@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())
         _say(f"torchrl-maxmin {verb}: error: {line}", error=True)
         return 2
+    except FloatingPointError as error:  # it names the batch that was saved
+        _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
+        return 1
     except KeyboardInterrupt:
         _say("interrupted", error=True)
         return 130
