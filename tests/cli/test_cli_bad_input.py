@@ -1,8 +1,10 @@
 """Mistakes of the user's: exit code 2, one line that names cause and fix, nothing trained or written."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -176,9 +178,44 @@ def test_output_folder_that_is_not_empty(refused, stage, here, verb):
     assert "--output_dir" in line
 
 
+@pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "evaluate"])
+@pytest.mark.parametrize(
+    ("file", "keep", "message"),
+    [
+        ("config.json", 0.5, "cannot read the config of damaged (OSError: "),
+        ("tokenizer.json", None, "cannot read the tokenizer of damaged (ValueError: "),
+        ("tokenizer.json", 0.5, "cannot read the tokenizer of damaged (JSONDecodeError: "),
+        ("model.safetensors", None, "cannot read the model of damaged (OSError: "),
+        ("model.safetensors", 0.5, "cannot read the model of damaged (SafetensorError: "),
+    ],
+)
+def test_a_model_folder_that_is_damaged(here, stage, capsys, tiny_model, verb, file, keep, message):
+    """As after a download that broke off."""
+    path = Path(shutil.copytree(tiny_model, here / "damaged")) / file
+    content = path.read_bytes()
+    path.unlink()
+    if keep:
+        path.write_bytes(content[: int(keep * len(content))])
+    name = "policies" if verb == "evaluate" else "model_name_or_path"
+    given = f"[sft=damaged, maxmin={tiny_model}]" if verb == "evaluate" else "damaged"
+    assert main([str(word) for word in stage(verb, **{name: given})]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.endswith("if files are missing or damaged, save or download it again")
+    assert not list((here / "out").glob("*"))
+
+
 def test_output_folder_that_is_a_file(refused, stage, here):
     (here / "out").write_text("mine")
     assert "output folder out" in refused(*stage("sft"))
+
+
+def test_a_checkpoint_that_is_damaged(refused, stage, here):
+    (here / "out" / "checkpoint-1").mkdir(parents=True)
+    for content in (b"", b"PK\x03\x04half", b"\x80garbage"):
+        (here / "out" / "checkpoint-1" / "state.pt").write_bytes(content)
+        line = refused(*stage("ppo", resume_from_checkpoint="last"))
+        assert "checkpoint-1/state.pt is damaged and cannot be read" in line
 
 
 def test_no_checkpoint_to_resume(refused, stage, here):

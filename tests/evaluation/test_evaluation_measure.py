@@ -12,7 +12,7 @@ import torch
 import yaml
 from evaluation_results import CALIBRATION, LENGTH
 from judge_server import Server, ok, shorter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult
@@ -68,6 +68,16 @@ def test_a_reward_folder_judges_by_its_calibrated_heads(measure, mixture, reward
     raw = mixture.score(*measure_judges.calls[-1])
     expected = ((raw - CALIBRATION.shift) / CALIBRATION.scale).reshape(6, 3, 2)
     np.testing.assert_allclose(result.utilities["maxmin"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_reference_without_a_pad_token_gets_one(measure, tiny_model, other_model, tmp_path):
+    """As GPT-2 itself; its tokenizer is the one that all policies are read with."""
+    bare = shutil.copytree(tiny_model, tmp_path / "bare")
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(bare)
+    result = measure(policies=[f"sft={bare}", f"maxmin={other_model}"])
+    assert result.length["sft"].min() >= 1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.evaluation.summary import summarise, write_summary
 from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer, require_model
+from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_model
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import require_columns
@@ -147,8 +147,10 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     texts = table["prompt"][:][: config.num_prompts or None]
     folder = prepare_output_dir(config.output_dir)
     tokenizer = load_tokenizer(folders[REFERENCE])
+    reference = _load_policy(
+        folders[REFERENCE], tokenizer, config, device
+    )  # the tokenizer gets its pad token
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
-    reference = _load_policy(folders[REFERENCE], tokenizer, config, device)
 
     utilities, kl, length, responses = {}, {}, {}, {}
     shape = (len(texts), config.num_samples)
@@ -214,7 +216,8 @@ def _mixture_figures(
     """What the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
     extra: dict[str, Any] = {}
     told = Path(str(config.reward_model_path)) / "summary.json"
-    reward = json.loads(told.read_text()) if told.is_file() else {}
+    with reading("summary.json", str(config.reward_model_path)):
+        reward = json.loads(told.read_text()) if told.is_file() else {}
     raw = mixture.score(*responses[REFERENCE])
     extra["em"] = {
         "num_groups_selected": mixture.num_groups,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ __all__ = [
     "load_tokenizer",
     "load_trunk",
     "plain_generation",
+    "reading",
     "require_model",
 ]
 
@@ -35,6 +38,21 @@ def import_transformers() -> Any:
     return transformers
 
 
+@contextmanager
+def reading(what: str, name_or_path: str) -> Iterator[None]:
+    """Whatever a library says of files that it cannot read, as one :class:`UserError`."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = next(iter(str(error).strip().splitlines()), "no more is known")
+        raise UserError(
+            f"cannot read the {what} of {name_or_path} ({type(error).__name__}: {said}); "
+            "if files are missing or damaged, save or download it again"
+        ) from error
+
+
 def require_model(name_or_path: str) -> None:
     """Raise :class:`UserError` unless ``name_or_path`` holds, or can fetch, a model's config."""
     folder = Path(name_or_path)
@@ -43,6 +61,10 @@ def require_model(name_or_path: str) -> None:
             f"{name_or_path} is a folder without config.json: give one that save_pretrained() wrote"
         )
     transformers = import_transformers()  # not in the try: that it is missing is another error
+    if folder.is_dir():
+        with reading("config", name_or_path):
+            transformers.AutoConfig.from_pretrained(name_or_path)
+        return
     try:
         transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
@@ -55,7 +77,8 @@ def require_model(name_or_path: str) -> None:
 def load_tokenizer(name_or_path: str) -> Any:
     """Load a tokenizer; prompts are padded left, responses right, by this package itself."""
     require_model(name_or_path)
-    return import_transformers().AutoTokenizer.from_pretrained(name_or_path)
+    with reading("tokenizer", name_or_path):
+        return import_transformers().AutoTokenizer.from_pretrained(name_or_path)
 
 
 def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
@@ -88,7 +111,8 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> nn.
     for good: modules stay in evaluation mode while they are trained.
     """
     require_model(name_or_path)
-    model = import_transformers().AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    with reading("model", name_or_path):
+        model = import_transformers().AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     plain_generation(model)
     return model.eval()
 
@@ -109,7 +133,8 @@ def load_trunk(name_or_path: str, dtype: torch.dtype = torch.float32) -> tuple[A
         UserError: if there is no such model, or it is an encoder-decoder.
     """
     tokenizer = load_tokenizer(name_or_path)
-    model = import_transformers().AutoModel.from_pretrained(name_or_path, dtype=dtype).eval()
+    with reading("model", name_or_path):
+        model = import_transformers().AutoModel.from_pretrained(name_or_path, dtype=dtype).eval()
     if model.config.is_encoder_decoder:
         raise UserError(
             f"{name_or_path} is an encoder-decoder; rewards are read from a decoder or an encoder alone"
@@ -132,12 +157,10 @@ def load_classifier(name_or_path: str, dtype: torch.dtype = torch.float32) -> An
         UserError: if there is none, or its head was never trained and would be drawn at random.
     """
     require_model(name_or_path)
-    try:
+    with reading("sequence classifier", name_or_path):
         model, loaded = import_transformers().AutoModelForSequenceClassification.from_pretrained(
             name_or_path, dtype=dtype, output_loading_info=True
         )
-    except ValueError as error:
-        raise UserError(f"{name_or_path} is no sequence classifier: {error}") from error
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
         raise UserError(

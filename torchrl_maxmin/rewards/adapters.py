@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import import_transformers
+from torchrl_maxmin.modules.loading import import_transformers, reading
 
 __all__ = [
     "ADAPTERS",
@@ -106,7 +106,7 @@ def load_adapters(trunk: nn.Module, folder: Path, names: Sequence[str]) -> Any:
     if missing:
         raise UserError(f"{folder} lacks the adapters {', '.join(missing)}, so it would score without them")
     first, *others = ({"model_id": str(folder / _FOLDER / name), "adapter_name": name} for name in names)
-    with quiet_peft():
+    with quiet_peft(), reading("adapters", str(folder)):
         model = peft.PeftModel.from_pretrained(trunk, is_trainable=True, **first)
         for other in others:
             model.load_adapter(is_trainable=True, **other)

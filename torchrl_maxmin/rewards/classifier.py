@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import load_classifier, load_tokenizer, require_model
+from torchrl_maxmin.modules.loading import load_classifier, load_tokenizer, reading, require_model
 from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.rewards.adapters import import_peft, quiet_peft
 from torchrl_maxmin.rewards.reader import TextReader
@@ -91,19 +91,24 @@ def _load_adapter(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
     peft = import_peft()
-    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    with reading("adapter", folder):
+        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     weights = Path(folder) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{folder} lacks adapter_model.safetensors; save the adapter with save_pretrained()")
-    heads = [value for name, value in load_file(weights).items() if name.endswith(_LAST_LAYERS)]
+    with reading("adapter", folder):
+        heads = [value for name, value in load_file(weights).items() if name.endswith(_LAST_LAYERS)]
     if not heads:
         raise UserError(
             f"the adapter in {folder} came without its reward head, so it would score at random; train it "
             "with task_type SEQ_CLS, or modules_to_save naming the head ('score' or 'classifier')"
         )
     require_model(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(heads[-1]), dtype=dtype)
-    with quiet_peft():
+    with reading("model", base):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=len(heads[-1]), dtype=dtype
+        )
+    with quiet_peft(), reading("adapter", folder):
         merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
     own = (Path(folder) / "tokenizer_config.json").is_file()
     return merged, load_tokenizer(folder) if own else load_tokenizer(base)

@@ -19,6 +19,7 @@ from torchrl_maxmin.modules.loading import (
     load_classifier,
     load_tokenizer,
     load_trunk,
+    reading,
     require_model,
 )
 from torchrl_maxmin.modules.sequences import backbone_of
@@ -148,9 +149,10 @@ class RewardMixture(RewardModel):
         tokenizer = load_tokenizer(name_or_path)
         # for those who load the folder without us: absolute positions are right with padding at the end alone
         tokenizer.padding_side = "right"
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, num_labels=num_groups, dtype=dtype
-        ).eval()
+        with reading("model", name_or_path):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, num_labels=num_groups, dtype=dtype
+            ).eval()
         ensure_pad_token(tokenizer, model)
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
         return cls(model, tokenizer, layout=layout)
@@ -168,7 +170,8 @@ class RewardMixture(RewardModel):
             UserError: for a folder without a model, or without the heads that belong to it.
         """
         extra = Path(folder) / "mixture.json"
-        state = json.loads(extra.read_text()) if extra.is_file() else {}
+        with reading("mixture.json", str(folder)):
+            state = json.loads(extra.read_text()) if extra.is_file() else {}
         if "heads" in state:
             parts = cls._load_heads(Path(folder), state["heads"])
         else:
@@ -194,7 +197,8 @@ class RewardMixture(RewardModel):
         names = [] if form["adapters"] is None else lora.adapter_names(form["adapters"], form["num_groups"])
         with torch.device("meta"):
             heads = RewardHeads(form["kind"], model.config.hidden_size, form["num_groups"], form["rank"])
-        heads.load_state_dict(load_file(folder / _HEADS_FILE), assign=True)
+        with reading("reward heads", str(folder)):
+            heads.load_state_dict(load_file(folder / _HEADS_FILE), assign=True)
         return {
             "model": lora.load_adapters(model, folder, names) if names else model,
             "tokenizer": tokenizer,

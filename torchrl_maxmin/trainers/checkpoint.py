@@ -51,7 +51,7 @@ def find_checkpoint(folder: Path, name: str) -> dict[str, Any]:
     """Load a checkpoint by its folder, or the ``last`` one of ``folder``.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it cannot be read.
     """
     chosen = Path(name)
     if name == "last":
@@ -67,5 +67,8 @@ def find_checkpoint(folder: Path, name: str) -> dict[str, Any]:
         chosen = folder / name
     if not (chosen / _FILE).is_file():
         raise UserError(f"no checkpoint at {chosen}; give a folder that holds {_FILE}")
-    # our own file, and it holds the states of Python's and numpy's generators
-    return torch.load(chosen / _FILE, weights_only=False)
+    try:
+        # our own file, and it holds the states of Python's and numpy's generators
+        return torch.load(chosen / _FILE, weights_only=False)
+    except Exception as error:  # half a pickle may end in any
+        raise UserError(f"{chosen / _FILE} is damaged and cannot be read; resume from another one") from error
