@@ -199,7 +199,7 @@ class PPOTrainer(PPOLoop):
         return self.config.stop_at_gap > 0 and gap <= self.config.stop_at_gap
 
     def _note(self, metrics: dict[str, float]) -> str:
-        return f"{super()._note(metrics)}  kl {metrics['objective/kl']:.1f}"
+        return f"{super()._note(metrics)}  kl {metrics['objective/kl']:z.1f}"
 
     def _gap(self) -> dict[str, float]:
         """The certified distance to the optimum; no entry where the samples cannot say."""
