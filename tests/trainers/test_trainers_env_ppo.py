@@ -309,7 +309,7 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_env_config, monkey
         ({"hidden_sizes": [8, 0]}, "--hidden_sizes must be at least 1 each"),
         ({"stop_at_iteration": 5}, "--stop_at_iteration is after the last iteration, 4"),
         ({"max_episode_steps": -1}, "--max_episode_steps must not be negative"),
-        ({"utility_scale": float("nan")}, "--utility_scale must not be negative"),
+        ({"utility_scale": float("nan")}, "--utility_scale must be a finite number"),
         ({"gamma": 1.5}, "--gamma must be between 0 and 1"),
         ({"lam": -0.1}, "--lam must be between 0 and 1"),
         ({"tau": 0.0}, "--tau must be positive"),
