@@ -29,6 +29,22 @@ def undefined(prompts, completions):
 nothing = 3
 
 
+known = set()
+
+
+def looks_up(prompts, completions):
+    """As one that has an answer to every prompt of the data, and to no other."""
+    if not known.issuperset(prompts):
+        raise KeyError(prompts)
+    return brevity(prompts, completions)
+
+
+def looks_up_pairs(prompts, a, b):
+    if not known.issuperset(prompts):
+        raise KeyError(prompts)
+    return shorter(prompts, a, b)
+
+
 def shorter(prompts, a, b):
     """Which of two is the shorter one."""
     compared.append((list(prompts), list(a), list(b)))

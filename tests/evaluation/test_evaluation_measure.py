@@ -96,6 +96,12 @@ def test_a_judge_that_cannot_judge_is_told_before_any_work(make_config, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("judge", ["looks_up", "looks_up_pairs"])
+def test_a_judge_is_asked_about_the_data_s_prompts_alone(measure, prompts, monkeypatch, judge):
+    monkeypatch.setattr(measure_judges, "known", set(prompts))
+    assert measure(judge=f"measure_judges:{judge}").group_names == ["group 0"]
+
+
 def test_a_judge_of_pairs_compares_every_two_policies(make_config, measure, other_model, tiny_model):
     """The same as its utility would say, and no utilities."""
     measure_judges.compared.clear()

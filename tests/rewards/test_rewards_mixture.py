@@ -236,6 +236,19 @@ def test_functions_that_give_no_rewards(tokenizer, said, message):
         FunctionRewards([fixed], tokenizer)
 
 
+def test_a_function_may_know_the_data_s_prompts_alone(tokenizer):
+    answers = {prompt: number for number, prompt in enumerate(PROMPTS)}
+
+    def score(prompts, completions):
+        return [answers[prompt] for prompt in prompts]
+
+    with pytest.raises(UserError, match=r"fails on f.prompts, completions. with KeyError: 'a'"):
+        FunctionRewards([score], tokenizer)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        source = FunctionRewards([score], tokenizer, prompts)
+        assert source(responses(tokenizer))[:, 0].tolist() == list(range(len(PROMPTS)))
+
+
 def test_function_rewards_of_tensors_and_arrays(tokenizer):
     batch = responses(tokenizer)
     lengths = torch.tensor([len(text) for text in COMPLETIONS], dtype=torch.float32)

@@ -100,6 +100,7 @@ def load_judge(
     device: torch.device,
     model: str | None = None,
     criteria: Sequence[str] | None = None,
+    prompts: Sequence[str] = ("a", "b"),
 ) -> UtilityJudge | PairJudges:
     """The judge that ``--judge`` names, asked once to see that it answers.
 
@@ -109,13 +110,14 @@ def load_judge(
         device: Where reward heads compute.
         model: The endpoint's name of its model.
         criteria: What each group wants, ``name=words``; for an endpoint.
+        prompts: Those that it will be asked about; the first is asked about at once.
 
     Raises:
         UserError: For a judge that is not there or does not answer.
     """
     if spec.startswith(("http://", "https://")):
         judges = _endpoint_judges(spec, model, criteria)
-        return _asked(PairJudges("endpoint", judges))
+        return _asked(PairJudges("endpoint", judges), prompts[0])
     if model is not None or criteria is not None:
         raise UserError("--judge_model and --judge_criteria belong to a --judge that is an http address")
     if is_reward_model(spec):
@@ -125,13 +127,14 @@ def load_judge(
         return UtilityJudge("reward heads", names, shares, partial(mixture.score, calibrated=True))
     function: Any = load_functions([spec])[0]
     if isinstance(function, World):
-        count_columns(function, "judge")
+        count_columns(function, "judge", prompts)
         return UtilityJudge("world", list(function.group_names), list(function.shares), function)
     if isinstance(function, Mapping):
-        return _asked(PairJudges("comparisons", {str(name): judge for name, judge in function.items()}))
+        judges = {str(name): judge for name, judge in function.items()}
+        return _asked(PairJudges("comparisons", judges), prompts[0])
     if _takes_pairs(function):
-        return _asked(PairJudges("comparisons", {"group 0": function}))
-    count = count_columns(function, "judge")
+        return _asked(PairJudges("comparisons", {"group 0": function}), prompts[0])
+    count = count_columns(function, "judge", prompts)
     names = [f"group {k}" for k in range(count)]
     return UtilityJudge("function", names, [1 / count] * count, function)
 
@@ -162,9 +165,9 @@ def _takes_pairs(function: Any) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == 3
 
 
-def _asked(judges: PairJudges) -> PairJudges:
+def _asked(judges: PairJudges, prompt: str) -> PairJudges:
     """The judges, once each has answered: before thousands of responses are sampled."""
-    judge_pairs(judges.judges, ["a"], [["b"]], [["c"]], both_orders=False)
+    judge_pairs(judges.judges, [prompt], [["b"]], [["c"]], both_orders=False)
     return judges
 
 

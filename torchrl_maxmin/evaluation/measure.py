@@ -136,20 +136,18 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     device = resolve_device(config.device)
     for path in folders.values():
         require_model(path)
-    judge = load_judge(config.judge, device, config.judge_model, config.judge_criteria)
-    mixture = None
-    if config.reward_model_path:
-        mixture = load_reward_model(config.reward_model_path).to(device)
     table = load_table(config.dataset_name, config.dataset_split)
     if len(table) == 0:
         raise UserError(f"{config.dataset_name} has no prompts")
     require_columns(table, ["prompt"], "evaluate")
     texts = table["prompt"][:][: config.num_prompts or None]
+    judge = load_judge(config.judge, device, config.judge_model, config.judge_criteria, texts)
+    mixture = None
+    if config.reward_model_path:
+        mixture = load_reward_model(config.reward_model_path).to(device)
     folder = prepare_output_dir(config.output_dir)
     tokenizer = load_tokenizer(folders[REFERENCE])
-    reference = _load_policy(
-        folders[REFERENCE], tokenizer, config, device
-    )  # the tokenizer gets its pad token
+    reference = _load_policy(folders[REFERENCE], tokenizer, config, device)  # gives it a pad token
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
 
     utilities, kl, length, responses = {}, {}, {}, {}

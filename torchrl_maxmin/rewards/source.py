@@ -62,14 +62,17 @@ class FunctionRewards:
     Args:
         functions: each gives one column [N], or several [N, k].
         tokenizer: the policy's.
+        prompts: two of the data's, for that question: a function may know no others.
 
     Raises:
         UserError: for a function that fails, or gives anything else.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], tokenizer: Any):
+    def __init__(
+        self, functions: Sequence[RewardFunction], tokenizer: Any, prompts: Sequence[str] = ("a", "b")
+    ):
         self.functions, self.tokenizer = list(functions), tokenizer
-        self.num_groups = sum(count_columns(function, "reward function") for function in self.functions)
+        self.num_groups = sum(count_columns(f, "reward function", prompts) for f in self.functions)
 
     def __call__(self, responses: TensorDictBase) -> Tensor:
         """Score a tensordict of prompts and responses."""
@@ -98,14 +101,14 @@ def ask(
     return values.reshape(len(prompts), -1)
 
 
-def count_columns(function: RewardFunction, role: str) -> int:
+def count_columns(function: RewardFunction, role: str, prompts: Sequence[str]) -> int:
     """How many groups a function speaks for: asked about two responses, before thousands are sampled.
 
     Raises:
         UserError: where it fails, or its answer is not one that :func:`ask` takes.
     """
     try:
-        values = ask(function, ["a", "b"], ["c", "d e"], role)
+        values = ask(function, [prompts[0], prompts[-1]], ["c", "d e"], role)
     except UserError:
         raise
     except Exception as error:

@@ -69,11 +69,12 @@ class PPOTrainer(PPOLoop):
         mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
         self.rewards: MixtureRewards | FunctionRewards
         if mixture is None:
-            self.rewards = FunctionRewards(load_functions(config.reward_funcs), self.tokenizer)
+            functions = load_functions(config.reward_funcs)
+            self.rewards = FunctionRewards(functions, self.tokenizer, table["prompt"][:2])
         else:
             self.rewards = MixtureRewards(mixture.to(self.device), self.tokenizer)
         monitors = load_functions(config.monitor_funcs)
-        self.monitor = FunctionRewards(monitors, self.tokenizer) if monitors else None
+        self.monitor = FunctionRewards(monitors, self.tokenizer, table["prompt"][:2]) if monitors else None
         saved = self._saved()
 
         seed_everything(config.seed)
