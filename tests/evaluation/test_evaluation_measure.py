@@ -76,8 +76,11 @@ def test_a_reference_without_a_pad_token_gets_one(measure, tiny_model, other_mod
     tokenizer = AutoTokenizer.from_pretrained(bare)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(bare)
-    result = measure(policies=[f"sft={bare}", f"maxmin={other_model}"])
-    assert result.length["sft"].min() >= 1
+    policies = [f"sft={bare}", f"maxmin={other_model}"]
+    first, again = measure(policies=policies), measure(name="again", policies=policies)
+    assert first.length["sft"].min() >= 1
+    np.testing.assert_allclose(first.kl["sft"], 0.0, atol=1e-5)
+    np.testing.assert_array_equal(first.kl["maxmin"], again.kl["maxmin"])
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,8 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         mixture = load_reward_model(config.reward_model_path).to(device)
     folder = prepare_output_dir(config.output_dir)
     tokenizer = load_tokenizer(folders[REFERENCE])
-    reference = _load_policy(folders[REFERENCE], tokenizer, config, device)  # gives it a pad token
+    seed_everything(config.seed)  # as below: a new pad token's row is random
+    reference = _load_policy(folders[REFERENCE], tokenizer, config, device)
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
 
     utilities, kl, length, responses = {}, {}, {}, {}
