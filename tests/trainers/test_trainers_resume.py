@@ -108,6 +108,12 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-10", "checkpoint-9"]
 
 
+def test_another_calibration_is_not_resumed_with(make_config):
+    trained(make_config("run", calibration="sft_mean", stop_at_iteration=1))
+    with pytest.raises(UserError, match="resume with --calibration sft_mean, or start another run for none"):
+        PPOTrainer(make_config("run", calibration="none", resume_from_checkpoint="last"))
+
+
 def test_missing_checkpoints(make_config, tmp_path):
     with pytest.raises(UserError, match="start the run without --resume_from_checkpoint"):
         find_checkpoint(tmp_path, "last")

@@ -95,6 +95,11 @@ class PPOTrainer(PPOLoop):
                 self.baseline = self._reference_means()
         else:
             self.calibration, self.baseline = Calibration.from_dict(saved["calibration"]), saved["baseline"]
+            if self.calibration.method != config.calibration:
+                raise UserError(
+                    f"the checkpoint's rewards are calibrated by {self.calibration.method}: resume with "
+                    f"--calibration {self.calibration.method}, or start another run for {config.calibration}"
+                )
         self._build_learner()
         if saved is not None:
             self._restore(saved)
