@@ -1,13 +1,13 @@
 """Flags, YAML and help: one set of keys, flags win, every key explained."""
 
 import dataclasses
-import importlib
 import re
 
 import pytest
 import yaml
+from cli_forms import FORMS, IN_ENV, config_class
 
-from torchrl_maxmin.cli.main import ENV_PPO, OTHERS, STAGES, main
+from torchrl_maxmin.cli.main import OTHERS, STAGES, main
 from torchrl_maxmin.cli.parsing import config_from_mapping, mentions, parse_config
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
@@ -15,15 +15,6 @@ from torchrl_maxmin.trainers.reward import RewardConfig
 from torchrl_maxmin.trainers.run import write_config
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
-
-
-IN_ENV = "ppo --env_id=fruit-tree-v0"  # the policy stage's other form
-FORMS = [*STAGES, IN_ENV]
-
-
-def config_class(form):
-    module, name, *_ = ENV_PPO if form == IN_ENV else STAGES[form]
-    return getattr(importlib.import_module(module), name)
 
 
 def parse(form, *words):

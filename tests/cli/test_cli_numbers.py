@@ -1,13 +1,12 @@
 """Every flag that is a number: NaN, infinity and what is below its range are refused by name."""
 
 import dataclasses
-import importlib
 import math
 import re
 
 import pytest
+from cli_forms import IN_ENV, config_class
 
-from torchrl_maxmin.cli.main import ENV_PPO, STAGES
 from torchrl_maxmin.errors import UserError
 
 COMMON = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
@@ -17,17 +16,12 @@ STAGE_FLAGS = {
     "sft": COMMON,
     "reward": COMMON,
     "ppo": COMMON | {"reward_funcs": ["a:f"]},
-    "ppo in an environment": {"output_dir": "o", "env_id": "gridworld"},
+    IN_ENV: {"output_dir": "o", "env_id": "gridworld"},
     "evaluate": {"policies": ["sft=a", "maxmin=b"], "dataset_name": "d", "output_dir": "o", "judge": "j"},
     "diagnose": COMMON,
 }
 #: numbers that have a documented meaning
 ALLOWED = {("sft", "max_steps", -1), ("*", "max_grad_norm", math.inf)}
-
-
-def config_class(stage):
-    module, name, *_ = ENV_PPO if stage == "ppo in an environment" else STAGES[stage]
-    return getattr(importlib.import_module(module), name)
 
 
 def cases():
@@ -54,5 +48,5 @@ def test_no_number_means_nothing(stage, name, value):
 
 @pytest.mark.parametrize(("stage", "name", "value"), sorted(ALLOWED, key=str))
 def test_what_documented_numbers_mean_is_not_refused(stage, name, value):
-    for each in ["ppo", "ppo in an environment"] if stage == "*" else [stage]:
+    for each in ["ppo", IN_ENV] if stage == "*" else [stage]:
         config_class(each)(**STAGE_FLAGS[each] | {name: value}).check()

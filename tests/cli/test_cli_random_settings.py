@@ -1,9 +1,9 @@
 """Whatever the settings and however small the data: a stage runs to its end, or one line says why not."""
 
-import json
 from pathlib import Path
 
 import pytest
+from cli_files import write_rows
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -117,7 +117,7 @@ def runs_or_says_why(tmp_path_factory, capsys, monkeypatch):
     def run(verb, flags, rows=()):
         folder = tmp_path_factory.mktemp("run")
         monkeypatch.chdir(folder)
-        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / "rows.jsonl", rows)
         Path("judge.py").write_text(
             "def score(prompts, completions):\n"
             "    return [[len(text) % 7 / 7, text.count('e') / 3] for text in completions]\n"

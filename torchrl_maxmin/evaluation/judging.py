@@ -97,20 +97,20 @@ class PairJudges:
 
 def load_judge(
     spec: str,
+    prompts: Sequence[str],
     device: torch.device,
     model: str | None = None,
     criteria: Sequence[str] | None = None,
-    prompts: Sequence[str] = ("a", "b"),
 ) -> UtilityJudge | PairJudges:
     """The judge that ``--judge`` names, asked once to see that it answers.
 
     Args:
         spec: A world's json, a reward folder, an endpoint's address, or ``module:name`` of a function
             ``f(prompts, completions)``, of one ``f(prompts, a, b)``, or of a dict group -> such a one.
+        prompts: Those that it will be asked about; the first is asked about at once.
         device: Where reward heads compute.
         model: The endpoint's name of its model.
         criteria: What each group wants, ``name=words``; for an endpoint.
-        prompts: Those that it will be asked about; the first is asked about at once.
 
     Raises:
         UserError: For a judge that is not there or does not answer.

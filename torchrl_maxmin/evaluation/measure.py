@@ -141,7 +141,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         raise UserError(f"{config.dataset_name} has no prompts")
     require_columns(table, ["prompt"], "evaluate")
     texts = table["prompt"][:][: config.num_prompts or None]
-    judge = load_judge(config.judge, device, config.judge_model, config.judge_criteria, texts)
+    judge = load_judge(config.judge, texts, device, config.judge_model, config.judge_criteria)
     mixture = None
     if config.reward_model_path:
         mixture = load_reward_model(config.reward_model_path).to(device)

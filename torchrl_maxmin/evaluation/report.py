@@ -135,7 +135,7 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
             *(rate_text(policy["win_rate_vs_sft"][group["name"]]) for group in summary["groups"]),
             number_text(policy["worst_group_win_rate"], ".3f"),
             number_text(policy["average_win_rate"], ".3f"),
-            number_text(policy["kl"], "z.2f"),
+            number_text(policy["kl"], ".2f"),
         )
     return table
 
@@ -184,10 +184,10 @@ def _comparison_block(summary: Mapping[str, Any]) -> str:
         interval = compared[f"{key}_interval"]
         if key == "majority_relative_change":
             label = f"{label} ({compared['majority_group']})"
-        cells = [label, number_text(compared[key], "+z.1%")]
-        cells += [ends_text(interval["t_low"], interval["t_high"], "+z.1%")] if several else []
-        cells += [ends_text(interval["low"], interval["high"], "+z.1%")]
-        cells += [" ".join(number_text(entry[key], "+z.0%") for entry in compared["per_seed"])]
+        cells = [label, number_text(compared[key], "+.1%")]
+        cells += [ends_text(interval["t_low"], interval["t_high"], "+.1%")] if several else []
+        cells += [ends_text(interval["low"], interval["high"], "+.1%")]
+        cells += [" ".join(number_text(entry[key], "+.0%") for entry in compared["per_seed"])]
         rows.append(cells)
     text = heading + markdown_table(header, rows)
     head_to_head = summary["policies"][policy].get("win_rate_vs_single")

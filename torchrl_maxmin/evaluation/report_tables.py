@@ -21,12 +21,17 @@ __all__ = [
 
 def number_text(value: float | None, spec: str) -> str:
     """A number, or n/a."""
-    return "n/a" if value is None else format(value, spec)
+    return "n/a" if value is None else _format(value, spec)
 
 
 def ends_text(low: float | None, high: float | None, spec: str) -> str:
     """An interval, or n/a."""
-    return "n/a" if low is None or high is None else f"[{low:{spec}}, {high:{spec}}]"
+    return "n/a" if low is None or high is None else f"[{_format(low, spec)}, {_format(high, spec)}]"
+
+
+def _format(value: float, spec: str) -> str:
+    """As ``spec`` says, and what rounds to zero without a minus."""
+    return format(value, spec.replace(".", "z.", 1))
 
 
 def interval_text(interval: Mapping[str, Any], spec: str) -> str:
@@ -56,7 +61,7 @@ def policy_table(summary: Mapping[str, Any]) -> str:
             *(rate_text(policy["win_rate_vs_sft"][group]) for group in names),
             _value_text(policy, "worst_group_win_rate", ".3f"),
             _value_text(policy, "average_win_rate", ".3f"),
-            number_text(policy["kl"], "z.2f"),
+            number_text(policy["kl"], ".2f"),
             number_text(policy["length"], ".1f"),
         ]
         for name, policy in summary["policies"].items()
@@ -92,8 +97,8 @@ def size_block(summary: Mapping[str, Any]) -> list[str]:
         points = [{"mean": policy["utility"][group], **policy["utility_interval"][group]} for group in names]
         correlation = [policy["length_correlation"][group] for group in names]
         reasons |= dict.fromkeys(point["reason"] for point in correlation if point["mean"] is None)
-        told = ["n/a" if point["mean"] is None else rate_text(point, "+z.2f") for point in correlation]
-        sizes = [_value_text(policy, "kl", "z.2f"), _value_text(policy, "length", ".1f")]
+        told = ["n/a" if point["mean"] is None else rate_text(point, "+.2f") for point in correlation]
+        sizes = [_value_text(policy, "kl", ".2f"), _value_text(policy, "length", ".1f")]
         rows.append([name, *map(rate_text, points), *sizes, *told])
     header = ["policy", *(f"utility, {group}" for group in names), "KL (nats)", "length"]
     header += [f"length with utility, {group}" for group in names]

@@ -65,7 +65,8 @@ class SequenceClassifier(nn.Module):
             UserError: for what cannot be had, and for a model without a trained head.
         """
         if (Path(name_or_path) / "adapter_config.json").is_file():
-            model, tokenizer = _load_adapter(name_or_path, dtype)
+            with reading("adapter", name_or_path):
+                model, tokenizer = _load_adapter(name_or_path, dtype)
         else:
             model, tokenizer = load_classifier(name_or_path, dtype), load_tokenizer(name_or_path)
         return cls(model, tokenizer, layout=layout, label=label)
@@ -91,24 +92,19 @@ def _load_adapter(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
     peft = import_peft()
-    with reading("adapter", folder):
-        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     weights = Path(folder) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{folder} lacks adapter_model.safetensors; save the adapter with save_pretrained()")
-    with reading("adapter", folder):
-        heads = [value for name, value in load_file(weights).items() if name.endswith(_LAST_LAYERS)]
+    heads = [value for name, value in load_file(weights).items() if name.endswith(_LAST_LAYERS)]
     if not heads:
         raise UserError(
             f"the adapter in {folder} came without its reward head, so it would score at random; train it "
             "with task_type SEQ_CLS, or modules_to_save naming the head ('score' or 'classifier')"
         )
     require_model(base)
-    with reading("model", base):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=len(heads[-1]), dtype=dtype
-        )
-    with quiet_peft(), reading("adapter", folder):
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(heads[-1]), dtype=dtype)
+    with quiet_peft():
         merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
     own = (Path(folder) / "tokenizer_config.json").is_file()
     return merged, load_tokenizer(folder) if own else load_tokenizer(base)
