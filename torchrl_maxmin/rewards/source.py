@@ -17,7 +17,7 @@ from torchrl_maxmin.importing import import_named
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
-from torchrl_maxmin.preferences.texts import Text, is_conversational
+from torchrl_maxmin.preferences.texts import Text, as_completion
 from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards.base import RewardModel
 
@@ -77,6 +77,11 @@ class MixtureRewards:
         if not bool(rewards.isfinite().all()):
             raise NonFiniteRewards("the reward model gives NaN or infinity for some response")
         return rewards
+
+    def in_batches(self, responses: TensorDict, batch_size: int = 512) -> Tensor:
+        """Score responses on the model's device, so many at once; returns rewards [N, K] on the CPU."""
+        device = next(self.mixture.parameters()).device
+        return torch.cat([self(part.to(device)).cpu() for part in responses.split(batch_size)])
 
     def _of_texts(self, responses: TensorDictBase) -> Tensor:
         known = None if responses.get("prompt_index", None) is None else self.prompts
@@ -239,9 +244,7 @@ def count_columns(
     """
     places = (0, -1 if len(prompts) < 2 else 1)
     pair = [prompts[place] for place in places]
-    completions: list[Text] = ["c", "d e"]
-    if is_conversational(pair[0]):
-        completions = [[{"role": "assistant", "content": str(text)}] for text in completions]
+    completions = [as_completion(text, pair[0]) for text in ("c", "d e")]
     given = {name: [values[place] for place in places] for name, values in (columns or {}).items()}
     try:
         values = ask(function, pair, completions, role, given)
