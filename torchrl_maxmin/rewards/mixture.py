@@ -23,6 +23,7 @@ from torchrl_maxmin.modules.loading import (
     require_model,
 )
 from torchrl_maxmin.modules.sequences import backbone_of
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
 from torchrl_maxmin.rewards.base import RewardModel, score_texts
 from torchrl_maxmin.rewards.calibration import Calibration
@@ -101,6 +102,8 @@ class RewardMixture(RewardModel):
         lora_dropout: float = 0.0,
         lora_target_modules: Sequence[str] | str | None = None,
         dtype: torch.dtype = torch.float32,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
     ) -> RewardMixture:
         """New heads on the trunk of a language model: a decoder (GPT-2, Llama ...) or an encoder (BERT ...).
 
@@ -120,6 +123,9 @@ class RewardMixture(RewardModel):
             lora_dropout: on their inputs, in training mode.
             lora_target_modules: names of the layers, or ``all-linear``; peft's choice when None.
             dtype: of the trunk; heads and adapters train in fp32.
+            chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`; saved with the
+                tokenizer.
+            system_prompt: likewise.
 
         Raises:
             UserError: for a model or options that cannot be used.
@@ -129,9 +135,11 @@ class RewardMixture(RewardModel):
         config = transformers.AutoConfig.from_pretrained(name_or_path)
         plain = head == "linear" and rank is None and not use_peft and pooling in (None, "last")
         known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        chat = chat_template, system_prompt
         if plain and known and not is_encoder(config):
-            return cls._from_classifier(name_or_path, num_groups, dtype, layout)
+            return cls._from_classifier(name_or_path, num_groups, dtype, layout, chat)
         trunk, tokenizer = load_trunk(name_or_path, dtype)
+        set_chat_template(tokenizer, *chat)
         heads = RewardHeads(head, trunk.config.hidden_size, num_groups, rank)
         if not use_peft:
             return cls(trunk, tokenizer, heads=heads, pooling=pooling, layout=layout)
@@ -141,12 +149,17 @@ class RewardMixture(RewardModel):
 
     @classmethod
     def _from_classifier(
-        cls, name_or_path: str, num_groups: int, dtype: torch.dtype, layout: str | None
+        cls,
+        name_or_path: str,
+        num_groups: int,
+        dtype: torch.dtype,
+        layout: str | None,
+        chat: tuple[str | None, str | None],
     ) -> RewardMixture:
         """A decoder's sequence classifier; its head is drawn from N(0, 1 / (hidden + 1))."""
         from transformers import AutoModelForSequenceClassification
 
-        tokenizer = load_tokenizer(name_or_path)
+        tokenizer = set_chat_template(load_tokenizer(name_or_path), *chat)
         # for those who load the folder without us: absolute positions are right with padding at the end alone
         tokenizer.padding_side = "right"
         with reading("model", name_or_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import is_encoder
+from torchrl_maxmin.modules.loading import import_transformers, is_encoder, load_tokenizer, reading
 from torchrl_maxmin.modules.sequences import (
     backbone_of,
     hidden_states,
@@ -19,9 +19,10 @@ from torchrl_maxmin.modules.sequences import (
     pack_left,
     segment_ids,
 )
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards.layouts import Text, TextLayout, takes_pairs
 
-__all__ = ["POOLINGS", "TextReader"]
+__all__ = ["POOLINGS", "TextReader", "load_reader"]
 
 POOLINGS = ("last", "mean", "cls")
 
@@ -123,3 +124,29 @@ def _max_length(backbone: Any, tokenizer: Any, bidirectional: bool) -> int | Non
     if bidirectional:
         limits.append(tokenizer.model_max_length)
     return min((limit for limit in limits if limit > 0), default=None)
+
+
+def load_reader(
+    name_or_path: str,
+    pooling: str | None = None,
+    layout: str | None = None,
+    chat_template: str | None = None,
+    system_prompt: str | None = None,
+) -> TextReader:
+    """Load what turns texts into a model's tokens, without its weights.
+
+    Args:
+        name_or_path: Hugging Face model.
+        pooling: see :class:`TextReader`.
+        layout: likewise.
+        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        system_prompt: likewise.
+
+    Raises:
+        UserError: if there is no such model, or it cannot read texts so.
+    """
+    tokenizer = set_chat_template(load_tokenizer(name_or_path), chat_template, system_prompt)
+    transformers = import_transformers()
+    with reading("config", name_or_path), torch.device("meta"):
+        trunk = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name_or_path))
+    return TextReader(trunk, tokenizer, pooling=pooling, layout=layout)
