@@ -18,8 +18,10 @@ from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.evaluation.summary import summarise, write_summary
 from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_model
+from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_causal_lm
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.modules.sequences import has_ended
+from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import require_columns
 from torchrl_maxmin.progress import console, progress_bar
@@ -134,8 +136,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     config.check()
     folders = config.folders()
     device = resolve_device(config.device)
-    for path in folders.values():
-        require_model(path)
+    model_configs = [require_causal_lm(path) for path in folders.values()]
     table = load_table(config.dataset_name, config.dataset_split)
     if len(table) == 0:
         raise UserError(f"{config.dataset_name} has no prompts")
@@ -150,6 +151,8 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     seed_everything(config.seed)  # as below: a new pad token's row is random
     reference = _load_policy(folders[REFERENCE], tokenizer, config, device)
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
+    for model_config in model_configs:
+        require_positions(model_config, prompts["prompt_tokens"].shape[-1], config.response_length)
 
     utilities, kl, length, responses = {}, {}, {}, {}
     shape = (len(texts), config.num_samples)
@@ -197,8 +200,12 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
 
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
     return TokenPolicy.from_pretrained(
-        path, tokenizer, max_new_tokens=config.response_length, temperature=config.temperature
-    ).to(device)
+        path,
+        tokenizer,
+        max_new_tokens=config.response_length,
+        temperature=config.temperature,
+        device=device,
+    )
 
 
 @torch.no_grad()
@@ -301,8 +308,7 @@ def _certificate(
 
     def rewards(responses: TensorDict) -> torch.Tensor:
         calibrated = calibration.apply(mixture.score(*to_texts(tokenizer, responses))).double()
-        ended = (responses["action"] == tokenizer.eos_token_id) & responses["action_mask"]
-        return calibrated - missing_eos_penalty * ~ended.any(-1, keepdim=True)
+        return calibrated - missing_eos_penalty * ~has_ended(responses, policy.eos_token_ids)
 
     certificate = policy_certificate(
         policy, reference, rewards, some, config.certificate_samples // 2 * 2, beta

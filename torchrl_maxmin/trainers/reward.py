@@ -12,8 +12,9 @@ import torch
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import is_encoder, load_tokenizer, require_model
+from torchrl_maxmin.modules.loading import is_encoder, load_config, load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts
+from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
@@ -44,7 +45,7 @@ def run_reward(config: RewardConfig) -> Path:
     config.check()
     groups = config.groups()
     device = resolve_device(config.device)
-    require_model(config.model_name_or_path)
+    model_config = load_config(config.model_name_or_path)
     data = config.load_pairs(config.dataset_name)
     if config.use_true_groups:
         if data.groups is None:
@@ -61,6 +62,8 @@ def run_reward(config: RewardConfig) -> Path:
         saved = find_checkpoint(folder, config.resume_from_checkpoint)
     else:
         prepare_output_dir(folder)
+    if not is_encoder(model_config) and config.calibration != "none":
+        _require_reference(config, device)
     seed_everything(config.seed)
 
     def on_round(state: dict[str, Any]) -> None:
@@ -104,20 +107,32 @@ def run_reward(config: RewardConfig) -> Path:
     return folder
 
 
+def _load_reference(config: RewardConfig, tokenizer: Any, device: torch.device) -> TokenPolicy:
+    return TokenPolicy.from_pretrained(
+        config.model_name_or_path, tokenizer, max_new_tokens=config.response_length, device=device
+    )
+
+
+def _require_reference(config: RewardConfig, device: torch.device) -> None:
+    """Raise :class:`UserError`, before anything is trained, where calibration could not sample afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _load_reference(config, load_tokenizer(config.model_name_or_path), device)
+
+
 def _calibrate(
     mixture: RewardMixture, data: PreferenceDataset, config: RewardConfig, device: torch.device
 ) -> Calibration:
     """Fit the heads' scale on samples of the trunk's own model; an encoder samples none, so on the pairs'."""
+    if config.calibration == "none":
+        return Calibration.identity(mixture.num_groups)
     if is_encoder(mixture.model.config):
         rows = slice(0, config.calibration_prompts)
         prompts = data.prompts[rows]
         sides = [mixture.score(prompts, side[rows]) for side in (data.chosen, data.rejected)]
         return Calibration.fit(torch.stack(sides, 1), config.calibration)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    reference = TokenPolicy.from_pretrained(
-        config.model_name_or_path, tokenizer, max_new_tokens=config.response_length
-    ).to(device)
-    positions = getattr(reference.model.config, "max_position_embeddings", None) or config.max_length
+    reference = _load_reference(config, tokenizer, device)
+    positions = max_positions(reference.model) or config.max_length
     longest = max(1, min(config.max_length, positions - config.response_length))
     asked = [prompt for prompt in dict.fromkeys(data.prompts) if tokenizer(prompt).input_ids]
     if not asked:
