@@ -18,6 +18,7 @@ from torchrl_maxmin.modules.loading import (
     require_model,
 )
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_index, pad_right
+from torchrl_maxmin.modules.trunks import states_width
 from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards.reader import TextReader
 
@@ -62,9 +63,10 @@ def text_features(
     *,
     reader: TextReader | None = None,
 ) -> Tensor:
-    """Frozen features [N, 3H] of token rows: pooled state, and sums of hidden states and embeddings.
+    """Frozen features [N, 2H + E] of token rows: pooled state, and sums of hidden states and embeddings.
 
-    The sums let a linear head see counts, above all length.
+    The sums let a linear head see counts, above all length. H is the width of the trunk's states, E
+    that of its embeddings; for most models they are equal.
 
     Args:
         model: a language model or its trunk.
@@ -76,7 +78,7 @@ def text_features(
     backbone, embed = backbone_of(model), model.get_input_embeddings()
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    features = torch.empty(len(rows), 3 * model.config.hidden_size)
+    features = torch.empty(len(rows), 2 * states_width(backbone) + embed.weight.shape[-1])
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         tokens, mask = (t.to(device) for t in pad_right([rows[i] for i in part], pad_id))

@@ -23,6 +23,7 @@ from torchrl_maxmin.modules.loading import (
     require_model,
 )
 from torchrl_maxmin.modules.sequences import backbone_of
+from torchrl_maxmin.modules.trunks import states_width
 from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
 from torchrl_maxmin.rewards.base import RewardModel, score_texts
@@ -140,7 +141,7 @@ class RewardMixture(RewardModel):
             return cls._from_classifier(name_or_path, num_groups, dtype, layout, chat)
         trunk, tokenizer = load_trunk(name_or_path, dtype)
         set_chat_template(tokenizer, *chat)
-        heads = RewardHeads(head, trunk.config.hidden_size, num_groups, rank)
+        heads = RewardHeads(head, states_width(trunk), num_groups, rank)
         if not use_peft:
             return cls(trunk, tokenizer, heads=heads, pooling=pooling, layout=layout)
         settings = lora.LoraSettings(lora_r, lora_alpha, lora_dropout, lora_target_modules)
@@ -208,8 +209,9 @@ class RewardMixture(RewardModel):
         model, _ = load_trunk(form["base"] or str(folder), getattr(torch, form["dtype"]))
         tokenizer = load_tokenizer(str(folder))
         names = [] if form["adapters"] is None else lora.adapter_names(form["adapters"], form["num_groups"])
+        width = states_width(model)
         with torch.device("meta"):
-            heads = RewardHeads(form["kind"], model.config.hidden_size, form["num_groups"], form["rank"])
+            heads = RewardHeads(form["kind"], width, form["num_groups"], form["rank"])
         with reading("reward heads", str(folder)):
             heads.load_state_dict(load_file(folder / _HEADS_FILE), assign=True)
         return {

@@ -12,8 +12,9 @@ import torch
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import import_transformers, is_encoder, load_tokenizer, require_model
+from torchrl_maxmin.modules.loading import is_encoder, load_config, load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts
+from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
 from torchrl_maxmin.progress import progress_bar
@@ -45,7 +46,7 @@ def run_reward(config: RewardConfig) -> Path:
     config.check()
     groups = config.groups()
     device = resolve_device(config.device)
-    require_model(config.model_name_or_path)
+    model_config = load_config(config.model_name_or_path)
     data = config.load_pairs(config.dataset_name, config.model_name_or_path)
     if config.use_true_groups:
         if data.groups is None:
@@ -66,7 +67,7 @@ def run_reward(config: RewardConfig) -> Path:
         prepare_output_dir(folder)
     seed_everything(config.seed)
     reference = None
-    if config.calibration != "none" and not _is_encoder(config.model_name_or_path):
+    if config.calibration != "none" and not is_encoder(model_config):
         reference = _Reference(config, data, device)
 
     def on_round(state: dict[str, Any]) -> None:
@@ -114,10 +115,6 @@ def run_reward(config: RewardConfig) -> Path:
     return folder
 
 
-def _is_encoder(name_or_path: str) -> bool:
-    return is_encoder(import_transformers().AutoConfig.from_pretrained(name_or_path))
-
-
 class _Reference:
     """The policy whose samples put the heads on one scale: the trunk's own model.
 
@@ -157,19 +154,22 @@ class _Reference:
     def load(self) -> TokenPolicy:
         """Load the policy."""
         return TokenPolicy.from_pretrained(
-            self.config.model_name_or_path, self.tokenizer, max_new_tokens=self.config.response_length
-        ).to(self.device)
+            self.config.model_name_or_path,
+            self.tokenizer,
+            max_new_tokens=self.config.response_length,
+            device=self.device,
+        )
 
     def rewards(self, mixture: RewardMixture) -> torch.Tensor:
         """Raw rewards [X, n, K] of the reference's samples."""
         config, reference = self.config, self.load()
-        positions = getattr(reference.model.config, "max_position_embeddings", None) or config.max_length
+        positions = max_positions(reference.model) or config.max_length
         longest = max(1, min(config.max_length, positions - config.response_length))
         with progress_bar("calibrating the heads", 1) as advance:
             raw = reference_rewards(
                 reference,
                 encode_prompts(self.tokenizer, self.prompts, longest),
-                MixtureRewards(mixture, self.tokenizer, self.prompts),
+                MixtureRewards(mixture, self.tokenizer, self.prompts, reference.eos_token_ids),
                 config.calibration_samples,
             )
             advance()
