@@ -62,8 +62,8 @@ class VectorTD0(_VectorTD, TD0Estimator):
         **kwargs: those of :class:`~torchrl.objectives.value.TD0Estimator`, and ``mask_key``.
 
     Raises:
-        ValueError: as of :class:`~torchrl_maxmin.objectives.VectorGAE`; in the call, for ``average_rewards`` of data
-            with a mask.
+        ValueError: as of :class:`~torchrl_maxmin.objectives.VectorGAE`; in the call, for ``average_rewards``
+            of data with a mask.
     """
 
     _scalar = TD0Estimator
@@ -97,8 +97,8 @@ class VectorVTrace(VectorEstimator, VTrace):
     function under it, :func:`~torchrl.objectives.value.functional.vtrace_advantage_estimate`, is the same.
 
     Args:
-        log_ratio: gives ``log pi - log mu`` of the actions ``[*B, T, 1]`` from data and the shape ``[*B, T]``; a
-            loss gives its own.
+        log_ratio: gives ``log pi - log mu`` of the actions ``[*B, T, 1]`` from data and the shape
+            ``[*B, T]``; a loss gives its own.
         **kwargs: those of :class:`~torchrl.objectives.value.VTrace` but the actor, and ``mask_key``.
     """
 
