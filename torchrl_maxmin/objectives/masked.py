@@ -120,9 +120,10 @@ def ratio_statistics(log_ratio: Tensor, mask: Tensor | None = None) -> dict[str,
     ratio = torch.where(valid, log_ratio.exp(), 0.0)
     # Relative to the largest, so that the squares do not overflow.
     tiny = torch.finfo(ratio.dtype).tiny
-    scaled = ratio / ratio.max().clamp_min(tiny)
+    largest = ratio.flatten().amax(0)  # not max(), which cannot be mapped over an empty batch
+    scaled = ratio / largest.clamp_min(tiny)
     return {
         "ESS": scaled.sum().square() / scaled.square().sum().clamp_min(tiny) / count,
-        "max_ratio": ratio.max(),
+        "max_ratio": largest,
         "mean_ratio": ratio.sum() / count,
     }
