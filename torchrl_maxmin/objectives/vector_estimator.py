@@ -177,7 +177,8 @@ class VectorEstimator(ValueEstimatorBase):
         keys = self.tensor_keys
         if tensordict.batch_dims < 1:
             raise ValueError(
-                f"{type(self).__name__} needs a time dimension, got batch size {tuple(tensordict.batch_size)}."
+                f"{type(self).__name__} needs a time dimension; the batch size is "
+                f"{tuple(tensordict.batch_size)}."
             )
         time_dim = self._get_time_dim(time_dim, tensordict)
         data = tensordict
