@@ -143,6 +143,34 @@ def test_a_critic_on_what_the_actor_writes():
         assert torch.equal(grads[key], value)
 
 
+class Averages(nn.Module):
+    """A critic that looks back: attention of equal weights to all steps so far."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, features):
+        steps = features.shape[-2]
+        weights = torch.ones(steps, steps).tril()
+        return self.linear((weights / weights.sum(-1, keepdim=True)) @ features)
+
+
+@FUNCTIONAL
+def test_a_critic_that_looks_across_steps(functional):
+    """A weight of 0 times NaN is NaN: padding has to be finite before the network sees it."""
+    value = TensorDictModule(Averages(), in_keys=["features"], out_keys=["state_value"])
+    loss = MaxMinPPOLoss(categorical_actor(), value, functional=functional, reduction="sum")
+    data = padded_rollout()
+    data["features"], data["next", "features"] = data["observation"] * 2, data["next", "observation"] * 2
+    expected = [loss(row) for row in rows_alone(data)]
+    losses, grads = gradients(loss, poison(data))
+    for key in ("loss_objective", "loss_entropy", "loss_critic"):
+        torch.testing.assert_close(losses[key], sum(row[key] for row in expected), atol=1e-5, rtol=1e-5)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
 # -- which mask ----------------------------------------------------------------------------------------
 
 
@@ -273,6 +301,7 @@ def test_options_of_gae_with_padding(option):
     if option == "auto_reset_env":
         options[option] = True
         data["next", "truncated"] = torch.rand(4, 6, 1, generator=generator) < 0.3
+        data["next", "truncated"][1, LENGTHS[1] - 1] = False  # goes on, behind the padding
         data["next", "done"] = data["next", "truncated"].clone()
     else:
         data[option] = torch.randint(1, 4, (4, 6, 1), generator=generator).float()
@@ -280,6 +309,14 @@ def test_options_of_gae_with_padding(option):
     estimated = estimator(poison(data))
     for b, row in enumerate(rows_alone(data)):
         torch.testing.assert_close(estimated["advantage"][b, : LENGTHS[b]], estimator(row)["advantage"][0])
+
+
+def test_the_last_real_step_is_no_terminal_one_without_terminated_flags_either():
+    data = padded_rollout()
+    estimator = VectorGAE(gamma=0.9, lmbda=0.8, value_network=critic(2))
+    expected = estimator(data.clone())
+    found = estimator(data.exclude(("next", "terminated")))
+    assert torch.equal(found["advantage"], expected["advantage"])
 
 
 def test_steps_that_were_displaced_and_padding_both_count_out():

@@ -217,10 +217,10 @@ class VectorEstimator(ValueEstimatorBase):
         followed = torch.cat([valid.narrow(time_dim, 1, valid.shape[time_dim] - 1), last], time_dim)
         data = tensordict.copy()
         # done alone: what the last real step bootstraps from is its own next observation, which is real.
-        data.set(flags, (done & valid) | (valid & ~followed))
-        terminated = tensordict.get(("next", keys.terminated), default=done)
-        data.set(("next", keys.terminated), terminated & valid)
+        data.set(flags, done | (valid & ~followed))
+        data.set(("next", keys.terminated), tensordict.get(("next", keys.terminated), default=done))
         if self.value_network is not None:
+            # Networks may look across steps: an attention weight of 0 times NaN is NaN.
             read = [*self.value_network.in_keys, keys.value]
             data = fill_masked(data, [*read, *(("next", key) for key in read)], mask)
         return data
