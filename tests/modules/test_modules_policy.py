@@ -253,8 +253,9 @@ def test_sample_responses_repeats_prompts_side_by_side(tiny_model, tokenizer):
 
 def test_encode_prompts_cuts_the_start(tokenizer):
     out = encode_prompts(tokenizer, ["the film was great", "it"], max_length=2)
-    assert out["prompt_tokens"].tolist() == [tokenizer("was great").input_ids[1:], tokenizer("it").input_ids]
+    assert out["prompt_tokens"].tolist() == [tokenizer("great").input_ids, tokenizer("it").input_ids]
     assert out["prompt_mask"].all()
+    assert out["prompt_index"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("pad_token", [None, "<eos>"])

@@ -276,8 +276,9 @@ def test_conversations_are_scored_like_the_transcripts_of_preference_data(forms)
             completions=[[{"role": "assistant", "content": text}] for text in ("was great", "awful")],
             completion_ids=[[1], [2]],
         )
-        expected = reward(["\n\nHuman: the film\n\nAssistant:"] * 2, [" was great", " awful"])
-        assert found == expected
+        template = name == "decoder"  # the encoder's tokenizer has none: conversations become transcripts
+        prompt = "<user> the film </s> \n<assistant> " if template else "\n\nHuman: the film\n\nAssistant:"
+        assert found == reward([prompt] * 2, [" was great", " awful"])
         assert found[0] != found[1]
 
 

@@ -7,12 +7,16 @@ token, and a pad id may equal another special token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 __all__ = [
     "backbone_of",
+    "has_ended",
     "hidden_states",
     "keep_last",
     "last_index",
@@ -44,10 +48,30 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor
     return tokens, mask
 
 
-def mask_after_eos(tokens: Tensor, eos_id: int) -> Tensor:
-    """Mask [B, R] of generated tokens up to and with the first ``eos_id``."""
-    ended_before = (tokens == eos_id).int().cumsum(-1) - (tokens == eos_id).int()
-    return ended_before == 0
+def _is_end(tokens: Tensor, eos_ids: int | Sequence[int]) -> Tensor:
+    ends = (eos_ids,) if isinstance(eos_ids, int) else eos_ids
+    return reduce(or_, [tokens == end for end in ends])  # no tensor of ids: a copy to the device waits
+
+
+def mask_after_eos(tokens: Tensor, eos_ids: int | Sequence[int]) -> Tensor:
+    """Mask [B, R] of generated tokens up to and with the first that ends a response.
+
+    Args:
+        tokens: [B, R] int64.
+        eos_ids: the token, or the several tokens, that end a response.
+    """
+    ends = _is_end(tokens, eos_ids).int()
+    return ends.cumsum(-1) - ends == 0
+
+
+def has_ended(responses: TensorDictBase, eos_ids: int | Sequence[int]) -> Tensor:
+    """Whether each response ended by itself: bool [B, 1].
+
+    Args:
+        responses: with ``action`` and ``action_mask`` [B, R].
+        eos_ids: the token, or the several tokens, that end a response.
+    """
+    return (_is_end(responses["action"], eos_ids) & responses["action_mask"]).any(-1, keepdim=True)
 
 
 def last_index(mask: Tensor) -> Tensor:

@@ -280,10 +280,15 @@ class RewardMixture(RewardModel):
         return self.reader.pool(*self.reader.states(backbone_of(self.model), tokens, mask))
 
     def raw_scores(
-        self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int, max_length: int | None
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        batch_size: int,
+        max_length: int | None,
+        ended: Sequence[bool] | None = None,
     ) -> Tensor:
         """Raw rewards [N, K] on the CPU."""
-        return score_texts(self, prompts, completions, batch_size, max_length)
+        return score_texts(self, prompts, completions, batch_size, max_length, ended)
 
     def encoder(
         self, max_length: int | None = None

@@ -77,10 +77,14 @@ class TextReader:
         self._separator: int | None = tokenizer.sep_token_id if segments else None
 
     def encode(
-        self, prompts: Sequence[Text], completions: Sequence[Text], max_length: int | None = None
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        max_length: int | None = None,
+        ended: Sequence[bool] | None = None,
     ) -> list[list[int]]:
-        """Token rows of texts."""
-        return self.layout(prompts, completions, max_length)
+        """Return token rows of texts; a completion that has not ``ended`` gets no end."""
+        return self.layout(prompts, completions, max_length, ended)
 
     def packed(self, tokens: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs by name for a Hugging Face model, padded on the right, and their mask [N, T]."""
