@@ -10,7 +10,7 @@ from tensordict import TensorDict
 
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sequences import pad_left
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, is_conversational
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, as_completion
 
 __all__ = ["encode_prompts", "sample_responses", "to_texts"]
 
@@ -80,7 +80,5 @@ def to_texts(
     if prompts is None:
         return list(read("prompt_tokens", "prompt_mask")), completions
     answered = [prompts[place] for place in responses["prompt_index"].tolist()]
-    return answered, [
-        [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-        for prompt, text in zip(answered, completions, strict=True)
-    ]
+    texts = zip(completions, answered, strict=True)
+    return answered, [as_completion(str(text), prompt) for text, prompt in texts]

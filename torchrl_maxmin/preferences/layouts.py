@@ -124,9 +124,7 @@ def _summaries(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOpt
         if not isinstance(listed, list) or len(listed) != 2 or not all(isinstance(s, dict) for s in listed):
             raise UserError(f"row {row}: column 'summaries' does not hold two objects with a text")
         texts = [summary.get("text") for summary in listed]
-        prompt, texts = split_prompt(
-            _prompt_of(row, cells, roles), texts, row, ["summaries.text"] * 2
-        )
+        prompt, texts = split_prompt(_prompt_of(row, cells, roles), texts, row, ["summaries.text"] * 2)
         yield _judge(row, prompt, texts, verdicts.place(cells["choice"], 2, row))
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.texts import Text, read_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["load_table", "require_columns"]
+__all__ = ["load_prompts", "load_table", "require_columns"]
 
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
@@ -123,3 +124,24 @@ def require_columns(table: Dataset, wanted: Sequence[str], what: str) -> None:
             f"{what} needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
             "Rename your columns to match"
         )
+
+
+def load_prompts(source: str | Path | Any, split: str, what: str) -> tuple[Dataset, list[Text]]:
+    """Load a table with a column prompt.
+
+    Args:
+        source: what :func:`load_table` takes.
+        split: which split of a data set that has several.
+        what: the stage, for messages.
+
+    Returns:
+        The table, and its prompts: strings or conversations.
+
+    Raises:
+        UserError: for no rows, no such column, or a cell that is no text.
+    """
+    table = load_table(source, split)
+    if len(table) == 0:
+        raise UserError(f"{source} has no prompts")
+    require_columns(table, ["prompt"], what)
+    return table, read_texts(table, "prompt")

@@ -70,9 +70,7 @@ class ArrowColumn(Sequence[Any]):
         ('c', ['c', 'a'], True)
     """
 
-    def __init__(
-        self, column: pa.ChunkedArray, rows: np.ndarray, decode: Callable[[Any], Any] | None = None
-    ):
+    def __init__(self, column: pa.ChunkedArray, rows: np.ndarray, decode: Callable[[Any], Any] | None = None):
         self._chunks = column.chunks
         self._type = column.type
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])

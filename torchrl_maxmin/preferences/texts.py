@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.transcripts import prompt_and_responses, render_prompt, text_of
+from torchrl_maxmin.preferences.transcripts import as_transcript, prompt_and_responses, render_prompt, text_of
 
 __all__ = [
     "Message",
     "Text",
     "TextEncoder",
+    "as_completion",
     "cut_start",
     "distinct_texts",
     "is_conversational",
@@ -63,8 +64,15 @@ def distinct_texts(texts: Sequence[Text]) -> list[int]:
 
 
 def plain_text(text: Text) -> str:
-    """Return a string as it is, and a conversation as a transcript, for readers of plain text."""
-    return text if isinstance(text, str) else render_prompt(text)
+    """Return a string as it is, a lone message's words, and a longer conversation as a transcript."""
+    if isinstance(text, str):
+        return text
+    return text[0]["content"] if len(text) == 1 else as_transcript([], [text])[1][0].strip()
+
+
+def as_completion(text: str, prompt: Text) -> Text:
+    """Return what answers a prompt in the prompt's kind: a string, or a message of the assistant."""
+    return [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
 
 
 def turns_of(prompt: Text, completion: Text) -> list[Message]:

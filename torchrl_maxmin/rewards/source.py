@@ -17,7 +17,7 @@ from torchrl_maxmin.importing import import_named
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
-from torchrl_maxmin.preferences.texts import Text, is_conversational
+from torchrl_maxmin.preferences.texts import Text, as_completion
 from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards.base import RewardModel
 
@@ -28,6 +28,7 @@ __all__ = [
     "ask",
     "count_columns",
     "extra_columns",
+    "fill_absent",
     "load_functions",
     "reference_rewards",
 ]
@@ -67,11 +68,28 @@ class MixtureRewards:
 
     @torch.no_grad()
     def __call__(self, responses: TensorDictBase) -> Tensor:
-        """Score a tensordict of prompts and responses."""
-        if not self.shared_vocabulary:
-            texts = to_texts(self.tokenizer, responses, self.prompts)
-            ended = has_ended(responses, self.eos_token_ids).flatten().tolist()
-            return self.mixture.score(*texts, ended=ended).to(responses["action"].device)
+        """Score a tensordict of prompts and responses.
+
+        Raises:
+            NonFiniteRewards: for a reward that is NaN or infinite.
+        """
+        rewards = self._of_tokens(responses) if self.shared_vocabulary else self._of_texts(responses)
+        if not bool(rewards.isfinite().all()):
+            raise NonFiniteRewards("the reward model gives NaN or infinity for some response")
+        return rewards
+
+    def in_batches(self, responses: TensorDict, batch_size: int = 512) -> Tensor:
+        """Score responses on the model's device, so many at once; returns rewards [N, K] on the CPU."""
+        device = next(self.mixture.parameters()).device
+        return torch.cat([self(part.to(device)).cpu() for part in responses.split(batch_size)])
+
+    def _of_texts(self, responses: TensorDictBase) -> Tensor:
+        known = None if responses.get("prompt_index", None) is None else self.prompts
+        texts = to_texts(self.tokenizer, responses, known)
+        ended = has_ended(responses, self.eos_token_ids).flatten().tolist()
+        return self.mixture.score(*texts, ended=ended).to(responses["action"].device)
+
+    def _of_tokens(self, responses: TensorDictBase) -> Tensor:
         tokens = torch.cat([responses["prompt_tokens"], responses["action"]], -1)
         mask = torch.cat([responses["prompt_mask"], responses["action_mask"]], -1)
         longest = int(responses["action_mask"].sum(-1).max()) - responses["action"].shape[-1]
@@ -190,6 +208,21 @@ def _taken(function: RewardFunction, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in list(parameters)[2:]]
 
 
+def fill_absent(rewards: Tensor) -> Tensor:
+    """Replace NaN in rewards [B, K], no reward, by its group's mean over the other responses.
+
+    A group's mean is then that of the responses that have a reward.
+
+    Raises:
+        UserError: where no response of the batch has a reward for some group.
+    """
+    means = rewards.nanmean(0)
+    if bool(means.isnan().any()):
+        groups = means.isnan().nonzero().flatten().tolist()
+        raise UserError(f"the reward functions gave None for every response of a batch to group(s) {groups}")
+    return torch.where(rewards.isnan(), means, rewards)
+
+
 def extra_columns(functions: Sequence[RewardFunction], table: Any, rows: Sequence[int]) -> dict[str, list]:
     """Read the columns of a table that some function takes by name, at these rows."""
     names = [name for name in table.column_names if name not in ("prompt", "prompts", "completions")]
@@ -211,9 +244,7 @@ def count_columns(
     """
     places = (0, -1 if len(prompts) < 2 else 1)
     pair = [prompts[place] for place in places]
-    completions: list[Text] = ["c", "d e"]
-    if is_conversational(pair[0]):
-        completions = [[{"role": "assistant", "content": str(text)}] for text in completions]
+    completions = [as_completion(text, pair[0]) for text in ("c", "d e")]
     given = {name: [values[place] for place in places] for name, values in (columns or {}).items()}
     try:
         values = ask(function, pair, completions, role, given)
@@ -269,6 +300,4 @@ def reference_rewards(
     device = next(reference.parameters()).device
     samples = sample_responses(reference, prompts, num_samples)
     raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(512)])
-    if not isinstance(rewards, FunctionRewards) and not bool(raw.isfinite().all()):
-        raise NonFiniteRewards(f"the reward gives NaN or infinity for some response; {_WANTED}")
     return raw.reshape(len(prompts), num_samples, -1)

@@ -13,9 +13,10 @@ import torch
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer
 from torchrl_maxmin.modules.sequences import pad_right
-from torchrl_maxmin.preferences import encode, load_table
+from torchrl_maxmin.preferences import load_table
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, read_texts
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.settings import CheckedSettings
+from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import (
     prepare_output_dir,
     resolve_device,
@@ -39,13 +40,14 @@ SCHEDULES = (
 
 
 @dataclass
-class SFTConfig(CheckedSettings):
+class SFTConfig(ChatSettings):
     """Supervised fine-tuning of a causal language model.
 
     Args:
         model_name_or_path: Hugging Face model folder or hub name.
         dataset_name: json, jsonl, csv or parquet file, saved dataset or hub name, with columns
-            prompt and completion, or text, or prompt and chosen.
+            prompt and completion, or text, or prompt and chosen, or messages; texts are strings or lists of
+            messages.
         output_dir: folder for the model; must be empty or absent.
         dataset_split: split to train on.
         max_steps: optimizer steps; -1 trains num_train_epochs.
@@ -56,7 +58,7 @@ class SFTConfig(CheckedSettings):
             constant_with_warmup or inverse_sqrt.
         warmup_steps: steps of linear warm-up.
         weight_decay: AdamW weight decay.
-        max_length: longest text in tokens; longer ones lose their start.
+        max_length: longest text in tokens; longer ones lose their start, but for BOS.
         completion_only_loss: leave the prompt's tokens out of the loss.
         seed: seed of everything random.
         device: cpu, cuda or auto.
@@ -89,21 +91,42 @@ class SFTConfig(CheckedSettings):
             raise UserError("--max_steps must be at least 1, or -1 to train --num_train_epochs")
 
 
-def _read_texts(config: SFTConfig) -> list[tuple[str, str]]:
-    """(prompt, completion) of every row; a plain text is a completion without prompt."""
+def _read_texts(config: SFTConfig) -> tuple[list[Text], list[Text]]:
+    """Prompts and completions of all rows; a plain text is a completion without prompt."""
     table = load_table(config.dataset_name, config.dataset_split)
     if len(table) == 0:
         raise UserError(f"{config.dataset_name} has no rows to train on")
     names = table.column_names
-    if "prompt" in names and "completion" in names:
-        return list(zip(table["prompt"][:], table["completion"][:], strict=True))
-    if "text" in names:
-        return [("", text) for text in table["text"][:]]
-    if "prompt" in names and "chosen" in names:
-        return list(zip(table["prompt"][:], table["chosen"][:], strict=True))
+    pairs = (("prompt", "completion"), ("", "text"), ("prompt", "chosen"), ("", "messages"))
+    for prompt, completion in pairs:
+        if completion not in names or (prompt and prompt not in names):
+            continue
+        completions = read_texts(table, completion)
+        if prompt:
+            return read_texts(table, prompt), completions
+        # a whole conversation answers what stands before its last message
+        opened: list[Text] = ["" if isinstance(text, str) else text[:-1] for text in completions]
+        return opened, [text if isinstance(text, str) else text[-1:] for text in completions]
     raise UserError(
-        f"sft needs columns prompt and completion, or text, or prompt and chosen; found {', '.join(names)}"
+        "sft needs columns prompt and completion, or text, or prompt and chosen, or messages; found "
+        f"{', '.join(names)}"
     )
+
+
+def _encode(
+    tokenizer: Any, prompts: Sequence[Text], completions: Sequence[Text], config: SFTConfig
+) -> list[dict[str, Any]]:
+    """Token rows, and how many tokens at the start of each are not trained on."""
+    encoder = TextEncoder(tokenizer)
+    starts = encoder.prompts(prompts, answerable=False)
+    ends = encoder.completions(prompts, completions)
+    rows = []
+    for start, end in zip(starts, ends, strict=True):
+        ids = cut_start([*start, *end], config.max_length, tokenizer.bos_token_id)
+        bos = start[:1] == ids[:1] == [tokenizer.bos_token_id]  # stays where the whole prompt was cut off
+        skip = max(len(ids) - len(end), int(bos)) if config.completion_only_loss else 0
+        rows.append({"input_ids": ids, "skip": skip})
+    return rows
 
 
 def run_sft(config: SFTConfig) -> Path:
@@ -114,18 +137,13 @@ def run_sft(config: SFTConfig) -> Path:
     """
     config.check()
     device = resolve_device(config.device)
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    texts = _read_texts(config)
+    tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
+    prompts, completions = _read_texts(config)
     folder = prepare_output_dir(config.output_dir)
     seed_everything(config.seed)
     model = load_causal_lm(config.model_name_or_path)
     ensure_pad_token(tokenizer, model)
-    rows = []
-    for prompt, completion in texts:
-        whole = encode(tokenizer, prompt, completion)
-        ids = whole[-config.max_length :]
-        skip = len(tokenizer(prompt).input_ids) if config.completion_only_loss else 0
-        rows.append({"input_ids": ids, "skip": max(skip - (len(whole) - len(ids)), 0)})  # the start was cut
+    rows = _encode(tokenizer, prompts, completions, config)
 
     def collate(batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokens, mask = pad_right([row["input_ids"] for row in batch], tokenizer.pad_token_id)
