@@ -93,7 +93,7 @@ def write_chats(
     answers: Sequence[Sequence[str]],
     *,
     num_heldout: int = 8,
-    pairs_per_user: int = 12,
+    pairs_per_user: int = 6,
     seed: int = 0,
 ) -> dict[str, Path]:
     """Write what the four verbs read, every text as messages.

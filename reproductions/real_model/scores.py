@@ -1,7 +1,8 @@
 """What two verbs and a third reader say of the same completions, side by side.
 
-The third reader is ``transformers`` alone: the reward folder as a sequence classifier, asked about one row at a
-time, without padding. Its rows are made here by the tokenizer's chat template.
+The third reader is ``transformers`` alone, in float64: the reward folder as a sequence classifier, asked about
+one row at a time, without padding. Its rows are made here by the tokenizer's chat template. What the others
+differ from it by is float32's rounding, or another reading.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ def classifier_scores(
         responses: ``prompt_index`` [N], ``action`` int64 and ``action_mask`` bool [N, R].
 
     Returns:
-        Raw scores float32 [N, K].
+        Raw scores float64 [N, K].
     """
     transformers = import_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    classifier = transformers.AutoModelForSequenceClassification
+    model = classifier.from_pretrained(folder, dtype=torch.float64).eval()
     scores = []
     for row in responses.unbind(0):
         conversation = conversations[int(row["prompt_index"])]
