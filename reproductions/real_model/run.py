@@ -194,8 +194,8 @@ def write(folder: Path, comparisons: Sequence[Comparison], seconds: dict[str, fl
             "# A real chat model: one score for one completion",
             "",
             "SmolLM2-135M-Instruct, chat prompts as messages (single questions, system messages, several "
-            "turns) through `sft` (2 steps), `reward` (2 steps), `ppo` (2 iterations) and `evaluate`. Written "
-            "by `run.py`; every score: `results.csv`. Calibrated rewards of both groups, in float32; "
+            "turns) through `sft` (2 steps), `reward` (2 steps), `ppo` (2 iterations) and `evaluate`. "
+            "Written by `run.py`; every score: `results.csv`. Calibrated rewards of both groups, in float32; "
             "`transformers` is the reward folder as a sequence classifier in float64, one row at a time, "
             "without this package.",
             "",

@@ -1,8 +1,8 @@
 """What two verbs and a third reader say of the same completions, side by side.
 
-The third reader is ``transformers`` alone, in float64: the reward folder as a sequence classifier, asked about
-one row at a time, without padding. Its rows are made here by the tokenizer's chat template. What the others
-differ from it by is float32's rounding, or another reading.
+The third reader is ``transformers`` alone, in float64: the reward folder as a sequence classifier, asked
+about one row at a time, without padding. Its rows are made here by the tokenizer's chat template. What the
+others differ from it by is float32's rounding, or another reading.
 """
 
 from __future__ import annotations
