@@ -110,7 +110,7 @@ def log_probabilities(policy: TokenPolicy, prompts: TensorDict) -> np.ndarray:
 
     First the response that ends at once, then every other first token with every second one.
     """
-    eos = policy.eos_token_id
+    (eos,) = policy.eos_token_ids
     rows = []
     for prompt in prompts.split(1):
         start = _next_token(policy, prompt, torch.empty(1, 0, dtype=torch.int64))[0]

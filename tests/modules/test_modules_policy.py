@@ -174,13 +174,6 @@ def test_pad_must_not_be_eos(tiny_model):
         TokenPolicy(load_causal_lm(tiny_model), eos_token_id=2, pad_token_id=2, max_new_tokens=3)
 
 
-def test_a_biased_head_is_refused(tiny_model):
-    model = load_causal_lm(tiny_model)
-    model.lm_head = torch.nn.Linear(16, 10, bias=True)
-    with pytest.raises(ValueError, match="adds a bias"):
-        TokenPolicy(model, eos_token_id=2, pad_token_id=0, max_new_tokens=3)
-
-
 def test_dropout_is_off(make_model):
     folder = make_model("dropout", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     policy = make_policy(folder)

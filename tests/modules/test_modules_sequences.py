@@ -38,7 +38,7 @@ def test_padding_keeps_every_token_and_masks_come_from_lengths(rows):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=4))
 def test_mask_after_eos_ends_with_the_first_eos(rows):
-    mask = mask_after_eos(torch.tensor(rows), eos_id=2)
+    mask = mask_after_eos(torch.tensor(rows), 2)
     for row, m in zip(rows, mask.tolist(), strict=True):
         real = row.index(2) + 1 if 2 in row else 5
         assert m == [True] * real + [False] * (5 - real)

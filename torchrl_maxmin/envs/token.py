@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -29,7 +29,7 @@ class TokenEnv(EnvBase):
         num_groups: K.
         num_prompts: prompts a step.
         max_new_tokens: columns of a response, R.
-        eos_token_id: ends a response.
+        eos_token_id: the token, or the several tokens, that end a response.
         vocab_size: number of tokens.
         num_generations: responses to every prompt, side by side; B is ``num_prompts`` times this.
         minimum: reward with the least of a response's group rewards (``mean_of_mins``); the
@@ -55,7 +55,7 @@ class TokenEnv(EnvBase):
         num_groups: int,
         num_prompts: int,
         max_new_tokens: int,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         vocab_size: int,
         num_generations: int = 1,
         minimum: bool = False,

@@ -18,8 +18,10 @@ from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.evaluation.summary import summarise, write_summary
 from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_model
+from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_causal_lm
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.modules.sequences import has_ended
+from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.preferences.loading import load_prompts
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
@@ -134,8 +136,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     config.check()
     folders = config.folders()
     device = resolve_device(config.device)
-    for path in folders.values():
-        require_model(path)
+    model_configs = [require_causal_lm(path) for path in folders.values()]
     table, texts = load_prompts(config.dataset_name, config.dataset_split, "evaluate")
     texts = texts[: config.num_prompts or None]
     judge = load_judge(config.judge, texts, device, config.judge_model, config.judge_criteria, table)
@@ -150,6 +151,8 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     seed_everything(config.seed)  # as below: a new pad token's row is random
     reference = _load_policy(folders[REFERENCE], tokenizer, config, device)
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
+    for model_config in model_configs:
+        require_positions(model_config, prompts["prompt_tokens"].shape[-1], config.response_length)
 
     utilities, kl, length = {}, {}, {}
     responses: dict[str, TensorDict] = {}
@@ -161,7 +164,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             sampled = sample_responses(policy, prompts, config.num_samples)
             responses[name] = sampled
             if isinstance(judge, UtilityJudge):
-                found = judge(sampled, tokenizer, texts, columns, [tokenizer.eos_token_id])
+                found = judge(sampled, tokenizer, texts, columns, policy.eos_token_ids)
                 utilities[name] = found.reshape(*shape, -1)
             ratio = sampled["sample_log_prob"] - log_prob_in_batches(reference, sampled)
             kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
@@ -177,7 +180,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             answers[name] = [completions[n : n + count] for n in range(0, len(completions), count)]
         wins, extra["judge_first_place"] = judge.compare(texts, answers)
     if mixture is not None:
-        rewards = MixtureRewards(mixture, tokenizer, texts)
+        rewards = MixtureRewards(mixture, tokenizer, texts, reference.eos_token_ids)
         extra |= _mixture_figures(
             config, rewards, judge.group_names, utilities, responses, prompts, reference
         )
@@ -198,8 +201,12 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
 
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
     return TokenPolicy.from_pretrained(
-        path, tokenizer, max_new_tokens=config.response_length, temperature=config.temperature
-    ).to(device)
+        path,
+        tokenizer,
+        max_new_tokens=config.response_length,
+        temperature=config.temperature,
+        device=device,
+    )
 
 
 @torch.no_grad()
@@ -301,8 +308,7 @@ def _certificate(
 
     def rewards(responses: TensorDict) -> torch.Tensor:
         calibrated = calibration.apply(source.in_batches(responses)).double()
-        ended = (responses["action"] == tokenizer.eos_token_id) & responses["action_mask"]
-        return calibrated - missing_eos_penalty * ~ended.any(-1, keepdim=True)
+        return calibrated - missing_eos_penalty * ~has_ended(responses, policy.eos_token_ids)
 
     certificate = policy_certificate(
         policy, reference, rewards, some, config.certificate_samples // 2 * 2, beta

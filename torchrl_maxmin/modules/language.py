@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from maxmin_kernels import token_log_probs
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, plain_generation
+from torchrl_maxmin.modules.checks import check_model
+from torchrl_maxmin.modules.loading import (
+    end_tokens,
+    ensure_pad_token,
+    load_causal_lm,
+    plain_generation,
+)
+from torchrl_maxmin.modules.output_head import OutputHead
 from torchrl_maxmin.modules.sampled_log_probs import SampledLogProbs
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, mask_after_eos
+from torchrl_maxmin.modules.trunks import states_width
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
 
@@ -23,14 +31,28 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     Reads ``prompt_tokens``, ``prompt_mask`` [B, P] (padded left) and ``action``,
     ``action_mask`` [B, R] (padded right). The state at column t has seen the prompt and
     the response up to t - 1. Columns after the longest response are zero.
+
+    Raises:
+        ValueError: for a prompt without tokens.
     """
     prompt, action = tensordict["prompt_tokens"], tensordict["action"]
-    action_mask = tensordict["action_mask"]
-    longest = max(int(action_mask.sum(-1).max()), 1)
+    prompt_mask, action_mask = tensordict["prompt_mask"], tensordict["action_mask"]
+    extremes = torch.stack([action_mask.sum(-1).max(), prompt_mask.sum(-1).min()])
+    longest, shortest_prompt = extremes.tolist()  # one wait for the device
+    _require_prompts(shortest_prompt)
+    longest = max(longest, 1)
     tokens = torch.cat([prompt, action[:, : longest - 1]], -1)
-    mask = torch.cat([tensordict["prompt_mask"], action_mask[:, : longest - 1]], -1)
+    mask = torch.cat([prompt_mask, action_mask[:, : longest - 1]], -1)
     states = hidden_states(backbone, tokens, mask)[:, prompt.shape[-1] - 1 :]
     return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))
+
+
+def _require_prompts(shortest: int) -> None:
+    if shortest < 1:
+        raise ValueError(
+            "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
+            "scored from padding; give it the tokenizer's BOS token, or leave it out"
+        )
 
 
 class TokenPolicy(TensorDictModuleBase):
@@ -38,18 +60,29 @@ class TokenPolicy(TensorDictModuleBase):
 
     Calling it samples a response; :meth:`log_prob` scores one that is given. Both use the
     same temperature and nothing else shapes the distribution (no top-k, top-p or
-    penalties), so a behaviour log-probability is that of what was sampled.
+    penalties), so a behaviour log-probability is that of what was sampled. What the model does to
+    its logits (scale, soft cap, bias) is read off its behaviour, see
+    :class:`~torchrl_maxmin.modules.output_head.OutputHead`.
 
     Args:
         model: a Hugging Face causal language model.
-        eos_token_id: the token that ends a response.
-        pad_token_id: what fills the columns after it; must differ from ``eos_token_id``.
+        eos_token_id: the token, or the several tokens, that end a response; those of the model's own
+            ``generation_config`` do too, and all of them are saved with it.
+        pad_token_id: what fills the columns after it; must differ from all of them.
         max_new_tokens: columns R of a response.
         temperature: softmax temperature, at sampling and at scoring.
 
     Reads ``prompt_tokens`` [B, P] int64 and ``prompt_mask`` [B, P] bool, padded left; writes
     ``action`` [B, R] int64, ``action_mask`` [B, R] bool and ``sample_log_prob`` [B, R] fp32
     (zero where masked).
+
+    Attributes:
+        eos_token_ids: every token that ends a response, those given first.
+        head: what stands between hidden states and logits.
+
+    Raises:
+        ValueError: for a pad token that ends a response, or a model whose logits are not a linear
+            layer of its hidden states, scaled or soft-capped at most.
 
     Example:
         >>> import torch
@@ -68,71 +101,90 @@ class TokenPolicy(TensorDictModuleBase):
         self,
         model: nn.Module,
         *,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         pad_token_id: int,
         max_new_tokens: int,
         temperature: float = 1.0,
     ):
-        if eos_token_id == pad_token_id:
+        eos_token_ids = end_tokens(model, eos_token_id)
+        if pad_token_id in eos_token_ids:
             raise ValueError(
-                f"pad_token_id equals eos_token_id ({eos_token_id}): the policy would never learn to stop; "
+                f"pad_token_id equals eos_token_id ({pad_token_id}): the policy would never learn to stop; "
                 "give the tokenizer a pad token of its own"
             )
-        head = model.get_output_embeddings()
-        if getattr(head, "bias", None) is not None or getattr(model.config, "final_logit_softcapping", None):
-            raise ValueError(
-                f"{type(model).__name__} adds a bias or a soft cap to its logits, which the chunked "
-                "log-probabilities leave out; use a model with a plain lm_head"
-            )
         super().__init__()
-        plain_generation(model)
+        plain_generation(model, eos_token_ids)
         self.in_keys = ["prompt_tokens", "prompt_mask"]
         self.out_keys = ["action", "action_mask", "sample_log_prob"]
         self.model = model
-        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self.head = OutputHead.read(model)
+        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, tokenizer: Any, *, max_new_tokens: int, temperature: float = 1.0
+        cls,
+        name_or_path: str,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        device: torch.device | str = "cpu",
     ) -> TokenPolicy:
-        """Load a Hugging Face model; tokenizer and model get a pad token of their own if they lack one."""
+        """Load a Hugging Face model, and check that what it samples is what it is trained on.
+
+        Tokenizer and model get a pad token of their own if they lack one.
+
+        Raises:
+            UserError: for a model that cannot be had, or that the package cannot serve.
+        """
         model = load_causal_lm(name_or_path)
         ensure_pad_token(tokenizer, model)
-        return cls(
-            model,
+        policy = cls(
+            model.to(device),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
         )
+        check_model(policy)
+        return policy
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Sample a response to every prompt; its log-probabilities are those that it was drawn with."""
-        prompt = tensordict["prompt_tokens"]
+        """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
+
+        Raises:
+            ValueError: for a prompt without tokens.
+        """
+        return self.sample(tensordict, self.max_new_tokens)
+
+    @torch.no_grad()
+    def sample(self, tensordict: TensorDictBase, max_new_tokens: int) -> TensorDictBase:
+        """What calling the policy does, with responses of at most so many columns."""
+        prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
+        _require_prompts(int(prompt_mask.sum(-1).min()))
         sampled = SampledLogProbs(self.temperature)
-        with torch.no_grad():
-            generated = self.model.generate(
-                input_ids=prompt,
-                attention_mask=tensordict["prompt_mask"].long(),
-                do_sample=True,
-                temperature=self.temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=self.max_new_tokens,
-                eos_token_id=self.eos_token_id,
-                pad_token_id=self.pad_token_id,
-                logits_processor=[sampled],
-            )[:, prompt.shape[-1] :]
-            log_prob = sampled.finish(generated[:, -1])
-            # generate() returns early only when every row has ended: what is missing is padding
-            short = self.max_new_tokens - generated.shape[-1]
-            action = nn.functional.pad(generated, (0, short), value=self.pad_token_id)
-            action_mask = mask_after_eos(action, self.eos_token_id)
-            tensordict["action"] = action.masked_fill(~action_mask, self.pad_token_id)
-            tensordict["action_mask"] = action_mask
-            log_prob = nn.functional.pad(log_prob, (0, short))
-            tensordict["sample_log_prob"] = torch.where(action_mask, log_prob, 0.0)
+        generated = self.model.generate(
+            input_ids=prompt,
+            attention_mask=prompt_mask.long(),
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(self.eos_token_ids),
+            pad_token_id=self.pad_token_id,
+            logits_processor=[sampled],
+        )[:, prompt.shape[-1] :]
+        log_prob = sampled.finish(generated[:, -1])
+        # generate() returns early only when every row has ended: what is missing is padding
+        short = max_new_tokens - generated.shape[-1]
+        action = nn.functional.pad(generated, (0, short), value=self.pad_token_id)
+        action_mask = mask_after_eos(action, self.eos_token_ids)
+        tensordict["action"] = action.masked_fill(~action_mask, self.pad_token_id)
+        tensordict["action_mask"] = action_mask
+        log_prob = nn.functional.pad(log_prob, (0, short))
+        tensordict["sample_log_prob"] = torch.where(action_mask, log_prob, 0.0)
         return tensordict
 
     def log_prob(self, tensordict: TensorDictBase) -> Tensor:
@@ -145,9 +197,12 @@ class TokenPolicy(TensorDictModuleBase):
         """Log-probabilities and token entropies, both [B, R] and zero where masked."""
         action, mask = tensordict["action"], tensordict["action_mask"]
         states = predicting_states(backbone_of(self.model), tensordict)
-        head = self.model.get_output_embeddings()
-        log_prob, token_entropy = token_log_probs(
-            states[mask], head.weight, action[mask], temperature=self.temperature, entropy=entropy
+        log_prob, token_entropy = self.head.log_probs(
+            self.model.get_output_embeddings(),
+            states[mask],
+            action[mask],
+            temperature=self.temperature,
+            entropy=entropy,
         )
         blank = torch.zeros(action.shape, dtype=log_prob.dtype, device=action.device)
         scattered = blank.masked_scatter(mask, log_prob)
@@ -173,7 +228,7 @@ class TokenCritic(TensorDictModuleBase):
         self.out_keys = ["state_value"]
         self.backbone = backbone
         # drawing nothing: a run's random numbers do not depend on the number of groups
-        self.head = nn.utils.skip_init(nn.Linear, backbone.config.hidden_size, num_columns)
+        self.head = nn.utils.skip_init(nn.Linear, states_width(backbone), num_columns)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,21 @@ import torch
 from torch import nn
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.modules.trunks import text_config
 
 __all__ = [
+    "end_tokens",
     "ensure_pad_token",
     "import_transformers",
     "is_encoder",
     "load_causal_lm",
     "load_classifier",
+    "load_config",
     "load_tokenizer",
     "load_trunk",
     "plain_generation",
     "reading",
+    "require_causal_lm",
     "require_model",
 ]
 
@@ -53,8 +57,12 @@ def reading(what: str, name_or_path: str) -> Iterator[None]:
         ) from error
 
 
-def require_model(name_or_path: str) -> None:
-    """Raise :class:`UserError` unless ``name_or_path`` holds, or can fetch, a model's config."""
+def load_config(name_or_path: str) -> Any:
+    """The config of a model.
+
+    Raises:
+        UserError: unless ``name_or_path`` holds, or can fetch, one.
+    """
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
@@ -63,10 +71,9 @@ def require_model(name_or_path: str) -> None:
     transformers = import_transformers()  # not in the try: that it is missing is another error
     if folder.is_dir():
         with reading("config", name_or_path):
-            transformers.AutoConfig.from_pretrained(name_or_path)
-        return
+            return transformers.AutoConfig.from_pretrained(name_or_path)
     try:
-        transformers.AutoConfig.from_pretrained(name_or_path)
+        return transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no model at {name_or_path!r}: it is neither a local folder nor a hub name that can be reached; "
@@ -74,11 +81,56 @@ def require_model(name_or_path: str) -> None:
         ) from error
 
 
+def require_model(name_or_path: str) -> None:
+    """Raise :class:`UserError` unless ``name_or_path`` holds, or can fetch, a model's config."""
+    load_config(name_or_path)
+
+
+def require_causal_lm(name_or_path: str) -> Any:
+    """The config of a causal language model, read before any weights.
+
+    Raises:
+        UserError: if there is no such model, or it is an encoder, an encoder-decoder or none that answers.
+    """
+    config = load_config(name_or_path)
+    wanted = "a policy is a causal language model (GPT-2, Llama, Qwen, Gemma ...)"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name_or_path} is an encoder-decoder ({config.model_type}); {wanted}")
+    if is_encoder(config):
+        raise UserError(
+            f"{name_or_path} is an encoder ({config.model_type}), which reads in both directions and cannot "
+            f"answer; {wanted}"
+        )
+    if type(config) not in import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"transformers knows no causal language model of type {config.model_type}; {wanted}")
+    return config
+
+
 def load_tokenizer(name_or_path: str) -> Any:
     """Load a tokenizer; prompts are padded left, responses right, by this package itself."""
     require_model(name_or_path)
     with reading("tokenizer", name_or_path):
         return import_transformers().AutoTokenizer.from_pretrained(name_or_path)
+
+
+def end_tokens(model: Any, first: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """Every token that ends a response: those given, then the model's own, each once.
+
+    A chat model often has several: the end of a turn and the end of a text.
+
+    Args:
+        model: a Hugging Face model; its ``generation_config`` and its config are asked, and ids
+            that its vocabulary does not hold are left out of their answers.
+        first: ids that come before the model's own, and are kept as they are.
+    """
+    given = [first] if isinstance(first, int) else list(first or ())
+    vocabulary = model.get_input_embeddings().num_embeddings
+    configs = (getattr(model, "generation_config", None), model.config, text_config(model))
+    for config in configs:
+        own = getattr(config, "eos_token_id", None)
+        own = [own] if isinstance(own, int) else (own or ())
+        given += [token for token in own if 0 <= token < vocabulary]
+    return tuple(dict.fromkeys(given))
 
 
 def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
@@ -89,18 +141,23 @@ def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token, so a response has no end; set one and save it")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_tokens(model, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = text_config(model).pad_token_id = tokenizer.pad_token_id
 
 
-def plain_generation(model: Any) -> None:
-    """Drop the sampling parameters that a model brings along, so that those of a call are all there are."""
+def plain_generation(model: Any, eos_token_ids: Sequence[int] = ()) -> None:
+    """Drop the sampling parameters that a model brings along, so that those of a call are all there are.
+
+    What ends a response is kept: the ids given, then the model's own.
+    """
     if model.generation_config is not None:
+        ends = end_tokens(model, eos_token_ids)
         model.generation_config = import_transformers().GenerationConfig(
-            bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
+            bos_token_id=getattr(text_config(model), "bos_token_id", None),
+            eos_token_id=list(ends) if len(ends) > 1 else next(iter(ends), None),
         )
 
 
@@ -110,7 +167,7 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> nn.
     Dropout would make the log-probabilities of rollout and training differ, so it is off
     for good: modules stay in evaluation mode while they are trained.
     """
-    require_model(name_or_path)
+    require_causal_lm(name_or_path)
     with reading("model", name_or_path):
         model = import_transformers().AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     plain_generation(model)

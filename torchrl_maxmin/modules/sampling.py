@@ -60,7 +60,7 @@ def sample_responses(
 
 def to_texts(
     tokenizer: Any, responses: TensorDict, prompts: Sequence[Text] | None = None
-) -> tuple[list[Text], list[Text]]:
+) -> tuple[list[Any], list[Any]]:
     """Read sampled responses as texts, special tokens left out.
 
     Args:
@@ -76,9 +76,9 @@ def to_texts(
         rows = zip(responses[tokens], responses[mask], strict=True)
         return tokenizer.batch_decode([row[real].tolist() for row, real in rows], skip_special_tokens=True)
 
-    completions: list[Text] = list(read("action", "action_mask"))
+    completions = read("action", "action_mask")
     if prompts is None:
-        return list(read("prompt_tokens", "prompt_mask")), completions
+        return read("prompt_tokens", "prompt_mask"), completions
     answered = [prompts[place] for place in responses["prompt_index"].tolist()]
     texts = zip(completions, answered, strict=True)
-    return answered, [as_completion(str(text), prompt) for text, prompt in texts]
+    return answered, [as_completion(text, prompt) for text, prompt in texts]

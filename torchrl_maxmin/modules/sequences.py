@@ -6,9 +6,11 @@ token, and a pad id may equal another special token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
+import inspect
+from collections.abc import Callable, Sequence
+from functools import lru_cache, reduce
 from operator import or_
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -24,7 +26,9 @@ __all__ = [
     "pack_left",
     "pad_left",
     "pad_right",
+    "position_ids",
     "segment_ids",
+    "takes",
 ]
 
 
@@ -86,15 +90,34 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return getattr(inner, inner.base_model_prefix, inner)
 
 
+@lru_cache
+def _parameters_of(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(forward).parameters)
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a module's ``forward`` has a parameter of that name."""
+    return name in _parameters_of(type(model).forward)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Position ids [B, T] counted over real tokens alone, and 0 where masked: those of ``generate``."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)
+
+
 def hidden_states(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     """Run a trunk on padded tokens; hidden states [B, T, H].
 
     Position ids are counted over real tokens only, so that padding on either side leaves
-    every real token where it would be without padding (absolute positions included).
+    every real token where it would be without padding (absolute positions included). A trunk
+    that takes none (ALiBi, recurrent ones) finds its positions in the mask, or has none.
     """
-    positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
-    output = backbone(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-    return output.last_hidden_state
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask.long()}
+    if takes(backbone, "position_ids"):
+        inputs["position_ids"] = position_ids(mask)
+    if takes(backbone, "use_cache"):
+        inputs["use_cache"] = False
+    return backbone(**inputs).last_hidden_state
 
 
 def pack_left(tokens: Tensor, mask: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:

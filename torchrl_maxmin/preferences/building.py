@@ -25,6 +25,7 @@ from torchrl_maxmin.preferences.judgements import Judgement, LoadOptions
 from torchrl_maxmin.preferences.late_bar import late_bar
 from torchrl_maxmin.preferences.layouts import find_layout
 from torchrl_maxmin.preferences.storage import spill
+from torchrl_maxmin.preferences.texts import Text
 from torchrl_maxmin.preferences.transcripts import as_transcript
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _by_user(table: Dataset, column: str, users: np.ndarray, num_users: int) -> 
     return [names[code] for code in by_user]
 
 
-Pair = tuple[str, str, str, int, float, int, int]
+Pair = tuple[Text, Text, Text, int, float, int, int]
 
 
 def _collect(

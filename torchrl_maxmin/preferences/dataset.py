@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.columns import USER_ALIASES
+from torchrl_maxmin.preferences.columns import PROMPT_ALIASES, USER_ALIASES
 from torchrl_maxmin.preferences.judgements import LoadOptions
-from torchrl_maxmin.preferences.loading import load_table
+from torchrl_maxmin.preferences.loading import load_table, mixed_columns
 from torchrl_maxmin.preferences.report import DataReport, check_pairs
 from torchrl_maxmin.preferences.texts import Text, text_key
 from torchrl_maxmin.preferences.tokenizing import Encoder, encode, tokenize_pairs
@@ -116,7 +116,17 @@ class PreferenceDataset:
         table = load_table(source, split)
         from torchrl_maxmin.preferences.building import build_pairs
 
-        pairs, origin = build_pairs(table, user_column, group_column, layout, options)
+        mixed = mixed_columns(table)
+        named = {*USER_ALIASES, *PROMPT_ALIASES, "chosen", "rejected", user_column, group_column}
+        if read := [name for name in mixed if name in named]:
+            raise UserError(mixed[read[0]])
+        try:
+            pairs, origin = build_pairs(table, user_column, group_column, layout, options)
+        except UserError as error:
+            if not mixed:
+                raise
+            raise UserError(f"{error} (left out: {'; '.join(mixed.values())})") from error
+        origin.notes += [f"Left out: {reason}." for reason in mixed.values()]
         return cls._sorted(pairs, np.arange(len(pairs.users)), origin)
 
     @classmethod

@@ -8,13 +8,19 @@ transcripts (:mod:`torchrl_maxmin.preferences.transcripts`) where not. Strings s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.transcripts import as_transcript, prompt_and_responses, render_prompt, text_of
+from torchrl_maxmin.preferences.transcripts import (
+    Message,
+    as_transcript,
+    prompt_and_responses,
+    render_prompt,
+    text_of,
+)
 
 __all__ = [
     "Message",
@@ -31,7 +37,6 @@ __all__ = [
     "turns_of",
 ]
 
-Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
 _SYSTEM_FIRST = (

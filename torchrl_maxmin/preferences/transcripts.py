@@ -7,7 +7,7 @@ the prompt ends after the marker of the assistant's turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_maxmin.errors import UserError
@@ -21,7 +21,7 @@ __all__ = [
     "text_of",
 ]
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
 
 ASSISTANT_TURN = "\n\nAssistant:"
 _HUMAN_START = re.compile(r"\s*Human:")

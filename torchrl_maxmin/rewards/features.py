@@ -18,15 +18,28 @@ from torchrl_maxmin.modules.loading import (
     require_model,
 )
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_index, pad_right
+from torchrl_maxmin.modules.trunks import states_width
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards.reader import TextReader
 
 __all__ = ["load_feature_trunk", "text_features"]
 
 
 def load_feature_trunk(
-    name_or_path: str, pooling: str | None = None, layout: str | None = None
+    name_or_path: str,
+    pooling: str | None = None,
+    layout: str | None = None,
+    chat_template: str | None = None,
+    system_prompt: str | None = None,
 ) -> tuple[Any, TextReader]:
-    """A language model, decoder or encoder, to take features from, and what reads texts with it.
+    """Load a language model, decoder or encoder, to take features from, and what reads texts with it.
+
+    Args:
+        name_or_path: Hugging Face model.
+        pooling: see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
+        layout: likewise.
+        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        system_prompt: likewise.
 
     Raises:
         UserError: if there is no such model, or it cannot be read.
@@ -37,6 +50,7 @@ def load_feature_trunk(
     else:
         tokenizer, model = load_tokenizer(name_or_path), load_causal_lm(name_or_path)
         ensure_pad_token(tokenizer, model)
+    set_chat_template(tokenizer, chat_template, system_prompt)
     return model, TextReader(model, tokenizer, pooling=pooling, layout=layout)
 
 
@@ -49,9 +63,10 @@ def text_features(
     *,
     reader: TextReader | None = None,
 ) -> Tensor:
-    """Frozen features [N, 3H] of token rows: pooled state, and sums of hidden states and embeddings.
+    """Frozen features [N, 2H + E] of token rows: pooled state, and sums of hidden states and embeddings.
 
-    The sums let a linear head see counts, above all length.
+    The sums let a linear head see counts, above all length. H is the width of the trunk's states, E
+    that of its embeddings; for most models they are equal.
 
     Args:
         model: a language model or its trunk.
@@ -63,7 +78,7 @@ def text_features(
     backbone, embed = backbone_of(model), model.get_input_embeddings()
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    features = torch.empty(len(rows), 3 * model.config.hidden_size)
+    features = torch.empty(len(rows), 2 * states_width(backbone) + embed.weight.shape[-1])
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         tokens, mask = (t.to(device) for t in pad_right([rows[i] for i in part], pad_id))

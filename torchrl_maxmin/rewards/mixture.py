@@ -23,6 +23,8 @@ from torchrl_maxmin.modules.loading import (
     require_model,
 )
 from torchrl_maxmin.modules.sequences import backbone_of
+from torchrl_maxmin.modules.trunks import states_width
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
 from torchrl_maxmin.rewards.base import RewardModel, score_texts
 from torchrl_maxmin.rewards.calibration import Calibration
@@ -101,6 +103,8 @@ class RewardMixture(RewardModel):
         lora_dropout: float = 0.0,
         lora_target_modules: Sequence[str] | str | None = None,
         dtype: torch.dtype = torch.float32,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
     ) -> RewardMixture:
         """New heads on the trunk of a language model: a decoder (GPT-2, Llama ...) or an encoder (BERT ...).
 
@@ -120,6 +124,9 @@ class RewardMixture(RewardModel):
             lora_dropout: on their inputs, in training mode.
             lora_target_modules: names of the layers, or ``all-linear``; peft's choice when None.
             dtype: of the trunk; heads and adapters train in fp32.
+            chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`; saved with the
+                tokenizer.
+            system_prompt: likewise.
 
         Raises:
             UserError: for a model or options that cannot be used.
@@ -129,10 +136,12 @@ class RewardMixture(RewardModel):
         config = transformers.AutoConfig.from_pretrained(name_or_path)
         plain = head == "linear" and rank is None and not use_peft and pooling in (None, "last")
         known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        chat = chat_template, system_prompt
         if plain and known and not is_encoder(config):
-            return cls._from_classifier(name_or_path, num_groups, dtype, layout)
+            return cls._from_classifier(name_or_path, num_groups, dtype, layout, chat)
         trunk, tokenizer = load_trunk(name_or_path, dtype)
-        heads = RewardHeads(head, trunk.config.hidden_size, num_groups, rank)
+        set_chat_template(tokenizer, *chat)
+        heads = RewardHeads(head, states_width(trunk), num_groups, rank)
         if not use_peft:
             return cls(trunk, tokenizer, heads=heads, pooling=pooling, layout=layout)
         settings = lora.LoraSettings(lora_r, lora_alpha, lora_dropout, lora_target_modules)
@@ -141,12 +150,17 @@ class RewardMixture(RewardModel):
 
     @classmethod
     def _from_classifier(
-        cls, name_or_path: str, num_groups: int, dtype: torch.dtype, layout: str | None
+        cls,
+        name_or_path: str,
+        num_groups: int,
+        dtype: torch.dtype,
+        layout: str | None,
+        chat: tuple[str | None, str | None],
     ) -> RewardMixture:
         """A decoder's sequence classifier; its head is drawn from N(0, 1 / (hidden + 1))."""
         from transformers import AutoModelForSequenceClassification
 
-        tokenizer = load_tokenizer(name_or_path)
+        tokenizer = set_chat_template(load_tokenizer(name_or_path), *chat)
         # for those who load the folder without us: absolute positions are right with padding at the end alone
         tokenizer.padding_side = "right"
         with reading("model", name_or_path):
@@ -195,8 +209,9 @@ class RewardMixture(RewardModel):
         model, _ = load_trunk(form["base"] or str(folder), getattr(torch, form["dtype"]))
         tokenizer = load_tokenizer(str(folder))
         names = [] if form["adapters"] is None else lora.adapter_names(form["adapters"], form["num_groups"])
+        width = states_width(model)
         with torch.device("meta"):
-            heads = RewardHeads(form["kind"], model.config.hidden_size, form["num_groups"], form["rank"])
+            heads = RewardHeads(form["kind"], width, form["num_groups"], form["rank"])
         with reading("reward heads", str(folder)):
             heads.load_state_dict(load_file(folder / _HEADS_FILE), assign=True)
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import is_encoder
+from torchrl_maxmin.modules.loading import import_transformers, is_encoder, load_tokenizer, reading
 from torchrl_maxmin.modules.sequences import (
     backbone_of,
     hidden_states,
@@ -18,10 +17,13 @@ from torchrl_maxmin.modules.sequences import (
     last_index,
     pack_left,
     segment_ids,
+    takes,
 )
+from torchrl_maxmin.modules.trunks import max_positions
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards.layouts import Text, TextLayout, takes_pairs
 
-__all__ = ["POOLINGS", "TextReader"]
+__all__ = ["POOLINGS", "TextReader", "load_reader"]
 
 POOLINGS = ("last", "mean", "cls")
 
@@ -58,16 +60,15 @@ class TextReader:
             )
         pad = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # masks come from lengths: any id will do
         self.pad_id: int = next(token for token in pad if token is not None)
-        self.max_length = _max_length(backbone, tokenizer, self.bidirectional)
+        limits = [max_positions(backbone), tokenizer.model_max_length if self.bidirectional else None]
+        self.max_length = min((limit for limit in limits if limit is not None), default=None)
         own = "continuation"
         if self.bidirectional:
             own = "text_pair" if takes_pairs(tokenizer) else "{prompt} {completion}"
         self.layout = TextLayout(
             tokenizer, layout or own, bidirectional=self.bidirectional, max_length=self.max_length
         )
-        self._packs = (
-            self.bidirectional or "position_ids" not in inspect.signature(backbone.forward).parameters
-        )
+        self._packs = self.bidirectional or not takes(backbone, "position_ids")
         segments = (
             self.bidirectional
             and "token_type_ids" in tokenizer.model_input_names
@@ -113,13 +114,27 @@ class TextReader:
         return states[torch.arange(len(states), device=states.device), last_index(mask)]
 
 
-def _max_length(backbone: Any, tokenizer: Any, bidirectional: bool) -> int | None:
-    """Tokens that a trunk has positions for; None where nothing limits them."""
-    limits = [getattr(backbone.config, "max_position_embeddings", None) or 0]
-    for name, module in backbone.named_modules():
-        # RoBERTa and its kin count positions from the padding index on
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)
-    if bidirectional:
-        limits.append(tokenizer.model_max_length)
-    return min((limit for limit in limits if limit > 0), default=None)
+def load_reader(
+    name_or_path: str,
+    pooling: str | None = None,
+    layout: str | None = None,
+    chat_template: str | None = None,
+    system_prompt: str | None = None,
+) -> TextReader:
+    """Load what turns texts into a model's tokens, without its weights.
+
+    Args:
+        name_or_path: Hugging Face model.
+        pooling: see :class:`TextReader`.
+        layout: likewise.
+        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        system_prompt: likewise.
+
+    Raises:
+        UserError: if there is no such model, or it cannot read texts so.
+    """
+    tokenizer = set_chat_template(load_tokenizer(name_or_path), chat_template, system_prompt)
+    transformers = import_transformers()
+    with reading("config", name_or_path), torch.device("meta"):
+        trunk = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name_or_path))
+    return TextReader(trunk, tokenizer, pooling=pooling, layout=layout)

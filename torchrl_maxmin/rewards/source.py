@@ -178,7 +178,7 @@ def ask(
         answer = answer.detach().cpu()
     try:
         values = np.asarray(answer, dtype=object if _holds_none(answer) else float)
-        absent = np.equal(values, None) if values.dtype == object else np.zeros(values.shape, dtype=bool)
+        absent = np.array([value is None for value in values.flat], dtype=bool).reshape(values.shape)
         values = np.where(absent, 0.0, values).astype(float)
     except (TypeError, ValueError) as error:
         raise UserError(f"the {role} gives no numbers ({error}); {_WANTED}") from error

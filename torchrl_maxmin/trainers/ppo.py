@@ -17,9 +17,11 @@ from torchrl_maxmin.collectors import MaxMinCollector
 from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
-from torchrl_maxmin.modules.loading import load_tokenizer, require_model
+from torchrl_maxmin.modules.checks import check_first_rollout
+from torchrl_maxmin.modules.loading import load_tokenizer, require_causal_lm
 from torchrl_maxmin.modules.sampling import encode_prompts
-from torchrl_maxmin.modules.sequences import backbone_of
+from torchrl_maxmin.modules.sequences import backbone_of, has_ended
+from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
 from torchrl_maxmin.preferences.loading import load_prompts
@@ -69,7 +71,7 @@ class PPOTrainer(PPOLoop):
     def __init__(self, config: PPOConfig):
         super().__init__(config)
         self.num_iterations = config.num_iterations
-        require_model(config.model_name_or_path)
+        require_causal_lm(config.model_name_or_path)
         table, texts = load_prompts(config.dataset_name, config.dataset_split, "ppo")
         self.tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
         rows = distinct_texts(texts)
@@ -89,12 +91,16 @@ class PPOTrainer(PPOLoop):
         seed_everything(config.seed)
         self.reference = self._load_policy()
         self.policy = copy.deepcopy(self.reference)  # not loaded again: a new pad token's row is random
+        if isinstance(self.rewards, MixtureRewards):
+            self.rewards.eos_token_ids = self.policy.eos_token_ids
         self.prompts = encode_prompts(self.tokenizer, texts, config.max_prompt_length)
+        require_positions(self.policy.model, self.prompts["prompt_tokens"].shape[-1], config.response_length)
         shares = None if mixture is None else mixture.log_prior.exp()
         # a win rate is at least 0, and a response that does not end pays the penalty
         self.adversary = adversary_of(
             config, self.rewards.num_groups, shares, disagreement=-config.missing_eos_penalty
         )
+        self.fresh = saved is None  # the policy is the reference still
         self.baseline: Tensor | None = None
         if saved is None:
             self.calibration = self._calibrate()
@@ -123,7 +129,8 @@ class PPOTrainer(PPOLoop):
             self.tokenizer,
             max_new_tokens=self.config.response_length,
             temperature=self.config.temperature,
-        ).to(self.device)
+            device=self.device,
+        )
 
     def _calibrate(self) -> Calibration:
         """Fit the calibration on samples of the reference policy."""
@@ -168,7 +175,7 @@ class PPOTrainer(PPOLoop):
             num_prompts=config.rollout_batch_size // config.num_generations,
             num_generations=config.num_generations,
             max_new_tokens=config.response_length,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.policy.eos_token_ids,
             vocab_size=self.policy.model.get_input_embeddings().num_embeddings,
             minimum=config.objective == "mean_of_mins",
             seed=config.seed,
@@ -194,8 +201,7 @@ class PPOTrainer(PPOLoop):
         if self.baseline is not None:
             rewards = rewards - self.baseline[responses["prompt_index"]]
         rewards = fill_absent(rewards)
-        ended = (responses["action"] == self.tokenizer.eos_token_id) & responses["action_mask"]
-        return rewards - self.config.missing_eos_penalty * (~ended.any(-1, keepdim=True))
+        return rewards - self.config.missing_eos_penalty * ~has_ended(responses, self.policy.eos_token_ids)
 
     # -- an iteration ---------------------------------------------------------------------------
 
@@ -251,6 +257,9 @@ class PPOTrainer(PPOLoop):
             "group_weights", "group_utilities", ("next", "reward"), ("next", "group_reward"),
         )  # fmt: skip
         batch["ref_log_prob"] = self.reference.log_prob(batch)
+        if self.fresh:
+            check_first_rollout(self.policy, batch)
+            self.fresh = False
         self.critic(batch)
         steps = token_steps(batch, self.kl_controller.coef, self.config.kl_estimator)
         steps["group_weights"] = batch["group_weights"][:, None].expand(*steps.shape, -1)

@@ -118,7 +118,7 @@ class RewardConfig(MixtureSettings):
     def model_options(self) -> dict[str, Any]:
         """What :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone` takes."""
         options: dict[str, Any] = {"head": self.head, "rank": self.head_rank}
-        options |= {"pooling": self.pooling, "layout": self.text_layout}
+        options |= self.reading_options()
         if self.use_peft:
             lora = ("adapters", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             options |= {"use_peft": True, **{name: getattr(self, name) for name in lora}}

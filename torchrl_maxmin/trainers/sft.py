@@ -11,8 +11,14 @@ from typing import Any
 import torch
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm, load_tokenizer
+from torchrl_maxmin.modules.loading import (
+    ensure_pad_token,
+    load_causal_lm,
+    load_tokenizer,
+    require_causal_lm,
+)
 from torchrl_maxmin.modules.sequences import pad_right
+from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, read_texts
 from torchrl_maxmin.progress import progress_bar
@@ -137,6 +143,7 @@ def run_sft(config: SFTConfig) -> Path:
     """
     config.check()
     device = resolve_device(config.device)
+    require_causal_lm(config.model_name_or_path)
     tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
     prompts, completions = _read_texts(config)
     folder = prepare_output_dir(config.output_dir)
@@ -144,6 +151,12 @@ def run_sft(config: SFTConfig) -> Path:
     model = load_causal_lm(config.model_name_or_path)
     ensure_pad_token(tokenizer, model)
     rows = _encode(tokenizer, prompts, completions, config)
+    longest, positions = max(len(row["input_ids"]) for row in rows), max_positions(model)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"the longest text has {longest} tokens, more than the model's {positions} positions; "
+            f"give --max_length {positions} or less to cut it"
+        )
 
     def collate(batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokens, mask = pad_right([row["input_ids"] for row in batch], tokenizer.pad_token_id)
