@@ -237,11 +237,11 @@ def test_opcheck(rows, entropy):
     hidden, lm_head, targets = make(rows, 4, 9)
     forward = torch.ops.maxmin.token_log_probs.default
     leaves = hidden.requires_grad_(), lm_head.requires_grad_()
-    torch.library.opcheck(forward, (*leaves, targets, 0.7, entropy, 4))
+    torch.library.opcheck(forward, (*leaves, targets, 0.7, entropy, 4, None, 1.0, None))
     vectors = torch.rand(rows if entropy else 0), torch.rand(rows) + 9, torch.randn(rows), None
     backward = torch.ops.maxmin.token_log_probs_backward.default
     plain = hidden.detach(), lm_head.detach(), targets
-    torch.library.opcheck(backward, (*plain, *vectors, 0.7, 4, True, entropy))
+    torch.library.opcheck(backward, (*plain, *vectors, 0.7, 4, True, entropy, None, 1.0, None, False))
 
 
 @pytest.mark.usefixtures("no_compile_cache")

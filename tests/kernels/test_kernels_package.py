@@ -106,7 +106,7 @@ calls = [
     lambda: _gae_cuda(x[None], x[None], x[None], end, end, None, None, 0.9, 0.9, False),
     lambda: _heads_cuda(x, x, None, None, None, 1.0, None, None, False),
     lambda: _min_cuda(x, 1.0, None, None, False),
-    lambda: _row_kernels(OnCuda(), OnCuda()),
+    lambda: _row_kernels(OnCuda(), torch.float32),
 ]
 for call in calls:
     try:

@@ -143,6 +143,8 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     mixture = None
     if config.reward_model_path:
         mixture = load_reward_model(config.reward_model_path).to(device)
+        reward = _read_summary(config.reward_model_path)
+        trained = _trained_with(folders[config.certify]) if config.certify in folders else {}
     folder = prepare_output_dir(config.output_dir)
     tokenizer = config.apply_chat(load_tokenizer(folders[REFERENCE]))
     columns: dict[str, Any] = {}
@@ -182,7 +184,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     if mixture is not None:
         rewards = MixtureRewards(mixture, tokenizer, texts, reference.eos_token_ids)
         extra |= _mixture_figures(
-            config, rewards, judge.group_names, utilities, responses, prompts, reference
+            config, rewards, reward, trained, judge.group_names, utilities, responses, prompts, reference
         )
     result = SeedResult(
         seed=config.seed,
@@ -213,6 +215,8 @@ def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torc
 def _mixture_figures(
     config: EvaluateConfig,
     rewards: MixtureRewards,
+    reward: dict[str, Any],
+    trained: dict[str, Any],
     group_names: list[str],
     utilities: dict[str, np.ndarray],
     responses: dict[str, TensorDict],
@@ -221,9 +225,6 @@ def _mixture_figures(
 ) -> dict[str, Any]:
     """What the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
     extra: dict[str, Any] = {}
-    told = Path(str(config.reward_model_path)) / "summary.json"
-    with reading("summary.json", str(config.reward_model_path)):
-        reward = json.loads(told.read_text()) if told.is_file() else {}
     raw = rewards.in_batches(responses[REFERENCE])
     extra["em"] = {
         "num_groups_selected": rewards.num_groups,
@@ -244,7 +245,6 @@ def _mixture_figures(
         reason = f"no policy named {config.certify!r} was evaluated; name the one meant by --certify"
         extra["certificate"] = {**_NOTHING, "reason": reason}
         return extra
-    trained = _trained_with(config.folders()[config.certify])
     names = {head: name for name, head in heads.items()}
     extra["calibration"] = {
         "used": trained.get("calibration", {}).get("method"),
@@ -276,11 +276,19 @@ def _by_convention(
 _NOTHING: dict[str, Any] = {"value": None, "low": None, "high": None}
 
 
+def _read_summary(folder: str) -> dict[str, Any]:
+    """What a stage wrote of itself, where it did."""
+    path = Path(folder) / "summary.json"
+    with reading("summary.json", folder):
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def _trained_with(folder: str) -> dict[str, Any]:
     """The settings that a policy was trained with, and what came of them, where its folder says so."""
-    settings, outcome = Path(folder) / "config.yaml", Path(folder) / "summary.json"
-    given = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
-    return {**given, **(json.loads(outcome.read_text()) if outcome.is_file() else {})}
+    settings = Path(folder) / "config.yaml"
+    with reading("config.yaml", folder):
+        given = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
+        return {**given, **_read_summary(folder)}
 
 
 def _certificate(
