@@ -23,7 +23,9 @@ def run(*command, **environment):
 
 
 @pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
-@pytest.mark.parametrize("room", ["heads", "heads_masks", "em", "gae", "token_gae", "log_probs"])
+@pytest.mark.parametrize(
+    "room", ["heads", "heads_masks", "em", "gae", "token_gae", "log_probs", "log_probs_logits"]
+)
 def test_triton_kernels_pass_the_same_tests_in_the_interpreter(room):
     # Triton reads the variable when it is imported, so a process of its own.
     pytest.importorskip("triton")
