@@ -161,12 +161,12 @@ def test_a_bias_of_another_dtype_keeps_it(dtype):
 
 def test_the_bias_gradient_is_summed_in_float32():
     """Every row adds a half: in bfloat16 the sum would stop growing at 128."""
-    rows, vocabulary = 400, 2
+    rows, vocabulary = 300, 2
     bias = torch.zeros(vocabulary, dtype=torch.bfloat16, requires_grad=True)
     zero = torch.zeros(rows, 1, dtype=torch.bfloat16), torch.zeros(vocabulary, 1, dtype=torch.bfloat16)
     log_probs, _ = token_log_probs(*zero, torch.zeros(rows, dtype=torch.int64), bias=bias, chunk_size=1)
     log_probs.sum().backward()
-    assert bias.grad.tolist() == [200.0, -200.0]
+    assert bias.grad.tolist() == [150.0, -150.0]
 
 
 def test_the_defaults_are_the_plain_call_to_the_bit():
