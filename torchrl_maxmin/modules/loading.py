@@ -27,6 +27,7 @@ __all__ = [
     "reading",
     "require_causal_lm",
     "require_model",
+    "require_trunk",
 ]
 
 
@@ -103,6 +104,21 @@ def require_causal_lm(name_or_path: str) -> Any:
         )
     if type(config) not in import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"transformers knows no causal language model of type {config.model_type}; {wanted}")
+    return config
+
+
+def require_trunk(name_or_path: str) -> Any:
+    """The config of a model whose hidden states can be read as one vector a text, before any weights.
+
+    Raises:
+        UserError: if there is no such model, or it is an encoder-decoder.
+    """
+    config = load_config(name_or_path)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name_or_path} is an encoder-decoder ({config.model_type}); rewards are read from a decoder or "
+            "an encoder alone"
+        )
     return config
 
 
@@ -189,13 +205,10 @@ def load_trunk(name_or_path: str, dtype: torch.dtype = torch.float32) -> tuple[A
     Raises:
         UserError: if there is no such model, or it is an encoder-decoder.
     """
+    require_trunk(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     with reading("model", name_or_path):
         model = import_transformers().AutoModel.from_pretrained(name_or_path, dtype=dtype).eval()
-    if model.config.is_encoder_decoder:
-        raise UserError(
-            f"{name_or_path} is an encoder-decoder; rewards are read from a decoder or an encoder alone"
-        )
     if not is_encoder(model.config):
         ensure_pad_token(tokenizer, model)
     elif tokenizer.pad_token_id is None:

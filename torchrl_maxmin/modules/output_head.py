@@ -182,9 +182,9 @@ def _snap(factor: float, eps: float) -> float:
 
 
 def _probe(outputs: Tensor) -> Tensor:
-    """Values of both signs between 2^-20 and 2^60, in float32 at least, in the shape of the logits."""
+    """Values of both signs between 2^-40 and 2^60, in float32 at least, in the shape of the logits."""
     size = outputs.numel()
-    exponents = torch.linspace(-20, 16, max(size - 2, 2), dtype=torch.float64)
+    exponents = torch.linspace(-40, 16, max(size - 2, 2), dtype=torch.float64)
     values = torch.cat([exponents, torch.tensor([60.0, 60.0], dtype=torch.float64)]).exp2()[-size:]
     signs = torch.where(torch.arange(len(values)) % 2 == 0, 1.0, -1.0)
     dtype = torch.promote_types(outputs.dtype, torch.float32)

@@ -120,9 +120,11 @@ def ratio_statistics(log_ratio: Tensor, mask: Tensor | None = None) -> dict[str,
     ratio = torch.where(valid, log_ratio.exp(), 0.0)
     # Relative to the largest, so that the squares do not overflow.
     tiny = torch.finfo(ratio.dtype).tiny
-    scaled = ratio / ratio.max().clamp_min(tiny)
+    # Of the ratios' own rank: torch.vmap over an empty batch cannot mix ranks.
+    largest = ratio.amax(list(range(ratio.ndim)), keepdim=True)
+    scaled = ratio / largest.clamp_min(tiny)
     return {
         "ESS": scaled.sum().square() / scaled.square().sum().clamp_min(tiny) / count,
-        "max_ratio": ratio.max(),
+        "max_ratio": largest.squeeze(),
         "mean_ratio": ratio.sum() / count,
     }

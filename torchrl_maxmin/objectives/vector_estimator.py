@@ -133,7 +133,10 @@ class VectorEstimator(ValueEstimatorBase):
         """
         keys = self.tensor_keys
         signals = self._signals(tensordict, params, target_params, time_dim)
-        advantage, value_target = self._estimate(signals)
+        if signals.reward.numel():
+            advantage, value_target = self._estimate(signals)
+        else:
+            advantage, value_target = torch.zeros_like(signals.reward), torch.zeros_like(signals.reward)
         mask = signals.mask
         if mask is not None:
             advantage, value_target = (torch.where(mask, x, 0.0) for x in (advantage, value_target))
@@ -174,11 +177,13 @@ class VectorEstimator(ValueEstimatorBase):
         keys = self.tensor_keys
         if tensordict.batch_dims < 1:
             raise ValueError(
-                f"A value needs a time dimension, got batch size {tuple(tensordict.batch_size)}."
+                f"{type(self).__name__} needs a time dimension; the batch size is "
+                f"{tuple(tensordict.batch_size)}."
             )
         time_dim = self._get_time_dim(time_dim, tensordict)
-        # A shifted call of the network writes its own; one from an earlier call says nothing of this one.
-        data = tensordict.exclude(SHIFTED_VALID) if self.shifted else tensordict
+        data = tensordict
+        if self.shifted and self.value_network is not None:
+            data = tensordict.exclude(SHIFTED_VALID)  # of an earlier call; this one writes its own
         data = self._end_at_padding(data, validity_mask(data, self.mask_key), time_dim)
         value, next_value = self._values(tensordict, data, params, target_params)
         valid = data.get(SHIFTED_VALID, None)
@@ -212,10 +217,10 @@ class VectorEstimator(ValueEstimatorBase):
         followed = torch.cat([valid.narrow(time_dim, 1, valid.shape[time_dim] - 1), last], time_dim)
         data = tensordict.copy()
         # done alone: what the last real step bootstraps from is its own next observation, which is real.
-        data.set(flags, (done & valid) | (valid & ~followed))
-        terminated = tensordict.get(("next", keys.terminated), default=done)
-        data.set(("next", keys.terminated), terminated & valid)
+        data.set(flags, done | (valid & ~followed))
+        data.set(("next", keys.terminated), tensordict.get(("next", keys.terminated), default=done))
         if self.value_network is not None:
+            # Networks may look across steps: an attention weight of 0 times NaN is NaN.
             read = [*self.value_network.in_keys, keys.value]
             data = fill_masked(data, [*read, *(("next", key) for key in read)], mask)
         return data

@@ -17,7 +17,7 @@ from torchrl.objectives.value import (
 )
 from torchrl.objectives.value.functional import vtrace_advantage_estimate
 
-from torchrl_maxmin.masks import expand_mask
+from torchrl_maxmin.masks import SHIFTED_VALID, expand_mask
 from torchrl_maxmin.objectives.vector_estimator import Signals, VectorEstimator
 
 __all__ = ["VectorTD0", "VectorTD1", "VectorTDLambda", "VectorVTrace"]
@@ -37,13 +37,10 @@ class _VectorTD(VectorEstimator):
             )
         keys, targets = self.tensor_keys, []
         for k in range(signals.reward.shape[-1]):
-            column = signals.data.exclude("shifted_valid")
-            for name, values in (
-                ("reward", signals.reward),
-                ("done", signals.done),
-                ("terminated", signals.terminated),
-            ):
-                column.set(("next", getattr(keys, name)), values[..., k : k + 1])
+            column = signals.data.copy()
+            column.pop(SHIFTED_VALID, None)  # the signals know of it
+            for name in ("reward", "done", "terminated"):
+                column.set(("next", getattr(keys, name)), getattr(signals, name)[..., k : k + 1])
             target = self._scalar.value_estimate(
                 self, column, next_value=signals.next_value[..., k : k + 1], time_dim=signals.time_dim
             )

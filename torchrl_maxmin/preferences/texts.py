@@ -171,6 +171,14 @@ class TextEncoder:
         """Whether conversations go through a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
+    @property
+    def turn_end(self) -> int | None:
+        """The token that ends the assistant's turn in the chat template; None where it is EOS or nothing."""
+        if not self.has_template:
+            return None
+        (row,) = self.completions([[{"role": "user", "content": "a"}]], ["b"])
+        return row[-1] if row and row[-1] != self.tokenizer.eos_token_id else None
+
     def prompts(
         self, prompts: Sequence[Text], max_length: int | None = None, *, answerable: bool = True
     ) -> list[list[int]]:

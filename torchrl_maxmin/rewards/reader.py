@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import import_transformers, is_encoder, load_tokenizer, reading
+from torchrl_maxmin.modules.loading import (
+    import_transformers,
+    is_encoder,
+    load_tokenizer,
+    reading,
+    require_trunk,
+)
 from torchrl_maxmin.modules.sequences import (
     backbone_of,
     hidden_states,
@@ -133,8 +139,8 @@ def load_reader(
     Raises:
         UserError: if there is no such model, or it cannot read texts so.
     """
+    config = require_trunk(name_or_path)
     tokenizer = set_chat_template(load_tokenizer(name_or_path), chat_template, system_prompt)
-    transformers = import_transformers()
     with reading("config", name_or_path), torch.device("meta"):
-        trunk = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name_or_path))
+        trunk = import_transformers().AutoModel.from_config(config)
     return TextReader(trunk, tokenizer, pooling=pooling, layout=layout)

@@ -12,7 +12,7 @@ import torch
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import is_encoder, load_config, load_tokenizer
+from torchrl_maxmin.modules.loading import is_encoder, load_tokenizer, require_trunk
 from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import PreferenceDataset
@@ -46,7 +46,7 @@ def run_reward(config: RewardConfig) -> Path:
     config.check()
     groups = config.groups()
     device = resolve_device(config.device)
-    model_config = load_config(config.model_name_or_path)
+    model_config = require_trunk(config.model_name_or_path)
     data = config.load_pairs(config.dataset_name, config.model_name_or_path)
     if config.use_true_groups:
         if data.groups is None:

@@ -15,12 +15,13 @@ from torchrl_maxmin.modules.loading import (
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
+    plain_generation,
     require_causal_lm,
 )
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import load_table
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, read_texts
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational, read_texts
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import (
@@ -150,6 +151,8 @@ def run_sft(config: SFTConfig) -> Path:
     seed_everything(config.seed)
     model = load_causal_lm(config.model_name_or_path)
     ensure_pad_token(tokenizer, model)
+    if any(map(is_conversational, completions)) and (turn_end := TextEncoder(tokenizer).turn_end) is not None:
+        plain_generation(model, [tokenizer.eos_token_id, turn_end])  # what it is taught to end with ends it
     rows = _encode(tokenizer, prompts, completions, config)
     longest, positions = max(len(row["input_ids"]) for row in rows), max_positions(model)
     if positions is not None and longest > positions:
