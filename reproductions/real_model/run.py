@@ -199,9 +199,10 @@ def write(folder: Path, comparisons: Sequence[Comparison], seconds: dict[str, fl
             "",
             "SmolLM2-135M-Instruct, chat prompts as messages (single questions, system messages, several "
             "turns) through `sft` (2 steps), `reward` (2 steps), `ppo` (2 iterations) and `evaluate`. "
-            "Written by `run.py`; every score: `results.csv`. Calibrated rewards of both groups, which the verbs "
-            "compute in float32; `transformers` is the reward folder as a sequence classifier in float64, one "
-            "row at a time, without this package. The last column is what float32 does to that reader alone.",
+            "Written by `run.py`; every score: `results.csv`. Calibrated rewards of both groups, which the "
+            "verbs compute in float32; `transformers` is the reward folder as a sequence classifier in "
+            "float64, one row at a time, without this package. The last column is what float32 does to that "
+            "reader alone.",
             "",
             "| completions | number | with an end | standard deviation of the scores | "
             + " | ".join(f"largest difference, {pair}" for pair in pairs)

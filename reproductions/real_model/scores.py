@@ -2,7 +2,8 @@
 
 The third reader is ``transformers`` alone: the reward folder as a sequence classifier, asked about one row
 at a time, without padding. Its rows are made here by the tokenizer's chat template. It reads in float64, and
-again in float32: what lies between the two is rounding, and what the verbs differ by beyond it is another reading.
+again in float32: what lies between the two is rounding, and what the verbs differ by beyond it is another
+reading.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Comparison:
         return self.difference("transformers", "transformers_float32")
 
     def alike(self, bar: float) -> bool:
-        """Whether ppo and evaluate differ by no more than a bar, or than two float32 runs of one reading may."""
+        """Whether ppo and evaluate differ by at most a bar, or what two float32 runs of one reading may."""
         return self.difference("ppo", "evaluate") <= max(bar, 2 * self.rounding)
 
     def summary(self) -> dict[str, Any]:
