@@ -1,8 +1,9 @@
 """What two verbs and a third reader say of the same completions, side by side.
 
-The third reader is ``transformers`` alone, in float64: the reward folder as a sequence classifier, asked
-about one row at a time, without padding. Its rows are made here by the tokenizer's chat template. What the
-others differ from it by is float32's rounding, or another reading.
+The third reader is ``transformers`` alone: the reward folder as a sequence classifier, asked about one row
+at a time, without padding. Its rows are made here by the tokenizer's chat template. It reads in float64, and
+again in float32: what lies between the two is rounding, and what the verbs differ by beyond it is another
+reading.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torchrl_maxmin.modules.loading import import_transformers
 __all__ = ["READERS", "Comparison", "RecordedRewards", "classifier_scores", "write_scores"]
 
 #: who scores, and what the others are compared with
-READERS = ("ppo", "evaluate", "transformers")
+READERS = ("ppo", "evaluate", "transformers", "transformers_float32")
 
 
 class RecordedRewards:
@@ -51,7 +52,10 @@ class RecordedRewards:
 
 @torch.no_grad()
 def classifier_scores(
-    folder: Path | str, conversations: Sequence[list[dict[str, str]]], responses: TensorDictBase
+    folder: Path | str,
+    conversations: Sequence[list[dict[str, str]]],
+    responses: TensorDictBase,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Score responses by a reward folder with ``transformers`` alone.
 
@@ -59,14 +63,15 @@ def classifier_scores(
         folder: what the reward stage wrote.
         conversations: the prompts that ``prompt_index`` counts.
         responses: ``prompt_index`` [N], ``action`` int64 and ``action_mask`` bool [N, R].
+        dtype: what the model computes in.
 
     Returns:
-        Raw scores float64 [N, K].
+        Raw scores [N, K] of that dtype.
     """
     transformers = import_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     classifier = transformers.AutoModelForSequenceClassification
-    model = classifier.from_pretrained(folder, dtype=torch.float64).eval()
+    model = classifier.from_pretrained(folder, dtype=dtype).eval()
     scores = []
     for row in responses.unbind(0):
         conversation = conversations[int(row["prompt_index"])]
@@ -103,6 +108,15 @@ class Comparison:
         """Return the largest absolute difference of two readers over completions and groups."""
         return (self.scores[one].double() - self.scores[other].double()).abs().max().item()
 
+    @property
+    def rounding(self) -> float:
+        """The largest difference that float32 alone makes to one reading."""
+        return self.difference("transformers", "transformers_float32")
+
+    def alike(self, bar: float) -> bool:
+        """Whether ppo and evaluate differ by at most a bar, or what two float32 runs of one reading may."""
+        return self.difference("ppo", "evaluate") <= max(bar, 2 * self.rounding)
+
     def summary(self) -> dict[str, Any]:
         """Return the counts and the largest differences."""
         return {
@@ -112,6 +126,7 @@ class Comparison:
             "ppo and evaluate": self.difference("ppo", "evaluate"),
             "ppo and transformers": self.difference("ppo", "transformers"),
             "evaluate and transformers": self.difference("evaluate", "transformers"),
+            "float32 and float64": self.rounding,
         }
 
     def rows(self) -> list[dict[str, Any]]:

@@ -293,7 +293,15 @@ def test_a_comparison_names_counts_and_largest_differences():
     )
     mine = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
     other = mine + torch.tensor([[0.0, -0.25], [0.0, 0.0]])
-    found = scores.Comparison.make("x", responses, 2, ppo=mine, evaluate=other, transformers=mine.double())
+    found = scores.Comparison.make(
+        "x",
+        responses,
+        2,
+        ppo=mine,
+        evaluate=other,
+        transformers=mine.double(),
+        transformers_float32=mine + 0.125,
+    )
     assert found.summary() == {
         "completions": 2,
         "ended": 1,
@@ -301,7 +309,12 @@ def test_a_comparison_names_counts_and_largest_differences():
         "ppo and evaluate": 0.25,
         "ppo and transformers": 0.0,
         "evaluate and transformers": 0.25,
+        "float32 and float64": 0.125,
     }
+    assert found.alike(0.1)  # two runs of one reading may differ by twice its rounding
+    found.scores["transformers_float32"] = mine + 0.0625
+    assert not found.alike(0.1)
+    assert found.alike(0.25)
     assert [(row["completion"], row["tokens"], row["ended"]) for row in found.rows()[::2]] == [
         (0, 2, True),
         (1, 3, False),
@@ -321,12 +334,12 @@ def small_run(tiny_chat_model, tmp_path_factory):
 
 def test_ppo_evaluate_and_transformers_read_a_completion_alike(small_run):
     results = json.loads((small_run / "out" / "results.json").read_text())
-    assert results["largest_difference"]["ppo and evaluate"] <= run.BAR
     assert len(results["completions"]) == 3
     for summary in results["completions"].values():
-        # two layers in float32 against float64, on scores with a deviation of about 1
-        assert summary["ppo and transformers"] < 1e-4
-        assert summary["evaluate and transformers"] < 1e-4
+        # float32 against float64, on scores with a deviation of about 1
+        bar = max(1e-5, 4 * summary["float32 and float64"])
+        assert summary["ppo and transformers"] <= bar < 1e-3
+        assert summary["evaluate and transformers"] <= bar
         assert 0 < summary["ended"] < summary["completions"] == 16
         assert min(summary["spread"]) > 0.1
     with (small_run / "out" / "results.csv").open() as file:
@@ -363,5 +376,6 @@ def test_the_real_model_end_to_end(tmp_path, monkeypatch, capsys):
     assert run.main() == 0
     answer = smollm2.greedy_answer(tmp_path / "smollm2", "What is the capital of France?")
     assert "Paris" in answer
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["largest_difference"]["ppo and evaluate"] <= 1e-5
+    largest = json.loads((tmp_path / "out" / "results.json").read_text())["largest_difference"]
+    # 2e-6 was found, and a rounding of 1.5e-5; another reading moves a score by .01 and more
+    assert largest["ppo and evaluate"] <= max(run.BAR, 2 * largest["float32 and float64"]) < 1e-4
