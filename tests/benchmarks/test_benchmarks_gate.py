@@ -143,7 +143,7 @@ def test_offsets_that_wrap_around(cpu, monkeypatch):
 
 def test_beyond_32_bit_offsets_where_there_is_memory(monkeypatch):
     cuda, _ = fake_device()
-    cuda.type, cuda.quick = "cuda", False
+    cuda.type, cuda.quick, cuda.free_bytes = "cuda", False, lambda: 80 * 2**30
     seen = []
     monkeypatch.setitem(large.CASES, "gae", lambda device, elements: seen.append(elements) or iter(()))
     list(large.large_battery(cuda, "gae"))
