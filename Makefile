@@ -11,7 +11,7 @@ TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint aot bench rl frontier install clean
+.PHONY: demo test test-portable test-slow lint aot bench rl frontier install clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ demo: install
 ## the whole test suite but what is marked slow
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+## the numeric rooms under every instruction set that the processor has, with one thread and two
+test-portable: install
+	$(BIN)/python tests/portable.py $(ARGS)
 
 ## the slow part: whole demos over several seeds, random files and settings
 test-slow: install

@@ -9,7 +9,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 
-torch.set_num_threads(1)
+# results may not depend on it: the portable tests run with two
+torch.set_num_threads(int(os.environ.get("TORCHRL_MAXMIN_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)
