@@ -44,9 +44,7 @@ def oracle(hidden, lm_head, bias, targets, logit_scale=1.0, softcap=None, temper
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("rows", "width", "vocabulary", "chunk"), [(23, 16, 203, None), (23, 16, 203, 5), (7, 8, 2500, 3)]
-)
+@pytest.mark.parametrize(("rows", "width", "vocabulary", "chunk"), [(23, 16, 203, 5), (7, 8, 2500, None)])
 @pytest.mark.parametrize(("logit_scale", "softcap", "biased"), COMBINATIONS)
 def test_values_and_gradients_equal_the_oracle(
     logit_scale, softcap, biased, rows, width, vocabulary, chunk, dtype
@@ -162,13 +160,13 @@ def test_a_bias_of_another_dtype_keeps_it(dtype):
 
 
 def test_the_bias_gradient_is_summed_in_float32():
-    """Every row adds a half: in float16 the sum would stop growing at 1024."""
-    rows, vocabulary = 4096, 2
-    bias = torch.zeros(vocabulary, dtype=torch.float16, requires_grad=True)
-    zero = torch.zeros(rows, 1, dtype=torch.float16), torch.zeros(vocabulary, 1, dtype=torch.float16)
-    log_probs, _ = token_log_probs(*zero, torch.zeros(rows, dtype=torch.int64), bias=bias, chunk_size=1000)
+    """Every row adds a half: in bfloat16 the sum would stop growing at 128."""
+    rows, vocabulary = 300, 2
+    bias = torch.zeros(vocabulary, dtype=torch.bfloat16, requires_grad=True)
+    zero = torch.zeros(rows, 1, dtype=torch.bfloat16), torch.zeros(vocabulary, 1, dtype=torch.bfloat16)
+    log_probs, _ = token_log_probs(*zero, torch.zeros(rows, dtype=torch.int64), bias=bias, chunk_size=1)
     log_probs.sum().backward()
-    assert bias.grad.tolist() == [2048.0, -2048.0]
+    assert bias.grad.tolist() == [150.0, -150.0]
 
 
 def test_the_defaults_are_the_plain_call_to_the_bit():
@@ -256,7 +254,9 @@ def test_vmap_with_the_backward_outside(batched, entropy):
 
 
 @pytest.mark.parametrize("rows", [0, 6])
-@pytest.mark.parametrize(("logit_scale", "softcap", "biased"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("logit_scale", "softcap", "biased"), [(0.5, None, False), (1.0, 3.0, False), (0.5, 3.0, True)]
+)
 def test_opcheck(logit_scale, softcap, biased, rows):
     hidden, lm_head, bias, targets = make(rows, 4, 9)
     bias = bias.requires_grad_() if biased else None

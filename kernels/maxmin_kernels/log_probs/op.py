@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import Backend, accumulate_dtype, check_backend, check_inputs, without_autocast
+from .._autograd import differentiable_once
+from .._backend import Backend, accumulate_dtype, check_call, without_autocast
 from .._vmap import fold_vmap, loop_vmap
 from .chunked import chunked_backward, chunked_forward
 from .naive import token_log_probs_naive
@@ -114,13 +115,14 @@ def _log_probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.save_for_backward(hidden, lm_head, targets, entropy, logsumexp, bias)
 
 
-def _log_probs_autograd(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> Any:
+@differentiable_once
+def _log_probs_autograd(
+    ctx: Any, saved: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, _: Any
+) -> Any:
     need = [ctx.needs_input_grad[i] for i in (0, 1, 6)]
-    if (grad_log_probs is None and grad_entropy is None) or not any(need):
-        return (None,) * 9
-    *saved, bias = ctx.saved_tensors
+    *tensors, bias = saved
     grads = _log_probs_backward_op(
-        *saved,
+        *tensors,
         grad_log_probs,
         grad_entropy,
         ctx.temperature,
@@ -183,7 +185,7 @@ def token_log_probs(
         softcap: c > 0 or None (Gemma 2's ``final_logit_softcapping``).
         bias: ``[V]`` floating point or None, added after scaling and before the cap, in float32.
         chunk_size: Tokens per chunk; None keeps the logits of a chunk near 16 MB (CPU) or 128 MB.
-        backend: ``"auto"`` or ``"torch"`` (the full logits, differentiable twice).
+        backend: ``"auto"`` or ``"torch"`` (the full logits, differentiable every way).
 
     Returns:
         ``(log_probs [N], entropy [N] or None)`` in float32, differentiable in hidden, lm_head and bias.
@@ -206,8 +208,7 @@ def token_log_probs(
         True
     """
     transform = LogitTransform(bias, logit_scale, softcap)
-    check_backend(backend)
-    check_inputs(hidden=hidden, lm_head=lm_head)
+    check_call(backend, hidden=hidden, lm_head=lm_head)
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}.")
     if hidden.ndim != 2 or lm_head.ndim != 2 or hidden.shape[1] != lm_head.shape[1] or lm_head.shape[0] == 0:
@@ -216,7 +217,7 @@ def token_log_probs(
             f"got {tuple(hidden.shape)} and {tuple(lm_head.shape)}."
         )
     transform.check(lm_head.shape[0])
-    check_inputs(hidden=hidden, bias=bias)
+    check_call(backend, hidden=hidden, bias=bias)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}; convert it with .long().")
     if targets.shape != hidden.shape[:1]:
