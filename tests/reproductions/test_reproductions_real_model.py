@@ -369,7 +369,7 @@ def test_a_folder_of_runs_that_is_not_empty_is_one_line(small_run, tiny_chat_mod
 
 @pytest.mark.slow
 def test_the_real_model_end_to_end(tmp_path, monkeypatch, capsys):
-    """Downloads 93 MB, and takes minutes and 8 GB."""
+    """Downloads 93 MB, and takes minutes and 9 GB."""
     pytest.importorskip("gguf")
     arguments = ["--model_name_or_path", tmp_path / "smollm2", "--runs", tmp_path / "runs"]
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments), "--output_dir", str(tmp_path / "out")])
