@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainers_rewards
+from rounding import float32_bound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
@@ -51,7 +52,7 @@ def test_without_learning_nothing_moves(make_config):
     trainer = trained(config)
     # sampled with cached keys, scored in one pass: a token's log-probability is off by a few roundings of
     # the largest logit, and a response's KL by as much a token
-    token = 16 * torch.finfo(torch.float32).eps * largest_logit(trainer) / config.temperature
+    token = float32_bound(largest_logit(trainer) / config.temperature)
     for row in read_metrics(config.output_dir):
         assert row["objective/kl"] == pytest.approx(0.0, abs=config.response_length * token)
         assert row["val/ratio"] == pytest.approx(1.0, abs=token)
@@ -68,10 +69,11 @@ def test_without_learning_nothing_moves(make_config):
 def test_the_first_minibatch_has_ratio_one_and_zero_kl(make_config):
     trainer, batch = first_batch(make_config())
     # sampled with cached keys, scored in one pass: the rounding of float32 apart
-    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=5e-6, rtol=0)
+    token = float32_bound(largest_logit(trainer))
+    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=token, rtol=0)
     losses = trainer.loss(batch.exclude("next", "group_utilities"))
-    assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=1e-5)
-    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)
+    assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=token)
+    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=token)
     assert losses["clip_fraction"] == 0
     valid = batch["advantage"].squeeze(-1)[batch["action_mask"]]
     assert valid.mean().item() == pytest.approx(0.0, abs=1e-5)
@@ -128,7 +130,9 @@ def test_two_identical_groups_train_the_policy_of_one(make_config):
         before = one.reference.log_prob(batch)
         after, same = one.policy.log_prob(batch), two.policy.log_prob(batch)
     assert (after - before).abs().max() > 1e-3
-    torch.testing.assert_close(same, after, atol=2e-6, rtol=1e-5)
+    # one group's advantage is the sum of two halves: after one step of Adam the weights are apart by
+    # roundings of the step, and the logits by less than those of the largest
+    torch.testing.assert_close(same, after, atol=float32_bound(largest_logit(one)), rtol=0)
 
 
 def test_a_constant_on_one_head_changes_nothing_when_calibrated(make_config):
@@ -259,7 +263,8 @@ def test_a_tokenizer_without_pad_token_starts_at_kl_zero(make_config, make_model
     trainer, batch = first_batch(make_config(model_name_or_path=folder))
     assert trainer.tokenizer.pad_token_id == len(tokenizer)
     # sampled with cached keys, scored in one pass: the rounding of float32 apart
-    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=5e-6, rtol=0)
+    bound = float32_bound(largest_logit(trainer))
+    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=bound, rtol=0)
     tokens, mask = trainer.prompts["prompt_tokens"], trainer.prompts["prompt_mask"]
     assert (tokens[~mask] == trainer.tokenizer.pad_token_id).all()
 
