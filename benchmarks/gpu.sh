@@ -137,7 +137,7 @@ run_bench() {
 
 run_demo() {
     local small=() elsewhere
-    lacks demo torchrl tensordict transformers datasets scipy jsonargparse docstring_parser yaml rich && return
+    lacks demo torchrl tensordict transformers accelerate datasets scipy jsonargparse docstring_parser yaml rich && return
     [ "$mode" = gpu ] || small=(--recipe "$root/benchmarks/gpu_rehearsal.yaml" --num_users 24 --pairs_per_user 6
         --num_groups 2 --num_workers 1)
     # Its many files stay out of the results, but for the summary.

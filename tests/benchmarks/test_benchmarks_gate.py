@@ -238,6 +238,12 @@ def test_runs_that_differ_in_one_bit(cpu, monkeypatch):
 def test_not_a_number_fails():
     assert not checking.Check("x", math.nan, 1.0).ok
     assert math.isnan(checking.rms(torch.tensor([math.nan]), torch.tensor([1.0])))
+    checks = [
+        checking.Check("a", 0.5, 1.0),
+        checking.Check("b", math.nan, 1.0),
+        checking.Check("c", 2.0, 1.0),
+    ]
+    assert gate.closest(checks).name == "b"
 
 
 def test_what_raises_is_a_failed_check(cpu, monkeypatch):

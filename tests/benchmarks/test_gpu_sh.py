@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GPU_SH = ROOT / "benchmarks" / "gpu.sh"
+GPU_WHEELS = ROOT / "benchmarks" / "gpu_wheels.sh"
 PARTS = (("env", "gate", "tests"), ("bench",), ("demo",))
 PART_SECONDS, FILES, DEPTH = 590, 8, 2
 
@@ -187,6 +188,38 @@ def test_kernel_tests_collect_without_torchrl(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"1 passed, 4 skipped", result.stdout), result.stdout
+
+
+@pytest.mark.parametrize(("megabytes", "status"), [(1, 0), (9, 1)], ids=["small", "large"])
+def test_wheels_are_few_enough_to_carry(tmp_path, megabytes, status):
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"""#!/usr/bin/env bash
+echo "$@" >{tmp_path}/arguments
+while [ "$1" != --dest ]; do shift; done
+for i in 1 2 3 4; do head -c {megabytes}000000 /dev/zero >"$2/$i.whl"; done
+"""
+    )
+    stub.chmod(0o755)
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "old.whl").write_text("of another version")
+    result = subprocess.run(
+        ["bash", str(GPU_WHEELS), str(folder), "scipy"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": str(stub)},
+        check=False,
+    )
+    assert result.returncode == status, result.stderr
+    assert f"4 wheels, {4 * megabytes} MB" in result.stdout
+    assert len(result.stderr.splitlines()) == status
+    assert ("PYTHONPATH" in result.stdout) == (status == 0)
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert arguments[:3] == ["-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:", "manylinux_2_28_x86_64", "3.12", "scipy"} <= set(arguments)
+    # What the steps ask for and a bare machine has not.
+    assert {"pytest", "hypothesis", "torchrl", "tensordict", "datasets", "jsonargparse"} <= set(arguments)
 
 
 def test_rehearsal(tmp_path):

@@ -116,8 +116,14 @@ def run_gate(device: Device, ops: Sequence[str], workloads: Sequence[Workload]) 
 
 
 def closest(checks: Sequence[Check]) -> Check:
-    """Return the check whose error is the largest part of its bar."""
-    return max(checks, key=lambda check: check.error / check.bar if check.bar else check.error)
+    """Return the check whose error is the largest part of its bar; one that is no number is beyond any."""
+
+    def part_of_bar(check: Check) -> float:
+        if math.isnan(check.error):
+            return math.inf
+        return check.error / check.bar if check.bar else check.error
+
+    return max(checks, key=part_of_bar)
 
 
 def worst_by_op(checks: Sequence[Check]) -> dict[str, dict[str, float | str]]:
