@@ -59,14 +59,16 @@ def test_the_certificate_holds_the_exact_gap(
     ).extra["certificate"]
 
     vocabulary = torch.arange(len(tokenizer))
-    texts = tokenizer.batch_decode(vocabulary[:, None], skip_special_tokens=True)
     ended = (vocabulary == tokenizer.eos_token_id)[:, None]
-    rewards = torch.stack(
-        [
-            calibration.apply(mixture.score([prompt] * len(texts), texts)) - penalty * ~ended
-            for prompt in prompts
-        ]
-    ).double()
+
+    def every_response(prompt):
+        """Rewards of all responses of one token, read as tokens: no end where there is none."""
+        start = torch.tensor(tokenizer(prompt).input_ids).expand(len(vocabulary), -1)
+        tokens = torch.cat([start, vocabulary[:, None]], 1)
+        with torch.no_grad():
+            return calibration.apply(mixture(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+
+    rewards = torch.stack([every_response(prompt) - penalty * ~ended for prompt in prompts]).double()
     tables = []
     for path in (policy, reference):
         model = AutoModelForCausalLM.from_pretrained(path).double().eval()
