@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from architectures import write
 from rewards_models import COMPLETIONS, PROMPTS, chat_tokenizer, save_decoder, save_encoder
 from torch import nn
 from transformers import AutoModel
@@ -346,3 +347,13 @@ def test_mistakes(backbones, forms, tmp_path):
     encoder_classifier = save_encoder(tmp_path, num_labels=1)
     with pytest.raises(UserError, match=r"RewardEnsemble\.from_pretrained"):
         RewardMixture.from_pretrained(encoder_classifier)
+
+
+def test_a_decoder_whose_classifiers_head_has_several_layers(tokenizer, tmp_path):
+    """Heads of our own, then, as on a trunk that has no classifier."""
+    mixture = RewardMixture.from_backbone(write("RoFormer", tokenizer, tmp_path / "base"), 2)
+    assert mixture.heads is not None
+    scores = mixture.score(["the film", "a story"], ["was great", "was dull ."])
+    mixture.save_pretrained(tmp_path / "saved")
+    again = RewardMixture.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.score(["the film", "a story"], ["was great", "was dull ."]), scores)
