@@ -18,6 +18,7 @@ from random_models import Case, draw_cases, write_case
 
 from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.evaluation.results import SeedResult
+from torchrl_maxmin.rewards.source import MixtureRewards
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +101,12 @@ def test_four_verbs_run_or_say_why_not(case, tmp_path, monkeypatch, capsys, reco
     sizes = {"calibration_prompts": 4, "response_length": 6}
     base, prompts = "base", {"dataset_name": "prompts.jsonl", "response_length": 6}
 
+    read_as_text = []
+    of_texts = MixtureRewards._of_texts
+    monkeypatch.setattr(
+        MixtureRewards, "_of_texts", lambda self, rows: read_as_text.append(rows) or of_texts(self, rows)
+    )
+
     tuned = verbs.run("sft", model_name_or_path=base, dataset_name="sft.jsonl", max_steps=1, **flags["sft"])
     reference = "sft" if tuned else base
     given = {name: value for name, value in flags["reward"].items() if value is not None}
@@ -114,7 +121,13 @@ def test_four_verbs_run_or_say_why_not(case, tmp_path, monkeypatch, capsys, reco
     )
     still = {"learning_rate": 0, "num_iterations": 1, "rollout_batch_size": 8, "mini_batch_size": 4}
     trained = verbs.run(
-        "ppo", model_name_or_path=reference, calibration_prompts=4, **prompts, **source, **still, **flags["ppo"]
+        "ppo",
+        model_name_or_path=reference,
+        calibration_prompts=4,
+        **prompts,
+        **source,
+        **still,
+        **flags["ppo"],
     )
     if trained:
         (metrics,) = map(json.loads, (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines())
@@ -145,3 +158,5 @@ def test_four_verbs_run_or_say_why_not(case, tmp_path, monkeypatch, capsys, reco
         result = SeedResult.load(tmp_path / "evaluate" / "result")
         assert all(abs(found.mean()) < 1e-4 for found in result.kl.values())
         assert all(np.isfinite(found).all() for found in (result.utilities or result.wins).values())
+    if flags["reward"]["text_layout"] is None:  # a trunk of the policy's own reads its tokens
+        assert not read_as_text

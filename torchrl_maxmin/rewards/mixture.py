@@ -122,7 +122,8 @@ class RewardMixture(RewardModel):
             lora_r: rank of the adapters.
             lora_alpha: their scale; updates are multiplied by ``lora_alpha / lora_r``.
             lora_dropout: on their inputs, in training mode.
-            lora_target_modules: names of the layers, or ``all-linear``; peft's choice when None.
+            lora_target_modules: names of the layers, or ``all-linear``; when None peft's choice, and all
+                linear layers where it has none.
             dtype: of the trunk; heads and adapters train in fp32.
             chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`; saved with the
                 tokenizer.
