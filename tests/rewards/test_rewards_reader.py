@@ -9,8 +9,9 @@ from rewards_models import COMPLETIONS, PROMPTS, chat_tokenizer, save_decoder, s
 from transformers import AutoModel, AutoModelForCausalLM
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import is_encoder, load_trunk
+from torchrl_maxmin.modules.loading import is_encoder, load_config, load_trunk
 from torchrl_maxmin.modules.sequences import keep_last, pack_left, pad_left, pad_right, segment_ids
+from torchrl_maxmin.rewards.classifier import has_linear_score
 from torchrl_maxmin.rewards.features import load_feature_trunk, text_features
 from torchrl_maxmin.rewards.reader import TextReader, load_reader
 
@@ -218,6 +219,7 @@ def test_a_reader_without_weights_reads_alike(name, tokenizer, tmp_path):
     folder = write(name, tokenizer, tmp_path)
     before = torch.get_rng_state()
     light = load_reader(folder)
+    has_linear_score(load_config(folder))
     assert torch.equal(torch.get_rng_state(), before)
     whole = TextReader(*load_trunk(folder))
     tokens, mask = pad_right(light.encode(PROMPTS, COMPLETIONS), light.pad_id)
