@@ -173,11 +173,12 @@ def _tables(case: Case) -> dict[str, list[dict[str, Any]]]:
         return [{"role": "assistant", "content": text}] if case.answers == "messages" else text
 
     def row(prompt: Any) -> dict[str, Any]:
+        chat = isinstance(prompt, list) and all(isinstance(part, dict) for part in prompt)
+        if case.columns == "messages" or (case.columns == "text" and chat):
+            asked = prompt if chat else [{"role": "user", "content": prompt}]
+            return {case.columns: [*asked, {"role": "assistant", "content": "b c"}]}
         if case.columns == "text":
             return {"text": prompt}
-        if case.columns == "messages":
-            asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            return {"messages": [*asked, {"role": "assistant", "content": "b c"}]}
         return {"prompt": prompt, case.columns.split(", ")[1]: answer("b c")}
 
     pairs = []

@@ -145,8 +145,10 @@ def test_columns_of_texts(tiny_model, tmp_path, row, expected):
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
-        ([{"messages": ASK + ANSWER}, {"messages": ASK}], "row 1: column 'messages' holds a message that"),
-        ([{"text": ASK + ANSWER}, {"text": ASK + ANSWER + ASK}], "row 1: the conversations do not part"),
+        ([{"messages": ASK + ANSWER}, {"messages": ASK}], "row 1: column 'messages' .* does not end with"),
+        ([{"messages": ANSWER}], "row 0: column 'messages' holds a conversation that does not end with"),
+        ([{"text": ASK + ANSWER}, {"text": ASK + ANSWER + ASK}], "row 1: column 'text' .* does not end with"),
+        ([{"messages": ["a", *ANSWER]}], "line 1: column 'messages' holds parts of different types"),
         ([{"prompt": "a", "completion": ASK}], "row 0: the conversations do not part"),
         ([{"text": "a"}, {"text": ASK}], "column 'text' holds text .line 1. and a list .line 2."),
         ([{"prompt": "a", "chosen": "b"}, {"prompt": ASK, "chosen": "b"}], "column 'prompt' holds text"),

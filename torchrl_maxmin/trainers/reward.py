@@ -140,8 +140,15 @@ class _Reference:
                 "--calibration none"
             )
         # found out now, before hours of training; its weights are loaded again when they are needed
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            self.load()
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self.load()
+        except UserError as error:
+            if self.tokenizer.eos_token_id is None:  # the trunk needs one as well
+                raise
+            raise UserError(
+                f"{error}; or train rewards without samples of it, by --calibration none"
+            ) from error
 
     def _answerable_prompts(self, data: PreferenceDataset) -> list[Text]:
         """The first distinct prompts with a token."""

@@ -23,7 +23,7 @@ from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.loading import mixed_columns, require_columns
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational, read_texts
-from torchrl_maxmin.preferences.transcripts import split_prompt
+from torchrl_maxmin.preferences.transcripts import speaker_of, split_prompt
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import (
@@ -129,10 +129,10 @@ def _split_row(prompt: Text | None, text: Text, row: int, column: str) -> tuple[
     if prompt is None:
         if isinstance(text, str):
             return "", text
-        if len(text) == 1:
+        if len(text) == 1 or speaker_of(text[-1]) != "Assistant":
             raise UserError(
-                f"row {row}: column {column!r} holds a message that answers none; give a conversation that "
-                "ends with an answer of the assistant, or a string"
+                f"row {row}: column {column!r} holds a conversation that does not end with an answer of the "
+                "assistant to a message before it; mend the row, or give a string"
             )
         prompt, text = text[:-1], text[-1:]
     start, (end,) = split_prompt(prompt, [text], row, [column])
