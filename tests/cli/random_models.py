@@ -125,7 +125,7 @@ def _draw(rng: random.Random, number: int, model: str) -> Case:
         number=number,
         model=model,
         around=rng.choice(list(AROUND)),
-        bos=rarely(False, True),
+        bos=rarely(False, True, 0.3),
         eos=rarely(False, True, 0.08),
         pad=rng.choice(["own", "EOS", "missing"]),
         template=template,
