@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.loading import is_encoder, load_tokenizer, require_trunk
 from torchrl_maxmin.modules.sampling import encode_prompts
@@ -143,9 +143,7 @@ class _Reference:
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 self.load()
-        except UserError as error:
-            if self.tokenizer.eos_token_id is None:  # the trunk needs one as well
-                raise
+        except UnservedModelError as error:  # it may well give rewards
             raise UserError(
                 f"{error}; or train rewards without samples of it, by --calibration none"
             ) from error
