@@ -128,7 +128,7 @@ def test_without_a_template_a_conversation_is_a_transcript():
 
 def test_a_template_that_refuses_is_one_line():
     tokenizer = make_tokenizer(template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match=r"chat template refuses a conversation .roles must alternate"):
+    with pytest.raises(UserError, match=r"refuses a conversation .roles must alternate.*'user: a b'"):
         TextEncoder(tokenizer).prompts([ASK])
 
 

@@ -9,8 +9,16 @@ from hypothesis.extra.numpy import arrays
 from tensordict import TensorDict
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.rewards import Calibration
-from torchrl_maxmin.rewards.source import FunctionRewards, NonFiniteRewards, ask, extra_columns, fill_absent
+from torchrl_maxmin.modules.loading import load_tokenizer
+from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.rewards.source import (
+    FunctionRewards,
+    MixtureRewards,
+    NonFiniteRewards,
+    ask,
+    extra_columns,
+    fill_absent,
+)
 
 PROMPTS = ["the film", "we loved", "it"]
 
@@ -134,3 +142,26 @@ def test_calibration_needs_rewards_of_every_group():
     raw[:, 0, 1] = 1.0
     with pytest.raises(UserError, match=r"no prompt has two reference samples .* group\(s\) \[1\]"):
         Calibration.fit(raw)
+
+
+def test_tokens_are_shared_once_the_policys_tokenizer_has_its_pad_token(tiny_model, tmp_path):
+    """A tokenizer without one gets it when its model is loaded, as the reward model's did."""
+    mixture = RewardMixture.from_backbone(tiny_model, 2)
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.pad_token = None
+    mixture.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    rewards = MixtureRewards(mixture, tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    assert rewards.shared_vocabulary
+
+
+def test_rows_beyond_the_words_are_no_tokens(tiny_model, tokenizer):
+    """A policy whose embeddings were padded samples them, and reads them as nothing."""
+    mixture = RewardMixture.from_backbone(tiny_model, 2)
+    rewards = MixtureRewards(mixture, tokenizer, PROMPTS)
+    plain, odd = responses(tokenizer, [0, 0]), responses(tokenizer, [0, 0])
+    beyond = torch.full((2, 1), len(tokenizer) + 3)
+    odd["action"] = torch.cat([odd["action"][:, :1], beyond, odd["action"][:, 1:]], -1)
+    odd["action_mask"] = torch.ones(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(rewards(odd), rewards(plain))
+    assert not torch.equal(rewards(plain), torch.zeros(2, 2))

@@ -168,7 +168,7 @@ def load_judge(
     if isinstance(function, Mapping):
         judges = {str(name): judge for name, judge in function.items()}
         return _asked(PairJudges("comparisons", judges), prompts[0])
-    if _takes_pairs(function):
+    if _takes_pairs(function, [] if table is None else table.column_names):
         return _asked(PairJudges("comparisons", {"group 0": function}), prompts[0])
     count = count_columns(function, "judge", prompts, columns)
     names = [f"group {k}" for k in range(count)]
@@ -191,14 +191,17 @@ def _endpoint_judges(url: str, model: str | None, criteria: Sequence[str] | None
     return judges
 
 
-def _takes_pairs(function: Any) -> bool:
-    """Whether a callable takes prompts and two lists of responses."""
+def _takes_pairs(function: Any, columns: Sequence[str]) -> bool:
+    """Whether a callable takes prompts and two lists of responses, and not responses and a column."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 3
+    names = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
+    if len(names) != 3:
+        return False
+    return names[1] != "completions" and (names[2] not in columns or names[1] in columns)
 
 
 def _asked(judges: PairJudges, prompt: Text) -> PairJudges:

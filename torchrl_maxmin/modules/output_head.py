@@ -10,7 +10,7 @@ import torch
 from maxmin_kernels import token_log_probs
 from torch import Tensor, nn
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states
 from torchrl_maxmin.modules.trunks import answering, undisturbed
 
@@ -142,7 +142,7 @@ class _Trial:
 
 
 def _refusal(model: Any, fault: str) -> UserError:
-    return UserError(
+    return UnservedModelError(
         f"{type(model).__name__} {fault}, so that its log-probabilities cannot be had from its hidden "
         "states; use a language model whose logits are a linear layer of them, scaled or soft-capped at most"
     )

@@ -171,7 +171,8 @@ def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema, mixed: dict
         except UnicodeEncodeError as error:
             raise UserError(f"{path}: column {name!r} holds half a character (a lone surrogate)") from error
         except (pa.ArrowException, OverflowError, TypeError) as error:
-            mixed[name] = f"{path}: {_mixture(name, rows) or f'column {name!r}: {_first_line(error)}'}"
+            told = _mixture(name, rows) or _unlike_parts(name, rows)
+            mixed[name] = f"{path}: {told or f'column {name!r}: {_first_line(error)}'}"
             continue
         if name in known.names and pa.types.is_null(column.type):
             column = pa.nulls(len(rows), known.field(name).type)
@@ -189,6 +190,16 @@ def _mixture(name: str, rows: list[NumberedRow]) -> str | None:
         return None
     told = " and ".join(f"{kind} (line {number})" for kind, number in list(first.items())[:2])
     return f"column {name!r} holds {told}; give it one type"
+
+
+def _unlike_parts(name: str, rows: list[NumberedRow]) -> str | None:
+    """The first line whose own list or object has no one type."""
+    for number, row in rows:
+        try:
+            pa.array([row.get(name)])
+        except (pa.ArrowException, OverflowError, TypeError):
+            return f"line {number}: column {name!r} holds parts of different types; give them one type"
+    return None
 
 
 def _kind(value: Any) -> str:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from torchrl_maxmin.errors import UserError
@@ -311,7 +312,10 @@ class TextEncoder:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
         except Exception as error:  # Jinja's own, and what a template raises of conversations
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"the chat template refuses a conversation ({reason}); mend the row") from error
+            shown = shorten(" / ".join(f"{m.get('role')}: {m.get('content')}" for m in messages), 80)
+            raise UserError(
+                f"the chat template refuses a conversation ({reason}); mend the row that begins {shown!r}"
+            ) from error
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special).input_ids if texts else []

@@ -17,6 +17,7 @@ __all__ = [
     "as_transcript",
     "prompt_and_responses",
     "render_prompt",
+    "speaker_of",
     "split_prompt",
     "text_of",
 ]
@@ -132,7 +133,7 @@ def _shared_turns(texts: list[str]) -> int:
 def _split_messages(
     prompt: Any, sides: list[list[Message]], row: int
 ) -> tuple[list[Message], list[list[Message]]]:
-    if _speaker(sides[0][0]) != "Assistant":  # whole conversations repeat the prompt
+    if speaker_of(sides[0][0]) != "Assistant":  # whole conversations repeat the prompt
         shared = 0
         shortest = min(len(side) for side in sides)
         while shared < shortest - 1 and all(_same(side[shared], sides[0][shared]) for side in sides):
@@ -140,7 +141,7 @@ def _split_messages(
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not prompt or any(_speaker(side[0]) != "Assistant" for side in sides):
+    if not prompt or any(speaker_of(side[0]) != "Assistant" for side in sides):
         raise UserError(
             f"row {row}: the conversations do not part at a turn of the assistant after a shared beginning; "
             "give a prompt, and responses that begin with the assistant"
@@ -152,12 +153,13 @@ def _same(one: Message, other: Message) -> bool:
     return (one["role"], one["content"]) == (other["role"], other["content"])
 
 
-def _speaker(message: Message) -> str:
+def speaker_of(message: Message) -> str:
+    """Return ``Human``, ``Assistant`` or what else the role of a message is called in a transcript."""
     return _SPEAKERS.get(message["role"].lower(), message["role"].capitalize())
 
 
 def _render(messages: Sequence[Message]) -> str:
-    return "".join(f"\n\n{_speaker(message)}: {message['content']}" for message in messages)
+    return "".join(f"\n\n{speaker_of(message)}: {message['content']}" for message in messages)
 
 
 def render_prompt(messages: Sequence[Message]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,12 @@ class MixtureRewards:
         self.mixture, self.tokenizer, self.prompts = mixture, tokenizer, prompts
         self.eos_token_ids = tuple(eos_token_ids or (tokenizer.eos_token_id,))
         self.num_groups = mixture.num_groups
-        self.shared_vocabulary = mixture.reads_tokens_of(tokenizer)
+
+    @cached_property
+    def shared_vocabulary(self) -> bool:
+        """Whether the model reads the policy's tokens themselves."""
+        # not before it is needed: until its model is loaded, the policy's tokenizer may lack a pad token
+        return self.mixture.reads_tokens_of(self.tokenizer)
 
     @torch.no_grad()
     def __call__(self, responses: TensorDictBase) -> Tensor:

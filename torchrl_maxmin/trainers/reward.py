@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.loading import is_encoder, load_tokenizer, require_trunk
 from torchrl_maxmin.modules.sampling import encode_prompts
@@ -19,6 +19,7 @@ from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
+from torchrl_maxmin.rewards.adapters import require_adaptable
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
 from torchrl_maxmin.trainers.checkpoint import find_checkpoint, save_checkpoint
 from torchrl_maxmin.trainers.reward_config import RewardConfig
@@ -47,6 +48,8 @@ def run_reward(config: RewardConfig) -> Path:
     groups = config.groups()
     device = resolve_device(config.device)
     model_config = require_trunk(config.model_name_or_path)
+    if config.use_peft:
+        require_adaptable(model_config, config.lora_settings())
     data = config.load_pairs(config.dataset_name, config.model_name_or_path)
     if config.use_true_groups:
         if data.groups is None:
@@ -137,8 +140,13 @@ class _Reference:
                 "--calibration none"
             )
         # found out now, before hours of training; its weights are loaded again when they are needed
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            self.load()
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self.load()
+        except UnservedModelError as error:  # it may well give rewards
+            raise UserError(
+                f"{error}; or train rewards without samples of it, by --calibration none"
+            ) from error
 
     def _answerable_prompts(self, data: PreferenceDataset) -> list[Text]:
         """The first distinct prompts with a token."""

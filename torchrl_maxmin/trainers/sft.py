@@ -21,7 +21,9 @@ from torchrl_maxmin.modules.loading import (
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import load_table
+from torchrl_maxmin.preferences.loading import mixed_columns, require_columns
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational, read_texts
+from torchrl_maxmin.preferences.transcripts import speaker_of, split_prompt
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import (
@@ -101,23 +103,40 @@ class SFTConfig(ChatSettings):
 def _read_texts(config: SFTConfig) -> tuple[list[Text], list[Text]]:
     """Prompts and completions of all rows; a plain text is a completion without prompt."""
     table = load_table(config.dataset_name, config.dataset_split)
+    names = {*table.column_names, *mixed_columns(table)}
+    pairs = (("prompt", "completion"), ("", "text"), ("prompt", "chosen"), ("", "messages"))
+    for columns in pairs:
+        wanted = [name for name in columns if name]
+        if names.issuperset(wanted):
+            require_columns(table, wanted, "sft")
+            *prompts, completions = (read_texts(table, name) for name in wanted)
+            opened = prompts[0] if prompts else [None] * len(completions)
+            if not completions:
+                break
+            rows = zip(opened, completions, strict=True)
+            split = [_split_row(*texts, row, wanted[-1]) for row, texts in enumerate(rows)]
+            return [start for start, _ in split], [end for _, end in split]
     if len(table) == 0:
         raise UserError(f"{config.dataset_name} has no rows to train on")
-    names = table.column_names
-    pairs = (("prompt", "completion"), ("", "text"), ("prompt", "chosen"), ("", "messages"))
-    for prompt, completion in pairs:
-        if completion not in names or (prompt and prompt not in names):
-            continue
-        completions = read_texts(table, completion)
-        if prompt:
-            return read_texts(table, prompt), completions
-        # a whole conversation answers what stands before its last message
-        opened: list[Text] = ["" if isinstance(text, str) else text[:-1] for text in completions]
-        return opened, [text if isinstance(text, str) else text[-1:] for text in completions]
     raise UserError(
         "sft needs columns prompt and completion, or text, or prompt and chosen, or messages; found "
-        f"{', '.join(names)}"
+        f"{', '.join(table.column_names)}"
     )
+
+
+def _split_row(prompt: Text | None, text: Text, row: int, column: str) -> tuple[Text, Text]:
+    """A row's prompt and completion; the last message of a conversation answers those before it."""
+    if prompt is None:
+        if isinstance(text, str):
+            return "", text
+        if len(text) == 1 or speaker_of(text[-1]) != "Assistant":
+            raise UserError(
+                f"row {row}: column {column!r} holds a conversation that does not end with an answer of the "
+                "assistant to a message before it; mend the row, or give a string"
+            )
+        prompt, text = text[:-1], text[-1:]
+    start, (end,) = split_prompt(prompt, [text], row, [column])
+    return start, end
 
 
 def _encode(
