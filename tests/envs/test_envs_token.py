@@ -51,6 +51,22 @@ def test_rewards_are_the_functions_on_masked_responses():
     assert stepped["terminated"].all()
 
 
+def test_every_one_of_several_ends_ends_a_response():
+    seen = []
+
+    def reward(responses):
+        seen.append(responses["action_mask"].clone())
+        return torch.zeros(4, 2)
+
+    env = TokenEnv(
+        prompts(), reward, num_groups=2, num_prompts=4, max_new_tokens=3, eos_token_id=(EOS, 7), vocab_size=12
+    )
+    td = env.reset()
+    td["action"] = torch.tensor([[5, 7, 9], [EOS, 7, 1], [7, 5, EOS], [3, 4, 5]])
+    env.step(td)
+    assert seen[-1].sum(-1).tolist() == [2, 1, 1, 3]
+
+
 def test_minimum_rewards_with_the_least_of_each_response():
     plain, least = make_env(), make_env(minimum=True)
     td = plain.reset()

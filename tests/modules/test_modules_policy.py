@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tensordict import TensorDict
-from transformers import GenerationConfig, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer, predicting_states
 from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm
@@ -172,6 +172,80 @@ def test_sampling_follows_the_seed(tiny_model):
 def test_pad_must_not_be_eos(tiny_model):
     with pytest.raises(ValueError, match="pad_token_id equals eos_token_id"):
         TokenPolicy(load_causal_lm(tiny_model), eos_token_id=2, pad_token_id=2, max_new_tokens=3)
+
+
+def always(token, eos=2):
+    """A model that always says one token, and whose generation_config knows two ends, 2 and 3."""
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=10, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=eos
+        )
+    ).eval()
+    model.generation_config = GenerationConfig(eos_token_id=[2, 3], pad_token_id=0)
+    with torch.no_grad():
+        for parameter in (model.transformer.wte.weight, model.transformer.wpe.weight):
+            parameter.zero_()
+        model.transformer.wte.weight[token] = 5.0
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("token", [2, 3, 4])
+def test_every_end_token_of_the_model_ends_a_response_and_survives_saving(token, tmp_path):
+    model = always(token)
+    prompts = TensorDict(
+        {"prompt_tokens": torch.tensor([[1, 4]]), "prompt_mask": torch.ones(1, 2).bool()}, [1]
+    )
+    policy = TokenPolicy(model, eos_token_id=2, pad_token_id=0, max_new_tokens=6)
+    assert policy.eos_token_ids == (2, 3)
+    batch = policy(prompts.clone())
+    real = 6 if token == 4 else 1
+    assert batch["action"].tolist() == [[token] * real + [0] * (6 - real)]
+    assert batch["action_mask"].sum() == real
+    policy.model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 3]
+    again = load_causal_lm(str(tmp_path))  # and again, by the package's own loading
+    again.save_pretrained(tmp_path / "again")
+    assert GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [2, 3]
+
+
+def test_ends_that_are_given_come_first_and_one_end_stays_a_number(tmp_path):
+    assert TokenPolicy(always(4), eos_token_id=[5, 3], pad_token_id=0, max_new_tokens=2).eos_token_ids == (
+        5,
+        3,
+        2,
+    )
+    model = always(4)
+    model.generation_config = GenerationConfig(eos_token_id=2)
+    TokenPolicy(model, eos_token_id=2, pad_token_id=0, max_new_tokens=2).model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+
+
+def test_pad_must_differ_from_every_end():
+    with pytest.raises(ValueError, match=r"pad_token_id equals eos_token_id \(3\)"):
+        TokenPolicy(always(4), eos_token_id=2, pad_token_id=3, max_new_tokens=2)
+
+
+def test_a_pad_token_that_is_one_of_the_ends_is_replaced(tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), load_causal_lm(tiny_model)
+    model.generation_config.eos_token_id = [EOS, tokenizer.pad_token_id]
+    ensure_pad_token(tokenizer, model)
+    assert tokenizer.pad_token_id == len(tokenizer) - 1 == model.config.pad_token_id
+
+
+@pytest.mark.parametrize("rows", [[[], [4, 5]], [[], []]])
+def test_a_prompt_without_tokens_is_refused(tiny_model, rows):
+    policy = make_policy(tiny_model)
+    tokens, mask = pad_left(rows, PAD)
+    prompts = TensorDict({"prompt_tokens": tokens, "prompt_mask": mask}, [2])
+    with pytest.raises(ValueError, match="a prompt without tokens.* give it the tokenizer's BOS"):
+        policy(prompts.clone())
+    given = prompts.update(make_batch().select("action", "action_mask")[:2])
+    with pytest.raises(ValueError, match="a prompt without tokens"):
+        policy.log_prob(given)
 
 
 def test_dropout_is_off(make_model):

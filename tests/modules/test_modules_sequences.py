@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from transformers import GPT2LMHeadModel
 
 from torchrl_maxmin.modules.sequences import (
     backbone_of,
+    has_ended,
     hidden_states,
     last_index,
     mask_after_eos,
@@ -42,6 +44,29 @@ def test_mask_after_eos_ends_with_the_first_eos(rows):
     for row, m in zip(rows, mask.tolist(), strict=True):
         real = row.index(2) + 1 if 2 in row else 5
         assert m == [True] * real + [False] * (5 - real)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=5, max_size=5), min_size=1, max_size=4),
+    st.lists(st.integers(0, 5), min_size=1, max_size=3),
+)
+def test_the_first_of_several_ends_ends_a_response(rows, ends):
+    action = torch.tensor(rows)
+    mask = mask_after_eos(action, ends)
+    ended = has_ended(TensorDict({"action": action, "action_mask": mask}, [len(rows)]), ends)
+    for row, m, e in zip(rows, mask.tolist(), ended.tolist(), strict=True):
+        found = [t for t, token in enumerate(row) if token in ends]
+        real = found[0] + 1 if found else 5
+        assert m == [True] * real + [False] * (5 - real)
+        assert e == [bool(found)]
+
+
+def test_an_end_behind_the_response_does_not_end_it():
+    responses = TensorDict(
+        {"action": torch.tensor([[5, 2, 2]]), "action_mask": torch.tensor([[True, False, False]])}, [1]
+    )
+    assert has_ended(responses, 2).tolist() == [[False]]
 
 
 def test_backbone_is_the_trunk(tiny_model):

@@ -10,6 +10,7 @@ from rounding import float32_bound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.modules.output_head import OutputHead
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.trainers.ppo import PPOTrainer, run_ppo
@@ -64,6 +65,23 @@ def test_without_learning_nothing_moves(make_config):
     ):
         assert torch.equal(now, before), name
     assert trainer.critic.head.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (lambda t: setattr(t.policy, "head", OutputHead(logit_scale=0.5)), "ratio of PPO is not 1"),
+        (lambda t: setattr(t.policy, "temperature", 0.8), "KL to the reference is not 0"),
+        (lambda t: t.policy.model.transformer.ln_f.weight.data.mul_(1.1), "KL to the reference is not 0"),
+    ],
+)
+def test_a_first_step_that_cannot_be_right_stops_before_any_update(make_config, tamper, message):
+    trainer = PPOTrainer(make_config(num_iterations=1))
+    tamper(trainer)
+    before = copy.deepcopy(trainer.policy.state_dict())
+    with pytest.raises(UserError, match=f"before the first update .*{message}.*likely cause"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
 
 
 def test_the_first_minibatch_has_ratio_one_and_zero_kl(make_config):
