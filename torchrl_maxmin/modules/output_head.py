@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states
-from torchrl_maxmin.modules.trunks import answering, undisturbed
+from torchrl_maxmin.modules.trunks import answering, max_positions, undisturbed
 
 __all__ = ["OutputHead"]
 
@@ -127,6 +127,7 @@ class _Trial:
         ]
         vocabulary = self.model.get_input_embeddings().num_embeddings
         tokens = (torch.arange(6, device=self.head.weight.device) % vocabulary).reshape(2, 3)
+        tokens = tokens[:, : max_positions(self.model)]
         mask = torch.ones_like(tokens)
         with undisturbed(self.model), answering(type(self.model).__name__):
             try:

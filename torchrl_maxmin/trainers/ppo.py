@@ -197,7 +197,7 @@ class PPOTrainer(PPOLoop):
         try:
             rewards = self.calibration.apply(self.rewards(responses))
         except NonFiniteRewards as error:
-            raise nonfinite_batch(responses, self.folder, f"{error}: a reward is nan") from error
+            raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
         if self.baseline is not None:
             rewards = rewards - self.baseline[responses["prompt_index"]]
         rewards = fill_absent(rewards)
