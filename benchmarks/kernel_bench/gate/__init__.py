@@ -31,6 +31,7 @@ from .product import (
     masked_heads_battery,
     mixed_battery,
     surroundings_battery,
+    transformed_battery,
 )
 
 MANY = 70  # heads, more than one tile holds
@@ -93,6 +94,8 @@ def product_jobs(device: Device) -> Iterator[Job]:
         yield "gae", partial(gae_battery, device, MANY, fp32)
     for op in ("heads", "log_probs"):
         yield op, partial(mixed_battery, device, op)
+    for dtype in (fp32,) if device.quick else (fp32, bf16):
+        yield "log_probs", partial(transformed_battery, device, dtype)
     for op in ("em", "heads", "gae", "log_probs"):
         yield op, partial(surroundings_battery, device, op)
     for op in ("em", "heads", "gae"):

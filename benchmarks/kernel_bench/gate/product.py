@@ -170,6 +170,30 @@ def mixed_battery(device: Device, op: str) -> Iterator[Check]:
     yield from by_dtype(f"{op} mixed", ours, reference, inputs)
 
 
+def transformed_battery(device: Device, dtype: torch.dtype) -> Iterator[Check]:
+    """Log-probabilities of logits that a model scales, shifts and caps (Cohere, Phi, Gemma 2)."""
+    targets = torch.arange(33, device=device.type)
+    scale, softcap = 0.25, 3.0
+
+    def ours(hidden: Tensor, lm_head: Tensor, bias: Tensor) -> Any:
+        options = {"logit_scale": scale, "softcap": softcap, "bias": bias}
+        return kernels.token_log_probs(
+            hidden, lm_head, targets, temperature=TEMPERATURE, entropy=True, **options
+        )
+
+    def reference(hidden: Tensor, lm_head: Tensor, bias: Tensor) -> Any:
+        logits = softcap * torch.tanh((scale * (hidden @ lm_head.mT) + bias) / softcap)
+        log_p = (logits / TEMPERATURE).log_softmax(-1)
+        chosen = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return chosen, -(log_p.exp() * log_p).sum(-1)
+
+    name = f"log_probs transformed {dtype_name(dtype)}"
+    inputs = [normal(device, 0, 33, 64), normal(device, 1, 203, 64), normal(device, 2, 203)]
+    inputs = [x.to(dtype) for x in inputs]
+    yield from by_dtype(name, ours, reference, inputs)
+    yield repeatable(device, name, ours, inputs)
+
+
 def product_calls(device: Device) -> dict[str, tuple[Function, list[Tensor]]]:
     """Return one call of every operator with the inputs that get a gradient."""
     offsets = torch.tensor([0, 3, 3, 40], device=device.type)
