@@ -11,7 +11,7 @@ TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint aot bench rl frontier install clean
+.PHONY: demo test test-slow test-portable lint aot bench rl frontier install clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ test: install
 ## the slow part: whole demos over several seeds, random files and settings
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+## the rooms with arithmetic under every instruction set that this processor has, on 1 and 2 threads
+test-portable: install
+	$(BIN)/python benchmarks/portable.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
