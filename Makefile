@@ -30,13 +30,13 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
-## the numeric rooms under every instruction set that the processor has, with one thread and two
-test-portable: install
-	$(BIN)/python tests/portable.py $(ARGS)
-
 ## the slow part: whole demos over several seeds, random files and settings
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+## the rooms with arithmetic under every instruction set that this processor has, on 1 and 2 threads
+test-portable: install
+	$(BIN)/python benchmarks/portable.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
