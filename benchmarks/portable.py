@@ -2,8 +2,8 @@
 
     python benchmarks/portable.py [--rooms welfare trainers] [--cells avx2-1] [--logs DIR]
 
-A cell is an instruction set that this processor has (PyTorch's kernels, the matrix products of MKL, oneDNN and
-OpenBLAS, and NumPy's loops are all held to it) and a number of threads. What a test session found is read off
+A cell is an instruction set that this processor has (PyTorch's kernels, the matrix products of MKL, oneDNN
+and OpenBLAS, and NumPy's loops are all held to it) and a number of threads. What a test session found is read off
 its own header, so a setting that did not take fails the cell. The exit status is 1 if a cell fails.
 """
 
@@ -30,7 +30,7 @@ ROOMS = [
     "collectors",
 ]
 THREADS = (1, 2)
-# what runs in processes of its own, is compiled, or is interpreted sees nothing of the cell, and takes minutes
+# what is compiled, interpreted or in processes of its own sees nothing of the cell, and takes minutes
 LEFT_OUT = "not interpreter and not builds and not left_on and not compile and not processes"
 # for every level: PyTorch's name, MKL's, oneDNN's, OpenBLAS's, and which of NumPy's features go
 LEVELS = {

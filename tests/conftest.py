@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: a tiny GPT-2 with the embedded world's tokenizer, and how many threads."""
+"""Fixtures that several rooms share: a tiny GPT-2 with the embedded world's tokenizer, and the threads."""
 
 import hashlib
 import os
