@@ -3,8 +3,8 @@
     python benchmarks/portable.py [--rooms welfare trainers] [--cells avx2-1] [--logs DIR]
 
 A cell is an instruction set that this processor has (PyTorch's kernels, the matrix products of MKL, oneDNN
-and OpenBLAS, and NumPy's loops are all held to it) and a number of threads. What a test session found is read off
-its own header, so a setting that did not take fails the cell. The exit status is 1 if a cell fails.
+and OpenBLAS, and NumPy's loops are all held to it) and a number of threads. What a test session found is read
+off its own header, so a setting that did not take fails the cell. The exit status is 1 if a cell fails.
 """
 
 import argparse
