@@ -212,7 +212,8 @@ def test_user_without_pairs_gets_the_prior():
     for counts in ([0], [0, 0, 0]):
         resp, like = em_responsibilities(empty, empty, offsets_of(counts), log_prior)
         torch.testing.assert_close(resp, log_prior.exp().expand(len(counts), 3))
-        torch.testing.assert_close(like, torch.zeros(len(counts)), atol=2e-7, rtol=0)
+        # three shares, each rounded once, and their sum twice
+        torch.testing.assert_close(like, torch.zeros(len(counts)), atol=5 * 1.2e-7, rtol=0)
 
 
 @pytest.mark.parametrize("length", [3, 2500], ids=["short", "split"])
@@ -264,7 +265,7 @@ def test_one_impossible_group_loses():
     expected = em_oracle(chosen, rejected, offsets, log_prior)
     assert resp[0, 0] == 0
     torch.testing.assert_close(resp.double(), expected[0], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(like.double(), expected[1])
+    assert ((like - expected[1]).abs() <= likelihood_bar(expected[1], [6])).all()
 
 
 @pytest.mark.skipif(
