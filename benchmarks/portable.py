@@ -18,10 +18,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = (
-    *("kernels", "objectives", "welfare", "modules", "rewards"),
-    *("trainers", "evaluation", "envs", "collectors"),
-)
+ROOMS = [
+    "kernels",
+    "objectives",
+    "welfare",
+    "modules",
+    "rewards",
+    "trainers",
+    "evaluation",
+    "envs",
+    "collectors",
+]
 THREADS = (1, 2)
 # for every level: PyTorch's name, MKL's, oneDNN's, OpenBLAS's, and which of NumPy's features go
 LEVELS = {
