@@ -61,8 +61,7 @@ class Outcome(NamedTuple):
 
 
 def cells() -> Iterator[Cell]:
-    """Yield every cell that this processor has; where it is none of x86's, as it is, by threads alone."""
-    os.environ.pop("ATEN_CPU_CAPABILITY", None)  # it would hide what there is
+    """Yield every cell that this processor has; one that is none of x86's is taken as it is."""
     import numpy as np
     import torch
 
@@ -112,31 +111,31 @@ def run(cell: Cell, folders: list[str], log: Path, extra: list[str]) -> Outcome:
     return Outcome(counts.get("passed", 0), failed, header[3] if header else "-", seconds, complaints)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rooms", nargs="+", default=ROOMS, help="folders of tests/, or files")
     parser.add_argument("--cells", nargs="+", help="some of the cells, by name")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "portable")
-    given, extra = parser.parse_known_args()  # the rest is pytest's
+    given, extra = parser.parse_known_args(arguments)  # the rest is pytest's
+    os.environ.pop("ATEN_CPU_CAPABILITY", None)  # it would hide what there is
     every = list(cells())
-    unknown = set(given.cells or ()) - {cell.name for cell in every}
-    if unknown:
-        parser.error(
-            f"no cell {', '.join(sorted(unknown))} here: there are {', '.join(c.name for c in every)}"
-        )
+    names = [cell.name for cell in every]
+    if not set(given.cells or names) <= set(names):
+        parser.error(f"the cells here are {', '.join(names)}")
     folders = [room if Path(room).exists() else f"tests/{room}" for room in given.rooms]
     given.logs.mkdir(parents=True, exist_ok=True)
     red: dict[str, list[str]] = {}
     print(f"{'cell':<12}{'passed':>8}{'failed':>8}{'seconds':>9}  product", flush=True)
     for cell in every:
-        if given.cells and cell.name not in given.cells:
+        if cell.name not in (given.cells or names):
             continue
-        passed, failed, product, seconds, complaints = run(
-            cell, folders, given.logs / f"{cell.name}.txt", extra
+        found = run(cell, folders, given.logs / f"{cell.name}.txt", extra)
+        print(
+            f"{cell.name:<12}{found.passed:>8}{found.failed:>8}{found.seconds:>9.0f}  {found.product}",
+            flush=True,
         )
-        print(f"{cell.name:<12}{passed:>8}{failed:>8}{seconds:>9.0f}  {product}", flush=True)
-        if complaints:
-            red[cell.name] = complaints
+        if found.complaints:
+            red[cell.name] = found.complaints
     for name, complaints in red.items():
         for complaint in complaints:
             print(f"{name}: {complaint}")

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: a tiny GPT-2 with the embedded world's tokenizer, and the threads."""
+"""What several rooms share: the number of threads, a tiny GPT-2 with the embedded world's tokenizer."""
 
 import hashlib
 import os

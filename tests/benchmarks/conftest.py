@@ -30,6 +30,11 @@ def script():
     return load("benchmarks_kernels_script", BENCHMARKS / "kernels.py")
 
 
+@pytest.fixture(scope="session")
+def portable():
+    return load("benchmarks_portable_script", BENCHMARKS / "portable.py")
+
+
 @pytest.fixture(autouse=True)
 def same_threads():
     before = torch.get_num_threads()

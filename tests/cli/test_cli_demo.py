@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rounding import EPS, TINY_MODEL
 from safetensors.torch import load_file
 
 from torchrl_maxmin.cli import demo as demo_module
@@ -106,7 +107,10 @@ def test_summary_has_what_is_promised(folder):
     for policy in summary["policies"].values():
         rates = policy["win_rate_vs_sft"]
         assert list(rates) == ["sentiment", "conciseness"]
-        assert all(0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1 for rate in rates.values())
+        for rate in rates.values():
+            # sums in another order: where the ends are equal, the last bits of a float64 need not be
+            assert rate["low"] - 1e-12 <= rate["mean"] <= rate["high"] + 1e-12
+            assert 0 <= rate["low"] <= rate["high"] <= 1 + 1e-12
         assert policy["worst_group_win_rate"] == pytest.approx(min(rate["mean"] for rate in rates.values()))
         assert policy["average_win_rate"] == pytest.approx(np.mean([rate["mean"] for rate in rates.values()]))
         assert list(policy["utility"]) == list(rates)
@@ -287,7 +291,9 @@ def test_folders_load_without_this_package(seed, tmp_path):
     with torch.no_grad():
         ours = policy.log_prob(responses).numpy()
     assert np.abs(ours).max() > 1
-    np.testing.assert_allclose(ours, plain["log_probs"], atol=1e-5)
+    # rows alone and in a batch: a model of the tiny one's depth rounds as often
+    bar = TINY_MODEL * EPS * np.abs(ours).max()
+    np.testing.assert_allclose(ours, plain["log_probs"], atol=bar)
     mixture = RewardMixture.from_pretrained(seed / "reward_maxmin")
     scores = mixture.score(*to_texts(tokenizer, responses)).numpy()
     assert scores.shape == (9, 2)

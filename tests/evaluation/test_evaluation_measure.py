@@ -12,6 +12,7 @@ import torch
 import yaml
 from evaluation_results import CALIBRATION, LENGTH
 from judge_server import Server, ok, shorter
+from rounding import TINY_MODEL, log_prob_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
@@ -97,7 +98,8 @@ def test_a_reference_without_a_pad_token_gets_one(measure, tiny_model, other_mod
     policies = [f"sft={bare}", f"maxmin={other_model}"]
     first, again = measure(policies=policies), measure(name="again", policies=policies)
     assert first.length["sft"].min() >= 1
-    np.testing.assert_allclose(first.kl["sft"], 0.0, atol=1e-5)
+    bar = LENGTH * log_prob_bar(AutoModelForCausalLM.from_pretrained(bare), TINY_MODEL)
+    np.testing.assert_allclose(first.kl["sft"], 0.0, atol=bar)
     np.testing.assert_array_equal(first.kl["maxmin"], again.kl["maxmin"])
 
 
@@ -202,10 +204,10 @@ def test_kl_is_the_log_ratio_of_whole_responses(measure, tiny_model, other_model
     """Against plain forward passes over the responses' text, one at a time, in double precision."""
     measure_judges.calls.clear()
     result = measure()
-    np.testing.assert_allclose(result.kl["sft"], 0.0, atol=1e-5)
     models = [
         AutoModelForCausalLM.from_pretrained(path).double().eval() for path in (other_model, tiny_model)
     ]
+    np.testing.assert_allclose(result.kl["sft"], 0.0, atol=LENGTH * log_prob_bar(models[1], TINY_MODEL))
     checked = 0
     rows = zip(
         *measure_judges.calls[-1], result.kl["maxmin"].ravel(), result.length["maxmin"].ravel(), strict=True

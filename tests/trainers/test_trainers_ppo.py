@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainers_rewards
-from rounding import float32_bound
+from rounding import SAMPLER, TINY_MODEL, float32_bound, log_prob_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
@@ -50,15 +50,17 @@ def largest_logit(trainer):
 def test_without_learning_nothing_moves(make_config):
     """KL 0 and ratio 1, the first statements a PPO must satisfy."""
     config = make_config(learning_rate=0.0, critic_learning_rate=1e-3, temperature=0.7, entropy_coeff=0.01)
-    trainer = trained(config)
-    # sampled with cached keys, scored in one pass: a token's log-probability is off by a few roundings of
-    # the largest logit, and a response's KL by as much a token
-    token = float32_bound(largest_logit(trainer) / config.temperature)
+    trainer = PPOTrainer(config)
+    # in float64, so that of all roundings only the sampler's are left, whose scores are float32
+    trainer.policy.double()
+    trainer.reference.double()
+    trainer.train()
+    bar = log_prob_bar(trainer.policy.model, SAMPLER, config.temperature)
     for row in read_metrics(config.output_dir):
-        assert row["objective/kl"] == pytest.approx(0.0, abs=config.response_length * token)
-        assert row["val/ratio"] == pytest.approx(1.0, abs=token)
+        assert row["objective/kl"] == pytest.approx(0.0, abs=config.response_length * bar)
+        assert row["val/ratio"] == pytest.approx(1.0, abs=bar)
         assert row["policy/clipfrac_avg"] == 0
-        assert row["policy/approxkl_avg"] == pytest.approx(0.0, abs=token)
+        assert row["policy/approxkl_avg"] == pytest.approx(0.0, abs=bar)
         assert row["objective/entropy"] > 0
     for (name, now), before in zip(
         trainer.policy.named_parameters(), trainer.reference.parameters(), strict=True
@@ -87,11 +89,11 @@ def test_a_first_step_that_cannot_be_right_stops_before_any_update(make_config, 
 def test_the_first_minibatch_has_ratio_one_and_zero_kl(make_config):
     trainer, batch = first_batch(make_config())
     # sampled with cached keys, scored in one pass: the rounding of float32 apart
-    token = float32_bound(largest_logit(trainer))
-    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=token, rtol=0)
+    bar = log_prob_bar(trainer.policy.model, TINY_MODEL)
+    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=bar, rtol=0)
     losses = trainer.loss(batch.exclude("next", "group_utilities"))
-    assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=token)
-    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=token)
+    assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=bar)
+    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=bar)
     assert losses["clip_fraction"] == 0
     valid = batch["advantage"].squeeze(-1)[batch["action_mask"]]
     assert valid.mean().item() == pytest.approx(0.0, abs=1e-5)
@@ -281,8 +283,8 @@ def test_a_tokenizer_without_pad_token_starts_at_kl_zero(make_config, make_model
     trainer, batch = first_batch(make_config(model_name_or_path=folder))
     assert trainer.tokenizer.pad_token_id == len(tokenizer)
     # sampled with cached keys, scored in one pass: the rounding of float32 apart
-    bound = float32_bound(largest_logit(trainer))
-    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=bound, rtol=0)
+    bar = log_prob_bar(trainer.policy.model, TINY_MODEL)
+    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=bar, rtol=0)
     tokens, mask = trainer.prompts["prompt_tokens"], trainer.prompts["prompt_mask"]
     assert (tokens[~mask] == trainer.tokenizer.pad_token_id).all()
 
