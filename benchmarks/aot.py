@@ -213,11 +213,15 @@ def gae_cases() -> list[Case]:
 def log_probs_cases() -> list[Case]:
     cases = []
     names = ("logits", "log_probs", "logsumexp", "entropy", "grad_log_probs", "grad_entropy")
-    for vocabulary in (203, 50257, 151936):
+    for vocabulary in (203, 50257, 151936, 256000):
         for entropy in (False, True):
-            types = {f"p_{n}": "*fp32" for n in names} | {"p_targets": "*i64"}
-            types |= {"temperature": "fp32", "stride": "i32"}
+            types = {f"p_{n}": "*fp32" for n in names} | {"p_targets": "*i64", "p_bias": "*fp32"}
+            types |= {"temperature": "fp32", "logit_scale": "fp32", "softcap": "fp32", "stride": "i32"}
             constants = {"V": vocabulary, **log_probs.row_config(vocabulary)}
+            # Gemma's vocabulary with all that a model may do to its logits, the others with nothing.
+            transformed = vocabulary == 256000
+            constants |= _flags(BIAS=transformed, SCALE=transformed, CAP=transformed)
+            constants |= {} if transformed else {"p_bias": None}
             divisible = ("stride",) if vocabulary % 16 == 0 else ()
             missing = {} if entropy else {"p_entropy": None}
             name = f"V={vocabulary} entropy={entropy}"

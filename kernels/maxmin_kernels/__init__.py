@@ -11,8 +11,10 @@
 Every function works on CPU (PyTorch) and CUDA (Triton), under ``torch.compile(fullgraph=True)`` and
 ``torch.vmap``, takes float32, bfloat16 and float16 and returns float32; float64 is kept and computed in
 PyTorch. ``backend="torch"`` selects the plain PyTorch reference, which also lies beside each operator in
-``naive.py``. With ``TRITON_INTERPRET=1`` set before the first import of Triton, CPU tensors run the Triton
-kernels in the interpreter.
+``naive.py``. An operator is differentiable once, in reverse mode: forward mode (``jvp``), second derivatives
+and ``torch.func.grad`` raise an error that names ``backend="torch"``, through which all of them go. With
+``TRITON_INTERPRET=1`` set before the first import of Triton, CPU tensors run the Triton kernels in the
+interpreter.
 """
 
 from .em import UserPlan, em_responsibilities, em_responsibilities_naive, plan_users

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._autograd import refuse_transforms
+
 Backend = Literal["auto", "torch"]
 
 HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
@@ -38,23 +40,16 @@ def require_triton() -> None:
         )
 
 
-def check_backend(backend: str) -> None:
-    """Raise if ``backend`` is not one of ``"auto"`` and ``"torch"``.
+def check_call(backend: str, **tensors: Tensor | None) -> None:
+    """Raise unless the backend exists and can take these tensors, floating point and on one device.
 
     Raises:
-        ValueError: If it is anything else.
+        NotImplementedError: If an operator would be differentiated in a way that it does not have.
+        TypeError: If a tensor is not floating point.
+        ValueError: If the backend is unknown or two tensors are on different devices.
     """
     if backend not in ("auto", "torch"):
         raise ValueError(f'backend must be "auto" or "torch", got {backend!r}.')
-
-
-def check_inputs(**tensors: Tensor | None) -> None:
-    """Raise unless all tensors are floating point and on one device.
-
-    Raises:
-        TypeError: If a tensor is not floating point.
-        ValueError: If two tensors are on different devices.
-    """
     device = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -65,6 +60,8 @@ def check_inputs(**tensors: Tensor | None) -> None:
             device = tensor.device
         elif tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the other tensors on {device}; move it there.")
+    if backend == "auto":
+        refuse_transforms(*tensors.values())
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def _unbind(arg: Any, dim: Any, size: int) -> list[Any]:
@@ -16,8 +17,34 @@ def _unbind(arg: Any, dim: Any, size: int) -> list[Any]:
     return [arg] * size if dim is None else list(arg.unbind(dim))
 
 
+def _meta_element(arg: Any, dim: Any) -> Any:
+    """Return one argument of a batch element with its shape and dtype alone."""
+    if isinstance(arg, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(arg)
+        return [_meta_element(a, d) for a, d in zip(arg, dims, strict=True)]
+    if not isinstance(arg, Tensor):
+        return arg
+    shape = list(arg.shape)
+    if dim is not None:
+        del shape[dim]
+    return torch.empty(shape, dtype=arg.dtype, device="meta")
+
+
+def _empty_batch(op: Callable[..., Any], in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+    """Return the outputs of no batch element at all, their shapes and dtypes from the fake operator."""
+    outputs = op(*map(_meta_element, args, in_dims))
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    # Zero, and what the outputs' empty gradients are with respect to.
+    zero = torch.stack([x.flatten()[:0].sum() for x in tensors if x.is_floating_point()]).sum()
+    empty = [torch.empty(0, *out.shape, dtype=out.dtype, device=tensors[0].device) for out in outputs]
+    stacked = tuple(out + zero.to(out.dtype) if out.is_floating_point() else out for out in empty)
+    return stacked, (0,) * len(stacked)
+
+
 def loop_vmap(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
     """Batch by calling ``op`` once per batch element and stacking the outputs."""
+    if info.batch_size == 0:
+        return _empty_batch(op, in_dims, args)
     per_arg = [_unbind(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
     outputs = [op(*call) for call in zip(*per_arg, strict=True)]
     stacked = tuple(torch.stack(column) for column in zip(*outputs, strict=True))
@@ -32,6 +59,7 @@ def fold_vmap(
     Falls back to one call per element if any other argument is batched.
     """
     rows = set(row_args)
+    # An empty batch too: one row count over zero elements is unknown.
     if info.batch_size == 0 or any(d is not None for i, d in enumerate(in_dims) if i not in rows):
         return loop_vmap(op, info, in_dims, args)
     folded = list(args)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kernels_oracles import COMPILER, LOW_BAR, PROPERTY, gradients, log_probs_oracle, rms_error
 from maxmin_kernels import token_log_probs
 from maxmin_kernels.log_probs.chunked import chunked_backward, chunked_forward, pick_chunk_size
+from maxmin_kernels.log_probs.transform import PLAIN, LogitTransform
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -161,12 +162,16 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_never_holds_more_than_a_chunk_of_logits():
+@pytest.mark.parametrize(
+    "transform", [PLAIN, LogitTransform(torch.zeros(100), logit_scale=0.5, softcap=3.0)], ids=["plain", "all"]
+)
+def test_never_holds_more_than_a_chunk_of_logits(transform):
     hidden, lm_head, targets = make(64, 4, 100)
     with LargestTensor() as largest:
-        log_probs, entropy, total = chunked_forward(hidden, lm_head, targets, 1.0, True, 8)
+        log_probs, entropy, total = chunked_forward(hidden, lm_head, targets, 1.0, True, 8, transform)
         ones = torch.ones(64)
-        chunked_backward(hidden, lm_head, targets, entropy, total, ones, ones, 1.0, 8, True, True)
+        vectors = targets, entropy, total, ones, ones
+        chunked_backward(hidden, lm_head, *vectors, 1.0, 8, True, True, transform, transform.bias is not None)
     assert log_probs.shape == (64,)
     assert 0 < largest.bytes <= 8 * 100 * 4
 
@@ -237,11 +242,11 @@ def test_opcheck(rows, entropy):
     hidden, lm_head, targets = make(rows, 4, 9)
     forward = torch.ops.maxmin.token_log_probs.default
     leaves = hidden.requires_grad_(), lm_head.requires_grad_()
-    torch.library.opcheck(forward, (*leaves, targets, 0.7, entropy, 4))
+    torch.library.opcheck(forward, (*leaves, targets, 0.7, entropy, 4, None, 1.0, None))
     vectors = torch.rand(rows if entropy else 0), torch.rand(rows) + 9, torch.randn(rows), None
     backward = torch.ops.maxmin.token_log_probs_backward.default
     plain = hidden.detach(), lm_head.detach(), targets
-    torch.library.opcheck(backward, (*plain, *vectors, 0.7, 4, True, entropy))
+    torch.library.opcheck(backward, (*plain, *vectors, 0.7, 4, True, entropy, None, 1.0, None, False))
 
 
 @pytest.mark.usefixtures("no_compile_cache")

@@ -23,7 +23,9 @@ def run(*command, **environment):
 
 
 @pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
-@pytest.mark.parametrize("room", ["heads", "heads_masks", "em", "gae", "token_gae", "log_probs"])
+@pytest.mark.parametrize(
+    "room", ["heads", "heads_masks", "em", "gae", "token_gae", "log_probs", "log_probs_logits"]
+)
 def test_triton_kernels_pass_the_same_tests_in_the_interpreter(room):
     # Triton reads the variable when it is imported, so a process of its own.
     pytest.importorskip("triton")
@@ -106,7 +108,7 @@ calls = [
     lambda: _gae_cuda(x[None], x[None], x[None], end, end, None, None, 0.9, 0.9, False),
     lambda: _heads_cuda(x, x, None, None, None, 1.0, None, None, False),
     lambda: _min_cuda(x, 1.0, None, None, False),
-    lambda: _row_kernels(OnCuda(), OnCuda()),
+    lambda: _row_kernels(OnCuda(), torch.float32),
 ]
 for call in calls:
     try:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd import differentiable_once
 from .._backend import (
     Backend,
     accumulate_dtype,
-    check_backend,
-    check_inputs,
+    check_call,
     require_triton,
     use_triton_on_cpu,
 )
@@ -116,15 +116,13 @@ def _em_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     chosen, rejected, user_offsets, log_prior, plan = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(chosen, rejected, user_offsets, output[0], *plan[:2])
-    ctx.prior_dtype, ctx.plan_length = log_prior.dtype, len(plan)
+    # The prior is no term of the gradient, but a cause: the responsibilities depend on it.
+    ctx.save_for_backward(chosen, rejected, user_offsets, log_prior, output[0], *plan[:2])
 
 
-def _em_autograd(ctx: Any, _: Any, grad: Tensor | None) -> Any:
-    no_plan = [None] * ctx.plan_length
-    if grad is None:
-        return None, None, None, None, no_plan
-    chosen, rejected, user_offsets, responsibilities, *segments = ctx.saved_tensors
+@differentiable_once
+def _em_autograd(ctx: Any, saved: Any, _: Any, grad: Tensor) -> Any:
+    chosen, rejected, user_offsets, log_prior, responsibilities, *segments = saved
     need = ctx.needs_input_grad
     d_chosen = d_rejected = d_prior = None
     if need[0] or need[1]:
@@ -132,8 +130,8 @@ def _em_autograd(ctx: Any, _: Any, grad: Tensor | None) -> Any:
             chosen, rejected, user_offsets, responsibilities, grad, *(segments or (None, None))
         )
     if need[3]:
-        d_prior = (responsibilities * grad.unsqueeze(-1)).sum(0).to(ctx.prior_dtype)
-    return d_chosen, d_rejected if need[1] else None, None, d_prior, no_plan
+        d_prior = (responsibilities * grad.unsqueeze(-1)).sum(0).to(log_prior.dtype)
+    return d_chosen, d_rejected if need[1] else None, None, d_prior, [None] * len(need[4])
 
 
 torch.library.register_autograd("maxmin::em_responsibilities", _em_autograd, setup_context=_em_setup)
@@ -183,7 +181,7 @@ def em_responsibilities(
         plan: :func:`plan_users` of the same offsets; built on every call if None. On CUDA the plan also
             spares the check of the offsets, which is otherwise a device-side assertion.
         return_mass: Whether to return the groups' masses too, from which EM takes the next mixing weights.
-        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, differentiable twice).
+        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, differentiable every way).
 
     Returns:
         ``(responsibilities [U, K], log_likelihood [U])`` in float32. Only the log-likelihood is
@@ -203,8 +201,7 @@ def em_responsibilities(
         >>> responsibilities.argmax(-1).tolist()
         [0, 1]
     """
-    check_backend(backend)
-    check_inputs(chosen=chosen, rejected=rejected, log_prior=log_prior)
+    check_call(backend, chosen=chosen, rejected=rejected, log_prior=log_prior)
     if chosen.ndim != 2 or chosen.shape[1] == 0 or (rejected is not None and chosen.shape != rejected.shape):
         raise ValueError(
             "chosen and rejected must both be [P, K] with K >= 1, "

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._backend import Backend, check_backend, check_inputs
+from .._backend import Backend, check_call
 from .naive import token_gae_naive, vector_gae_naive
 from .operators import gae_op, token_gae_op
 
@@ -75,7 +75,7 @@ def vector_gae(
         weights: ``[K]`` or None, of the columns' weighted sum; any floating dtype.
         return_moments: Whether to return what whitening the weighted advantage (or with K = 1 the advantage)
             takes; needs ``weights`` unless K = 1.
-        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch).
+        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, through which forward mode goes).
 
     Returns:
         ``(advantage [..., T, K], value_target [..., T, K])`` in float32. With ``weights`` also ``weighted
@@ -102,8 +102,8 @@ def vector_gae(
         >>> weighted.flatten().tolist(), moments.tolist()
         ([1.5, 1.0], [2.0, 1.25, 0.0625])
     """
-    check_backend(backend)
-    check_inputs(reward=reward, value=value, next_value=next_value, weights=weights)
+    with torch.no_grad():  # as below: no gradient is asked for
+        check_call(backend, reward=reward, value=value, next_value=next_value, weights=weights)
     shape = reward.shape
     if reward.ndim < 2 or shape[-1] == 0 or value.shape != shape or next_value.shape != shape:
         raise ValueError(
@@ -176,7 +176,7 @@ def token_gae(
             added with weight 1; any floating dtype.
         return_moments: Whether to return what whitening the weighted advantage (or with C = 1 the advantage)
             takes; needs ``group_weights`` unless C = 1.
-        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch).
+        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, through which forward mode goes).
 
     Returns:
         ``(advantage [B, T, C], value_target [B, T, C])`` in float32; at masked tokens 0 and ``value``. With
@@ -196,14 +196,15 @@ def token_gae(
         >>> advantage.flatten().tolist()
         [2.0, 4.0, 0.0]
     """
-    check_backend(backend)
-    check_inputs(
-        value=value,
-        terminal_reward=terminal_reward,
-        sample_log_prob=sample_log_prob,
-        ref_log_prob=ref_log_prob,
-        group_weights=group_weights,
-    )
+    with torch.no_grad():  # as below: no gradient is asked for
+        check_call(
+            backend,
+            value=value,
+            terminal_reward=terminal_reward,
+            sample_log_prob=sample_log_prob,
+            ref_log_prob=ref_log_prob,
+            group_weights=group_weights,
+        )
     if (sample_log_prob is None) != (ref_log_prob is None):
         raise ValueError("sample_log_prob and ref_log_prob make the penalty together: pass both or none.")
     gamma, lmbda, kl_coef = float(gamma), float(lmbda), float(kl_coef)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._backend import Backend, check_backend, check_inputs
+from .._backend import Backend, check_call
 from .naive import min_over_heads_naive, reward_heads_min_naive
 from .operators import check_head_mask, heads_op, min_op
 
@@ -49,7 +49,7 @@ def min_over_heads(
         row_mask: ``[...]`` bool or None, True at real rows: the others return 0, whatever they hold, are no
             part of the sums and get no gradient.
         return_sums: Whether to return the sums over rows too.
-        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, differentiable twice).
+        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, differentiable every way).
 
     Returns:
         ``(minimum [...], argmin [...] int64, softmin [...])`` in float32, differentiable except
@@ -68,8 +68,7 @@ def min_over_heads(
         >>> minimum.item(), argmin.item()
         (1.0, 1)
     """
-    check_backend(backend)
-    check_inputs(rewards=rewards)
+    check_call(backend, rewards=rewards)
     _check_temperature(temperature)
     if rewards.ndim == 0 or rewards.shape[-1] == 0:
         raise ValueError(f"rewards must be [..., K] with K >= 1, got shape {tuple(rewards.shape)}.")
@@ -124,7 +123,7 @@ def reward_heads_min(
             part of the sums, and neither get nor pass a gradient. The gradient of ``weight`` then takes a
             copy of ``hidden``.
         return_sums: Whether to return the sums over rows too.
-        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, differentiable twice).
+        backend: ``"auto"`` (fused on CUDA) or ``"torch"`` (plain PyTorch, differentiable every way).
 
     Returns:
         ``(rewards [N, K], minimum [N], argmin [N] int64, softmin [N])`` in float32; all but ``argmin`` are
@@ -148,8 +147,7 @@ def reward_heads_min(
         >>> (head_sums / 2).min().item()
         2.5
     """
-    check_backend(backend)
-    check_inputs(hidden=hidden, weight=weight, bias=bias, shift=shift, scale=scale)
+    check_call(backend, hidden=hidden, weight=weight, bias=bias, shift=shift, scale=scale)
     _check_temperature(temperature)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd import differentiable_once
 from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu, without_autocast
 from .._vmap import fold_vmap, loop_vmap
 from .naive import min_over_heads_backward_naive, min_over_heads_naive, reward_heads_min_naive
@@ -113,17 +114,17 @@ def _min_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.save_for_backward(rewards, output[1], head_mask, row_mask)
 
 
+@differentiable_once
 def _min_autograd(
     ctx: Any,
+    saved: Any,
     grad_minimum: Tensor | None,
     _: Any,
     grad_softmin: Tensor | None,
     grad_sums: Tensor | None,
 ) -> Any:
+    rewards, argmin, *masks = saved
     given = (None, grad_minimum, grad_softmin, grad_sums)
-    if all(g is None for g in given):
-        return (None,) * 5
-    rewards, argmin, *masks = ctx.saved_tensors
     grad = _min_backward_op(rewards, argmin, *given, ctx.temperature, *masks)
     return grad.to(rewards.dtype), None, None, None, None
 
@@ -224,8 +225,10 @@ def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (bias, shift))
 
 
+@differentiable_once
 def _heads_autograd(
     ctx: Any,
+    saved: Any,
     grad_rewards: Tensor | None,
     grad_minimum: Tensor | None,
     _: Any,
@@ -233,9 +236,7 @@ def _heads_autograd(
     grad_sums: Tensor | None,
 ) -> Any:
     given = (grad_rewards, grad_minimum, grad_softmin, grad_sums)
-    if all(g is None for g in given):
-        return (None,) * 9
-    hidden, weight, scale, rewards, argmin, head_mask, row_mask = ctx.saved_tensors
+    hidden, weight, scale, rewards, argmin, head_mask, row_mask = saved
     bias_dtype, shift_dtype = ctx.dtypes
     need = ctx.needs_input_grad
     grad = _min_backward_op(rewards, argmin, *given, ctx.temperature, head_mask, row_mask)

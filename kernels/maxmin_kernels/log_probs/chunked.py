@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu
+from .transform import PLAIN, LogitTransform
 
 # Elements of one chunk of logits, and the least rows with which a matrix product is still efficient.
 _ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
@@ -20,12 +21,11 @@ def pick_chunk_size(rows: int, vocabulary: int, device: str) -> int:
     return max(1, -(-rows // chunks))
 
 
-def _matrices(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Return both matrices in the dtype of the product, and the dtype of the logits."""
-    wide = accumulate_dtype(hidden, lm_head)
-    low = hidden.is_cuda and hidden.dtype == lm_head.dtype
+def _matrices(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return both matrices in the dtype of the product, low only where its sums can be float32."""
+    low = hidden.is_cuda and hidden.dtype == lm_head.dtype and wide == torch.float32
     dtype = hidden.dtype if low else wide
-    return hidden.detach().to(dtype), lm_head.detach().to(dtype), wide
+    return hidden.detach().to(dtype), lm_head.detach().to(dtype)
 
 
 def _logits(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> Tensor:
@@ -49,9 +49,9 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.
     return total
 
 
-def _row_kernels(hidden: Tensor, lm_head: Tensor) -> bool:
-    """Whether the pass over the logits is a Triton kernel."""
-    if accumulate_dtype(hidden, lm_head) == torch.float64:
+def _row_kernels(hidden: Tensor, wide: torch.dtype) -> bool:
+    """Whether the pass over the logits, of dtype ``wide``, is a Triton kernel."""
+    if wide == torch.float64:
         return False
     if hidden.is_cuda:
         require_triton()
@@ -119,13 +119,21 @@ def rows_backward(
 
 
 def chunked_forward(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk_size: int
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    chunk_size: int,
+    transform: LogitTransform = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(log_probs [N], entropy [N] or [0], logsumexp [N])``; ``chunk_size`` 0 picks one."""
     rows, vocabulary = hidden.shape[0], lm_head.shape[0]
     _check_targets(targets, vocabulary)
-    kernels = _row_kernels(hidden, lm_head)
-    hidden, lm_head, wide = _matrices(hidden, lm_head)
+    wide = accumulate_dtype(hidden, lm_head, transform.bias)
+    kernels = _row_kernels(hidden, wide)
+    hidden, lm_head = _matrices(hidden, lm_head, wide)
+    transform = transform.to(wide)
     chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
     outputs = [hidden.new_empty(rows, dtype=wide) for _ in range(3 if entropy else 2)]
     for start in range(0, rows, chunk):
@@ -134,8 +142,9 @@ def chunked_forward(
         if kernels:
             from .triton_kernels import log_probs_forward
 
-            results = log_probs_forward(logits, targets[part], temperature, entropy)
+            results = log_probs_forward(logits, targets[part], temperature, entropy, transform)
         else:
+            logits = transform.capped_(transform.uncapped_(logits))
             results = rows_forward(logits, targets[part], temperature, entropy)
         del logits  # before the next chunk's are made, so that there is one chunk at a time
         for out, result in zip(outputs, results, strict=True):
@@ -155,16 +164,22 @@ def chunked_backward(
     chunk_size: int,
     need_hidden: bool,
     need_lm_head: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of hidden and lm_head, each empty (``[0]``) if it is not needed."""
+    transform: LogitTransform = PLAIN,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden, lm_head and bias, each empty (``[0]``) if it is not needed."""
     rows, vocabulary = hidden.shape[0], lm_head.shape[0]
-    kernels = _row_kernels(hidden, lm_head)
-    dtypes = hidden.dtype, lm_head.dtype
-    hidden, lm_head, wide = _matrices(hidden, lm_head)
+    wide = accumulate_dtype(hidden, lm_head, transform.bias)
+    kernels = _row_kernels(hidden, wide)
+    dtypes = hidden.dtype, lm_head.dtype, wide if transform.bias is None else transform.bias.dtype
+    hidden, lm_head = _matrices(hidden, lm_head, wide)
+    transform = transform.to(wide)
+    logit_scale = transform.logit_scale
     chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtypes[0])
     # Chunks add up in the wide dtype, one after the other: the same sum every time.
     d_lm_head: Tensor | None = None
+    d_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=wide)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         logits = _logits(hidden[part], lm_head, wide)
@@ -179,17 +194,26 @@ def chunked_backward(
         if kernels:
             from .triton_kernels import log_probs_backward
 
-            grad = log_probs_backward(logits, *row_args, out_dtype=hidden.dtype)
+            grad = log_probs_backward(logits, *row_args, transform, out_dtype=hidden.dtype)
         else:
-            grad = rows_backward(logits, *row_args).to(hidden.dtype)
-        if need_hidden:
+            slope = transform.slope(transform.uncapped_(logits))
+            grad = rows_backward(transform.capped_(logits), *row_args)
+            grad = (grad if slope is None else grad.mul_(slope)).to(hidden.dtype)
+            del slope
+        if need_bias:
+            d_bias += grad.sum(0, dtype=wide)
+        if need_hidden and logit_scale == 1.0:
             d_hidden[part] = grad @ lm_head
+        elif need_hidden:
+            d_hidden[part] = _logits(grad, lm_head.mT, wide).mul_(logit_scale)
         if need_lm_head:
             d_lm_head = _add_product(d_lm_head, grad.mT, hidden[part], wide)
         # Freed before the next chunk's logits are made, so that there is one chunk at a time.
         del logits, grad
     if not need_lm_head:
-        return d_hidden, lm_head.new_empty(0, dtype=dtypes[1])
-    if d_lm_head is None:
-        return d_hidden, torch.zeros_like(lm_head, dtype=dtypes[1])
-    return d_hidden, d_lm_head.to(dtypes[1])
+        d_lm_head = lm_head.new_empty(0)
+    elif d_lm_head is None:
+        d_lm_head = torch.zeros_like(lm_head)
+    elif logit_scale != 1.0:
+        d_lm_head.mul_(logit_scale)
+    return d_hidden, d_lm_head.to(dtypes[1]), d_bias.to(dtypes[2])

@@ -5,25 +5,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import Backend, accumulate_dtype, check_backend, check_inputs, without_autocast
+from .._autograd import differentiable_once
+from .._backend import Backend, accumulate_dtype, check_call, without_autocast
 from .._vmap import fold_vmap, loop_vmap
 from .chunked import chunked_backward, chunked_forward
 from .naive import token_log_probs_naive
+from .transform import LogitTransform
 
 
 @torch.library.custom_op("maxmin::token_log_probs", mutates_args=(), device_types=("cpu", "cuda"))
 def _log_probs_op(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk_size: int
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    chunk_size: int,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    transform = LogitTransform(bias, logit_scale, softcap)
     with without_autocast(hidden):
-        return chunked_forward(hidden, lm_head, targets, temperature, entropy, chunk_size)
+        return chunked_forward(hidden, lm_head, targets, temperature, entropy, chunk_size, transform)
 
 
 @_log_probs_op.register_fake
 def _log_probs_fake(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk_size: int
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    chunk_size: int,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dtype = hidden.shape[0], accumulate_dtype(hidden, lm_head)
+    rows, dtype = hidden.shape[0], accumulate_dtype(hidden, lm_head, bias)
     log_probs = hidden.new_empty(rows, dtype=dtype)
     return log_probs, hidden.new_empty(rows if entropy else 0, dtype=dtype), torch.empty_like(log_probs)
 
@@ -41,7 +60,11 @@ def _log_probs_backward_op(
     chunk_size: int,
     need_hidden: bool,
     need_lm_head: bool,
-) -> tuple[Tensor, Tensor]:
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     with without_autocast(hidden):
         return chunked_backward(
             hidden,
@@ -55,6 +78,8 @@ def _log_probs_backward_op(
             chunk_size,
             need_hidden,
             need_lm_head,
+            LogitTransform(bias, logit_scale, softcap),
+            need_bias,
         )
 
 
@@ -71,33 +96,45 @@ def _log_probs_backward_fake(
     chunk_size: int,
     need_hidden: bool,
     need_lm_head: bool,
-) -> tuple[Tensor, Tensor]:
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
-    return d_hidden, lm_head.new_empty(lm_head.shape if need_lm_head else (0,))
+    d_lm_head = lm_head.new_empty(lm_head.shape if need_lm_head else (0,))
+    d_bias = hidden.new_empty(0, dtype=accumulate_dtype(hidden, lm_head)) if bias is None else bias
+    return d_hidden, d_lm_head, d_bias.new_empty(lm_head.shape[0] if need_bias else 0)
 
 
 def _log_probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, lm_head, targets, ctx.temperature, _, ctx.chunk_size = inputs
+    hidden, lm_head, targets, ctx.temperature, _, ctx.chunk_size, bias, ctx.logit_scale, ctx.softcap = inputs
     _, entropy, logsumexp = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logsumexp)
-    ctx.save_for_backward(hidden, lm_head, targets, entropy, logsumexp)
+    ctx.save_for_backward(hidden, lm_head, targets, entropy, logsumexp, bias)
 
 
-def _log_probs_autograd(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> Any:
-    need_hidden, need_lm_head = ctx.needs_input_grad[:2]
-    if (grad_log_probs is None and grad_entropy is None) or not (need_hidden or need_lm_head):
-        return None, None, None, None, None, None
-    d_hidden, d_lm_head = _log_probs_backward_op(
-        *ctx.saved_tensors,
+@differentiable_once
+def _log_probs_autograd(
+    ctx: Any, saved: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, _: Any
+) -> Any:
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 6)]
+    *tensors, bias = saved
+    grads = _log_probs_backward_op(
+        *tensors,
         grad_log_probs,
         grad_entropy,
         ctx.temperature,
         ctx.chunk_size,
-        need_hidden,
-        need_lm_head,
+        *need[:2],
+        bias,
+        ctx.logit_scale,
+        ctx.softcap,
+        need[2],
     )
-    return d_hidden if need_hidden else None, d_lm_head if need_lm_head else None, None, None, None, None
+    d_hidden, d_lm_head, d_bias = (grad if n else None for grad, n in zip(grads, need, strict=True))
+    return d_hidden, d_lm_head, None, None, None, None, d_bias, None, None
 
 
 torch.library.register_autograd(
@@ -125,13 +162,17 @@ def token_log_probs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
     chunk_size: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     r"""Log-probability of each taken token, and the entropy, without the ``[N, V]`` logits.
 
-    :math:`\log \text{softmax}(h W^\top / T)` at the target, computed for a chunk of tokens at a time with the
-    library's matrix product and computed again in the backward pass, so that the memory is that of one chunk.
+    :math:`\log \text{softmax}(x / T)` at the target, with :math:`x = s\, h W^\top + b` and, under a soft cap,
+    :math:`c \tanh(x / c)` in its place, computed for a chunk of tokens at a time with the library's matrix
+    product and computed again in the backward pass, so that the memory is that of one chunk.
 
     Args:
         hidden: ``[N, H]`` hidden states at the positions that predict the targets; float32, bfloat16 or
@@ -140,15 +181,19 @@ def token_log_probs(
         targets: ``[N]`` int64 token ids in ``[0, V)``. On CUDA an id outside gives NaN.
         temperature: T > 0, that of sampling.
         entropy: Whether to return the entropy of the whole distribution too.
+        logit_scale: s, finite and not 0 (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
+        softcap: c > 0 or None (Gemma 2's ``final_logit_softcapping``).
+        bias: ``[V]`` floating point or None, added after scaling and before the cap, in float32.
         chunk_size: Tokens per chunk; None keeps the logits of a chunk near 16 MB (CPU) or 128 MB.
-        backend: ``"auto"`` or ``"torch"`` (the full logits, differentiable twice).
+        backend: ``"auto"`` or ``"torch"`` (the full logits, differentiable every way).
 
     Returns:
-        ``(log_probs [N], entropy [N] or None)`` in float32, differentiable in hidden and lm_head.
+        ``(log_probs [N], entropy [N] or None)`` in float32, differentiable in hidden, lm_head and bias.
 
     Raises:
         TypeError: If hidden or lm_head is not floating point, or the targets are not int64.
-        ValueError: If shapes or devices do not fit, or temperature or chunk_size is not positive.
+        ValueError: If shapes or devices do not fit, temperature, softcap or chunk_size is not positive,
+            logit_scale is 0 or not finite, or the bias is not floating point.
         IndexError: If a target is outside the vocabulary (CPU).
 
     Example:
@@ -158,9 +203,12 @@ def token_log_probs(
         >>> log_probs, entropy = token_log_probs(hidden, lm_head, target, entropy=True)
         >>> torch.allclose(-log_probs, entropy)
         True
+        >>> log_probs, _ = token_log_probs(hidden, lm_head, target, softcap=1.0, bias=torch.arange(8.0))
+        >>> torch.allclose(log_probs, torch.arange(8.0).tanh().log_softmax(0)[3])
+        True
     """
-    check_backend(backend)
-    check_inputs(hidden=hidden, lm_head=lm_head)
+    transform = LogitTransform(bias, logit_scale, softcap)
+    check_call(backend, hidden=hidden, lm_head=lm_head)
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}.")
     if hidden.ndim != 2 or lm_head.ndim != 2 or hidden.shape[1] != lm_head.shape[1] or lm_head.shape[0] == 0:
@@ -168,6 +216,8 @@ def token_log_probs(
             "hidden must be [N, H] and lm_head [V, H] with the same H and V >= 1, "
             f"got {tuple(hidden.shape)} and {tuple(lm_head.shape)}."
         )
+    transform.check(lm_head.shape[0])
+    check_call(backend, hidden=hidden, bias=bias)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}; convert it with .long().")
     if targets.shape != hidden.shape[:1]:
@@ -181,6 +231,8 @@ def token_log_probs(
         low = torch.get_autocast_dtype(device)
         hidden, lm_head = hidden.to(low), lm_head.to(low)
     if backend == "torch":
-        return token_log_probs_naive(hidden, lm_head, targets, temperature, entropy)
-    log_probs, entropies, _ = _log_probs_op(hidden, lm_head, targets, temperature, entropy, chunk_size or 0)
+        return token_log_probs_naive(hidden, lm_head, targets, temperature, entropy, **transform._asdict())
+    log_probs, entropies, _ = _log_probs_op(
+        hidden, lm_head, targets, temperature, entropy, chunk_size or 0, *transform
+    )
     return log_probs, entropies if entropy else None

@@ -3,12 +3,48 @@
 Names: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block in registers.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._backend import next_power_of_2, on_device_of
+from .transform import PLAIN, LogitTransform
+
+
+@triton.jit
+def uncapped(
+    b_x, p_bias, o_v, m_v, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Scale the product of hidden states and embedding and add the bias."""
+    if HAS_SCALE:
+        b_x = b_x * logit_scale
+    if HAS_BIAS:
+        b_x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def capped(b_x, softcap, HAS_CAP: tl.constexpr):
+    """Return ``softcap * tanh(x / softcap)``; near 0 by tanh's series, where ``1 - exp`` loses digits."""
+    if HAS_CAP:
+        b_y = b_x / softcap
+        b_e = tl.exp(-2.0 * tl.abs(b_y))
+        b_far = tl.where(b_y < 0, b_e - 1.0, 1.0 - b_e) / (1.0 + b_e)
+        b_2 = b_y * b_y
+        b_near = b_y + b_y * b_2 * (-1 / 3 + b_2 * (2 / 15 + b_2 * (-17 / 315 + b_2 * (62 / 2835))))
+        b_x = softcap * tl.where(tl.abs(b_y) < 0.25, b_near, b_far)
+    return b_x
+
+
+@triton.jit
+def cap_slope(b_x, softcap):
+    """Return ``1 / cosh(x / softcap)^2``, the derivative of the cap."""
+    b_e = tl.exp(-2.0 * tl.abs(b_x / softcap))
+    return 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
 
 
 @triton.jit
@@ -18,10 +54,16 @@ def log_probs_forward_kernel(
     p_log_probs,
     p_logsumexp,
     p_entropy,
+    p_bias,
     temperature,
+    logit_scale,
+    softcap,
     stride,
     V: tl.constexpr,
     ENTROPY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One row a program, one read of it; every lane keeps its own running maximum and sums."""
@@ -32,7 +74,13 @@ def log_probs_forward_kernel(
     b_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
     b_mean = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for i_v in range(0, V, BLOCK_V):
-        b_x = tl.load(p_row + i_v + o_v, mask=i_v + o_v < V, other=float("-inf")).to(tl.float32)
+        m_v = i_v + o_v < V
+        b_x = tl.load(p_row + i_v + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+        b_x = uncapped(b_x, p_bias, i_v + o_v, m_v, logit_scale, HAS_BIAS, HAS_SCALE)
+        b_x = capped(b_x, softcap, HAS_CAP)
+        if HAS_SCALE or HAS_CAP:
+            # Neither keeps the -inf that stands for no token.
+            b_x = tl.where(m_v, b_x, float("-inf"))
         b_x = b_x / temperature
         b_new = tl.where(b_x > b_max, b_x, b_max)
         # A lane that has seen only -inf stays empty: -inf - -inf would be NaN.
@@ -50,7 +98,10 @@ def log_probs_forward_kernel(
     row_lse = row_ref + tl.log(row_sum)
     target = tl.load(p_targets + i_n)
     # An id outside the vocabulary gives NaN.
-    x_target = tl.load(p_row + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    known = (target >= 0) & (target < V)
+    x_target = tl.load(p_row + target, mask=known, other=float("nan")).to(tl.float32)
+    x_target = uncapped(x_target, p_bias, target, known, logit_scale, HAS_BIAS, HAS_SCALE)
+    x_target = capped(x_target, softcap, HAS_CAP)
     tl.store(p_log_probs + i_n, x_target / temperature - row_lse)
     tl.store(p_logsumexp + i_n, row_lse)
     if ENTROPY:
@@ -66,19 +117,29 @@ def log_probs_backward_kernel(
     p_grad_log_probs,
     p_grad_entropy,
     p_grad,
+    p_bias,
     temperature,
+    logit_scale,
+    softcap,
     stride,
     V: tl.constexpr,
     HAS_LOG_PROBS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Write ``g (onehot - p) - g_H p (log p + H)``, over T, for one row and BLOCK_V tokens."""
+    """Write ``g (onehot - p) - g_H p (log p + H)``, over T, for one row and BLOCK_V tokens.
+
+    With a cap times its derivative: the gradient of ``logit_scale h W^T + bias``.
+    """
     i_n = tl.program_id(0).to(tl.int64)
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
     b_x = tl.load(p_logits + i_n * stride + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-    b_log_p = b_x / temperature - tl.load(p_logsumexp + i_n)
+    b_x = uncapped(b_x, p_bias, o_v, m_v, logit_scale, HAS_BIAS, HAS_SCALE)
+    b_log_p = capped(b_x, softcap, HAS_CAP) / temperature - tl.load(p_logsumexp + i_n)
     b_p = tl.exp(b_log_p)
     b_slope = tl.zeros((BLOCK_V,), dtype=tl.float32)
     b_grad = tl.zeros((BLOCK_V,), dtype=tl.float32)
@@ -90,6 +151,8 @@ def log_probs_backward_kernel(
         b_log_p = tl.where(b_log_p == float("-inf"), 0.0, b_log_p)
         b_slope += tl.load(p_grad_entropy + i_n) * (b_log_p + tl.load(p_entropy + i_n))
     b_grad = (b_grad - b_p * b_slope) / temperature
+    if HAS_CAP:
+        b_grad *= cap_slope(b_x, softcap)
     tl.store(p_grad + i_n * V + o_v, b_grad.to(p_grad.dtype.element_ty), mask=m_v)
 
 
@@ -99,7 +162,26 @@ def row_config(vocabulary: int) -> dict[str, int]:
     return {"BLOCK_V": block_v, "num_warps": 8 if block_v >= 2048 else 4}
 
 
-def log_probs_forward(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> list[Tensor]:
+def transform_arguments(transform: LogitTransform) -> dict[str, Any]:
+    """Return the kernels' arguments for this transform."""
+    bias, logit_scale, softcap = transform
+    return {
+        "p_bias": bias,
+        "logit_scale": logit_scale,
+        "softcap": 0.0 if softcap is None else softcap,
+        "HAS_BIAS": bias is not None,
+        "HAS_SCALE": logit_scale != 1.0,
+        "HAS_CAP": softcap is not None,
+    }
+
+
+def log_probs_forward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    transform: LogitTransform = PLAIN,
+) -> list[Tensor]:
     """Launch :func:`log_probs_forward_kernel`; return log-probability, logsumexp and (if asked) entropy."""
     rows, vocabulary = logits.shape
     outputs = [logits.new_empty(rows, dtype=torch.float32) for _ in range(3 if entropy else 2)]
@@ -110,10 +192,11 @@ def log_probs_forward(logits: Tensor, targets: Tensor, temperature: float, entro
             outputs[0],
             outputs[1],
             outputs[2] if entropy else None,
-            temperature,
-            logits.stride(0),
+            temperature=temperature,
+            stride=logits.stride(0),
             V=vocabulary,
             ENTROPY=entropy,
+            **transform_arguments(transform),
             **row_config(vocabulary),
         )
     return outputs
@@ -127,10 +210,11 @@ def log_probs_backward(
     grad_log_probs: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
+    transform: LogitTransform = PLAIN,
     *,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Launch :func:`log_probs_backward_kernel`; return the gradient of the chunk in ``out_dtype``."""
+    """Launch :func:`log_probs_backward_kernel`; return the gradient in ``out_dtype``."""
     rows, vocabulary = logits.shape
     grad = logits.new_empty(rows, vocabulary, dtype=out_dtype)
     config = row_config(vocabulary)
@@ -143,11 +227,12 @@ def log_probs_backward(
             targets.contiguous(),
             *given,
             grad,
-            temperature,
-            logits.stride(0),
+            temperature=temperature,
+            stride=logits.stride(0),
             V=vocabulary,
             HAS_LOG_PROBS=grad_log_probs is not None,
             HAS_ENTROPY=grad_entropy is not None and entropy is not None,
+            **transform_arguments(transform),
             **config,
         )
     return grad
