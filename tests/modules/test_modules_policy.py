@@ -241,7 +241,7 @@ def test_a_prompt_without_tokens_is_refused(tiny_model, rows):
     policy = make_policy(tiny_model)
     tokens, mask = pad_left(rows, PAD)
     prompts = TensorDict({"prompt_tokens": tokens, "prompt_mask": mask}, [2])
-    with pytest.raises(ValueError, match="a prompt without tokens.* give it the tokenizer's BOS"):
+    with pytest.raises(ValueError, match=r"a prompt without tokens.* give it the tokenizer's BOS"):
         policy(prompts.clone())
     given = prompts.update(make_batch().select("action", "action_mask")[:2])
     with pytest.raises(ValueError, match="a prompt without tokens"):

@@ -109,7 +109,7 @@ class _Trial:
             raise _refusal(model, "has no trunk and output embeddings of its own")
 
     def run(self, probe: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The trunk's states, the output embeddings' input and output, and the logits; all [2, 3, ...]."""
+        """The trunk's states, the output embeddings' input and output, and the logits; all [6, 1, ...]."""
         seen: dict[str, Tensor] = {}
 
         def watch_trunk(_: nn.Module, __: Any, output: Any) -> None:
@@ -126,7 +126,7 @@ class _Trial:
             self.head.register_forward_hook(watch_head),
         ]
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        tokens = (torch.arange(6, device=self.head.weight.device) % vocabulary).reshape(2, 3)
+        tokens = (torch.arange(6, device=self.head.weight.device) % vocabulary)[:, None]
         mask = torch.ones_like(tokens)
         with undisturbed(self.model), answering(type(self.model).__name__):
             try:
