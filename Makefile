@@ -11,7 +11,7 @@ TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint aot bench rl frontier install clean
+.PHONY: demo test test-portable test-slow lint aot bench rl frontier install clean
 
 install: $(VENV)/.installed
 
@@ -34,10 +34,33 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+## the rooms with arithmetic under every instruction set that this processor has, on 1 and 2 threads
+test-portable: install
+	$(BIN)/python benchmarks/portable.py $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Python 3.12 by its name, or one that pyenv holds
+PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python; do \
+	"$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
+IMAGE := build/image
+
+.PHONY: test-image
+## what a bare GPU image will run, on its versions: gpu.sh rehearse, and the kernels' tests in the interpreter
+test-image: $(IMAGE)/.installed
+	PYTHON=$(CURDIR)/$(IMAGE)/bin/python bash benchmarks/gpu.sh rehearse
+	TRITON_INTERPRET=1 PYTHONPATH=kernels:. $(IMAGE)/bin/python -m pytest tests/kernels -q -p no:cacheprovider $(ARGS)
+
+# Python 3.12, torch 2.11, triton 3.6.0 and no TorchRL: several gigabytes, kept in build/
+$(IMAGE)/.installed:
+	@test -n "$(PYTHON312)" || { echo "make test-image needs Python 3.12: name it with PYTHON312=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON312) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 12) else "PYTHON312 is Python " + sys.version)'
+	$(PYTHON312) -m venv $(IMAGE)
+	$(IMAGE)/bin/python -m pip install --quiet --no-cache-dir --constraint benchmarks/image.txt torch triton numpy pytest hypothesis
+	touch $@
 
 ## compile every Triton kernel ahead of time, without a GPU; TRITON=3.6.0 with that version instead
 aot: install $(TRITON_SITE)

@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1", "peft>=0.15"]
 PLOT = ["matplotlib>=3.8"]
 MO = ["mo-gymnasium>=1.3"]
+SMOLLM = ["gguf>=0.10"]  # reads the file that reproductions/real_model makes a model of
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 LINT = ["ruff>=0.9", "mypy>=1.13", "types-PyYAML", "pre-commit>=4"]
 
@@ -28,8 +29,9 @@ setup(
         "llm": LLM,
         "plot": PLOT,
         "mo": MO,
-        "test": [*LLM, *PLOT, *MO, *TEST],
+        "smollm": [*LLM, *SMOLLM],
+        "test": [*LLM, *PLOT, *MO, *SMOLLM, *TEST],
         "lint": LINT,
-        "all": [*LLM, *PLOT, *MO, *TEST, *LINT],
+        "all": [*LLM, *PLOT, *MO, *SMOLLM, *TEST, *LINT],
     },
 )

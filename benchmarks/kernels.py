@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from kernel_bench import bars, report
 from kernel_bench.device import Device, copy_bandwidth, gemm_rate, make_device
-from kernel_bench.gate import Check, run_gate, worst_by_op
+from kernel_bench.gate import Check, closest, run_gate, worst_by_op
 from kernel_bench.host import host_rows
 from kernel_bench.measure import Machine, Row, compare, run
 from kernel_bench.sizes import cpu_workloads, cuda_workloads
@@ -50,7 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=math.inf,
         metavar="SECONDS",
-        help="compiled baselines that have not begun by then are skipped",
+        help="compiled baselines that have not begun by then, counted from the start, are skipped",
     )
     add("--output", type=Path, default=RESULTS)
     add("--gate-only", action="store_true", help="time nothing")
@@ -85,14 +86,18 @@ def pass_gate(device: Device, ops: Sequence[str], workloads: Sequence[Workload])
     checks: list[Check] = []
     for case in run_gate(device, ops, workloads):
         checks += case
-        print(f"gate: {case[0].name} and {len(case) - 1} more", flush=True)
+        worst = closest(case)
+        print(
+            f"gate: {len(case)} checks, closest {worst.name}: {worst.error:.1e} of {worst.bar:.1e}",
+            flush=True,
+        )
         for check in case:
             if not check.ok:
                 print(f"WRONG {check.name}: error {check.error:.2e}, bar {check.bar:.2e}", flush=True)
     summary = worst_by_op(checks)
     for op, facts in summary.items():
-        closest = f"{facts['closest']}, {facts['error']:.1e} of {facts['bar']:.1e}"
-        print(f"gate: {op}: {facts['checks']} checks, closest to its bar: {closest}")
+        bar = f"{facts['closest']}, {facts['error']:.1e} of {facts['bar']:.1e}"
+        print(f"gate: {op}: {facts['checks']} checks, closest to its bar: {bar}")
     wrong = sum(not check.ok for check in checks)
     if wrong:
         print(f"gate: {wrong} of {len(checks)} checks failed, nothing is timed; --only leaves operators out")
@@ -122,6 +127,7 @@ def draw(folder: Path) -> None:
 
 
 def benchmark(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
     device = make_device(args.device, args.threads, args.quick)
     stated = report.environment(device)
     folder = args.output / report.folder_name(stated["device"], args.quick, args.only)
@@ -139,7 +145,8 @@ def benchmark(args: argparse.Namespace) -> int:
     report.write_environment(folder, stated, machine, gate)
     modes = {"none": (), "default": DEFAULT, "autotune": AUTOTUNED}[args.compile]
     rows: list[Row] = list(host_rows(device))
-    for row in run(device, workloads, modes, args.budget, lambda line: print(line, flush=True)):
+    left = args.budget - (time.perf_counter() - start)
+    for row in run(device, workloads, modes, left, lambda line: print(line, flush=True)):
         rows.append(row)
         # A run that is cut off keeps what it has measured.
         compare(rows, machine)

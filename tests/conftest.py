@@ -1,5 +1,6 @@
-"""Fixtures that several rooms share: a tiny GPT-2 with the embedded world's tokenizer, on one thread."""
+"""Fixtures that several rooms share: a tiny GPT-2 with the embedded world's tokenizer, and the threads."""
 
+import hashlib
 import os
 
 os.environ.setdefault("TORCHRL_MAXMIN_QUIET", "1")
@@ -9,7 +10,17 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 
-torch.set_num_threads(1)
+# one is fastest for tiny models; another number is for `make test-portable`
+torch.set_num_threads(int(os.environ.get("TORCHRL_MAXMIN_THREADS", "1")))
+
+
+def pytest_report_header():
+    """Say which arithmetic this is: a red float means little without it."""
+    wave = torch.linspace(0, 1000, 64 * 500).sin().reshape(64, 500)
+    product = hashlib.sha256((wave @ wave.T).numpy().tobytes()).hexdigest()[:6]
+    threads = torch.get_num_threads()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"arithmetic: {capability}, {threads} thread{'s'[: threads > 1]}, product {product}"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""One exception for what a user can mend."""
+"""Exceptions for what a user can mend."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with code 2, without a traceback.
     """
+
+
+class UnservedModelError(UserError):
+    """A language model that cannot be sampled and trained as a policy, though it may give rewards."""

@@ -5,8 +5,11 @@ import math
 import maxmin_kernels
 import pytest
 import torch
+from benchmarks_fakes import fake_device
 from kernel_bench import gate
+from kernel_bench.device import Cpu
 from kernel_bench.gate import checks as checking
+from kernel_bench.gate import large, product
 from kernel_bench.gate import log_probs as log_probs_gate
 from kernel_bench.workloads import GAE, EStep, Heads, LogProbs, TokenGAE
 
@@ -31,15 +34,7 @@ def failing(cpu, op):
     }
 
 
-@pytest.fixture
-def few_branches(monkeypatch):
-    monkeypatch.setattr(gate, "GROUPS", (1, 5))
-    monkeypatch.setattr(gate, "MARGINS", (20.0,))
-    monkeypatch.setattr(gate, "DTYPES", (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(checking, "RUNS", 2)
-
-
-def test_the_kernels_pass(cpu, few_branches):
+def test_the_kernels_pass(cpu):
     checks = [check for case in gate.run_gate(cpu, OPS, TIMED) for check in case]
     assert [check for check in checks if not check.ok] == []
     ops = {check.name.split()[0] for check in checks}
@@ -50,8 +45,14 @@ def test_the_kernels_pass(cpu, few_branches):
         assert facts["error"] <= facts["bar"]
 
 
-def test_every_branch_is_reached_on_every_device(cpu):
-    names = [f"{op} {job.args[1:]}" for op, job in gate.jobs(cpu, ())]
+@pytest.fixture
+def whole_gate():
+    """A CPU with the full gate, not the quick one."""
+    return Cpu(threads=1)
+
+
+def test_every_branch_is_reached_on_every_device(whole_gate):
+    names = [f"{op} {job.args[1:]}" for op, job in gate.jobs(whole_gate, ())]
     for op in ("em", "heads", "gae", "token_gae"):
         for groups in (1, 2, 4, 5, 8, 17):
             for dtype in ("float32", "bfloat16"):
@@ -61,7 +62,98 @@ def test_every_branch_is_reached_on_every_device(cpu):
             assert f"em (4, torch.{dtype}, {margin})" in names
 
 
-def test_only_what_is_asked_for_is_checked(cpu, few_branches):
+def test_the_calls_of_the_product_are_among_the_cases(whole_gate, cpu):
+    for device in (whole_gate, cpu):
+        cases = {(op, job.func.__name__) for op, job in gate.jobs(device, ())}
+        assert cases >= {
+            ("em", "margins_battery"),
+            ("heads", "masked_heads_battery"),
+            ("gae", "masked_gae_battery"),
+            *((op, "mixed_battery") for op in ("heads", "log_probs")),
+            *((op, "surroundings_battery") for op in ("em", "heads", "gae", "log_probs")),
+            *((op, "large_battery") for op in ("em", "heads", "gae")),
+        }
+    many = {(op, job.args[1]) for op, job in gate.jobs(whole_gate, ()) if 70 in job.args}
+    assert many == {("em", 70), ("heads", 70), ("gae", 70)}
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("em", lambda device: product.margins_battery(device, 8, torch.bfloat16)),
+        ("heads", lambda device: product.masked_heads_battery(device, 8, torch.bfloat16)),
+        ("gae", lambda device: product.masked_gae_battery(device, 4, torch.bfloat16)),
+        ("em", lambda device: gate.em_battery(device, 70, torch.float32, 1.0)),
+        ("gae", lambda device: gate.gae_battery(device, 70, torch.float32)),
+    ],
+    ids=["margins", "masked heads", "masked gae", "em K=70", "gae K=70"],
+)
+def test_the_kernels_pass_the_cases_of_the_whole_gate(whole_gate, op, case):
+    checks = list(case(whole_gate))
+    assert len(checks) > 2
+    assert [check for check in checks if not check.ok] == []
+
+
+def wrong_names(checks):
+    return [check.name for check in checks if not check.ok]
+
+
+def test_masks_that_are_left_out(cpu, monkeypatch):
+    """Every mask left out is noticed, and so is a sum over padding."""
+    heads, gae = maxmin_kernels.reward_heads_min, maxmin_kernels.vector_gae
+
+    def without(function, name):
+        return lambda *args, **options: function(*args, **{k: v for k, v in options.items() if k != name})
+
+    for name in ("head_mask", "row_mask"):
+        monkeypatch.setattr(maxmin_kernels, "reward_heads_min", without(heads, name))
+        assert wrong_names(product.masked_heads_battery(cpu, 5, torch.float32))
+    monkeypatch.setattr(maxmin_kernels, "vector_gae", without(gae, "mask"))
+    assert len(wrong_names(product.masked_gae_battery(cpu, 3, torch.float32))) > 4
+
+
+def test_a_wrong_mass(cpu, monkeypatch):
+    changed(monkeypatch, "em_responsibilities", lambda out: (*out[:2], out[2] * 1.0001))
+    assert wrong_names(product.margins_battery(cpu, 3, torch.float32)) == ["em margins K=3 float32 mass"]
+
+
+def test_what_follows_autocast_and_should_not(cpu, monkeypatch):
+    right = maxmin_kernels.reward_heads_min
+
+    def follows(hidden, *args):
+        low = torch.is_autocast_enabled("cpu")
+        return right(hidden.bfloat16().float() if low else hidden, *args)
+
+    monkeypatch.setattr(maxmin_kernels, "reward_heads_min", follows)
+    (name,) = wrong_names(product.surroundings_battery(cpu, "heads"))
+    assert name.startswith("heads under autocast")
+
+
+def test_widening_that_rounds_the_heads(cpu, monkeypatch):
+    right = maxmin_kernels.reward_heads_min
+    low = lambda hidden, weight: right(hidden, weight.bfloat16())  # noqa: E731
+    monkeypatch.setattr(maxmin_kernels, "reward_heads_min", low)
+    assert "heads mixed output 0" in wrong_names(product.mixed_battery(cpu, "heads"))
+
+
+def test_offsets_that_wrap_around(cpu, monkeypatch):
+    changed(monkeypatch, "vector_gae", lambda out: tuple(x.flip(0) for x in out))
+    assert len(wrong_names(large.large_battery(cpu, "gae"))) == 2
+
+
+def test_beyond_32_bit_offsets_where_there_is_memory(monkeypatch):
+    cuda, _ = fake_device()
+    cuda.type, cuda.quick, cuda.free_bytes = "cuda", False, lambda: 80 * 2**30
+    seen = []
+    monkeypatch.setitem(large.CASES, "gae", lambda device, elements: seen.append(elements) or iter(()))
+    list(large.large_battery(cuda, "gae"))
+    cuda.free_bytes = lambda: 10**9
+    list(large.large_battery(cuda, "gae"))
+    assert seen[0] > 2**31
+    assert seen[1] < 2**12
+
+
+def test_only_what_is_asked_for_is_checked(cpu):
     checks = [check for case in gate.run_gate(cpu, ("gae",), TIMED[:1]) for check in case]
     assert {check.name.split()[0] for check in checks} == {"gae"}
 
@@ -146,15 +238,21 @@ def test_runs_that_differ_in_one_bit(cpu, monkeypatch):
 def test_not_a_number_fails():
     assert not checking.Check("x", math.nan, 1.0).ok
     assert math.isnan(checking.rms(torch.tensor([math.nan]), torch.tensor([1.0])))
+    checks = [
+        checking.Check("a", 0.5, 1.0),
+        checking.Check("b", math.nan, 1.0),
+        checking.Check("c", 2.0, 1.0),
+    ]
+    assert gate.closest(checks).name == "b"
 
 
-def test_what_raises_is_a_failed_check(cpu, monkeypatch, few_branches):
+def test_what_raises_is_a_failed_check(cpu, monkeypatch):
     def refuse(*args, **options):
         raise RuntimeError("no kernel image\nfor this device")
 
     monkeypatch.setattr(maxmin_kernels, "vector_gae", refuse)
     checks = [check for case in gate.run_gate(cpu, ("gae",), TIMED[3:4]) for check in case]
-    assert len(checks) == 5
+    assert len(checks) == 6
     assert all("raised RuntimeError: no kernel image" in c.name and not c.ok for c in checks)
 
 

@@ -1,5 +1,7 @@
 """A working folder, flags with which every stage would run in it, and what a refusal looks like."""
 
+from collections import Counter, defaultdict
+
 import pytest
 from cli_files import PAIR, contents, write_rows
 
@@ -67,3 +69,23 @@ def stage(tiny_model):
         return [verb.split()[0], *(part for name, value in given.items() for part in (f"--{name}", value))]
 
     return flags
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What became of random models, verb by verb; rows travel as properties of the reports."""
+    rows = [
+        value
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        for name, value in report.user_properties
+        if name == "verb" and report.when == "call"
+    ]
+    if not rows:
+        return
+    cases: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for verb, line, number in rows:
+        cases[verb, line].append(number)
+    ran = Counter(number for _, line, number in rows if line == "ran")
+    terminalreporter.section(f"{sum(count == 4 for count in ran.values())} settings ran through four verbs")
+    for (verb, line), numbers in sorted(cases.items(), key=lambda row: (row[0][0], -len(row[1]))):
+        terminalreporter.write_line(f"{verb:<9}{len(numbers):>4}  {line}  (first: {numbers[0]})")

@@ -96,6 +96,7 @@ def test_a_trunk_that_cannot_be_sampled_is_refused_before_it_is_trained(files, c
     assert train_reward(base, "reward") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "a padded prompt gets other log-probabilities than the same prompt alone" in line
+    assert line.endswith("by --calibration none")
     assert not list((files / "reward").iterdir())
     assert train_reward(base, "reward", calibration="none") == 0
 

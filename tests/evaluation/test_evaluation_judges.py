@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from judge_server import Server, completion, ok, shorter
 from scipy.special import expit
 
@@ -9,6 +10,7 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation.endpoint import EndpointJudge
 from torchrl_maxmin.evaluation.group_rates import rates_by_group
 from torchrl_maxmin.evaluation.judges import judge_pairs, reward_judge, truth_judge
+from torchrl_maxmin.evaluation.judging import PairJudges, UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.win_rates import win_matrix
 
 
@@ -18,6 +20,14 @@ def lengths(prompts, completions):
 
 def brevity(prompts, completions):
     return [-float(len(text)) for text in completions]
+
+
+def with_column(prompts, completions, answer):
+    return [float(len(text) == size) for text, size in zip(completions, answer, strict=True)]
+
+
+def of_two(prompts, a, b):
+    return [0.5] * len(a)
 
 
 @pytest.fixture
@@ -178,3 +188,16 @@ def test_bad_settings_are_named(settings, message):
     fields = {"base_url": "http://localhost/v1", "model": "m", "criterion": "c"} | settings
     with pytest.raises(UserError, match=message):
         EndpointJudge(**fields)
+
+
+def test_a_function_that_takes_a_column_is_no_judge_of_two():
+    """Both have three arguments; a reward function of TRL's kind judges as well as it trains."""
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([{"prompt": "p", "answer": 1}, {"prompt": "q", "answer": 3}])
+    kinds = {"with_column": UtilityJudge, "of_two": PairJudges}
+    for name, kind in kinds.items():
+        judge = load_judge(f"{__name__}:{name}", ["p", "q"], torch.device("cpu"), table=table)
+        assert isinstance(judge, kind)
+    lacking = table.remove_columns("answer")
+    with pytest.raises(UserError, match="missing 1 required positional argument: 'answer'"):
+        load_judge(f"{__name__}:with_column", ["p", "q"], torch.device("cpu"), table=lacking)

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
+from torchrl_maxmin.modules import TokenPolicy
+from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
+from torchrl_maxmin.modules.sequences import has_ended
 from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards import RewardMixture
 
@@ -59,13 +62,28 @@ def test_one_number_a_response_is_one_group(measure):
     assert result.utilities["sft"].shape == (6, 3, 1)
 
 
-def test_a_reward_folder_judges_by_its_calibrated_heads(measure, mixture, reward_folder):
+def rewards_of_tokens(mixture, path, prompts, seed=0):
+    """Raw rewards [18, 2] of what a policy samples under the seed: its tokens, a row at a time, unpadded."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    torch.manual_seed(seed)
+    policy = TokenPolicy.from_pretrained(path, tokenizer, max_new_tokens=LENGTH)
+    sampled = sample_responses(policy, encode_prompts(tokenizer, prompts), 3)
+    assert not has_ended(sampled, tokenizer.eos_token_id).all()  # some were cut off
+    rows = [
+        torch.cat([row["prompt_tokens"][row["prompt_mask"]], row["action"][row["action_mask"]]])
+        for row in sampled
+    ]
+    with torch.no_grad():
+        return torch.cat([mixture(row[None], torch.ones(1, len(row), dtype=torch.bool)) for row in rows])
+
+
+def test_a_reward_folder_judges_by_its_calibrated_heads(
+    measure, mixture, reward_folder, other_model, prompts
+):
     result = measure(judge=reward_folder)
     assert result.extra["judge"] == "reward heads"
     np.testing.assert_allclose(result.group_shares, [0.75, 0.25], rtol=1e-6)
-    measure_judges.calls.clear()
-    measure(name="again")
-    raw = mixture.score(*measure_judges.calls[-1])
+    raw = rewards_of_tokens(mixture, other_model, prompts)
     expected = ((raw - CALIBRATION.shift) / CALIBRATION.scale).reshape(6, 3, 2)
     np.testing.assert_allclose(result.utilities["maxmin"], expected, rtol=1e-5, atol=1e-6)
 
@@ -249,7 +267,7 @@ def test_a_summary_and_a_report_are_written(make_config):
     assert EvaluateConfig(**yaml.safe_load((folder / "config.yaml").read_text())) == config
 
 
-def test_figures_of_the_reward_stage_come_along(measure, reward_folder, tmp_path):
+def test_figures_of_the_reward_stage_come_along(measure, reward_folder, tmp_path, tiny_model, prompts):
     folder = tmp_path / "reward"
     shutil.copytree(reward_folder, folder)
     told = {
@@ -259,12 +277,11 @@ def test_figures_of_the_reward_stage_come_along(measure, reward_folder, tmp_path
         "head_of_group": {"group 0": 1, "group 1": 0},
     }
     (folder / "summary.json").write_text(json.dumps(told))
-    measure_judges.calls.clear()
     result = measure(reward_model_path=str(folder))
     assert result.extra["group_users"] == [3, 9]
     em = result.extra["em"]
     assert (em["user_accuracy"], em["heldout_log_likelihood"], em["num_groups_selected"]) == (0.75, -0.5, 2)
-    raw = RewardMixture.from_pretrained(folder).score(*measure_judges.calls[1]).numpy()
+    raw = rewards_of_tokens(RewardMixture.from_pretrained(folder), tiny_model, prompts).numpy()
     truth = result.utilities["sft"].reshape(-1, 2)
     for g, head in ((0, 1), (1, 0)):
         expected = np.corrcoef(raw[:, head], truth[:, g])[0, 1]

@@ -31,21 +31,24 @@ def trained(other_model, tmp_path):
     return make
 
 
+@pytest.mark.parametrize(
+    ("ends", "noise"), [(7.0, 0.1), (14.0, 0.0)], ids=["its own taste", "ends more often"]
+)
 def test_the_certificate_holds_the_exact_gap(
-    measure, trained, tiny_model, reward_folder, mixture, prompts, tokenizer, tmp_path
+    measure, trained, tiny_model, reward_folder, mixture, prompts, tokenizer, tmp_path, ends, noise
 ):
     """Responses of one token can all be enumerated: the exact dual is the judge."""
     beta, penalty = 1.5, 3.0
     calibration = Calibration("sft_mean", torch.tensor([-0.2, -1.2]), torch.tensor([0.4, 0.4]))
     policy = trained(missing_eos_penalty=penalty, kl_coef=beta, calibration=calibration.to_dict())
     reference = str(shutil.copytree(tiny_model, tmp_path / "reference"))
-    for path, noise in ((reference, 0.0), (policy, 0.1)):  # both end often, one of them by its own taste
+    for path, bias, deviation in ((reference, 7.0, 0.0), (policy, ends, noise)):  # both end often
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            model.transformer.ln_f.bias += 7.0 * model.transformer.wte.weight[tokenizer.eos_token_id]
+            model.transformer.ln_f.bias += bias * model.transformer.wte.weight[tokenizer.eos_token_id]
             for parameter in model.parameters():
-                parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(deviation * torch.randn(parameter.shape, generator=generator))
         model.save_pretrained(path)
     found = measure(
         policies=[f"sft={reference}", f"maxmin={policy}"],
@@ -56,14 +59,16 @@ def test_the_certificate_holds_the_exact_gap(
     ).extra["certificate"]
 
     vocabulary = torch.arange(len(tokenizer))
-    texts = tokenizer.batch_decode(vocabulary[:, None], skip_special_tokens=True)
     ended = (vocabulary == tokenizer.eos_token_id)[:, None]
-    rewards = torch.stack(
-        [
-            calibration.apply(mixture.score([prompt] * len(texts), texts)) - penalty * ~ended
-            for prompt in prompts
-        ]
-    ).double()
+
+    def every_response(prompt):
+        """Rewards of all responses of one token, read as tokens: no end where there is none."""
+        start = torch.tensor(tokenizer(prompt).input_ids).expand(len(vocabulary), -1)
+        tokens = torch.cat([start, vocabulary[:, None]], 1)
+        with torch.no_grad():
+            return calibration.apply(mixture(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+
+    rewards = torch.stack([every_response(prompt) - penalty * ~ended for prompt in prompts]).double()
     tables = []
     for path in (policy, reference):
         model = AutoModelForCausalLM.from_pretrained(path).double().eval()
@@ -71,14 +76,20 @@ def test_the_certificate_holds_the_exact_gap(
             rows = [model(torch.tensor([tokenizer(p).input_ids])).logits[0, -1] for p in prompts]
         tables.append(torch.stack(rows).log_softmax(-1))
     log_policy, log_reference = tables
-    kept = (rewards - beta * (log_policy - log_reference)[..., None]) * log_policy.exp()[..., None]
-    exact = solve_dual(rewards, beta, log_weights=log_reference).value - kept.sum(1).mean(0).min().item()
+
+    def gap(rewards):
+        kept = (rewards - beta * (log_policy - log_reference)[..., None]) * log_policy.exp()[..., None]
+        return solve_dual(rewards, beta, log_weights=log_reference).value - kept.sum(1).mean(0).min().item()
+
+    exact, as_a_bonus = gap(rewards), gap(rewards + 2 * penalty * ~ended)
 
     assert found["reason"] is None
     assert log_reference[:, tokenizer.eos_token_id].exp().mean() > 0.05
     assert exact > 0.1
     assert found["low"] <= exact <= found["high"]
     assert found["value"] == pytest.approx(exact, rel=0.03)
+    if not noise:  # one that ends more often than the reference is nearer to the optimum if ends are missed
+        assert found["high"] < as_a_bonus - 0.3
 
 
 def test_a_policy_says_its_own_beta(measure, trained, tiny_model, reward_folder):

@@ -11,7 +11,9 @@ COMPILER = "aot_eager" if INTERPRET else "inductor"
 # The interpreter truncates where it should round, so one bfloat16 step there and half of one elsewhere.
 LOW_BAR = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
-PROPERTY = settings(max_examples=12 if INTERPRET else 40, deadline=None, derandomize=True)
+# An example costs a pass in the interpreter, on a GPU the compilation of a new shape.
+EXAMPLES = {"cpu": 12 if INTERPRET else 40, "cuda": 12, "meta": 2}[torch.get_default_device().type]
+PROPERTY = settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 
 
 def rms_error(actual, expected):
@@ -31,7 +33,8 @@ def largest_error(actual, expected):
 def random_weights(tensors, seed=0):
     """Return one fixed random cotangent per tensor."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in tensors]
+    options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    return [torch.randn(t.shape, **options).to(t.device) for t in tensors]
 
 
 def gradients(function, inputs):

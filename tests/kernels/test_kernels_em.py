@@ -162,6 +162,7 @@ def test_a_user_of_more_segments_than_one_tile_of_the_last_sum():
     assert ((like - expected).abs() <= 2e-6 * expected.abs() + 1e-7).all()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_cpu_blocks_never_cut_a_user(monkeypatch, block):
     chosen, rejected, offsets, log_prior = make([0, 3, 0, 40, 7, 1, 0, 0, 8, 0], 3)
@@ -324,6 +325,7 @@ def test_batched_cotangents_equal_one_by_one():
         torch.testing.assert_close(rows[u], torch.autograd.grad(like[u], leaf, retain_graph=True)[0])
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("counts", [[0], [3, 0, 2], [2000, 1]], ids=str)
 def test_opcheck(counts):
     chosen, rejected, offsets, log_prior = make(counts, 3)
@@ -341,6 +343,7 @@ def test_opcheck(counts):
     torch.library.opcheck(backward, (chosen, None, offsets, resp, grad, *plan[:2]))
 
 
+@pytest.mark.real_device
 @pytest.mark.usefixtures("no_compile_cache")
 def test_compile_in_one_dynamic_graph():
     def loss(chosen, rejected, offsets, log_prior):
@@ -358,6 +361,7 @@ def test_compile_in_one_dynamic_graph():
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.real_device
 def test_export_keeps_one_operator():
     class EStep(torch.nn.Module):
         def forward(self, chosen, rejected, offsets, log_prior):
@@ -371,22 +375,26 @@ def test_export_keeps_one_operator():
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fake_tensors_have_the_shape_dtype_and_device_of_real_ones(device):
+@pytest.mark.real_device
+@pytest.mark.parametrize("fake_device", ["cpu", "cuda"])
+def test_fake_tensors_have_the_shape_dtype_and_device_of_real_ones(fake_device):
     with FakeTensorMode():
         # Autograd asks for a real device.
-        chosen = torch.empty(7, 3, dtype=torch.bfloat16, device=device, requires_grad=device == "cpu")
-        offsets = torch.empty(5, dtype=torch.int64, device=device)
-        resp, like = em_responsibilities(chosen, chosen, offsets, torch.empty(3, device=device))
+        chosen = torch.empty(
+            7, 3, dtype=torch.bfloat16, device=fake_device, requires_grad=fake_device == "cpu"
+        )
+        offsets = torch.empty(5, dtype=torch.int64, device=fake_device)
+        resp, like = em_responsibilities(chosen, chosen, offsets, torch.empty(3, device=fake_device))
         assert resp.shape == (4, 3)
         assert like.shape == (4,)
         assert resp.dtype == like.dtype == torch.float32
-        assert resp.device.type == device
-        if device == "cpu":
+        assert resp.device.type == fake_device
+        if fake_device == "cpu":
             like.sum().backward()
             assert chosen.grad.shape == chosen.shape
 
 
+@pytest.mark.cpu  # on a GPU an assertion on the device, after which its process is lost
 @pytest.mark.parametrize(
     ("offsets", "error", "message"),
     [

@@ -9,7 +9,6 @@ from maxmin_kernels import vector_gae
 from maxmin_kernels.gae.cpu import discounted_sum_in_place
 from maxmin_kernels.gae.naive import discounted_sum
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 NAN = float("nan")
 
@@ -37,11 +36,14 @@ def test_equals_the_defining_sum(batch, steps, columns, dtype):
 
 @pytest.mark.parametrize(("steps", "columns"), [(1500, 1), (1025, 4), (300, 5)])
 def test_long_trajectories_equal_torchrl_column_by_column(steps, columns):
+    functional = pytest.importorskip("torchrl.objectives.value.functional")
     reward, value, next_value, done, terminated = make(2, steps, columns, ends=0.002)
     outputs = vector_gae(reward, value, next_value, done, terminated, gamma=0.99, lmbda=0.95)
     for k in range(columns):
         column = [x[..., k : k + 1].double() for x in (value, next_value, reward)]
-        expected = generalized_advantage_estimate(0.99, 0.95, *column, done=done, terminated=terminated)
+        expected = functional.generalized_advantage_estimate(
+            0.99, 0.95, *column, done=done, terminated=terminated
+        )
         for actual, reference in zip(outputs, expected, strict=True):
             assert rms_error(actual[..., k : k + 1], reference) < 2e-6
 
@@ -156,6 +158,7 @@ def test_estimates_are_targets_and_the_torch_backend_agrees():
     assert wide[0].dtype == torch.float64
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.97, 1.0])
 @pytest.mark.parametrize("shape", [(4, 30, 3), (2, 1, 2), (3, 0, 2), (0, 5, 2)], ids=str)
 def test_both_recursions_give_equal_bits(shape, decay):
@@ -187,6 +190,7 @@ def test_vmap_with_a_shared_value():
             torch.testing.assert_close(out[i], reference)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (0, 4, 2)], ids=str)
 def test_opcheck(shape):
     inputs = make(*shape)
@@ -267,6 +271,7 @@ def test_vmap_with_weights_and_moments():
                 torch.testing.assert_close(out[i], reference)
 
 
+@pytest.mark.real_device
 def test_export_keeps_one_operator():
     class Estimate(torch.nn.Module):
         def forward(self, *signals):
@@ -284,17 +289,19 @@ def test_export_keeps_one_operator():
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fake_tensors_have_the_shape_dtype_and_device_of_real_ones(device):
+@pytest.mark.real_device
+@pytest.mark.parametrize("fake_device", ["cpu", "cuda"])
+def test_fake_tensors_have_the_shape_dtype_and_device_of_real_ones(fake_device):
     with FakeTensorMode():
-        signals = [torch.empty(3, 5, 2, dtype=torch.bfloat16, device=device) for _ in range(3)]
-        end = torch.empty(3, 5, 1, dtype=torch.bool, device=device)
-        weights = torch.empty(2, device=device)
+        signals = [torch.empty(3, 5, 2, dtype=torch.bfloat16, device=fake_device) for _ in range(3)]
+        end = torch.empty(3, 5, 1, dtype=torch.bool, device=fake_device)
+        weights = torch.empty(2, device=fake_device)
         outputs = vector_gae(*signals, end, end, gamma=0.9, lmbda=0.8, weights=weights, return_moments=True)
         assert [tuple(out.shape) for out in outputs] == [(3, 5, 2), (3, 5, 2), (3, 5, 1), (3,)]
-        assert all(out.dtype == torch.float32 and out.device.type == device for out in outputs)
+        assert all(out.dtype == torch.float32 and out.device.type == fake_device for out in outputs)
 
 
+@pytest.mark.real_device
 @pytest.mark.usefixtures("no_compile_cache")
 def test_compile_in_one_dynamic_graph():
     def call(*inputs):

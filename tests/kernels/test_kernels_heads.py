@@ -202,13 +202,14 @@ def test_mixed_dtypes_are_widened():
     assert rms_error(rewards, heads_oracle(low, weight)[0]) < 2e-6
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("heads", [3, 70])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_does_not_reach_inside(heads, backend):
+def test_autocast_does_not_reach_inside(device, heads, backend):
     hidden, weight, *_ = (x.requires_grad_() for x in heads_inputs(30, 40, heads))
     expected = reward_heads_min(hidden, weight)
     reference = torch.autograd.grad(expected[1].sum(), (hidden, weight))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         outputs = reward_heads_min(hidden, weight, backend=backend)
         # The plain path's backward is autograd's own, which follows autocast.
         grads = () if backend == "torch" else torch.autograd.grad(outputs[1].sum(), (hidden, weight))
@@ -249,6 +250,7 @@ def test_batched_cotangents_equal_one_by_one():
         torch.testing.assert_close(rows[n], torch.autograd.grad(total[n], weight, retain_graph=True)[0])
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 9])
 def test_opcheck(rows, extras):
@@ -264,11 +266,13 @@ def test_opcheck(rows, extras):
     torch.library.opcheck(backward, (rewards.detach(), argmin, *grads, 0.5, *masks))
 
 
+@pytest.mark.real_device
 @pytest.mark.usefixtures("no_compile_cache")
 def test_compile_in_one_dynamic_graph():
     def loss(hidden, weight, bias, head_mask, row_mask):
         _, minimum, _, softmin = reward_heads_min(hidden, weight, bias)
-        again, _, _ = min_over_heads(hidden.unflatten(1, (2, -1)))
+        # No unflatten: under a default device, which is a mode, Dynamo cannot trace it.
+        again, _, _ = min_over_heads(hidden.reshape(hidden.shape[0], 2, -1))
         masks = {"head_mask": head_mask, "row_mask": row_mask, "return_sums": True}
         rewards, masked, _, _, sums = reward_heads_min(hidden, weight, **masks)
         *_, third, sums_again = min_over_heads(rewards, **masks)
@@ -290,6 +294,7 @@ def test_compile_in_one_dynamic_graph():
             torch.testing.assert_close(actual, reference)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("masked", [False, True])
 def test_export_keeps_one_operator_each(masked):
     class Heads(torch.nn.Module):
@@ -311,15 +316,16 @@ def test_export_keeps_one_operator_each(masked):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
-def test_fake_and_meta_tensors_have_the_shape_dtype_and_device_of_real_ones(device):
-    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+@pytest.mark.real_device
+@pytest.mark.parametrize("fake_device", ["cpu", "cuda", "meta"])
+def test_fake_and_meta_tensors_have_the_shape_dtype_and_device_of_real_ones(fake_device):
+    with contextlib.nullcontext() if fake_device == "meta" else FakeTensorMode():
         # Autograd asks for a real CUDA device.
-        options = {"dtype": torch.bfloat16, "device": device, "requires_grad": device != "cuda"}
+        options = {"dtype": torch.bfloat16, "device": fake_device, "requires_grad": fake_device != "cuda"}
         hidden, weight = torch.empty(7, 4, **options), torch.empty(3, 4, **options)
         masks = {
-            "head_mask": torch.empty(3, dtype=torch.bool, device=device),
-            "row_mask": torch.empty(7, dtype=torch.bool, device=device),
+            "head_mask": torch.empty(3, dtype=torch.bool, device=fake_device),
+            "row_mask": torch.empty(7, dtype=torch.bool, device=fake_device),
         }
         rewards, *lowest, sums = reward_heads_min(hidden, weight, **masks, return_sums=True)
         *again, sums_again = min_over_heads(rewards, **masks, return_sums=True)
@@ -329,13 +335,13 @@ def test_fake_and_meta_tensors_have_the_shape_dtype_and_device_of_real_ones(devi
             assert minimum.shape == argmin.shape == softmin.shape == (7,)
             assert argmin.dtype == torch.int64
             assert minimum.dtype == softmin.dtype == rewards.dtype == sums.dtype == torch.float32
-        assert all(out.device.type == device for out in (rewards, *lowest, sums, *again, sums_again))
-        if device != "cuda":
+        assert all(out.device.type == fake_device for out in (rewards, *lowest, sums, *again, sums_again))
+        if fake_device != "cuda":
             (lowest[0].sum() + again[2].sum() + sums_again.sum()).backward()
             for leaf in (hidden, weight):
                 assert leaf.grad.shape == leaf.shape
                 assert leaf.grad.dtype == torch.bfloat16
-                assert leaf.grad.device.type == device
+                assert leaf.grad.device.type == fake_device
 
 
 @pytest.mark.parametrize(
@@ -347,12 +353,22 @@ def test_fake_and_meta_tensors_have_the_shape_dtype_and_device_of_real_ones(devi
         ({"bias": torch.zeros(2)}, ValueError, "bias"),
         ({"scale": torch.zeros(3, 1)}, ValueError, "scale"),
         ({"hidden": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, "floating"),
-        ({"weight": torch.zeros(3, 4, device="meta")}, ValueError, "device|meta"),
+        pytest.param(
+            {"weight": torch.zeros(3, 4, device="meta")},
+            ValueError,
+            "device|meta",
+            marks=pytest.mark.real_device,
+        ),
         ({"backend": "triton"}, ValueError, "backend"),
         ({"head_mask": torch.ones(3)}, TypeError, "head_mask must be bool"),
         ({"head_mask": torch.ones(2).bool()}, ValueError, "head_mask must be"),
         ({"row_mask": torch.ones(2, 1).bool()}, ValueError, "row_mask must be"),
-        ({"row_mask": torch.ones(2, device="meta").bool()}, ValueError, "row_mask is on meta"),
+        pytest.param(
+            {"row_mask": torch.ones(2, device="meta").bool()},
+            ValueError,
+            "row_mask is on meta",
+            marks=pytest.mark.real_device,
+        ),
     ],
     ids=lambda x: str(x)[:20],
 )

@@ -3,13 +3,13 @@
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import maxmin_kernels
 import pytest
-import torch
 
 HERE = Path(__file__).parent
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -22,7 +22,14 @@ def run(*command, **environment):
     )
 
 
-@pytest.mark.skipif(INTERPRET, reason="already in the interpreter")
+@pytest.fixture
+def no_interpreter_run(device):
+    """Skip what starts an interpreter, where all tests run in it or on a device of their own anyway."""
+    if INTERPRET or device.type != "cpu":
+        pytest.skip("already in the interpreter, or not about it")
+
+
+@pytest.mark.usefixtures("no_interpreter_run")
 @pytest.mark.parametrize(
     "room", ["heads", "heads_masks", "em", "gae", "token_gae", "log_probs", "log_probs_logits"]
 )
@@ -35,7 +42,15 @@ def test_triton_kernels_pass_the_same_tests_in_the_interpreter(room):
     assert " passed" in result.stdout
 
 
-@pytest.mark.skipif(INTERPRET, reason="counts launches of its own process")
+@pytest.mark.usefixtures("no_interpreter_run")
+def test_nothing_is_left_on_the_cpu():
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE), "--device", "meta")
+    result = run(*command, TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 300
+
+
+@pytest.mark.usefixtures("no_interpreter_run")
 def test_the_interpreter_really_runs_the_kernels():
     pytest.importorskip("triton")
     code = """
@@ -144,28 +159,3 @@ def test_examples_in_docstrings(module):
 def test_every_public_name_is_documented():
     for name in maxmin_kernels.__all__:
         assert getattr(maxmin_kernels, name).__doc__
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("groups", [2, 4, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_kernels_equal_the_reference_on_the_gpu(groups, dtype):
-    def both(function, *inputs, **options):
-        leaves = [x.cuda() for x in inputs]
-        kwargs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        wide = [x.double() if x.is_floating_point() else x for x in leaves]
-        actual, expected = function(*leaves, **kwargs), function(*wide, **kwargs, backend="torch")
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-3)
-
-    hidden, weight = torch.randn(300, 256).to(dtype), torch.randn(groups, 256).to(dtype)
-    both(maxmin_kernels.reward_heads_min, hidden, weight)
-    scores = torch.randn(5000, groups).to(dtype), torch.randn(5000, groups).to(dtype)
-    offsets = torch.tensor([0, 3, 3, 3000, 5000])
-    both(maxmin_kernels.em_responsibilities, *scores, offsets, torch.full((groups,), 1.0 / groups).log())
-    ends = torch.rand(4, 1500, 1) < 0.01
-    signals = [torch.randn(4, 1500, groups).to(dtype) for _ in range(3)]
-    both(maxmin_kernels.vector_gae, *signals, ends, ends, gamma=0.99, lmbda=0.95)
-    tokens = torch.randint(0, 1000, (300,))
-    both(maxmin_kernels.token_log_probs, hidden, torch.randn(1000, 256).to(dtype) / 16, tokens, entropy=True)

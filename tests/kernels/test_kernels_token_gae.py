@@ -135,6 +135,7 @@ def test_vmap_over_rewards():
                 torch.testing.assert_close(out[i], reference)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("moments", [False, True])
 def test_opcheck(kl, moments):
@@ -145,6 +146,7 @@ def test_opcheck(kl, moments):
     torch.library.opcheck(torch.ops.maxmin.token_gae.default, arguments)
 
 
+@pytest.mark.real_device
 @pytest.mark.usefixtures("no_compile_cache")
 def test_compile_in_one_dynamic_graph():
     def call(reward, value, mask, weights):
@@ -158,6 +160,7 @@ def test_compile_in_one_dynamic_graph():
         torch.testing.assert_close(compiled(*inputs), call(*inputs))
 
 
+@pytest.mark.real_device
 def test_export_keeps_one_operator():
     class Estimate(torch.nn.Module):
         def forward(self, reward, value, mask):
@@ -173,22 +176,30 @@ def test_export_keeps_one_operator():
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fake_tensors_have_the_shape_dtype_and_device_of_real_ones(device):
+@pytest.mark.real_device
+@pytest.mark.parametrize("fake_device", ["cpu", "cuda"])
+def test_fake_tensors_have_the_shape_dtype_and_device_of_real_ones(fake_device):
     with FakeTensorMode():
-        reward = torch.empty(3, 2, dtype=torch.bfloat16, device=device)
-        value = torch.empty(3, 5, 2, dtype=torch.bfloat16, device=device)
-        mask = torch.empty(3, 5, dtype=torch.bool, device=device)
+        reward = torch.empty(3, 2, dtype=torch.bfloat16, device=fake_device)
+        value = torch.empty(3, 5, 2, dtype=torch.bfloat16, device=fake_device)
+        mask = torch.empty(3, 5, dtype=torch.bool, device=fake_device)
         outputs = token_gae(reward, value, mask, **SETTINGS)
         assert [tuple(out.shape) for out in outputs] == [(3, 5, 2), (3, 5, 2)]
-        assert all(out.dtype == torch.float32 and out.device.type == device for out in outputs)
+        assert all(out.dtype == torch.float32 and out.device.type == fake_device for out in outputs)
+
+
+@pytest.mark.cpu  # on a GPU checking would wait for the device
+@pytest.mark.parametrize(
+    ("row", "message"), [([1, 0, 1], "right-padded"), ([0, 0, 0], "at least one")], ids=["hole", "empty"]
+)
+def test_an_impossible_mask_is_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        token_gae(torch.zeros(2, 2), torch.zeros(2, 3, 2), torch.tensor([row] * 2).bool(), **SETTINGS)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mask": torch.tensor([[True, False, True]] * 2)}, "right-padded"),
-        ({"mask": torch.zeros(2, 3, dtype=torch.bool)}, "at least one"),
         ({"value": torch.zeros(2, 3, 3)}, "value"),
         ({"sample_log_prob": torch.zeros(2, 3)}, "both or none"),
         ({"kl_coef": 0.1}, "kl_coef"),

@@ -17,6 +17,8 @@ from maxmin_kernels import (
 )
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.real_device
+
 OFFSETS = torch.tensor([0, 4, 4, 6])
 TARGETS = torch.tensor([0, 1, 0, 1, 0, 1])
 END = torch.zeros(6, 3, 1, dtype=torch.bool)

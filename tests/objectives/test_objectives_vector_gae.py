@@ -243,5 +243,5 @@ def test_bad_data_raise():
         vector()(data.exclude("state_value"))
     with pytest.raises(ValueError, match="last dimension must be 5"):
         vector()(data.clone().set("group_weights", torch.ones(4, 9, 5)))
-    with pytest.raises(ValueError, match="differentiable=False"):
-        vector(mask_key="mask", differentiable=True)(data.clone().set("mask", torch.ones(4, 9) > 0))
+    with pytest.raises(ValueError, match="needs a time dimension"):
+        vector()(data[0, 0])

@@ -106,6 +106,11 @@ FILES = [
         r"lines 5001 to 5001: a column changes its type.*user_id",
     ),
     ("nested.jsonl", lines({"info": {"post": "p"}}, {"info": {"post": 3}}), "column 'info': "),
+    (
+        "unread.jsonl",  # the column that is mixed is not the one that is missing
+        lines(changed(PAIR, note=1), changed(PAIR, note="x", user_id=" ")),
+        r"row 1: no user id.*left out: .*'note' holds a number \(line 1\) and text \(line 2\)",
+    ),
     ("huge.jsonl", lines(changed(PAIR, user_id=10**30)), "column 'user_id'"),
     (
         "prompt.jsonl",
@@ -364,3 +369,17 @@ def test_a_list_is_read_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, in
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     with pytest.raises(UserError, match=f"line {2 if indent is None else 30 * 7 + 2 - 1} is not JSON"):
         list(reading.read_files([path]))
+
+
+@pytest.mark.parametrize("early", [1, 5_000])
+def test_a_mixed_column_that_nothing_reads_is_left_out(tmp_path, early):
+    path = tmp_path / "notes.jsonl"
+    path.write_bytes(lines(*[changed(PAIR, note=1)] * early, changed(PAIR, note=["x"], user_id="v")))
+    data = PreferenceDataset.load(path)
+    assert (len(data), data.num_users) == (early + 1, 2)
+    assert any("Left out" in note and "note" in note for note in data.origin.notes)
+    other = tmp_path / "folder"
+    other.mkdir()
+    (other / "a.jsonl").write_bytes(lines(changed(PAIR, note=1)))
+    (other / "b.jsonl").write_bytes(lines(changed(PAIR, note="x")))
+    assert len(PreferenceDataset.load(other)) == 2

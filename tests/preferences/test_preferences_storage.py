@@ -130,7 +130,8 @@ def test_encode_keeps_the_end(tokenizer):
     ids = encode(tokenizer, "the film", "was great")
     expected = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(words), tokenizer.eos_token_id]
     assert ids == expected
-    assert encode(tokenizer, "the film", "was great", max_length=3) == expected[-3:]
+    assert encode(tokenizer, "the film", "was great", max_length=3) == [expected[0], *expected[-2:]]
+    assert encode(tokenizer, "the film", "was great", max_length=1) == expected[-1:]
     assert encode(tokenizer, "the film", "was great", max_length=99) == expected
 
 

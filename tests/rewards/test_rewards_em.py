@@ -343,3 +343,15 @@ def test_mistakes(parts, tiny_model):
         fit_mixture(parts[0], tiny_model, num_groups=USERS + 1)
     with pytest.raises(UserError, match="no model at"):
         fit_mixture(parts[0], "no/such-model", num_groups=1)
+
+
+def test_the_penalty_keeps_rewards_small(parts, tiny_model):
+    """Margins decide the likelihood; only the penalty pulls on a reward's size and offset."""
+
+    def size(reward_l2):
+        settings = SETTINGS | {"num_rounds": 1, "steps_per_round": 12, "reward_l2": reward_l2}
+        fit = fit_mixture(parts[0], tiny_model, **settings)
+        return fit.model.score(parts[1].prompts, parts[1].chosen).square().mean().sqrt().item()
+
+    free, held = size(0.0), size(3.0)
+    assert 0 < held < 0.7 * free

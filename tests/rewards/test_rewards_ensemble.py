@@ -161,12 +161,16 @@ def test_responses_of_a_policy_travel_as_text(ensemble, tokenizer):
 
     prompt, prompt_mask = pad_left([tokenizer(p).input_ids for p in PROMPTS], tokenizer.pad_token_id)
     rows = [tokenizer(c, add_special_tokens=False).input_ids for c in COMPLETIONS]
+    ended = [i % 2 == 0 for i in range(len(rows))]  # one that was cut off is given no end
+    rows = [[*row, *[tokenizer.eos_token_id] * end] for row, end in zip(rows, ended, strict=True)]
     action, action_mask = pad_right(rows, tokenizer.pad_token_id)
     keys = {"prompt_tokens": prompt, "prompt_mask": prompt_mask, "action": action, "action_mask": action_mask}
     source = MixtureRewards(ensemble, tokenizer)
-    decoded = [tokenizer.decode(row) for row in rows]
-    expected = ensemble.score([tokenizer.decode(tokenizer(p).input_ids[1:]) for p in PROMPTS], decoded)
+    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    texts = [tokenizer.decode(tokenizer(p).input_ids[1:]) for p in PROMPTS], decoded
+    expected = ensemble.score(*texts, ended=ended)
     torch.testing.assert_close(source(TensorDict(keys, [8])), expected)
+    assert not torch.allclose(expected, ensemble.score(*texts))
     assert source.num_groups == 6
 
 

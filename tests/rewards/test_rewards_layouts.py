@@ -5,6 +5,7 @@ from rewards_models import COMPLETIONS, PROMPTS, bert_tokenizer, chat_tokenizer
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences import encode
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards.layouts import TextLayout, takes_pairs
 
 BERT, CHAT = bert_tokenizer(), chat_tokenizer()
@@ -71,7 +72,7 @@ def test_eos_is_not_doubled():
     assert words(CHAT, decoder("concat")(["the "], ["film </s>"])) == ["<s> the film </s>"]
 
 
-@pytest.mark.parametrize("kind", ["auto", "chat"])
+@pytest.mark.parametrize("kind", ["auto", "chat", "continuation"])
 def test_conversations_go_through_the_chat_template(kind):
     assert words(CHAT, decoder(kind)(MESSAGES, ANSWERS)) == [
         "<s> <user> the film </s> <assistant> was great </s>",
@@ -84,8 +85,19 @@ def test_conversations_go_through_the_chat_template(kind):
 
 def test_conversations_without_a_template_are_the_transcripts_of_preference_data():
     transcript = ["\n\nHuman: the film\n\nAssistant:", "\n\nSystem: we\n\nHuman: a\n\nAssistant:"]
-    for layout in (decoder("continuation"), encoder("text_pair"), encoder()):
+    plain = TextLayout(set_chat_template(chat_tokenizer(), "none"), "continuation", bidirectional=False)
+    for layout in (plain, encoder("text_pair"), encoder()):
         assert layout(MESSAGES, ANSWERS) == layout(transcript, [" was great", " it"])
+
+
+@pytest.mark.parametrize("kind", ["continuation", "concat", "chat", "response", "{completion}"])
+def test_a_completion_that_was_cut_off_has_no_end(kind):
+    layout = decoder(kind)
+    whole, cut = layout(["the film"] * 2, ["was great"] * 2, None, [True, False])
+    assert whole[-1] == CHAT.eos_token_id
+    assert cut == whole[:-1]
+    if kind in ("continuation", "chat"):
+        assert layout(MESSAGES, ANSWERS, None, [False, False]) == [r[:-1] for r in layout(MESSAGES, ANSWERS)]
 
 
 def test_an_encoders_layouts():
@@ -133,7 +145,7 @@ def test_long_texts_lose_their_start_under_a_decoder():
     for kind in ("continuation", "{prompt} {completion}", "chat"):
         (row,) = decoder(kind)([prompt], [completion])
         (cut,) = decoder(kind, max_length=5)([prompt], [completion])
-        assert cut == row[-5:]
+        assert cut == [CHAT.bos_token_id, *row[-4:]]
         assert len(row) > 5
     (both,) = decoder("continuation", max_length=5)([prompt], [completion], 3)
     assert len(both) == 3  # the smaller limit holds

@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from architectures import write
 from rewards_models import COMPLETIONS, PROMPTS, chat_tokenizer, save_decoder, save_encoder
 from torch import nn
 from transformers import AutoModel
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.modules.loading import load_config
 from torchrl_maxmin.modules.sequences import pad_left, pad_right
 from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.rewards.adapters import LoraSettings, require_adaptable
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_alpha": 8}
 FORMS = {
@@ -252,8 +255,38 @@ def test_lora_target_modules(backbones):
     assert names
     assert all(".dense.lora_A." in n for n in names)
     assert len(every.trunk_parameters()) > 2 * len(names)
+    listed = RewardMixture.from_backbone(backbones["bert"], 2, lora_target_modules=["all-linear"], **options)
+    assert len(listed.trunk_parameters()) == len(every.trunk_parameters())
     with pytest.raises(UserError, match="lora_target_modules"):
         RewardMixture.from_backbone(backbones["bert"], 2, lora_target_modules=["nowhere"], **options)
+
+
+def test_adapters_of_a_type_that_peft_knows_no_layers_of(tokenizer, tmp_path):
+    """All its linear layers are adapted, saved and found again."""
+    folder = write("Granite (scale)", tokenizer, tmp_path / "base")
+    mixture = RewardMixture.from_backbone(folder, 2, use_peft=True, lora_r=2)
+    adapted = {name.split(".")[-4] for name, _ in mixture.named_parameters() if ".lora_A.group_0" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    for parameter in mixture.trunk_parameters():
+        nn.init.normal_(parameter, std=0.3)
+    mixture.save_pretrained(tmp_path / "saved")
+    again = RewardMixture.from_pretrained(tmp_path / "saved")
+    texts = ["the film", "a story"], ["was great .", "was dull ."]
+    assert torch.equal(again.score(*texts), mixture.score(*texts))
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "Llama", "GPT-2", "Phi3"])
+def test_adapters_are_tried_before_there_are_weights(name, tokenizer, tmp_path):
+    folder = write(name, tokenizer, tmp_path)
+    before = torch.get_rng_state()
+    if name == "Mamba2":
+        with pytest.raises(UserError, match="out_proj"):
+            require_adaptable(load_config(folder), LoraSettings(2))
+    else:
+        require_adaptable(load_config(folder), LoraSettings(2))
+        with pytest.raises(UserError, match="nowhere"):
+            require_adaptable(load_config(folder), LoraSettings(2, target_modules=["nowhere"]))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ["decoder", "encoder, mlp, cls", "decoder, LoRA each"])
@@ -276,8 +309,9 @@ def test_conversations_are_scored_like_the_transcripts_of_preference_data(forms)
             completions=[[{"role": "assistant", "content": text}] for text in ("was great", "awful")],
             completion_ids=[[1], [2]],
         )
-        expected = reward(["\n\nHuman: the film\n\nAssistant:"] * 2, [" was great", " awful"])
-        assert found == expected
+        template = name == "decoder"  # the encoder's tokenizer has none: conversations become transcripts
+        prompt = "<user> the film </s> \n<assistant> " if template else "\n\nHuman: the film\n\nAssistant:"
+        assert found == reward([prompt] * 2, [" was great", " awful"])
         assert found[0] != found[1]
 
 
@@ -345,3 +379,13 @@ def test_mistakes(backbones, forms, tmp_path):
     encoder_classifier = save_encoder(tmp_path, num_labels=1)
     with pytest.raises(UserError, match=r"RewardEnsemble\.from_pretrained"):
         RewardMixture.from_pretrained(encoder_classifier)
+
+
+def test_a_decoder_whose_classifiers_head_has_several_layers(tokenizer, tmp_path):
+    """Heads of our own, then, as on a trunk that has no classifier."""
+    mixture = RewardMixture.from_backbone(write("RoFormer", tokenizer, tmp_path / "base"), 2)
+    assert mixture.heads is not None
+    scores = mixture.score(["the film", "a story"], ["was great", "was dull ."])
+    mixture.save_pretrained(tmp_path / "saved")
+    again = RewardMixture.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.score(["the film", "a story"], ["was great", "was dull ."]), scores)

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from architectures import REFUSED, SERVED, write
 from hypothesis import given
 from hypothesis import strategies as st
 from rewards_models import COMPLETIONS, PROMPTS, chat_tokenizer, save_decoder, save_encoder
 from transformers import AutoModel, AutoModelForCausalLM
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import is_encoder, load_trunk
+from torchrl_maxmin.modules.loading import is_encoder, load_config, load_trunk
 from torchrl_maxmin.modules.sequences import keep_last, pack_left, pad_left, pad_right, segment_ids
+from torchrl_maxmin.rewards.classifier import has_linear_score
 from torchrl_maxmin.rewards.features import load_feature_trunk, text_features
-from torchrl_maxmin.rewards.reader import TextReader
+from torchrl_maxmin.rewards.reader import TextReader, load_reader
 
 ENCODERS = ["bert", "roberta", "mpnet", "deberta-v2", "electra", "distilbert", "modernbert"]
 DECODERS = ["gpt2", "llama", "mistral", "bloom"]
@@ -210,3 +212,18 @@ def test_a_language_model_is_read_like_its_trunk(folders):
     reader = TextReader(model, tokenizer)
     tokens, mask = pad_right(rows, reader.pad_id)
     assert torch.equal(read(reader, model.model, tokens, mask), read(reader, trunk, tokens, mask))
+
+
+@pytest.mark.parametrize("name", sorted({*SERVED, *REFUSED} - {"T5", "BART"}))
+def test_a_reader_without_weights_reads_alike(name, tokenizer, tmp_path):
+    folder = write(name, tokenizer, tmp_path)
+    before = torch.get_rng_state()
+    light = load_reader(folder)
+    has_linear_score(load_config(folder))
+    assert torch.equal(torch.get_rng_state(), before)
+    whole = TextReader(*load_trunk(folder))
+    tokens, mask = pad_right(light.encode(PROMPTS, COMPLETIONS), light.pad_id)
+    inputs, expected = (reader.packed(tokens, mask)[0] for reader in (light, whole))
+    assert all(torch.equal(inputs[key], expected[key]) for key in inputs.keys() | expected.keys())
+    for field in ("max_length", "pooling", "pad_id", "_packs"):
+        assert getattr(light, field) == getattr(whole, field)

@@ -160,3 +160,51 @@ def test_l2_is_chosen_by_left_out_users():
         l2: leave_users_out(choices, 2, folds, l2=l2, **fit).log_likelihood.sum().item() for l2 in candidates
     }
     assert chosen == max(totals, key=totals.get) == 1e-2
+
+
+def by_hand(x, offsets, max_groups, num_folds=4):
+    """The choice of K and the errors, from the likelihood of every left-out user."""
+    folds = user_folds(len(offsets) - 1, num_folds, 0)
+    choices = PairChoices(x, offsets)
+    likelihood = {
+        k: leave_users_out(choices, k, folds, seed=0, **FIT).log_likelihood.numpy()
+        for k in range(1, max_groups + 1)
+    }
+    total = {k: values.sum() for k, values in likelihood.items()}
+    best = max(total, key=total.get)
+    errors = {
+        k: np.std(likelihood[best] - values, ddof=1) * len(values) ** 0.5 for k, values in likelihood.items()
+    }
+    behind = {k: total[best] - total[k] for k in total}
+    return best, behind, errors
+
+
+@pytest.mark.parametrize(
+    ("shares", "strength", "seed", "expected"),
+    [((20,), 2.0, 9, (1, 3)), ((16, 4), 1.5, 3, (2, 2))],
+    ids=["within an error", "beyond an error"],
+)
+def test_the_smallest_within_one_standard_error_of_the_best(shares, strength, seed, expected):
+    x, offsets, _ = planted(shares, pairs=8, strength=strength, seed=seed)
+    choice = select_num_groups(x, offsets, 3, **FIT)
+    best, behind, errors = by_hand(x, offsets, 3)
+    assert (choice.num_groups, best) == expected
+    for k, error in errors.items():
+        assert choice.standard_error[k] * len(x) == pytest.approx(error, rel=1e-6)
+        assert -choice.heldout_log_likelihood[k] * len(x) == pytest.approx(
+            behind[k] - choice.heldout_log_likelihood[best] * len(x), rel=1e-6
+        )
+    smaller = behind[1] / errors[1]
+    assert 0.5 < smaller < 1 if expected[0] == 1 else smaller > 1
+
+
+@pytest.mark.parametrize(
+    ("behind", "expected"),
+    [((0.11, 0.02), 2), ((0.09, 0.02), 1), ((0.11, 0.06), 3), ((0.06, 0.01), 1)],
+)
+def test_one_standard_error_decides(behind, expected):
+    """Errors of .1 and .05: one group is taken up to .1 behind three, two up to .05."""
+    likelihood = {1: -0.5 - behind[0], 2: -0.5 - behind[1], 3: -0.5}
+    errors = {1: 0.1, 2: 0.05, 3: 0.0}
+    choice = NumGroupsChoice(1, {}, {}, heldout_pairs=likelihood, heldout_pairs_error=errors)
+    assert choice.num_groups_by_pairs == expected

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainers_rewards
+from rounding import float32_bound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
@@ -40,15 +41,24 @@ def first_batch(config):
 # -- step 0 and learning rates ---------------------------------------------------------------------
 
 
+@torch.no_grad()
+def largest_logit(trainer):
+    prompts = trainer.prompts["prompt_tokens"][trainer.prompts["prompt_mask"].all(-1)]
+    return float(trainer.policy.model(prompts).logits.abs().max())
+
+
 def test_without_learning_nothing_moves(make_config):
     """KL 0 and ratio 1, the first statements a PPO must satisfy."""
     config = make_config(learning_rate=0.0, critic_learning_rate=1e-3, temperature=0.7, entropy_coeff=0.01)
     trainer = trained(config)
+    # sampled with cached keys, scored in one pass: a token's log-probability is off by a few roundings of
+    # the largest logit, and a response's KL by as much a token
+    token = float32_bound(largest_logit(trainer) / config.temperature)
     for row in read_metrics(config.output_dir):
-        assert row["objective/kl"] == pytest.approx(0.0, abs=1e-6)
-        assert row["val/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert row["objective/kl"] == pytest.approx(0.0, abs=config.response_length * token)
+        assert row["val/ratio"] == pytest.approx(1.0, abs=token)
         assert row["policy/clipfrac_avg"] == 0
-        assert row["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-6)
+        assert row["policy/approxkl_avg"] == pytest.approx(0.0, abs=token)
         assert row["objective/entropy"] > 0
     for (name, now), before in zip(
         trainer.policy.named_parameters(), trainer.reference.parameters(), strict=True
@@ -77,10 +87,11 @@ def test_a_first_step_that_cannot_be_right_stops_before_any_update(make_config, 
 def test_the_first_minibatch_has_ratio_one_and_zero_kl(make_config):
     trainer, batch = first_batch(make_config())
     # sampled with cached keys, scored in one pass: the rounding of float32 apart
-    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=5e-6, rtol=0)
+    token = float32_bound(largest_logit(trainer))
+    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=token, rtol=0)
     losses = trainer.loss(batch.exclude("next", "group_utilities"))
-    assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=1e-5)
-    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)
+    assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=token)
+    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=token)
     assert losses["clip_fraction"] == 0
     valid = batch["advantage"].squeeze(-1)[batch["action_mask"]]
     assert valid.mean().item() == pytest.approx(0.0, abs=1e-5)
@@ -137,7 +148,9 @@ def test_two_identical_groups_train_the_policy_of_one(make_config):
         before = one.reference.log_prob(batch)
         after, same = one.policy.log_prob(batch), two.policy.log_prob(batch)
     assert (after - before).abs().max() > 1e-3
-    torch.testing.assert_close(same, after, atol=2e-6, rtol=1e-5)
+    # one group's advantage is the sum of two halves: after one step of Adam the weights are apart by
+    # roundings of the step, and the logits by less than those of the largest
+    torch.testing.assert_close(same, after, atol=float32_bound(largest_logit(one)), rtol=0)
 
 
 def test_a_constant_on_one_head_changes_nothing_when_calibrated(make_config):
@@ -268,7 +281,8 @@ def test_a_tokenizer_without_pad_token_starts_at_kl_zero(make_config, make_model
     trainer, batch = first_batch(make_config(model_name_or_path=folder))
     assert trainer.tokenizer.pad_token_id == len(tokenizer)
     # sampled with cached keys, scored in one pass: the rounding of float32 apart
-    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=5e-6, rtol=0)
+    bound = float32_bound(largest_logit(trainer))
+    torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=bound, rtol=0)
     tokens, mask = trainer.prompts["prompt_tokens"], trainer.prompts["prompt_mask"]
     assert (tokens[~mask] == trainer.tokenizer.pad_token_id).all()
 

@@ -93,9 +93,9 @@ def test_schedules(tiny_model, texts, tmp_path, schedule):
     [
         (99, False, "<bos> the film was great <eos>"),
         (99, True, "was great <eos>"),
-        (4, False, "film was great <eos>"),
+        (5, False, "<bos> film was great <eos>"),
         (4, True, "was great <eos>"),  # the prompt lost two of its three tokens
-        (2, True, "great <eos>"),
+        (2, True, "<eos>"),
     ],
 )
 def test_which_tokens_are_learned(
@@ -120,17 +120,45 @@ def test_which_tokens_are_learned(
     assert (seen["labels"][1] == 5).all()
 
 
+ASK, ANSWER = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "film"}]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
         ({"prompt": "a", "completion": "film", "text": "x"}, ("a", "film")),
         ({"text": "a film"}, ("", "a film")),
         ({"prompt": "a", "chosen": "film", "rejected": "song"}, ("a", "film")),
+        ({"prompt": ASK, "completion": ANSWER}, (ASK, ANSWER)),
+        ({"messages": ASK + ANSWER}, (ASK, ANSWER)),
+        ({"prompt": ASK, "completion": "film"}, (ASK, ANSWER)),
+        ({"prompt": "a", "chosen": ASK + ANSWER}, (ASK, ANSWER)),  # a conversation that repeats its prompt
+        ({"messages": ANSWER + ASK + ANSWER}, (ANSWER + ASK, ANSWER)),
     ],
 )
 def test_columns_of_texts(tiny_model, tmp_path, row, expected):
     path = write(tmp_path / "rows.jsonl", [row])
-    assert sft_module._read_texts(sft_config(tiny_model, path, tmp_path)) == [expected]
+    found = sft_module._read_texts(sft_config(tiny_model, path, tmp_path))
+    assert found == ([expected[0]], [expected[1]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([{"messages": ASK + ANSWER}, {"messages": ASK}], "row 1: column 'messages' .* does not end with"),
+        ([{"messages": ANSWER}], "row 0: column 'messages' holds a conversation that does not end with"),
+        ([{"text": ASK + ANSWER}, {"text": ASK + ANSWER + ASK}], "row 1: column 'text' .* does not end with"),
+        ([{"messages": ["a", *ANSWER]}], "line 1: column 'messages' holds parts of different types"),
+        ([{"prompt": "a", "completion": ASK}], "row 0: the conversations do not part"),
+        ([{"text": "a"}, {"text": ASK}], "column 'text' holds text .line 1. and a list .line 2."),
+        ([{"prompt": "a", "chosen": "b"}, {"prompt": ASK, "chosen": "b"}], "column 'prompt' holds text"),
+        ([], "no rows to train on"),
+    ],
+)
+def test_texts_that_are_no_training_texts(tiny_model, tmp_path, rows, line):
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=line):
+        sft_module._read_texts(sft_config(tiny_model, path, tmp_path))
 
 
 def test_sft_mistakes(tiny_model, texts, tmp_path):

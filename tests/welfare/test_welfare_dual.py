@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import linprog, minimize
 from welfare_bandits import BANDITS, BETA, LINEAR_VALUE, VALUE, WEIGHTS
 
 from torchrl_maxmin.welfare import dual_objective, solve_dual
@@ -155,3 +155,25 @@ def test_bad_input_raises():
         solve_dual(rewards, 0.1, torch.full_like(reference, -torch.inf))
     with pytest.raises(ValueError, match=r"utilities of shape \[3\]"):
         solve_dual(rewards, 0.1).gap(torch.zeros(2), 0.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slack_bounds_the_distance_to_the_optimum(seed, monkeypatch):
+    """Of a solver that is stopped early, whose value is above the optimum."""
+    rewards, reference = random_problem(seed)
+    exact = solve_dual(rewards, 0.3, reference)
+    assert exact.slack == pytest.approx(0.0, abs=1e-5)
+
+    def hasty(function, start, **settings):
+        return minimize(function, start, **{**settings, "options": {"ftol": 1e-14, "maxiter": 1}})
+
+    monkeypatch.setattr("torchrl_maxmin.welfare.dual.minimize", hasty)
+    early = solve_dual(rewards, 0.3, reference)
+    missing = early.value - exact.value
+    assert missing > 1e-4
+    assert missing <= early.slack
+    # The duality gap of the policy that belongs to the weights: g minus its worst group.
+    _, gradient = dual_objective(early.weights, rewards, 0.3, reference)
+    assert early.slack == pytest.approx((gradient @ early.weights - gradient.min()).item(), rel=1e-9)
+    utilities, kl = utilities_and_kl(optimal_policy(early, rewards, reference), rewards, reference)
+    assert early.slack == pytest.approx(early.gap(utilities, kl), abs=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -45,10 +46,23 @@ def data(arguments: list[str]) -> int:
     parser.add_argument(
         "--max_pairs", type=int, default=64, help="most pairs from one user's scores (default: 64)"
     )
+    parser.add_argument(
+        "--model_name_or_path", help="show the first pair as this model reads it, and what --max_length cuts"
+    )
+    parser.add_argument("--max_length", type=int, default=1024, help="longest text in tokens (default: 1024)")
+    parser.add_argument("--chat_template", help="Jinja template or its file, for lists of messages; or none")
+    parser.add_argument("--system_prompt", help="opens conversations that have no system message")
     given = parser.parse_args(arguments)
+    if given.max_length < 1:
+        raise UserError("--max_length must be at least 1")
+    if given.model_name_or_path is None and (given.chat_template or given.system_prompt):
+        raise UserError(
+            "--chat_template and --system_prompt need --model_name_or_path, whose tokens they make"
+        )
     from torchrl_maxmin.preferences import PreferenceDataset
 
-    report = PreferenceDataset.load(
+    load = partial(
+        PreferenceDataset.load,
         given.dataset_name,
         given.user_column,
         given.group_column,
@@ -58,10 +72,19 @@ def data(arguments: list[str]) -> int:
         tie_margin=given.tie_margin,
         max_pairs=given.max_pairs,
         identical="drop",  # counted here, refused where it would train
-    ).check()
+    )
+    report = load().check()
     if report.pairs > 1 and report.distinct_pairs == 1:
         raise UserError(f"all {report.pairs} pairs are copies of one pair; nothing can be learned from them")
     Console().print(report)
+    if given.model_name_or_path:
+        from torchrl_maxmin.rewards.reader import load_reader
+        from torchrl_maxmin.rewards.tokens_report import tokens_report
+
+        reader = load_reader(
+            given.model_name_or_path, chat_template=given.chat_template, system_prompt=given.system_prompt
+        )
+        _write(tokens_report(load(conversations="messages"), reader, given.max_length))
     return 0
 
 

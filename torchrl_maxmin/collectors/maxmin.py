@@ -29,6 +29,8 @@ class MaxMinCollector(Collector):
         reward_key: group rewards in a batch.
         prompt_welfare: weigh every prompt by itself, see
             :class:`~torchrl_maxmin.collectors.GroupStatistics`.
+        mask_key: marks real steps, see :class:`~torchrl_maxmin.collectors.GroupStatistics`; the padding of
+            ``split_trajs=True`` is left out by itself.
         postproc: applied before the statistics.
         **kwargs: as for the parent (``frames_per_batch``, ``total_frames``, ...).
 
@@ -53,10 +55,11 @@ class MaxMinCollector(Collector):
         adversary: Adversary,
         reward_key: NestedKey = ("next", "reward"),
         prompt_welfare: Welfare | None = None,
+        mask_key: NestedKey | None = "auto",
         postproc: Callable | None = None,
         **kwargs: Any,
     ):
-        statistics = GroupStatistics(adversary, reward_key, prompt_welfare=prompt_welfare)
+        statistics = GroupStatistics(adversary, reward_key, prompt_welfare=prompt_welfare, mask_key=mask_key)
         both = statistics if postproc is None else lambda data: statistics(postproc(data))
         kwargs.setdefault("auto_register_policy_transforms", False)
         super().__init__(create_env_fn, policy, postproc=both, **kwargs)

@@ -107,7 +107,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     else:
         device = resolve_device(config.device)
         require_model(str(config.model_name_or_path))
-        data = config.load_pairs(config.dataset_name)
+        data = config.load_pairs(config.dataset_name, config.model_name_or_path)
         if data.num_users < 2:
             raise UserError(
                 "all pairs come from one user, so groups cannot be told apart; check --user_column"
@@ -144,9 +144,7 @@ def _from_texts(config: DiagnoseConfig, data: PreferenceDataset, device: torch.d
     from torchrl_maxmin.rewards.warm_start import feature_differences
 
     model = str(config.model_name_or_path)
-    differences = feature_differences(
-        data, model, config.max_length, device, config.pooling, config.text_layout
-    )
+    differences = feature_differences(data, model, config.max_length, device, **config.reading_options())
     weights = None if bool((data.weights == 1).all()) else data.weights.float()
     return _Pairs(differences, data.user_offsets, data.user_ids, weights, data.ranking_ids, data.groups)
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.texts import Text, plain_text
 
 __all__ = ["EndpointJudge"]
 
@@ -96,8 +97,10 @@ class EndpointJudge:
         """Where requests go."""
         return self.base_url.rstrip("/") + "/chat/completions"
 
-    def __call__(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+    def __call__(self, prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]) -> np.ndarray:
         """Probability [N] that ``a`` is the better response: 1, 0 or one half.
+
+        The question holds a conversation as its transcript.
 
         Raises:
             UserError: for a request that fails to the end; the first one stops the rest.
@@ -110,8 +113,9 @@ class EndpointJudge:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _compare(self, prompt: str, a: str, b: str) -> float:
-        texts = {"criterion": self.criterion, "prompt": prompt, "a": a, "b": b}
+    def _compare(self, prompt: Text, a: Text, b: Text) -> float:
+        texts = {"criterion": self.criterion}
+        texts |= {name: plain_text(text) for name, text in (("prompt", prompt), ("a", a), ("b", b))}
         # Texts may hold braces: one pass over the template, and never format.
         question = re.sub(r"\{(criterion|prompt|a|b)\}", lambda found: texts[found[1]], self.template)
         wait = self.backoff

@@ -17,13 +17,14 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.texts import Text
 
 __all__ = ["Judge", "Judgements", "judge_pairs", "reward_judge", "truth_judge"]
 
-#: ``f(prompts, a, b)``: the probability that a is better, one a comparison.
-Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], ArrayLike]
+#: ``f(prompts, a, b)``: the probability that a is better, one a comparison; strings, or lists of messages.
+Judge = Callable[[Sequence[Text], Sequence[Text], Sequence[Text]], ArrayLike]
 
-Score = Callable[[Sequence[str], Sequence[str]], Any]
+Score = Callable[[Sequence[Text], Sequence[Text]], Any]
 
 
 def truth_judge(utility: Score) -> Judge:
@@ -38,7 +39,7 @@ def truth_judge(utility: Score) -> Judge:
         [1.0, 0.5]
     """
 
-    def judge(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+    def judge(prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]) -> np.ndarray:
         return np.sign(_margin(utility, prompts, a, b)) / 2 + 0.5
 
     return judge
@@ -57,13 +58,13 @@ def reward_judge(score: Score, group: int | None = None) -> Judge:
         [0.5]
     """
 
-    def column(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    def column(prompts: Sequence[Text], completions: Sequence[Text]) -> np.ndarray:
         rewards = np.asarray(score(prompts, completions), dtype=np.float64)
         if rewards.ndim == 2 and group is None and rewards.shape[1] > 1:
             raise UserError(f"the rewards have {rewards.shape[1]} columns; say which by group=")
         return rewards[:, group or 0] if rewards.ndim == 2 else rewards
 
-    def judge(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+    def judge(prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]) -> np.ndarray:
         return expit(_margin(column, prompts, a, b))
 
     return judge
@@ -88,9 +89,9 @@ class Judgements:
 
 def judge_pairs(
     judges: Mapping[str, Judge],
-    prompts: Sequence[str],
-    responses: Sequence[Sequence[str]],
-    others: Sequence[Sequence[str]],
+    prompts: Sequence[Text],
+    responses: Sequence[Sequence[Text]],
+    others: Sequence[Sequence[Text]],
     *,
     both_orders: bool = True,
 ) -> Judgements:
@@ -143,7 +144,9 @@ def judge_pairs(
     return Judgements(tuple(judges), np.stack(wins, axis=1), np.array(place))
 
 
-def _ask(name: str, judge: Judge, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+def _ask(
+    name: str, judge: Judge, prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]
+) -> np.ndarray:
     try:
         answer = np.asarray(judge(prompts, a, b), dtype=np.float64)
     except UserError:
@@ -165,5 +168,5 @@ def _ask(name: str, judge: Judge, prompts: Sequence[str], a: Sequence[str], b: S
     return answer
 
 
-def _margin(score: Score, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+def _margin(score: Score, prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]) -> np.ndarray:
     return np.asarray(score(prompts, a), dtype=np.float64) - np.asarray(score(prompts, b), dtype=np.float64)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation.endpoint import EndpointJudge
 from torchrl_maxmin.evaluation.judges import Judge, judge_pairs
+from torchrl_maxmin.modules.sampling import to_texts
 from torchrl_maxmin.preferences import World
+from torchrl_maxmin.preferences.texts import Text, as_completion
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import load_reward_model
+from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.ensemble import is_reward_model
-from torchrl_maxmin.rewards.source import ask, count_columns, load_functions, require_finite_rewards
+from torchrl_maxmin.rewards.source import MixtureRewards, ask, count_columns, extra_columns, load_functions
 
 __all__ = ["PairJudges", "UtilityJudge", "load_judge"]
 
@@ -31,17 +34,47 @@ class UtilityJudge:
         kind: ``world``, ``reward heads`` or ``function``.
         group_names: The G groups.
         group_shares: Population shares [G].
-        score: ``f(prompts, completions)``, one number a response or one a group.
+        mixture: The reward heads, whose calibrated rewards are the utilities.
+        function: ``f(prompts, completions)``, one number a response or one a group.
     """
 
     kind: str
     group_names: list[str]
     group_shares: list[float]
-    score: Callable[..., Any]
+    mixture: RewardModel | None = None
+    function: Callable[..., Any] | None = None
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """Utilities [N, G]; raises :class:`UserError` where one is no number."""
-        return _utilities(self.score, prompts, completions)
+    def __call__(
+        self,
+        responses: TensorDict,
+        tokenizer: Any,
+        prompts: Sequence[Text],
+        columns: Mapping[str, Sequence[Any]],
+        eos_token_ids: Sequence[int],
+    ) -> np.ndarray:
+        """Return the utilities [N, G] of sampled responses, read as the policy stage reads them.
+
+        Args:
+            responses: What the policy sampled, [N].
+            tokenizer: The policy's.
+            prompts: The texts that ``prompt_index`` counts.
+            columns: Further columns of the data, one value a prompt, for a function that takes them.
+            eos_token_ids: Tokens that end a response.
+
+        Raises:
+            UserError: Where one is no number.
+        """
+        if self.mixture is not None:
+            rewards = MixtureRewards(self.mixture, tokenizer, prompts, eos_token_ids)
+            return self.mixture.calibration.apply(rewards.in_batches(responses)).numpy()
+        assert self.function is not None
+        texts = to_texts(tokenizer, responses, prompts)
+        places = responses["prompt_index"].tolist()
+        given = {name: [values[place] for place in places] for name, values in columns.items()}
+        utilities = ask(self.function, *texts, "judge", given)
+        if np.isnan(utilities).any():
+            raise UserError("the judge gives None for some response; it must say what each is worth")
+        return utilities
 
 
 @dataclass(frozen=True)
@@ -67,7 +100,7 @@ class PairJudges:
         return [1 / len(self.judges)] * len(self.judges)
 
     def compare(
-        self, prompts: Sequence[str], responses: Mapping[str, Sequence[Sequence[str]]]
+        self, prompts: Sequence[Text], responses: Mapping[str, Sequence[Sequence[Text]]]
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Every policy against every other, in both orders.
 
@@ -97,10 +130,11 @@ class PairJudges:
 
 def load_judge(
     spec: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     device: torch.device,
     model: str | None = None,
     criteria: Sequence[str] | None = None,
+    table: Any = None,
 ) -> UtilityJudge | PairJudges:
     """The judge that ``--judge`` names, asked once to see that it answers.
 
@@ -111,6 +145,7 @@ def load_judge(
         device: Where reward heads compute.
         model: The endpoint's name of its model.
         criteria: What each group wants, ``name=words``; for an endpoint.
+        table: The data that the prompts are a column of, for a function that takes other columns.
 
     Raises:
         UserError: For a judge that is not there or does not answer.
@@ -124,19 +159,20 @@ def load_judge(
         mixture = load_reward_model(spec).to(device)
         names = [f"group {k}" for k in range(mixture.num_groups)]
         shares = mixture.log_prior.exp().cpu().tolist()
-        return UtilityJudge("reward heads", names, shares, partial(mixture.score, calibrated=True))
+        return UtilityJudge("reward heads", names, shares, mixture=mixture)
     function: Any = load_functions([spec])[0]
+    columns = {} if table is None else extra_columns([function], table, range(min(2, len(table))))
     if isinstance(function, World):
         count_columns(function, "judge", prompts)
-        return UtilityJudge("world", list(function.group_names), list(function.shares), function)
+        return UtilityJudge("world", list(function.group_names), list(function.shares), function=function)
     if isinstance(function, Mapping):
         judges = {str(name): judge for name, judge in function.items()}
         return _asked(PairJudges("comparisons", judges), prompts[0])
-    if _takes_pairs(function):
+    if _takes_pairs(function, [] if table is None else table.column_names):
         return _asked(PairJudges("comparisons", {"group 0": function}), prompts[0])
-    count = count_columns(function, "judge", prompts)
+    count = count_columns(function, "judge", prompts, columns)
     names = [f"group {k}" for k in range(count)]
-    return UtilityJudge("function", names, [1 / count] * count, function)
+    return UtilityJudge("function", names, [1 / count] * count, function=function)
 
 
 def _endpoint_judges(url: str, model: str | None, criteria: Sequence[str] | None) -> dict[str, Judge]:
@@ -155,25 +191,21 @@ def _endpoint_judges(url: str, model: str | None, criteria: Sequence[str] | None
     return judges
 
 
-def _takes_pairs(function: Any) -> bool:
-    """Whether a callable takes prompts and two lists of responses."""
+def _takes_pairs(function: Any, columns: Sequence[str]) -> bool:
+    """Whether a callable takes prompts and two lists of responses, and not responses and a column."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 3
+    names = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
+    if len(names) != 3:
+        return False
+    return names[1] != "completions" and (names[2] not in columns or names[1] in columns)
 
 
-def _asked(judges: PairJudges, prompt: str) -> PairJudges:
+def _asked(judges: PairJudges, prompt: Text) -> PairJudges:
     """The judges, once each has answered: before thousands of responses are sampled."""
-    judge_pairs(judges.judges, [prompt], [["b"]], [["c"]], both_orders=False)
+    one, other = (as_completion(text, prompt) for text in "bc")
+    judge_pairs(judges.judges, [prompt], [[one]], [[other]], both_orders=False)
     return judges
-
-
-def _utilities(
-    function: Callable[..., Any], prompts: Sequence[str], completions: Sequence[str]
-) -> np.ndarray:
-    values = ask(function, prompts, completions, "judge")
-    require_finite_rewards(values, "judge")
-    return values

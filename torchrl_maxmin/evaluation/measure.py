@@ -22,13 +22,12 @@ from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_caus
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
 from torchrl_maxmin.modules.trunks import require_positions
-from torchrl_maxmin.preferences import load_table
-from torchrl_maxmin.preferences.loading import require_columns
+from torchrl_maxmin.preferences.loading import load_prompts
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
-from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
-from torchrl_maxmin.settings import CheckedSettings
+from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
+from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.ppo_gap import log_prob_in_batches, policy_certificate
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
 
@@ -36,12 +35,13 @@ __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
 
 
 @dataclass
-class EvaluateConfig(CheckedSettings):
+class EvaluateConfig(ChatSettings):
     """Results by group of several policies on held-out prompts.
 
     Args:
         policies: policy folders as name=folder; sft, the reference, must be one of them.
-        dataset_name: held-out prompts; file, saved dataset or hub name with a column prompt.
+        dataset_name: held-out prompts; file, saved dataset or hub name with a column prompt of strings or
+            lists of messages.
         output_dir: folder for the results; must be empty or absent.
         judge: who says what a response is worth to each group; a world's json, module:function
             f(prompts, completions) that gives one column a group, or a reward folder (its heads, by the
@@ -137,34 +137,37 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     folders = config.folders()
     device = resolve_device(config.device)
     model_configs = [require_causal_lm(path) for path in folders.values()]
-    table = load_table(config.dataset_name, config.dataset_split)
-    if len(table) == 0:
-        raise UserError(f"{config.dataset_name} has no prompts")
-    require_columns(table, ["prompt"], "evaluate")
-    texts = table["prompt"][:][: config.num_prompts or None]
-    judge = load_judge(config.judge, texts, device, config.judge_model, config.judge_criteria)
+    table, texts = load_prompts(config.dataset_name, config.dataset_split, "evaluate")
+    texts = texts[: config.num_prompts or None]
+    judge = load_judge(config.judge, texts, device, config.judge_model, config.judge_criteria, table)
     mixture = None
     if config.reward_model_path:
         mixture = load_reward_model(config.reward_model_path).to(device)
+        reward = _read_summary(config.reward_model_path)
+        trained = _trained_with(folders[config.certify]) if config.certify in folders else {}
     folder = prepare_output_dir(config.output_dir)
-    tokenizer = load_tokenizer(folders[REFERENCE])
+    tokenizer = config.apply_chat(load_tokenizer(folders[REFERENCE]))
+    columns: dict[str, Any] = {}
+    if isinstance(judge, UtilityJudge) and judge.function is not None:
+        columns = extra_columns([judge.function], table, range(len(texts)))
     seed_everything(config.seed)  # as below: a new pad token's row is random
     reference = _load_policy(folders[REFERENCE], tokenizer, config, device)
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
     for model_config in model_configs:
         require_positions(model_config, prompts["prompt_tokens"].shape[-1], config.response_length)
 
-    utilities, kl, length, responses = {}, {}, {}, {}
+    utilities, kl, length = {}, {}, {}
+    responses: dict[str, TensorDict] = {}
     shape = (len(texts), config.num_samples)
     with progress_bar("evaluating policies", len(folders)) as advance:
         for name, path in folders.items():
             seed_everything(config.seed)
             policy = _load_policy(path, tokenizer, config, device)
             sampled = sample_responses(policy, prompts, config.num_samples)
-            written = to_texts(tokenizer, sampled)
-            responses[name] = written
+            responses[name] = sampled
             if isinstance(judge, UtilityJudge):
-                utilities[name] = judge(*written).reshape(*shape, -1)
+                found = judge(sampled, tokenizer, texts, columns, policy.eos_token_ids)
+                utilities[name] = found.reshape(*shape, -1)
             ratio = sampled["sample_log_prob"] - log_prob_in_batches(reference, sampled)
             kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
             length[name] = sampled["action_mask"].sum(-1).double().numpy().reshape(shape)
@@ -173,15 +176,15 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     wins: dict[str, np.ndarray] = {}
     if not isinstance(judge, UtilityJudge):
         count = config.num_samples
-        asked = responses[REFERENCE][0][::count]
-        answers = {
-            name: [said[n : n + count] for n in range(0, len(said), count)]
-            for name, (_, said) in responses.items()
-        }
-        wins, extra["judge_first_place"] = judge.compare(asked, answers)
+        answers = {}
+        for name, sampled in responses.items():
+            completions = to_texts(tokenizer, sampled, texts)[1]
+            answers[name] = [completions[n : n + count] for n in range(0, len(completions), count)]
+        wins, extra["judge_first_place"] = judge.compare(texts, answers)
     if mixture is not None:
+        rewards = MixtureRewards(mixture, tokenizer, texts, reference.eos_token_ids)
         extra |= _mixture_figures(
-            config, mixture, judge.group_names, utilities, responses, tokenizer, prompts, reference
+            config, rewards, reward, trained, judge.group_names, utilities, responses, prompts, reference
         )
     result = SeedResult(
         seed=config.seed,
@@ -211,22 +214,20 @@ def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torc
 @torch.no_grad()
 def _mixture_figures(
     config: EvaluateConfig,
-    mixture: RewardModel,
+    rewards: MixtureRewards,
+    reward: dict[str, Any],
+    trained: dict[str, Any],
     group_names: list[str],
     utilities: dict[str, np.ndarray],
-    responses: dict[str, tuple[list[str], list[str]]],
-    tokenizer: Any,
+    responses: dict[str, TensorDict],
     prompts: TensorDict,
     reference: TokenPolicy,
 ) -> dict[str, Any]:
     """What the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
     extra: dict[str, Any] = {}
-    told = Path(str(config.reward_model_path)) / "summary.json"
-    with reading("summary.json", str(config.reward_model_path)):
-        reward = json.loads(told.read_text()) if told.is_file() else {}
-    raw = mixture.score(*responses[REFERENCE])
+    raw = rewards.in_batches(responses[REFERENCE])
     extra["em"] = {
-        "num_groups_selected": mixture.num_groups,
+        "num_groups_selected": rewards.num_groups,
         "user_accuracy": reward.get("user_accuracy"),
         "heldout_log_likelihood": reward.get("heldout", {}).get("log_likelihood"),
         "head_accuracy": reward.get("heldout", {}).get("head_accuracy"),
@@ -244,17 +245,16 @@ def _mixture_figures(
         reason = f"no policy named {config.certify!r} was evaluated; name the one meant by --certify"
         extra["certificate"] = {**_NOTHING, "reason": reason}
         return extra
-    trained = _trained_with(config.folders()[config.certify])
     names = {head: name for name, head in heads.items()}
     extra["calibration"] = {
         "used": trained.get("calibration", {}).get("method"),
         "utilities": _by_convention(
             raw.reshape(len(prompts), config.num_samples, -1),
-            mixture.score(*responses[config.certify]),
+            rewards.in_batches(responses[config.certify]),
             names,
         ),
     }
-    extra["certificate"] = _certificate(config, mixture, trained, tokenizer, prompts, reference)
+    extra["certificate"] = _certificate(config, rewards, trained, prompts, reference)
     return extra
 
 
@@ -276,18 +276,25 @@ def _by_convention(
 _NOTHING: dict[str, Any] = {"value": None, "low": None, "high": None}
 
 
+def _read_summary(folder: str) -> dict[str, Any]:
+    """What a stage wrote of itself, where it did."""
+    path = Path(folder) / "summary.json"
+    with reading("summary.json", folder):
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def _trained_with(folder: str) -> dict[str, Any]:
     """The settings that a policy was trained with, and what came of them, where its folder says so."""
-    settings, outcome = Path(folder) / "config.yaml", Path(folder) / "summary.json"
-    given = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
-    return {**given, **(json.loads(outcome.read_text()) if outcome.is_file() else {})}
+    settings = Path(folder) / "config.yaml"
+    with reading("config.yaml", folder):
+        given = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
+        return {**given, **_read_summary(folder)}
 
 
 def _certificate(
     config: EvaluateConfig,
-    mixture: RewardModel,
+    source: MixtureRewards,
     trained: dict[str, Any],
-    tokenizer: Any,
     prompts: TensorDict,
     reference: TokenPolicy,
 ) -> dict[str, Any]:
@@ -298,16 +305,17 @@ def _certificate(
     if not beta:
         return {**_NOTHING, "reason": "without a KL penalty (beta 0) the optimum has no closed form"}
     calibration = Calibration.from_dict(trained["calibration"])
-    if trained.get("reward_funcs") or len(calibration.shift) != mixture.num_groups:
+    if trained.get("reward_funcs") or len(calibration.shift) != source.num_groups:
         return {**_NOTHING, "reason": f"{config.certify} was not trained on this reward mixture"}
     seed_everything(config.seed)
     some = prompts[: config.certificate_prompts]
     device = next(reference.parameters()).device
+    tokenizer = source.tokenizer
     policy = _load_policy(config.folders()[config.certify], tokenizer, config, device)
     missing_eos_penalty = trained.get("missing_eos_penalty", 0.0)
 
     def rewards(responses: TensorDict) -> torch.Tensor:
-        calibrated = calibration.apply(mixture.score(*to_texts(tokenizer, responses))).double()
+        calibrated = calibration.apply(source.in_batches(responses)).double()
         return calibrated - missing_eos_penalty * ~has_ended(responses, policy.eos_token_ids)
 
     certificate = policy_certificate(

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.sequences import pad_left, position_ids, takes
 from torchrl_maxmin.modules.trunks import answering, max_positions, undisturbed
 
@@ -197,7 +197,7 @@ def _require_equal(
     apart = deviation(found, expected, mask, dtype)
     bound = rounding_bound(dtype, largest / policy.temperature)
     if not apart <= bound:
-        raise UserError(
+        raise UnservedModelError(
             f"{type(policy.model).__name__} cannot be trained as a policy: {fault} (by {apart:.2g}; "
             f"{_dtype_name(policy)} allows {bound:.1g}); likely cause: {cause}"
         )

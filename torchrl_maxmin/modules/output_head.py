@@ -10,9 +10,9 @@ import torch
 from maxmin_kernels import token_log_probs
 from torch import Tensor, nn
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states
-from torchrl_maxmin.modules.trunks import answering, undisturbed
+from torchrl_maxmin.modules.trunks import answering, max_positions, undisturbed
 
 __all__ = ["OutputHead"]
 
@@ -109,7 +109,7 @@ class _Trial:
             raise _refusal(model, "has no trunk and output embeddings of its own")
 
     def run(self, probe: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The trunk's states, the output embeddings' input and output, and the logits; all [6, 1, ...]."""
+        """The trunk's states, the output embeddings' input and output, and the logits; all [2, 3, ...]."""
         seen: dict[str, Tensor] = {}
 
         def watch_trunk(_: nn.Module, __: Any, output: Any) -> None:
@@ -126,7 +126,8 @@ class _Trial:
             self.head.register_forward_hook(watch_head),
         ]
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        tokens = (torch.arange(6, device=self.head.weight.device) % vocabulary)[:, None]
+        tokens = (torch.arange(6, device=self.head.weight.device) % vocabulary).reshape(2, 3)
+        tokens = tokens[:, : max_positions(self.model)]
         mask = torch.ones_like(tokens)
         with undisturbed(self.model), answering(type(self.model).__name__):
             try:
@@ -142,7 +143,7 @@ class _Trial:
 
 
 def _refusal(model: Any, fault: str) -> UserError:
-    return UserError(
+    return UnservedModelError(
         f"{type(model).__name__} {fault}, so that its log-probabilities cannot be had from its hidden "
         "states; use a language model whose logits are a linear layer of them, scaled or soft-capped at most"
     )

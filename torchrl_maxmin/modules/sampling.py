@@ -10,17 +10,30 @@ from tensordict import TensorDict
 
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sequences import pad_left
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, as_completion
 
 __all__ = ["encode_prompts", "sample_responses", "to_texts"]
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int | None = None) -> TensorDict:
-    """Prompts padded left: ``prompt_tokens`` and ``prompt_mask``, both [N, P]."""
-    rows = [tokenizer(prompt).input_ids for prompt in prompts]
-    tokens, mask = pad_left(
-        [row if max_length is None else row[-max_length:] for row in rows], tokenizer.pad_token_id
-    )
-    return TensorDict({"prompt_tokens": tokens, "prompt_mask": mask}, [len(rows)])
+def encode_prompts(tokenizer: Any, prompts: Sequence[Text], max_length: int | None = None) -> TensorDict:
+    """Tokenize prompts for a policy.
+
+    Args:
+        tokenizer: the policy's.
+        prompts: N strings or conversations, see :class:`~torchrl_maxmin.preferences.texts.TextEncoder`.
+        max_length: most tokens; longer prompts lose their start, but for BOS.
+
+    Returns:
+        ``prompt_tokens`` int64 and ``prompt_mask`` bool, both [N, P], padded left, and ``prompt_index``
+        int64 [N], the place of each in ``prompts``.
+
+    Raises:
+        UserError: for an empty prompt where the tokenizer has no BOS.
+    """
+    rows = TextEncoder(tokenizer).prompts(prompts, max_length)
+    tokens, mask = pad_left(rows, tokenizer.pad_token_id)
+    index = torch.arange(len(rows))
+    return TensorDict({"prompt_tokens": tokens, "prompt_mask": mask, "prompt_index": index}, [len(rows)])
 
 
 @torch.no_grad()
@@ -45,14 +58,27 @@ def sample_responses(
     return torch.cat(parts)
 
 
-def to_texts(tokenizer: Any, responses: TensorDict) -> tuple[list[str], list[str]]:
-    """Prompts and completions of sampled responses as text, special tokens left out."""
-    prompts = [
-        row[mask].tolist()
-        for row, mask in zip(responses["prompt_tokens"], responses["prompt_mask"], strict=True)
-    ]
-    actions = [
-        row[mask].tolist() for row, mask in zip(responses["action"], responses["action_mask"], strict=True)
-    ]
-    decode = tokenizer.batch_decode
-    return decode(prompts, skip_special_tokens=True), decode(actions, skip_special_tokens=True)
+def to_texts(
+    tokenizer: Any, responses: TensorDict, prompts: Sequence[Text] | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Read sampled responses as texts, special tokens left out.
+
+    Args:
+        tokenizer: the policy's.
+        responses: as :class:`~torchrl_maxmin.modules.language.TokenPolicy` writes them, [N].
+        prompts: the texts that ``prompt_index`` counts; the prompts' tokens are read back when None.
+
+    Returns:
+        Prompts [N] and completions [N]: strings for strings, a message of the assistant for a conversation.
+    """
+
+    def read(tokens: str, mask: str) -> list[str]:
+        rows = zip(responses[tokens], responses[mask], strict=True)
+        return tokenizer.batch_decode([row[real].tolist() for row, real in rows], skip_special_tokens=True)
+
+    completions = read("action", "action_mask")
+    if prompts is None:
+        return read("prompt_tokens", "prompt_mask"), completions
+    answered = [prompts[place] for place in responses["prompt_index"].tolist()]
+    texts = zip(completions, answered, strict=True)
+    return answered, [as_completion(text, prompt) for text, prompt in texts]

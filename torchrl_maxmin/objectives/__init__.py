@@ -11,12 +11,17 @@ from torchrl_maxmin.objectives.masked import (
 from torchrl_maxmin.objectives.maxmin_ppo import MaxMinPPOLoss
 from torchrl_maxmin.objectives.scalarise import scalarise_advantage
 from torchrl_maxmin.objectives.vector_gae import VectorGAE
+from torchrl_maxmin.objectives.vector_td import VectorTD0, VectorTD1, VectorTDLambda, VectorVTrace
 
 __all__ = [
     "KL_ESTIMATORS",
     "MaxMinAdvantage",
     "MaxMinPPOLoss",
     "VectorGAE",
+    "VectorTD0",
+    "VectorTD1",
+    "VectorTDLambda",
+    "VectorVTrace",
     "kl_estimate",
     "masked_explained_variance",
     "masked_mean",

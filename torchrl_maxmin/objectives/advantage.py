@@ -45,6 +45,8 @@ class MaxMinAdvantage(Transform):
         weights_key (NestedKey): the group weights. Defaults to ``"group_weights"``.
         reward_key (NestedKey): the group rewards that the adversary looks at. Defaults to
             ``("next", "reward")``.
+        mask_key (NestedKey, "auto" or None): the entry that marks the steps that the adversary looks at, see
+            :class:`~torchrl_maxmin.collectors.GroupStatistics`. Defaults to ``"auto"``.
 
     Raises:
         KeyError: if there are neither weights nor an adversary.
@@ -83,6 +85,7 @@ class MaxMinAdvantage(Transform):
         out_keys: Sequence[NestedKey] | None = None,
         weights_key: NestedKey = "group_weights",
         reward_key: NestedKey = ("next", "reward"),
+        mask_key: NestedKey | None = "auto",
     ) -> None:
         in_keys = ["advantage"] if in_keys is None else list(in_keys)
         out_keys = in_keys if out_keys is None else list(out_keys)
@@ -91,7 +94,9 @@ class MaxMinAdvantage(Transform):
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.adversary = adversary
         self.weights_key = weights_key
-        self.statistics = None if adversary is None else GroupStatistics(adversary, reward_key)
+        self.statistics = (
+            None if adversary is None else GroupStatistics(adversary, reward_key, mask_key=mask_key)
+        )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Weigh the entries of a batch; returns the same tensordict."""

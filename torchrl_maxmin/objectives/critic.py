@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.modules import ValueNorm
 from torchrl.objectives.utils import _clip_value_loss, distance_loss
 
+from torchrl_maxmin.masks import fill_masked, validity_mask
 from torchrl_maxmin.objectives.masked import masked_explained_variance, masked_mean
 
 __all__ = ["VectorCriticMixin"]
@@ -34,6 +35,7 @@ class VectorCriticMixin:
     value_norm: ValueNorm | None
     _has_critic: bool
     _mask: Any
+    _loss_mask_key: Any
 
     def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The critic's loss, times ``critic_coeff``, and its masked metrics.
@@ -57,6 +59,9 @@ class VectorCriticMixin:
         old_value = tensordict.get(keys.value, None) if self.clip_value is not None else None
         if self.clip_value is not None and old_value is None:
             raise KeyError(f"clip_value needs the values {keys.value!r} of the rollout in the data.")
+        tensordict = fill_masked(
+            tensordict, self.critic_network.in_keys, validity_mask(tensordict, self._loss_mask_key)
+        )
         with (
             self.critic_network_params.to_module(self.critic_network, preserve_module_state=False)
             if self.functional
@@ -76,7 +81,9 @@ class VectorCriticMixin:
             value = torch.where(mask, value, 0.0)
             old_value = None if old_value is None else torch.where(mask, old_value, 0.0)
         if self.value_norm is not None:
-            self.value_norm.update(target if mask is None else target[mask.all(-1)])
+            rows = target if mask is None else target[mask.all(-1)]
+            if rows.numel():  # statistics of nothing would be NaN for good
+                self.value_norm.update(rows)
             target, value = self.value_norm.normalize(target), self.value_norm.normalize(value)
             old_value = None if old_value is None else self.value_norm.normalize(old_value)
         loss = distance_loss(target, value, loss_function=self.loss_critic_type)

@@ -7,16 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def _expand_mask(mask: Tensor, values: Tensor) -> Tensor:
-    """A boolean mask ``[*B]`` or ``[*B, 1]``, expanded to ``values`` ``[*B, C]``."""
-    while mask.ndim < values.ndim:
-        mask = mask.unsqueeze(-1)
-    return mask.to(torch.bool).expand_as(values)
+from torchrl_maxmin.masks import expand_mask
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean of ``values`` over the positions that ``mask`` selects; 0 if it selects none.
+    """The mean of ``values`` over the positions that ``mask`` selects; 0 if there are none.
 
     Args:
         values: ``[*B, C]``.
@@ -25,9 +20,11 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         A scalar.
     """
+    if not values.numel():
+        return values.sum()  # 0, with a path for the gradient
     if mask is None:
         return values.mean()
-    mask = _expand_mask(mask, values)
+    mask = expand_mask(mask, values)
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
@@ -40,8 +37,9 @@ def whiten(
 ) -> Tensor:
     """Shift and scale to zero mean and unit variance over the valid positions.
 
-    ``(A - mean) / sqrt(variance + eps)`` with the biased variance, both in float32 at least. Whiten the
-    scalarised advantage, not its columns: scaling each column by itself changes the objective.
+    ``(A - mean) / sqrt(variance + eps)`` with the biased variance, both in float32 at least; 0 where all
+    valid positions are equal, as one alone is. Whiten the scalarised advantage, not its columns: scaling
+    each column by itself changes the objective.
 
     Args:
         advantage: ``[*B, C]``.
@@ -61,16 +59,24 @@ def whiten(
     """
     excluded = {dim % advantage.ndim for dim in exclude_dims}
     dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
-    if not dims:
+    if not dims or not advantage.numel():
         return advantage
-    valid = torch.ones_like(advantage, dtype=torch.bool) if mask is None else _expand_mask(mask, advantage)
+    valid = torch.ones_like(advantage, dtype=torch.bool) if mask is None else expand_mask(mask, advantage)
     # Select, not multiply: padding may hold NaN.
     values = torch.where(valid, advantage.to(torch.promote_types(advantage.dtype, torch.float32)), 0.0)
     count = valid.sum(dims, keepdim=True).clamp_min(1)
     mean = values.sum(dims, keepdim=True) / count
     centred = torch.where(valid, values - mean, 0.0)
     variance = centred.square().sum(dims, keepdim=True) / count
-    return (centred * (variance + eps).rsqrt()).to(advantage.dtype)
+    whitened = centred * (variance + eps).rsqrt()
+    return torch.where(all_equal(values, valid, dims), 0.0, whitened).to(advantage.dtype)
+
+
+def all_equal(values: Tensor, valid: Tensor, dims: list[int]) -> Tensor:
+    """Tell whether the valid values along ``dims`` are one number: a mean's rounding is no spread."""
+    highest = torch.where(valid, values, -torch.inf).amax(dims, keepdim=True)
+    lowest = torch.where(valid, values, torch.inf).amin(dims, keepdim=True)
+    return highest <= lowest  # NaN is equal to nothing
 
 
 def masked_explained_variance(target: Tensor, prediction: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -85,7 +91,7 @@ def masked_explained_variance(target: Tensor, prediction: Tensor, mask: Tensor |
         ``[C]``: 1 for a perfect critic, 0 for a constant, below 0 for a harmful one.
     """
     dims = list(range(target.ndim - 1))
-    valid = torch.ones_like(target, dtype=torch.bool) if mask is None else _expand_mask(mask, target)
+    valid = torch.ones_like(target, dtype=torch.bool) if mask is None else expand_mask(mask, target)
     count = valid.sum(dims).clamp_min(1)
 
     def variance(values: Tensor) -> Tensor:
@@ -107,14 +113,18 @@ def ratio_statistics(log_ratio: Tensor, mask: Tensor | None = None) -> dict[str,
         ``ESS``, the effective share of the valid steps ``(sum r)^2 / (n sum r^2)`` in (0, 1];
         ``max_ratio`` and ``mean_ratio``. Scalars.
     """
-    valid = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else _expand_mask(mask, log_ratio)
+    valid = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else expand_mask(mask, log_ratio)
+    if not log_ratio.numel():
+        return dict.fromkeys(("ESS", "max_ratio", "mean_ratio"), log_ratio.sum())
     count = valid.sum().clamp_min(1)
     ratio = torch.where(valid, log_ratio.exp(), 0.0)
     # Relative to the largest, so that the squares do not overflow.
     tiny = torch.finfo(ratio.dtype).tiny
-    scaled = ratio / ratio.max().clamp_min(tiny)
+    # Of the ratios' own rank: torch.vmap over an empty batch cannot mix ranks.
+    largest = ratio.amax(list(range(ratio.ndim)), keepdim=True)
+    scaled = ratio / largest.clamp_min(tiny)
     return {
         "ESS": scaled.sum().square() / scaled.square().sum().clamp_min(tiny) / count,
-        "max_ratio": ratio.max(),
+        "max_ratio": largest.squeeze(),
         "mean_ratio": ratio.sum() / count,
     }

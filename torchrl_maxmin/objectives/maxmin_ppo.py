@@ -16,19 +16,18 @@ from tensordict.nn import (
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.modules import ValueNorm
-from torchrl.objectives import ClipPPOLoss, LossModule, PPOLoss, ValueEstimators
+from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.ppo import _broadcast_advantage_to_log_weight, _check_advantage_broadcast
 from torchrl.objectives.utils import _maybe_add_or_extend_key, _sum_td_features
 
 from torchrl_maxmin.objectives.critic import VectorCriticMixin
 from torchrl_maxmin.objectives.kl import KL_ESTIMATORS, kl_estimate
-from torchrl_maxmin.objectives.masked import masked_mean, ratio_statistics, whiten
-from torchrl_maxmin.objectives.scalarise import scalarise_advantage
+from torchrl_maxmin.objectives.loss_advantage import VectorAdvantageMixin
+from torchrl_maxmin.objectives.masked import masked_mean, ratio_statistics
 from torchrl_maxmin.objectives.scoring import ScoredActions, ScoringActorMixin
-from torchrl_maxmin.objectives.vector_gae import VectorGAE
 
 
-class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
+class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, ClipPPOLoss):
     """Clipped PPO whose advantage, value target and critic have one column per group.
 
     In MaxMin-RLHF (https://arxiv.org/abs/2402.08925) the policy climbs ``sum_k w_k F_k`` for group
@@ -42,7 +41,8 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
        averages in silence.
     2. The validity mask (:attr:`~torchrl.objectives.LossModule.loss_mask_key`) is respected by every
        output: the losses, the whitening of ``normalize_advantage=True`` (after scalarising, with the
-       biased variance) and the metrics. Masked steps may hold anything, NaN included.
+       biased variance; 0 where all steps are equal), the metrics, and the advantage where the loss computes
+       it. Masked steps may hold anything, NaN included. An empty minibatch has losses of 0.
     3. The actor may be any module that writes the log-probability of the given action from a fused
        operator, see below.
     4. A KL penalty to a reference policy can be added to the loss, by any estimator of
@@ -205,16 +205,6 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
         self._in_keys = list(dict.fromkeys(keys))
 
     @property
-    def loss_mask_key(self) -> NestedKey | None:
-        """The entry that marks valid steps; see :attr:`torchrl.objectives.LossModule.loss_mask_key`."""
-        return self._loss_mask_key
-
-    @loss_mask_key.setter
-    def loss_mask_key(self, value: NestedKey | None) -> None:
-        LossModule.loss_mask_key.fset(self, value)
-        self._in_keys = None  # the mask is one of them
-
-    @property
     def out_keys(self) -> list[NestedKey]:
         """What ``forward`` returns, in the order of a keyword call."""
         if self._out_keys is None:
@@ -235,27 +225,6 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
     @out_keys.setter
     def out_keys(self, values: list[NestedKey]) -> None:
         self._out_keys = values
-
-    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        super()._forward_value_estimator_keys(**kwargs)
-        if isinstance(self._value_estimator, VectorGAE):
-            self._value_estimator.set_keys(group_weights=self.tensor_keys.group_weights)
-
-    def make_value_estimator(
-        self, value_type: ValueEstimators | type | Any | None = None, **hyperparams: Any
-    ) -> None:
-        """Choose the value estimator; :class:`VectorGAE` unless another is named.
-
-        Args:
-            value_type: as for the parent; None and ``ValueEstimators.GAE`` mean :class:`VectorGAE`.
-            **hyperparams: its arguments; ``gamma=.99`` and ``lmbda=.95`` by default.
-        """
-        if value_type is None or value_type == ValueEstimators.GAE:
-            value_type = VectorGAE
-            defaults = {"gamma": 0.99, "lmbda": 0.95, "value_network": self.critic_network}
-            hyperparams = {**defaults, **hyperparams}
-        super().make_value_estimator(value_type, **hyperparams)
-        self._forward_value_estimator_keys()
 
     # -- the reference --------------------------------------------------------------------------------
 
@@ -282,55 +251,10 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
 
     # -- the loss -------------------------------------------------------------------------------------
 
-    def _mask(self, tensordict: TensorDictBase, values: Tensor) -> Tensor | None:
-        """The validity mask, expanded to ``values`` ``[*B, C]``; None if the data hold none."""
-        result = None
-        for key in self._loss_mask_keys():
-            mask = tensordict.get(key, default=None)
-            if mask is not None:
-                mask = self._expand_loss_mask(mask.to(torch.bool), values)
-                result = mask if result is None else result & mask
-            elif self.loss_mask_key != "auto":
-                raise KeyError(
-                    f"The mask {key!r} (loss_mask_key) is not in the data; padding would be trained on."
-                )
-        return result
-
-    def _scalar_advantage(self, tensordict: TensorDictBase) -> Tensor:
-        """The advantage ``[*B, 1]``; a K-column one is weighted."""
-        keys = self.tensor_keys
-        advantage = tensordict.get(keys.advantage)
-        if advantage.shape == tensordict.batch_size and advantage.shape[-1:] != (1,):
-            raise ValueError(
-                f"The advantage has shape {tuple(advantage.shape)}, that of the batch: it misses its last "
-                "dimension, one column per group or a single one (advantage.unsqueeze(-1))."
-            )
-        if advantage.shape[-1] == 1:
-            return advantage
-        weights = tensordict.get(keys.group_weights, None)
-        if weights is None:
-            raise ValueError(
-                f"The advantage has {advantage.shape[-1]} columns (shape {tuple(advantage.shape)}) and the "
-                f"data hold no {keys.group_weights!r} to weigh them. Set the group weights, or scalarise the "
-                "advantage; if it has one value a step, it misses its last dimension (unsqueeze(-1))."
-            )
-        return scalarise_advantage(advantage, weights)
-
-    def _normalise(
-        self, advantage: Tensor, tensordict: TensorDictBase, mask: Tensor | None, fresh: bool
-    ) -> Tensor:
-        if self.advantage_norm is not None:
-            shape = advantage.shape
-            advantage = self._scale_advantage(advantage, tensordict, update=fresh)
-            if advantage.shape != shape:
-                raise ValueError(
-                    "advantage_norm has a scale for every column of the value target, but the advantage is "
-                    "scalarised before it is normalised. Use normalize_advantage=True, or a ValueNorm of "
-                    "shape 1."
-                )
-        elif self.normalize_advantage and advantage.numel() > 1:
-            advantage = whiten(advantage, mask, exclude_dims=self.normalize_advantage_exclude_dims)
-        return advantage
+    def _reduce_loss(self, loss: Tensor, tensordict: TensorDictBase | None = None, **kwargs: Any) -> Tensor:
+        if not loss.numel() and self.reduction == "mean":
+            return loss.sum()  # of an empty minibatch: 0, with a gradient of zeros
+        return super()._reduce_loss(loss, tensordict, **kwargs)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -347,16 +271,8 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorCriticMixin, ClipPPOLoss):
         tensordict = tensordict.clone(False)
         fresh = tensordict.get(self.tensor_keys.advantage, None) is None
         if fresh:
-            if self.critic_network is None:
-                raise RuntimeError(
-                    f"There is neither an {self.tensor_keys.advantage!r} in the data nor a critic to "
-                    "compute it from."
-                )
-            self.value_estimator(
-                tensordict,
-                params=self._cached_critic_network_params_detached,
-                target_params=self.target_critic_network_params,
-            )
+            self._estimate_advantage(tensordict)
+        tensordict = self._finite_actor_inputs(tensordict)
         advantage = self._scalar_advantage(tensordict)
         log_weight, scored, kl_approx, log_is_weight = self._log_weight(
             tensordict, adv_shape=advantage.shape[:-1]

@@ -9,6 +9,9 @@ import torch
 from tensordict import TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
 from torch import Tensor
+from torchrl.objectives.utils import _maybe_add_or_extend_key
+
+from torchrl_maxmin.masks import fill_masked, validity_mask
 
 
 class ScoredActions(NamedTuple):
@@ -31,6 +34,8 @@ class ScoringActorMixin:
     actor_network_params: Any
     functional: bool
     tensor_keys: Any
+    _loss_mask_key: Any
+    _loss_mask_keys: Any
 
     @property
     def _is_probabilistic(self) -> bool:
@@ -38,6 +43,19 @@ class ScoringActorMixin:
         if isinstance(actor, (ProbabilisticTensorDictSequential, ProbabilisticTensorDictModule)):
             return True
         return self.tensor_keys.log_prob not in getattr(actor, "out_keys", ()) and hasattr(actor, "get_dist")
+
+    def _finite_actor_inputs(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The data with boolean masks, and without NaN in what the actor reads of masked steps."""
+        mask = validity_mask(tensordict, self._loss_mask_key)
+        if mask is None:
+            return tensordict
+        keys = list(getattr(self.actor_network, "in_keys", ()))
+        _maybe_add_or_extend_key(keys, self.tensor_keys.action)
+        tensordict = fill_masked(tensordict, keys, mask)
+        for key in self._loss_mask_keys():
+            if tensordict.get(key, None) is not None:
+                tensordict.set(key, tensordict.get(key).to(torch.bool))
+        return tensordict
 
     def _get_cur_log_prob(
         self, tensordict: TensorDictBase, params: TensorDictParams | None = None

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from maxmin_kernels import vector_gae
-from tensordict import TensorDictBase
-from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.objectives.utils import hold_out_net
 from torchrl.objectives.value import GAE
-from torchrl.objectives.value.advantages import _self_set_grad_enabled, _self_set_skip_existing
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
-from torchrl_maxmin.objectives.scalarise import scalarise_advantage
+from torchrl_maxmin.objectives.vector_estimator import Signals, VectorEstimator
 
 
-class VectorGAE(GAE):
+class VectorGAE(VectorEstimator, GAE):
     """GAE with a K-column reward, K-column values and one ``done`` for all columns.
 
     Equal to K scalar :class:`~torchrl.objectives.value.GAE`, one a column, in one pass. If the data
@@ -41,9 +34,10 @@ class VectorGAE(GAE):
         value_network: a module that writes ``state_value`` ``[*B, T, K]``; None to read the values from
             the data.
         average_gae: standardise the advantage: the scalarised one if there are group weights, else every
-            column by itself (over valid steps). Defaults to ``False``.
-        mask_key: entry ``[*B, T]`` (or ``[*B, T, 1]``), True at real steps; padded steps get advantage 0
-            and pass nothing on. Defaults to ``None``.
+            column by itself (over valid steps); where they are all equal, it is 0. Defaults to ``False``.
+        mask_key: entry ``[*B, T]`` (or ``[*B, T, 1]``), True at real steps; ``"auto"`` for the masks that
+            TorchRL writes, ``("collector", "mask")`` among them; None for no mask. Padded steps get advantage
+            and value target 0 and pass nothing on, whatever they hold, NaN too. Defaults to ``"auto"``.
         **kwargs: passed to :class:`~torchrl.objectives.value.GAE`.
 
     Example:
@@ -71,40 +65,6 @@ class VectorGAE(GAE):
     Estimation, eq. 16, https://arxiv.org/abs/1506.02438.
     """
 
-    @dataclass
-    class _AcceptedKeys(GAE._AcceptedKeys):
-        """The entries that :meth:`set_keys` can rename.
-
-        The inherited fields are written again since :meth:`set_keys` looks for them in this class.
-
-        Attributes:
-            advantage (NestedKey): Where the advantage is written. Defaults to ``"advantage"``.
-            value_target (NestedKey): Where the target value is written. Defaults to ``"value_target"``.
-            value (NestedKey): Where the value is read. Defaults to ``"state_value"``.
-            reward (NestedKey): The reward, in ``"next"``. Defaults to ``"reward"``.
-            done (NestedKey): The done flag, in ``"next"``. Defaults to ``"done"``.
-            terminated (NestedKey): The terminated flag, in ``"next"``. Defaults to ``"terminated"``.
-            steps_to_next_obs (NestedKey): Steps to the next observation, if they are not 1.
-                Defaults to ``"steps_to_next_obs"``.
-            sample_log_prob (NestedKey): Not used by GAE; kept so that losses can set it.
-            group_weights (NestedKey): The group weights. Defaults to ``"group_weights"``.
-            advantage_per_group (NestedKey): Where the columns are kept when they are scalarised.
-                Defaults to ``"advantage_per_group"``.
-        """
-
-        advantage: NestedKey = "advantage"
-        value_target: NestedKey = "value_target"
-        value: NestedKey = "state_value"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        steps_to_next_obs: NestedKey = "steps_to_next_obs"
-        sample_log_prob: NestedKey | None = None
-        group_weights: NestedKey = "group_weights"
-        advantage_per_group: NestedKey = "advantage_per_group"
-
-    default_keys = _AcceptedKeys
-
     def __init__(
         self,
         *,
@@ -112,149 +72,39 @@ class VectorGAE(GAE):
         lmbda: float | Tensor,
         value_network: Any = None,
         average_gae: bool = False,
-        mask_key: NestedKey | None = None,
+        mask_key: NestedKey | None = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            gamma=gamma, lmbda=lmbda, value_network=value_network, average_gae=average_gae, **kwargs
+            gamma=gamma,
+            lmbda=lmbda,
+            value_network=value_network,
+            average_gae=average_gae,
+            mask_key=mask_key,
+            **kwargs,
         )
-        self.mask_key = mask_key
 
     @property
-    def in_keys(self) -> list[NestedKey]:
-        """The entries that are read; group weights and mask may be absent."""
-        keys = self.tensor_keys
-        in_keys = list(super().in_keys)
-        if self.value_network is None:
-            in_keys += [keys.value, ("next", keys.value)]
-            in_keys += [("next", key) for key in (keys.reward, keys.done, keys.terminated)]
-        in_keys.append(keys.group_weights)
-        return in_keys if self.mask_key is None else [*in_keys, self.mask_key]
+    def _standardises(self) -> bool:
+        return self.average_gae
 
-    @_self_set_skip_existing
-    @_self_set_grad_enabled
-    @dispatch
-    def forward(
-        self,
-        tensordict: TensorDictBase,
-        *,
-        params: TensorDictBase | None = None,
-        target_params: TensorDictBase | None = None,
-        time_dim: int | None = None,
-    ) -> TensorDictBase:
-        """Write ``advantage`` and ``value_target`` into ``tensordict``.
-
-        Args:
-            tensordict: the data, of batch size ``[*B, T]``.
-            params: parameters of a functional value network.
-            target_params: its target parameters.
-            time_dim: the dimension of time in the batch size; by default the one named ``"time"``, else
-                the last.
-
-        Returns:
-            The same tensordict.
-
-        Raises:
-            ValueError: if values are missing, or reward, values and flags do not fit together.
-        """
-        keys = self.tensor_keys
-        if tensordict.batch_dims < 1:
-            raise ValueError(f"GAE needs a time dimension, got batch size {tuple(tensordict.batch_size)}.")
-        value, next_value = self._values(tensordict, params, target_params)
-        time_dim = self._get_time_dim(time_dim, tensordict)
-        valid = tensordict.get("shifted_valid", default=None)
-        data = self._prepare_shifted_tensordict(tensordict, valid, time_dim)
-        done = data.get(("next", keys.done))
-        reward, done, terminated = self._prepare_signals(
-            data.get(("next", keys.reward)),
-            done,
-            data.get(("next", keys.terminated), default=done),
-            value,
-        )
+    def _estimate(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        data, reward, value, terminated = signals.data, signals.reward, signals.value, signals.terminated
         gamma, lmbda = self.gamma.to(reward.device), self.lmbda.to(reward.device)
-        steps = tensordict.get(keys.steps_to_next_obs, None)
+        steps = data.get(self.tensor_keys.steps_to_next_obs, None)
         if steps is not None:
             gamma = gamma ** steps.reshape(*reward.shape[:-1], 1).expand_as(reward)
         if self.auto_reset_env:
-            truncated = self._broadcast_optional(tensordict.get(("next", "truncated")), value)
+            truncated = self._broadcast_optional(data.get(("next", "truncated")), value)
             reward = reward + gamma * value * truncated
-            terminated = done
+            terminated = terminated | truncated
+        signals = signals._replace(reward=reward, terminated=terminated)
+        return self._recursion(signals, gamma, lmbda)
 
-        mask = self._mask(tensordict, valid, reward)
-        advantage, value_target = self._recursion(
-            gamma, lmbda, value, next_value, reward, done, terminated, mask, time_dim
-        )
-        weights = tensordict.get(keys.group_weights, None)
-        if weights is not None:
-            tensordict.set(keys.advantage_per_group, advantage)
-            advantage = scalarise_advantage(advantage, weights)
-        if self.average_gae:
-            advantage = self._normalize_advantage(advantage, mask, groups=self._group_ids(tensordict))
-        tensordict.set(keys.advantage, advantage)
-        tensordict.set(keys.value_target, value_target)
-        self._mask_shifted_output(tensordict, valid)
-        return tensordict
-
-    def _values(
-        self,
-        tensordict: TensorDictBase,
-        params: TensorDictBase | None,
-        target_params: TensorDictBase | None,
-    ) -> tuple[Tensor, Tensor]:
-        key = self.tensor_keys.value
-        if self.value_network is None:
-            value, next_value = tensordict.get(key, None), tensordict.get(("next", key), None)
-            if value is None or next_value is None:
-                raise ValueError(f"Without a value network the data must hold {key!r} and {('next', key)!r}.")
-            return value, next_value
-        if params is not None:
-            params = params.detach()
-            if target_params is None:
-                target_params = params.clone(False)
-        # The gradient may pass through the values, but not to the value network's parameters.
-        hold = params is None and target_params is None
-        with hold_out_net(self.value_network) if hold else nullcontext():
-            value, next_value, valid = self._call_value_nets(
-                data=tensordict,
-                params=params,
-                next_params=target_params,
-                single_call=self.shifted,
-                value_key=key,
-                detach_next=True,
-                vmap_randomness=self.vmap_randomness,
-            )
-        if valid is not None:
-            tensordict.set("shifted_valid", valid)
-        return value, next_value
-
-    def _mask(self, tensordict: TensorDictBase, valid: Tensor | None, reward: Tensor) -> Tensor | None:
-        """The steps that count ``[*B, T, 1]``: those of ``mask_key`` that shifting did not displace."""
-        masks = [valid]
-        if self.mask_key is not None:
-            masks.append(tensordict.get(self.mask_key))
-        result = None
-        for mask in masks:
-            if mask is not None:
-                mask = mask.to(torch.bool).reshape(*reward.shape[:-1], 1)
-                result = mask if result is None else result & mask
-        return result
-
-    def _recursion(
-        self,
-        gamma: Tensor,
-        lmbda: Tensor,
-        value: Tensor,
-        next_value: Tensor,
-        reward: Tensor,
-        done: Tensor,
-        terminated: Tensor,
-        mask: Tensor | None,
-        time_dim: int,
-    ) -> tuple[Tensor, Tensor]:
+    def _recursion(self, signals: Signals, gamma: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
+        _, reward, value, next_value, done, terminated, mask, time_dim = signals
         if self.differentiable or gamma.numel() > 1 or lmbda.numel() > 1:
             # TorchRL's own loop has a gradient and takes a discount of its own for every step.
-            if mask is not None:
-                raise ValueError("mask_key needs differentiable=False and one gamma and lmbda for all steps.")
             return generalized_advantage_estimate(
                 gamma, lmbda, value, next_value, reward, done, terminated=terminated, time_dim=time_dim
             )
@@ -273,33 +123,3 @@ class VectorGAE(GAE):
             mask=None if mask is None else time_last(mask).squeeze(-1),
         )
         return advantage.movedim(-2, time_dim), value_target.movedim(-2, time_dim)
-
-    # -- hooks of GAE ---------------------------------------------------------------------------------
-
-    def _prepare_signals(
-        self, reward: Tensor, done: Tensor, terminated: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if reward.shape != value.shape:
-            raise ValueError(
-                f"The reward (shape {tuple(reward.shape)}) and the values (shape {tuple(value.shape)}) "
-                "must have the same columns: one per group, and one more in both if the KL penalty has "
-                "a column of its own."
-            )
-        return reward, self._broadcast_optional(done, value), self._broadcast_optional(terminated, value)
-
-    def _broadcast_optional(self, tensor: Tensor, value: Tensor) -> Tensor:
-        if tensor.shape != (*value.shape[:-1], 1):
-            raise ValueError(
-                f"Done flags must have shape {(*value.shape[:-1], 1)}, one for all columns; got "
-                f"{tuple(tensor.shape)}."
-            )
-        return tensor.expand_as(value)
-
-    def _normalize_advantage(
-        self, adv: Tensor, valid: Tensor | None = None, groups: Tensor | None = None
-    ) -> Tensor:
-        columns = [
-            super(VectorGAE, self)._normalize_advantage(column, valid, groups)
-            for column in adv.split(1, dim=-1)
-        ]
-        return torch.cat(columns, dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences.columns import (
     EACH_ROW,
     GROUP_ALIASES,
+    Roles,
     column_paths,
     find_user_column,
     labels_of,
@@ -23,6 +25,8 @@ from torchrl_maxmin.preferences.judgements import Judgement, LoadOptions
 from torchrl_maxmin.preferences.late_bar import late_bar
 from torchrl_maxmin.preferences.layouts import find_layout
 from torchrl_maxmin.preferences.storage import spill
+from torchrl_maxmin.preferences.texts import Text
+from torchrl_maxmin.preferences.transcripts import as_transcript
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +42,7 @@ class PairTable:
     """All pairs of a data set in the order in which they were read.
 
     Attributes:
-        texts: mapped columns prompt, chosen, rejected.
+        texts: mapped columns prompt, chosen, rejected; each text as json where ``as_json``.
         users: user code [P] int64.
         weights: [P] float32; 1, or 1/2 for each order of a tie.
         rankings: [P] int64, the judgement that a pair follows from.
@@ -54,6 +58,7 @@ class PairTable:
     ranks: np.ndarray
     user_ids: list[str]
     groups: list[str] | None
+    as_json: bool = False
 
 
 @dataclass
@@ -116,11 +121,32 @@ def build_pairs(
     groups = _user_groups(table, paths, group_column, users, len(user_ids), origin)
     used = {outer_column(table, path) for path in origin.columns}
     origin.ignored = [name for name in table.column_names if name not in used]
+    render = _renderer(table, roles, options)
     with late_bar("reading pairs", len(table)) as reach:
-        texts, rows, weights, ranks = _collect(layout.judgements(table, roles, users, options), origin, reach)
+        judgements = (render(judgement) for judgement in layout.judgements(table, roles, users, options))
+        texts, rows, weights, ranks = _collect(judgements, origin, reach)
     if not len(rows):
         raise UserError(_nothing_left(origin))
-    return PairTable(texts, users[rows], weights, rows, ranks, user_ids, groups), origin
+    as_json = render is _as_json
+    return PairTable(texts, users[rows], weights, rows, ranks, user_ids, groups, as_json), origin
+
+
+def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[Judgement], Judgement]:
+    """What turns the texts of a judgement into strings: transcripts, or json where messages stay."""
+    schema = table.features.arrow_schema
+    names = {outer_column(table, path) for path in (*roles.prompt, *roles.responses)}
+    nested = any(pa.types.is_nested(schema.field(name).type) for name in names)
+    return _as_json if nested and options.conversations == "messages" else _as_transcripts
+
+
+def _as_json(judgement: Judgement) -> Judgement:
+    responses = [json.dumps(response) for response in judgement.responses]
+    return judgement._replace(prompt=json.dumps(judgement.prompt), responses=responses)
+
+
+def _as_transcripts(judgement: Judgement) -> Judgement:
+    prompt, responses = as_transcript(judgement.prompt, judgement.responses)
+    return judgement._replace(prompt=prompt, responses=responses)
 
 
 def _require(table: Dataset, paths: list[str], column: str, what: str) -> None:
@@ -160,7 +186,7 @@ def _by_user(table: Dataset, column: str, users: np.ndarray, num_users: int) -> 
     return [names[code] for code in by_user]
 
 
-Pair = tuple[str, str, str, int, float, int, int]
+Pair = tuple[Text, Text, Text, int, float, int, int]
 
 
 def _collect(

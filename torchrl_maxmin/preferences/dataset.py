@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.columns import USER_ALIASES
+from torchrl_maxmin.preferences.columns import PROMPT_ALIASES, USER_ALIASES
 from torchrl_maxmin.preferences.judgements import LoadOptions
-from torchrl_maxmin.preferences.loading import load_table
+from torchrl_maxmin.preferences.loading import load_table, mixed_columns
 from torchrl_maxmin.preferences.report import DataReport, check_pairs
+from torchrl_maxmin.preferences.texts import Text, text_key
 from torchrl_maxmin.preferences.tokenizing import Encoder, encode, tokenize_pairs
 
 if TYPE_CHECKING:
@@ -35,8 +38,8 @@ class Ranking(NamedTuple):
         user: index of the user.
     """
 
-    prompt: str
-    responses: list[str]
+    prompt: Text
+    responses: list[Text]
     ranks: list[int]
     user: int
 
@@ -85,6 +88,7 @@ class PreferenceDataset:
         max_pairs: int = 64,
         identical: str = "error",
         seed: int = 0,
+        conversations: str = "transcript",
     ) -> PreferenceDataset:
         """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.layouts.LAYOUTS`.
 
@@ -101,16 +105,28 @@ class PreferenceDataset:
             max_pairs: most pairs from one user's scores of one prompt, and from all ratings of one rater.
             identical: whether equal chosen and rejected texts are an ``"error"`` or ``"drop"`` the pair.
             seed: of the choice of ``max_pairs`` pairs where there are more.
+            conversations: whether lists of messages become ``"transcript"`` strings, or stay ``"messages"``
+                for a chat template.
 
         Raises:
             UserError: for a missing column, two candidate user columns, an empty table, an
                 empty user id, a row that does not fit the layout, or data that give no pair.
         """
-        options = LoadOptions(ties, tie_margin, max_pairs, identical, seed)
+        options = LoadOptions(ties, tie_margin, max_pairs, identical, seed, conversations)
         table = load_table(source, split)
         from torchrl_maxmin.preferences.building import build_pairs
 
-        pairs, origin = build_pairs(table, user_column, group_column, layout, options)
+        mixed = mixed_columns(table)
+        named = {*USER_ALIASES, *PROMPT_ALIASES, "chosen", "rejected", user_column, group_column}
+        if read := [name for name in mixed if name in named]:
+            raise UserError(mixed[read[0]])
+        try:
+            pairs, origin = build_pairs(table, user_column, group_column, layout, options)
+        except UserError as error:
+            if not mixed:
+                raise
+            raise UserError(f"{error} (left out: {'; '.join(mixed.values())})") from error
+        origin.notes += [f"Left out: {reason}." for reason in mixed.values()]
         return cls._sorted(pairs, np.arange(len(pairs.users)), origin)
 
     @classmethod
@@ -136,7 +152,7 @@ class PreferenceDataset:
 
     @property
     def prompts(self) -> ArrowColumn:
-        """Prompt of every pair: a sequence of P strings, read from disk as it is walked through."""
+        """Prompt of every pair: a sequence of P texts, read from disk as it is walked through."""
         return self._column("prompt")
 
     @property
@@ -152,7 +168,8 @@ class PreferenceDataset:
     def _column(self, name: str) -> ArrowColumn:
         from torchrl_maxmin.preferences.storage import ArrowColumn
 
-        return ArrowColumn(self.pairs.texts[name], self.rows)
+        decode = json.loads if self.pairs.as_json else None
+        return ArrowColumn(self.pairs.texts[name], self.rows, decode)
 
     @property
     def weights(self) -> Tensor:
@@ -202,13 +219,16 @@ class PreferenceDataset:
         order = np.lexsort((ids, users))
         last = np.append(np.diff(ids[order]) != 0, True)  # a judgement has one user
         ordered = self.select_rows(order)
-        ranks: dict[str, int] = {}
+        ranks: dict[str, tuple[int, Text]] = {}
         sides = zip(ordered.prompts, ordered.chosen, ordered.rejected, strict=True)
-        for row, (prompt, chosen, rejected) in enumerate(sides):
-            ranks[chosen], ranks[rejected] = self.pairs.ranks[ordered.rows[row]].tolist()
+        for row, (prompt, *texts) in enumerate(sides):
+            for text, rank in zip(texts, self.pairs.ranks[ordered.rows[row]].tolist(), strict=True):
+                ranks[text_key(text)] = rank, text
             if last[row]:
-                responses = sorted(ranks, key=ranks.__getitem__)
-                yield Ranking(prompt, responses, [ranks[text] for text in responses], int(users[order[row]]))
+                found = sorted(ranks.values(), key=itemgetter(0))
+                yield Ranking(
+                    prompt, [text for _, text in found], [rank for rank, _ in found], int(users[order[row]])
+                )
                 ranks = {}
 
     def tokenize(self, encoder: Encoder) -> tuple[ArrowColumn, ArrowColumn]:

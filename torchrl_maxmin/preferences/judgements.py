@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.texts import Text
 
 __all__ = ["Comparison", "Judgement", "LoadOptions", "best_of", "ranked", "tied"]
 
@@ -26,6 +27,7 @@ class LoadOptions:
             which they are equal; ``"drop"`` leaves such pairs out, as is always done where the pairs
             are built here.
         seed: of that choice.
+        conversations: whether conversations become ``"transcript"`` strings or stay ``"messages"``.
     """
 
     ties: str = "drop"
@@ -33,9 +35,15 @@ class LoadOptions:
     max_pairs: int = 64
     identical: str = "error"
     seed: int = 0
+    conversations: str = "transcript"
 
     def __post_init__(self) -> None:
-        for name, known in (("ties", ("drop", "halve")), ("identical", ("error", "drop"))):
+        choices = {
+            "ties": ("drop", "halve"),
+            "identical": ("error", "drop"),
+            "conversations": ("transcript", "messages"),
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
         if not self.tie_margin >= 0:
@@ -57,8 +65,8 @@ class Judgement(NamedTuple):
 
     Attributes:
         row: the row of the data where it stands (its first row, when it takes several).
-        prompt: the prompt.
-        responses: two or more responses.
+        prompt: a string or a list of messages.
+        responses: two or more responses, of the prompt's kind.
         ranks: rank of each response, the best 0; equal ranks are ties, or an order not asked for.
         comparisons: the pairs that train.
         ties_left_out: ties that are not among the comparisons.
@@ -66,8 +74,8 @@ class Judgement(NamedTuple):
     """
 
     row: int
-    prompt: str
-    responses: Sequence[str]
+    prompt: Text
+    responses: Sequence[Text]
     ranks: Sequence[int]
     comparisons: Sequence[Comparison]
     ties_left_out: int = 0

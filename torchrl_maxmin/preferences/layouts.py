@@ -25,7 +25,8 @@ from torchrl_maxmin.preferences.columns import (
 from torchrl_maxmin.preferences.judgements import Judgement, LoadOptions, best_of, ranked, tied
 from torchrl_maxmin.preferences.loading import require_columns
 from torchrl_maxmin.preferences.ratings import ratings, scores
-from torchrl_maxmin.preferences.transcripts import prompt_and_responses
+from torchrl_maxmin.preferences.texts import Text
+from torchrl_maxmin.preferences.transcripts import split_prompt
 from torchrl_maxmin.preferences.verdicts import TIE, Verdicts, rank_values
 
 if TYPE_CHECKING:
@@ -123,9 +124,7 @@ def _summaries(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOpt
         if not isinstance(listed, list) or len(listed) != 2 or not all(isinstance(s, dict) for s in listed):
             raise UserError(f"row {row}: column 'summaries' does not hold two objects with a text")
         texts = [summary.get("text") for summary in listed]
-        prompt, texts = prompt_and_responses(
-            _prompt_of(row, cells, roles), texts, row, ["summaries.text"] * 2
-        )
+        prompt, texts = split_prompt(_prompt_of(row, cells, roles), texts, row, ["summaries.text"] * 2)
         yield _judge(row, prompt, texts, verdicts.place(cells["choice"], 2, row))
 
 
@@ -223,7 +222,7 @@ def _prompt_of(row: int, cells: dict[str, Any], roles: Roles) -> Any:
     return found
 
 
-def _texts(row: int, cells: dict[str, Any], roles: Roles) -> tuple[str, list[str]]:
+def _texts(row: int, cells: dict[str, Any], roles: Roles) -> tuple[Text, list[Text]]:
     """Prompt and responses, which stand in columns of their own or in one list."""
     columns = roles.responses
     responses = [cell(cells, path) for path in columns]
@@ -232,10 +231,10 @@ def _texts(row: int, cells: dict[str, Any], roles: Roles) -> tuple[str, list[str
         if not isinstance(listed, list) or len(listed) < 2:
             raise UserError(f"row {row}: column {columns[0]!r} does not hold a list of two or more responses")
         responses, columns = listed, columns * len(listed)
-    return prompt_and_responses(_prompt_of(row, cells, roles), responses, row, columns)
+    return split_prompt(_prompt_of(row, cells, roles), responses, row, columns)
 
 
-def _judge(row: int, prompt: str, texts: list[str], winner: int) -> Judgement:
+def _judge(row: int, prompt: Text, texts: list[Text], winner: int) -> Judgement:
     if winner != TIE:
         return Judgement(row, prompt, texts, *best_of(len(texts), winner))
     if len(texts) == 2:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.texts import Text, read_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["load_table", "require_columns"]
+__all__ = ["load_prompts", "load_table", "mixed_columns", "require_columns"]
 
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
@@ -73,8 +74,18 @@ def _read(files: list[Path]) -> Dataset:
     from torchrl_maxmin.preferences.reading import read_files
     from torchrl_maxmin.preferences.storage import spill
 
+    mixed: dict[str, str] = {}
+    table = spill(read_files(files, mixed))
+    table = table.drop_columns([name for name in table.column_names if name in mixed])
     # a fingerprint of our own: datasets would hash every byte of the table, in memory
-    return datasets.Dataset(spill(read_files(files)), fingerprint=uuid4().hex)
+    loaded = datasets.Dataset(table, fingerprint=uuid4().hex)
+    loaded.mixed_columns = mixed
+    return loaded
+
+
+def mixed_columns(table: Dataset) -> dict[str, str]:
+    """Return the columns of a file that were left out as their rows disagree about the type, and where."""
+    return getattr(table, "mixed_columns", {})
 
 
 def _was_saved(folder: Path) -> bool:
@@ -119,7 +130,31 @@ def require_columns(table: Dataset, wanted: Sequence[str], what: str) -> None:
     """Raise :class:`UserError` naming the missing columns and those that are there."""
     missing = [name for name in wanted if name not in table.column_names]
     if missing:
+        mixed = mixed_columns(table)
+        if missing[0] in mixed:
+            raise UserError(mixed[missing[0]])
         raise UserError(
             f"{what} needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
             "Rename your columns to match"
         )
+
+
+def load_prompts(source: str | Path | Any, split: str, what: str) -> tuple[Dataset, list[Text]]:
+    """Load a table with a column prompt.
+
+    Args:
+        source: what :func:`load_table` takes.
+        split: which split of a data set that has several.
+        what: the stage, for messages.
+
+    Returns:
+        The table, and its prompts: strings or conversations.
+
+    Raises:
+        UserError: for no rows, no such column, or a cell that is no text.
+    """
+    table = load_table(source, split)
+    if len(table) == 0:
+        raise UserError(f"{source} has no prompts")
+    require_columns(table, ["prompt"], what)
+    return table, read_texts(table, "prompt")

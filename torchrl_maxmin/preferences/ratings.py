@@ -10,7 +10,7 @@ import numpy as np
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences.columns import Roles, cell, labels_of, read_column, rows_of, shown
 from torchrl_maxmin.preferences.judgements import Comparison, Judgement, LoadOptions
-from torchrl_maxmin.preferences.transcripts import prompt_and_responses
+from torchrl_maxmin.preferences.transcripts import split_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,7 +134,7 @@ def _with_texts(
             continue
         composed = [compose(next(cells)) for _ in rows]
         columns = [roles.responses[-1]] * len(rows)
-        prompt, responses = prompt_and_responses(
+        prompt, responses = split_prompt(
             composed[0][0], [response for _, response in composed], judgement.row, columns
         )
         yield judgement._replace(prompt=prompt, responses=responses)

@@ -31,37 +31,49 @@ _CSV_BLOCK = 64 << 20  # a row of a csv file must fit into a block
 _SEPARATORS = ";\t|"
 
 
-def read_files(paths: Iterable[Path]) -> Iterator[pa.Table]:
+def read_files(paths: Iterable[Path], mixed: dict[str, str] | None = None) -> Iterator[pa.Table]:
     """The rows of several files, a few thousand at a time; a bar shows after two seconds.
 
     Args:
         paths: files whose suffix is in :data:`READERS`.
+        mixed: gets the name of every column whose rows disagree about its type, and where. Later tables
+            lack such a column; what earlier ones have of it is of no use.
 
     Raises:
         UserError: naming the file, and the line where there are lines.
     """
+    mixed = {} if mixed is None else mixed
+    known = pa.schema([])
     for path in paths:
         with late_bar(f"reading {path.name}", path.stat().st_size) as reach:
-            for table in READERS[path.suffix](path, reach):
-                yield table.replace_schema_metadata(None)
+            for table in READERS[path.suffix](path, reach, mixed):
+                known = _unify(known, table.schema, str(path), mixed)
+                kept = table.drop_columns([name for name in table.column_names if name in mixed])
+                yield kept.replace_schema_metadata(None)
+
+
+def _unify(known: pa.Schema, schema: pa.Schema, where: str, mixed: dict[str, str]) -> pa.Schema:
+    """The types of columns so far and of these; one that does not go with the earlier ones is mixed."""
+    for column in schema:
+        try:
+            known = pa.unify_schemas([known, pa.schema([column])], promote_options="permissive")
+        except pa.ArrowException as error:
+            mixed[column.name] = f"{where}: a column changes its type ({_first_line(error)})"
+    return known
 
 
 # -- json ------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path, reach: Reach) -> Iterator[pa.Table]:
+def _read_json(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[pa.Table]:
     """One object a line, or one list of objects."""
     with path.open("rb") as file:
         is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     known = pa.schema([])
     for rows in _batches(path, _list_items(path, reach) if is_list else _lines(path, reach)):
-        table = _to_arrow(path, rows, known)
-        try:
-            known = pa.unify_schemas([known, table.schema], promote_options="permissive")
-        except pa.ArrowException as error:
-            where = f"{path}, lines {rows[0][0]} to {rows[-1][0]}"
-            raise UserError(f"{where}: a column changes its type ({_first_line(error)})") from error
-        yield table
+        table = _to_arrow(path, rows, known, mixed)
+        known = _unify(known, table.schema, f"{path}, lines {rows[0][0]} to {rows[-1][0]}", mixed)
+        yield table.drop_columns([name for name in table.column_names if name in mixed])
 
 
 def _lines(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
@@ -146,20 +158,22 @@ def _batches(path: Path, numbered: Iterator[tuple[int, Any, int]]) -> Iterator[l
         yield rows
 
 
-def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema) -> pa.Table:
-    """A table of these rows; columns that they lack but earlier rows had are null."""
+def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema, mixed: dict[str, str]) -> pa.Table:
+    """A table of these rows without mixed columns; columns that they lack but earlier rows had are null."""
     names = dict.fromkeys([*known.names, *(name for _, row in rows for name in row)])
     columns = {}
     for name in names:
+        if name in mixed:
+            continue
         values = [row.get(name) for _, row in rows]
         try:
             column = pa.array(values)
         except UnicodeEncodeError as error:
             raise UserError(f"{path}: column {name!r} holds half a character (a lone surrogate)") from error
         except (pa.ArrowException, OverflowError, TypeError) as error:
-            raise UserError(
-                f"{path}: {_mixture(name, rows) or f'column {name!r}: {_first_line(error)}'}"
-            ) from error
+            told = _mixture(name, rows) or _unlike_parts(name, rows)
+            mixed[name] = f"{path}: {told or f'column {name!r}: {_first_line(error)}'}"
+            continue
         if name in known.names and pa.types.is_null(column.type):
             column = pa.nulls(len(rows), known.field(name).type)
         columns[name] = column
@@ -178,6 +192,16 @@ def _mixture(name: str, rows: list[NumberedRow]) -> str | None:
     return f"column {name!r} holds {told}; give it one type"
 
 
+def _unlike_parts(name: str, rows: list[NumberedRow]) -> str | None:
+    """The first line whose own list or object has no one type."""
+    for number, row in rows:
+        try:
+            pa.array([row.get(name)])
+        except (pa.ArrowException, OverflowError, TypeError):
+            return f"line {number}: column {name!r} holds parts of different types; give them one type"
+    return None
+
+
 def _kind(value: Any) -> str:
     for kinds, told in (
         (bool, "true or false"),
@@ -194,7 +218,7 @@ def _kind(value: Any) -> str:
 # -- csv and parquet -------------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, reach: Reach) -> Iterator[pa.Table]:
+def _read_csv(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[pa.Table]:
     """All columns as text: ids keep their zeros, and "NA" or "null" are words."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -220,7 +244,7 @@ def _read_csv(path: Path, reach: Reach) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-def _read_parquet(path: Path, reach: Reach) -> Iterator[pa.Table]:
+def _read_parquet(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[pa.Table]:
     with pa.parquet.ParquetFile(path) as file:
         size, total, done = path.stat().st_size, max(1, file.metadata.num_rows), 0
         for batch in file.iter_batches(_BATCH_ROWS):
@@ -241,7 +265,7 @@ def _first_line(error: Exception) -> str:
 
 
 #: suffix -> reader
-READERS: dict[str, Callable[[Path, Reach], Iterator[pa.Table]]] = {
+READERS: dict[str, Callable[[Path, Reach, dict[str, str]], Iterator[pa.Table]]] = {
     ".json": _read_json,
     ".jsonl": _read_json,
     ".csv": _read_csv,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -62,6 +62,7 @@ class ArrowColumn(Sequence[Any]):
     Args:
         column: the whole column.
         rows: int64 [P], the rows of it that this sequence shows, in order.
+        decode: applied to every row as it is read; None leaves it.
 
     Example:
         >>> column = ArrowColumn(pa.chunked_array([["a", "b"], ["c"]]), np.array([2, 0]))
@@ -69,11 +70,12 @@ class ArrowColumn(Sequence[Any]):
         ('c', ['c', 'a'], True)
     """
 
-    def __init__(self, column: pa.ChunkedArray, rows: np.ndarray):
+    def __init__(self, column: pa.ChunkedArray, rows: np.ndarray, decode: Callable[[Any], Any] | None = None):
         self._chunks = column.chunks
         self._type = column.type
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
         self._rows = rows
+        self._decode = decode
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -97,14 +99,19 @@ class ArrowColumn(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches():
-            yield from batch.to_pylist()
+            yield from self._objects(batch)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self._gather(self._rows[index]).to_pylist()
+            return self._objects(self._gather(self._rows[index]))
         row = int(self._rows[index])
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._chunks[chunk][row - int(self._starts[chunk])].as_py()
+        value = self._chunks[chunk][row - int(self._starts[chunk])].as_py()
+        return value if self._decode is None else self._decode(value)
+
+    def _objects(self, batch: pa.Array) -> list[Any]:
+        values = batch.to_pylist()
+        return values if self._decode is None else [self._decode(value) for value in values]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):

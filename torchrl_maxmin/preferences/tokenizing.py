@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torchrl_maxmin.preferences.late_bar import late_bar
+from torchrl_maxmin.preferences.texts import Text, TextEncoder
 
 if TYPE_CHECKING:
     from torchrl_maxmin.preferences.dataset import PreferenceDataset
@@ -13,20 +14,23 @@ if TYPE_CHECKING:
 
 __all__ = ["encode", "tokenize_pairs"]
 
-Encoder = Callable[[Sequence[str], Sequence[str]], list[list[int]]]
+Encoder = Callable[[Sequence[Text], Sequence[Text]], list[list[int]]]
 
 _BATCH_ROWS = 1_000
 
 
-def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None = None) -> list[int]:
-    """Token ids of one text: the prompt with the tokenizer's own prefix, the completion, EOS.
+def encode(tokenizer: Any, prompt: Text, completion: Text, max_length: int | None = None) -> list[int]:
+    """Return the token ids of one text: prompt, completion and EOS, as :class:`TextEncoder` makes them.
 
-    Prompt and completion are tokenized apart, as they are when a policy answers the prompt.
-    Longer texts lose tokens of the prompt's start, never the end that a score is read at.
+    Longer texts lose tokens of the prompt's start, but for BOS, and never the end that a score is read at.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: a string or a list of messages.
+        completion: likewise.
+        max_length: most tokens.
     """
-    ids = tokenizer(prompt).input_ids
-    ids = ids + tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    return ids if max_length is None else ids[-max_length:]
+    return TextEncoder(tokenizer)([prompt], [completion], max_length)[0]
 
 
 def tokenize_pairs(data: PreferenceDataset, encoder: Encoder) -> tuple[ArrowColumn, ArrowColumn]:

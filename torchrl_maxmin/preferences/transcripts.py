@@ -7,14 +7,22 @@ the prompt ends after the marker of the assistant's turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_maxmin.errors import UserError
 
-__all__ = ["ASSISTANT_TURN", "prompt_and_responses"]
+__all__ = [
+    "ASSISTANT_TURN",
+    "as_transcript",
+    "prompt_and_responses",
+    "render_prompt",
+    "speaker_of",
+    "split_prompt",
+    "text_of",
+]
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
 
 ASSISTANT_TURN = "\n\nAssistant:"
 _HUMAN_START = re.compile(r"\s*Human:")
@@ -24,19 +32,7 @@ _SPEAKERS = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt":
 def prompt_and_responses(
     prompt: Any, responses: Sequence[Any], row: int, columns: Sequence[str]
 ) -> tuple[str, list[str]]:
-    """Strings out of strings or messages, and an explicit prompt out of an implicit one.
-
-    Whole transcripts (strings that begin with ``Human:``, or messages that do not begin with the
-    assistant) carry their prompt: what they share, up to the assistant's turn in which they part.
-
-    Args:
-        prompt: a string, a list of messages ``{role, content}``, or None where it is implicit.
-        responses: two or more strings or lists of messages.
-        row: number of the row, for messages.
-        columns: where the responses come from, for messages.
-
-    Raises:
-        UserError: for anything that is no text, and for transcripts that share no turn.
+    """Return :func:`split_prompt`'s texts as strings, conversations as transcripts.
 
     Example:
         >>> shared = "\\n\\nHuman: Hi\\n\\nAssistant:"
@@ -45,7 +41,38 @@ def prompt_and_responses(
         >>> prompt_and_responses([{"role": "user", "content": "Hi"}], ["A", "B"], 0, "ab")
         ('\\n\\nHuman: Hi\\n\\nAssistant:', [' A', ' B'])
     """
-    texts = [_text(value, row, column) for value, column in zip(responses, columns, strict=True)]
+    return as_transcript(*split_prompt(prompt, responses, row, columns))
+
+
+def as_transcript(prompt: Any, responses: Sequence[Any]) -> tuple[str, list[str]]:
+    """Return prompt and responses of :func:`split_prompt` as strings."""
+    if isinstance(prompt, str):
+        return prompt, list(responses)
+    turns = [_render(response).removeprefix(ASSISTANT_TURN) for response in responses]
+    return render_prompt(prompt), turns
+
+
+def split_prompt(
+    prompt: Any, responses: Sequence[Any], row: int, columns: Sequence[str]
+) -> tuple[Any, list[Any]]:
+    """Split what a row holds into a prompt and the responses that answer it.
+
+    Whole transcripts (strings that begin with ``Human:``, or messages that do not begin with the
+    assistant) carry their prompt: what they share, up to the assistant's turn in which they part.
+
+    Args:
+        prompt: a string, a list of messages ``{role, content}``, or None where it is implicit.
+        responses: one or more strings or lists of messages.
+        row: number of the row, for messages.
+        columns: where the responses come from, for messages.
+
+    Returns:
+        Strings, or, where one of them is a conversation, lists of messages throughout.
+
+    Raises:
+        UserError: for anything that is no text, and for transcripts that share no turn.
+    """
+    texts = [text_of(value, row, column) for value, column in zip(responses, columns, strict=True)]
     if isinstance(prompt, str) or prompt is None:
         if all(isinstance(text, str) for text in texts):
             whole = prompt is None or all(_HUMAN_START.match(text) for text in texts)
@@ -59,12 +86,16 @@ def prompt_and_responses(
                 f"{ASSISTANT_TURN.strip()!r}; add a prompt column"
             )
     else:
-        prompt = _text(prompt, row, "prompt")
+        prompt = text_of(prompt, row, "prompt")
     return _split_messages(prompt, [_as_messages(text) for text in texts], row)
 
 
-def _text(value: Any, row: int, column: str) -> Any:
-    """The value, if it is a string or messages; a list of one string is that string."""
+def text_of(value: Any, row: int, column: str) -> Any:
+    """Return the value, if it is a string or messages; a list of one string is that string.
+
+    Raises:
+        UserError: for anything else; the message names row and column.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
@@ -99,8 +130,10 @@ def _shared_turns(texts: list[str]) -> int:
     return cut
 
 
-def _split_messages(prompt: Any, sides: list[list[Message]], row: int) -> tuple[str, list[str]]:
-    if _speaker(sides[0][0]) != "Assistant":  # whole conversations repeat the prompt
+def _split_messages(
+    prompt: Any, sides: list[list[Message]], row: int
+) -> tuple[list[Message], list[list[Message]]]:
+    if speaker_of(sides[0][0]) != "Assistant":  # whole conversations repeat the prompt
         shared = 0
         shortest = min(len(side) for side in sides)
         while shared < shortest - 1 and all(_same(side[shared], sides[0][shared]) for side in sides):
@@ -108,22 +141,27 @@ def _split_messages(prompt: Any, sides: list[list[Message]], row: int) -> tuple[
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not prompt or any(_speaker(side[0]) != "Assistant" for side in sides):
+    if not prompt or any(speaker_of(side[0]) != "Assistant" for side in sides):
         raise UserError(
             f"row {row}: the conversations do not part at a turn of the assistant after a shared beginning; "
             "give a prompt, and responses that begin with the assistant"
         )
-    turns = [_render(side).removeprefix(ASSISTANT_TURN) for side in sides]
-    return _render(prompt) + ASSISTANT_TURN, turns
+    return prompt, sides
 
 
 def _same(one: Message, other: Message) -> bool:
     return (one["role"], one["content"]) == (other["role"], other["content"])
 
 
-def _speaker(message: Message) -> str:
+def speaker_of(message: Message) -> str:
+    """Return ``Human``, ``Assistant`` or what else the role of a message is called in a transcript."""
     return _SPEAKERS.get(message["role"].lower(), message["role"].capitalize())
 
 
 def _render(messages: Sequence[Message]) -> str:
-    return "".join(f"\n\n{_speaker(message)}: {message['content']}" for message in messages)
+    return "".join(f"\n\n{speaker_of(message)}: {message['content']}" for message in messages)
+
+
+def render_prompt(messages: Sequence[Message]) -> str:
+    """Return messages as a transcript that ends where the assistant answers."""
+    return _render(messages) + ASSISTANT_TURN

@@ -105,6 +105,8 @@ class World:
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """Utilities [N, 2] of completions; the form a judge or a reward function has."""
+        if not all(isinstance(text, str) for text in (*prompts, *completions)):
+            raise UserError("the embedded world reads plain text, and these prompts are conversations")
         return self.utilities([f"{p} {c}" for p, c in zip(prompts, completions, strict=True)])
 
     def assign_users(self, num_users: int, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
@@ -25,6 +26,7 @@ __all__ = [
     "load_adapters",
     "permute_adapters_",
     "quiet_peft",
+    "require_adaptable",
     "save_adapters",
     "save_base",
     "set_adapter_dropout",
@@ -51,8 +53,8 @@ class LoraSettings:
         r: rank.
         alpha: scale; updates are multiplied by ``alpha / r``.
         dropout: on the adapters' inputs, while the model is in training mode.
-        target_modules: names of the layers, or ``"all-linear"``; peft's choice for the
-            architecture when None.
+        target_modules: names of the layers, or ``"all-linear"``; when None peft's choice for the
+            architecture, and all linear layers where peft has none.
     """
 
     r: int = 16
@@ -75,28 +77,53 @@ def add_adapters(trunk: nn.Module, names: Sequence[str], settings: LoraSettings)
         UserError: without peft, for settings that it refuses, or an unknown architecture
             without ``target_modules``.
     """
-    peft = import_peft()
     conv = import_transformers().pytorch_utils.Conv1D  # GPT-2's linear layers are stored transposed
-    targets = settings.target_modules
+    transposed = any(isinstance(module, conv) for module in trunk.modules())
+    import_peft()
     try:
-        config = peft.LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
-            fan_in_fan_out=any(isinstance(module, conv) for module in trunk.modules()),
-        )
-        with quiet_peft():
-            model = peft.get_peft_model(trunk, config, adapter_name=names[0])
-            for name in names[1:]:
-                model.add_adapter(name, config)
+        try:
+            model = _adapt(trunk, names, settings, settings.target_modules, transposed)
+        except ValueError:
+            if settings.target_modules is not None:
+                raise
+            model = _adapt(trunk, names, settings, "all-linear", transposed)
     except ValueError as error:
         raise UserError(
-            f"peft cannot adapt {type(trunk).__name__}: {error}; check lora_r, and name its layers by "
-            "lora_target_modules, for example all-linear"
+            f"peft cannot adapt {type(trunk).__name__}: {error}; check lora_r, and name the layers "
+            "to adapt by lora_target_modules"
         ) from error
     model.set_requires_grad(list(names), True)
     return model.eval()
+
+
+def _adapt(
+    trunk: nn.Module,
+    names: Sequence[str],
+    settings: LoraSettings,
+    targets: Sequence[str] | str | None,
+    transposed: bool,
+) -> Any:
+    peft = import_peft()
+    if targets is not None and not isinstance(targets, str):
+        targets = "all-linear" if list(targets) == ["all-linear"] else list(targets)  # as a flag gives it
+    config = peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+    )
+    with quiet_peft():
+        model = peft.get_peft_model(trunk, config, adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, config)
+    return model
+
+
+def require_adaptable(config: Any, settings: LoraSettings) -> None:
+    """Raise :class:`UserError` where a trunk of this config cannot be adapted so, before it has weights."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        add_adapters(import_transformers().AutoModel.from_config(config), ["trial"], settings)
 
 
 def load_adapters(trunk: nn.Module, folder: Path, names: Sequence[str]) -> Any:

@@ -40,10 +40,11 @@ def score_texts(
     completions: Sequence[Text],
     batch_size: int,
     max_length: int | None,
+    ended: Sequence[bool] | None = None,
 ) -> Tensor:
     """Raw rewards [N, K] on the CPU, by batches of like length."""
     device = next(model.parameters()).device
-    rows = model.reader.encode(prompts, completions, max_length)
+    rows = model.reader.encode(prompts, completions, max_length, ended)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = torch.empty(len(rows), model.num_groups)
     for start in range(0, len(order), batch_size):
@@ -82,7 +83,12 @@ class RewardModel(nn.Module):
         return False
 
     def raw_scores(
-        self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int, max_length: int | None
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        batch_size: int,
+        max_length: int | None,
+        ended: Sequence[bool] | None = None,
     ) -> Tensor:
         """Raw rewards [N, K] on the CPU."""
         raise NotImplementedError
@@ -95,6 +101,7 @@ class RewardModel(nn.Module):
         calibrated: bool = False,
         batch_size: int = 256,
         max_length: int | None = None,
+        ended: Sequence[bool] | None = None,
     ) -> Tensor:
         """Score texts.
 
@@ -104,11 +111,13 @@ class RewardModel(nn.Module):
             calibrated: apply :attr:`calibration`.
             batch_size: texts at once; changes nothing but speed and memory.
             max_length: longest text in tokens; never more than the model has positions for.
+            ended: whether each completion has an end; one that was cut off is read without. All have
+                when None.
 
         Returns:
             Rewards [N, K] on the CPU, whatever the batch size or padding.
         """
-        scores = self.raw_scores(prompts, completions, batch_size, max_length)
+        scores = self.raw_scores(prompts, completions, batch_size, max_length, ended)
         return self.calibration.apply(scores) if calibrated else scores
 
     def reward_fn(

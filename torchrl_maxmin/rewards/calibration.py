@@ -15,9 +15,28 @@ from torch import Tensor
 
 from torchrl_maxmin.errors import UserError
 
-__all__ = ["CALIBRATIONS", "Calibration"]
+__all__ = ["CALIBRATIONS", "Calibration", "mean_of_present"]
 
 CALIBRATIONS = ("sft_std", "sft_mean", "win_rate", "none")
+
+
+def mean_of_present(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Return the mean of what is there: NaN stands for no value."""
+    return values.nanmean(dim) if bool(values.isnan().any()) else values.mean(dim)
+
+
+def _within_prompt_variance(rewards: Tensor) -> Tensor:
+    """Variance [X, K] over the samples that have a reward; NaN with fewer than two."""
+    absent = rewards.isnan()
+    if not bool(absent.any()):
+        return rewards.var(1)
+    squares = (rewards - rewards.nanmean(1, keepdim=True)).square().nansum(1)
+    freedom = (~absent).sum(1) - 1
+    return torch.where(freedom > 0, squares / freedom, torch.nan)
+
+
+def _places(flags: Tensor) -> list[int]:
+    return flags.nonzero().flatten().tolist()
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,8 @@ class Calibration:
         """Fit a convention on rewards of reference samples.
 
         Args:
-            rewards: raw rewards [X, n, K] of n samples of the reference policy for each of X prompts.
+            rewards: raw rewards [X, n, K] of n samples of the reference policy for each of X prompts; NaN
+                where a sample has none, which then counts nowhere.
             method: see the class.
 
         Raises:
@@ -76,16 +96,22 @@ class Calibration:
         groups = rewards.shape[-1]
         if method == "none":
             return cls.identity(groups)
-        shift, scale = wide.mean((0, 1)), torch.ones(groups, dtype=torch.float64)
+        shift, scale = mean_of_present(wide, (0, 1)), torch.ones(groups, dtype=torch.float64)
+        if bool(shift.isnan().any()):
+            raise UserError(f"no reference sample has a reward for group(s) {_places(shift.isnan())}")
         if method == "sft_std":
             if rewards.shape[1] < 2:
                 raise UserError("calibration sft_std needs two or more reference samples a prompt")
-            scale = wide.var(1).mean(0).sqrt()
-            if (scale <= 1e-8 * (1 + shift.abs())).any():
-                flat = [k for k in range(groups) if scale[k] <= 1e-8 * (1 + shift[k].abs())]
+            scale = mean_of_present(_within_prompt_variance(wide), 0).sqrt()
+            if bool(scale.isnan().any()):
                 raise UserError(
-                    f"reward head(s) {flat} give every reference sample of a prompt the same reward, "
-                    "so they have no scale; train them longer, or use --calibration sft_mean"
+                    f"no prompt has two reference samples with a reward for group(s) {_places(scale.isnan())}"
+                )
+            flat = scale <= 1e-8 * (1 + shift.abs())
+            if bool(flat.any()):
+                raise UserError(
+                    f"reward head(s) {_places(flat)} give every reference sample of a prompt the same "
+                    "reward, so they have no scale; train them longer, or use --calibration sft_mean"
                 )
         reference = rewards.reshape(-1, groups).float() if method == "win_rate" else None
         return cls(method, shift.float(), scale.float(), reference)
@@ -94,7 +120,7 @@ class Calibration:
         """Calibrate raw rewards [..., K]; same shape, fp32."""
         if self.reference is not None:
             gaps = rewards.float().unsqueeze(-2) - self.reference.to(rewards.device)
-            return torch.sigmoid(gaps).mean(-2)
+            return torch.where(rewards.isnan(), torch.nan, mean_of_present(torch.sigmoid(gaps), -2))
         return (rewards.float() - self.shift.to(rewards.device)) / self.scale.to(rewards.device)
 
     def to_dict(self) -> dict[str, Any]:

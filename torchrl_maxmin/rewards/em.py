@@ -26,6 +26,8 @@ from torchrl_maxmin.rewards.warm_start import from_true_groups, linear_warm_star
 
 __all__ = ["MixtureFit", "fit_mixture"]
 
+_READING = ("pooling", "layout", "chat_template", "system_prompt")
+
 
 def fit_mixture(
     data: PreferenceDataset,
@@ -110,8 +112,7 @@ def fit_mixture(
             num_restarts=num_restarts,
             max_groups=max_groups,
             max_length=max_length,
-            pooling=options.get("pooling"),
-            layout=options.get("layout"),
+            reading_options={name: options[name] for name in _READING if name in options},
             identifiability=identifiability,
             seed=seed,
             device=device,

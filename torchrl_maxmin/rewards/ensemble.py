@@ -153,11 +153,17 @@ class RewardEnsemble(RewardModel):
         return self.calibration.apply(rewards) if calibrated else rewards
 
     def raw_scores(
-        self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int, max_length: int | None
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        batch_size: int,
+        max_length: int | None,
+        ended: Sequence[bool] | None = None,
     ) -> Tensor:
         """Raw rewards [N, K] on the CPU."""
-        scores = [score_texts(m, prompts, completions, batch_size, max_length) for m in self._members()]
-        return torch.cat(scores, -1)
+        return torch.cat(
+            [score_texts(m, prompts, completions, batch_size, max_length, ended) for m in self._members()], -1
+        )
 
     def _members(self) -> list[SequenceClassifier | RewardMixture]:
         return list(self.members)  # type: ignore[arg-type]

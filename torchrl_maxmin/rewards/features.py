@@ -19,15 +19,27 @@ from torchrl_maxmin.modules.loading import (
 )
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_index, pad_right
 from torchrl_maxmin.modules.trunks import states_width
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards.reader import TextReader
 
 __all__ = ["load_feature_trunk", "text_features"]
 
 
 def load_feature_trunk(
-    name_or_path: str, pooling: str | None = None, layout: str | None = None
+    name_or_path: str,
+    pooling: str | None = None,
+    layout: str | None = None,
+    chat_template: str | None = None,
+    system_prompt: str | None = None,
 ) -> tuple[Any, TextReader]:
-    """A language model, decoder or encoder, to take features from, and what reads texts with it.
+    """Load a language model, decoder or encoder, to take features from, and what reads texts with it.
+
+    Args:
+        name_or_path: Hugging Face model.
+        pooling: see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
+        layout: likewise.
+        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        system_prompt: likewise.
 
     Raises:
         UserError: if there is no such model, or it cannot be read.
@@ -38,6 +50,7 @@ def load_feature_trunk(
     else:
         tokenizer, model = load_tokenizer(name_or_path), load_causal_lm(name_or_path)
         ensure_pad_token(tokenizer, model)
+    set_chat_template(tokenizer, chat_template, system_prompt)
     return model, TextReader(model, tokenizer, pooling=pooling, layout=layout)
 
 

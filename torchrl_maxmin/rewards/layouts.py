@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational
 from torchrl_maxmin.preferences.transcripts import prompt_and_responses
 
 __all__ = ["LAYOUTS", "Text", "TextLayout", "is_conversational", "takes_pairs"]
 
 LAYOUTS = ("auto", "continuation", "chat", "concat", "text_pair", "response")
-
-Message = Mapping[str, Any]
-Text = str | Sequence[Message]  # plain text, or a conversation as TRL and the chat templates have it
 
 
 class TextLayout:
@@ -21,7 +19,7 @@ class TextLayout:
 
     ``continuation``
         decoders: prompt and completion tokenized apart, as when a policy answers the prompt, and EOS;
-        the rows of :func:`torchrl_maxmin.preferences.encode`.
+        the rows of :class:`~torchrl_maxmin.preferences.texts.TextEncoder`, conversations included.
     ``chat``
         the whole conversation through the tokenizer's chat template; plain texts become one
         turn of the user and one of the assistant.
@@ -39,8 +37,9 @@ class TextLayout:
         encoders that know pairs, and ``concat``.
 
     Where no chat template is used, a conversation becomes the transcript that preference data
-    become. Texts that are too long lose tokens of their start under a decoder, whose score is
-    read at the end, and what the tokenizer truncates under an encoder.
+    become. A completion that was cut off gets no end. Texts that are too long lose tokens of their
+    start (but for BOS) under a decoder, whose score is read at the end, and what the tokenizer
+    truncates under an encoder.
 
     Args:
         tokenizer: of the reward model.
@@ -73,37 +72,45 @@ class TextLayout:
         if kind == "text_pair" and bidirectional and not self._takes_pairs:
             raise UserError("layout 'text_pair' needs a tokenizer that separates two texts; use 'concat'")
         self.tokenizer, self.kind = tokenizer, kind
+        self._encoder = TextEncoder(tokenizer)
         self.bidirectional, self.max_length = bidirectional, max_length
 
     def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], max_length: int | None = None
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        max_length: int | None = None,
+        ended: Sequence[bool] | None = None,
     ) -> list[list[int]]:
-        """Token rows of texts, each of at most ``max_length`` tokens and of those the model can take."""
+        """Return token rows of texts, each of at most ``max_length`` tokens and of those the model can take.
+
+        ``ended`` says which completions have an end; all have when None.
+        """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts, but {len(completions)} completions")
         if not prompts:
             return []
         limits = [limit for limit in (max_length, self.max_length) if limit is not None]
         limit = min(limits) if limits else None
+        if self.kind == "continuation":
+            return self._encoder(prompts, completions, limit, ended)
         if self._is_chat(prompts, completions):
-            turns = [_turns(p, c) for p, c in zip(prompts, completions, strict=True)]
-            texts = [self.tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
+            texts = self._encoder.conversations(prompts, completions, ended)
             rows = self._ids(texts, limit=limit, special=False)  # the template has its own special tokens
         else:
             both = [_plain_texts(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
-            rows = self._plain([p for p, _ in both], [c for _, c in both], limit)
-        return rows if limit is None else [row[-limit:] for row in rows]
+            rows = self._plain([p for p, _ in both], [c for _, c in both], limit, ended)
+        return [cut_start(row, limit, None if self.bidirectional else self._bos()) for row in rows]
 
     def _is_chat(self, prompts: Sequence[Text], completions: Sequence[Text]) -> bool:
-        if self.kind != "auto" or not getattr(self.tokenizer, "chat_template", None):
+        if self.kind != "auto" or not self._encoder.has_template:
             return self.kind == "chat"
         return any(map(is_conversational, (*prompts, *completions)))
 
-    def _plain(self, prompts: list[str], completions: list[str], limit: int | None) -> list[list[int]]:
+    def _plain(
+        self, prompts: list[str], completions: list[str], limit: int | None, ended: Sequence[bool] | None
+    ) -> list[list[int]]:
         kind = self.kind
-        if kind == "continuation":
-            starts, ends = self._ids(prompts), self._ids(completions, special=False)
-            return [[*start, *end, *self._eos()] for start, end in zip(starts, ends, strict=True)]
         if kind == "auto" and self.bidirectional:
             kind = "text_pair" if self._takes_pairs else "{prompt} {completion}"
         if kind == "text_pair":
@@ -120,7 +127,10 @@ class TextLayout:
         rows = self._ids(texts, limit=limit)
         if self.bidirectional:
             return rows
-        return [row if row[-1:] == self._eos() else [*row, *self._eos()] for row in rows]
+        eos = self._eos()
+        bare = [row[:-1] if eos and row[-1:] == eos else row for row in rows]  # some tokenizers append it
+        ended = [True] * len(rows) if ended is None else ended
+        return [[*row, *eos] if has_end else row for row, has_end in zip(bare, ended, strict=True)]
 
     def _pairs(self, prompts: list[str], completions: list[str], limit: int | None) -> list[list[int]]:
         paired = [i for i, prompt in enumerate(prompts) if prompt]
@@ -142,6 +152,9 @@ class TextLayout:
     def _eos(self) -> list[int]:
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
 
 def takes_pairs(tokenizer: Any) -> bool:
     """Whether a tokenizer separates two texts, with segment ids that the separator alone tells."""
@@ -154,18 +167,6 @@ def takes_pairs(tokenizer: Any) -> bool:
     ids = tokenizer("a", "b").input_ids
     first = ids.index(tokenizer.sep_token_id) + 1 if tokenizer.sep_token_id in ids else 0
     return told == [0] * first + [1] * (len(ids) - first)
-
-
-def is_conversational(text: Text) -> bool:
-    """Whether a text is a list of messages."""
-    return not isinstance(text, str)
-
-
-def _turns(prompt: Text, completion: Text) -> list[Message]:
-    """One conversation of a prompt and what answers it."""
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    return [*asked, *answer]  # type: ignore[list-item]
 
 
 def _plain_texts(prompt: Text, completion: Text, row: int) -> tuple[str, str]:

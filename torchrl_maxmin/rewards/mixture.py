@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.loading import (
     ensure_pad_token,
-    import_transformers,
     is_encoder,
     load_classifier,
+    load_config,
     load_tokenizer,
     load_trunk,
     reading,
-    require_model,
 )
 from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.modules.trunks import states_width
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
 from torchrl_maxmin.rewards.base import RewardModel, score_texts
 from torchrl_maxmin.rewards.calibration import Calibration
+from torchrl_maxmin.rewards.classifier import has_linear_score
 from torchrl_maxmin.rewards.heads import RewardHeads, permute_rows_, reset_row_
 from torchrl_maxmin.rewards.layouts import Text
 from torchrl_maxmin.rewards.reader import TextReader
@@ -102,6 +103,8 @@ class RewardMixture(RewardModel):
         lora_dropout: float = 0.0,
         lora_target_modules: Sequence[str] | str | None = None,
         dtype: torch.dtype = torch.float32,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
     ) -> RewardMixture:
         """New heads on the trunk of a language model: a decoder (GPT-2, Llama ...) or an encoder (BERT ...).
 
@@ -119,20 +122,23 @@ class RewardMixture(RewardModel):
             lora_r: rank of the adapters.
             lora_alpha: their scale; updates are multiplied by ``lora_alpha / lora_r``.
             lora_dropout: on their inputs, in training mode.
-            lora_target_modules: names of the layers, or ``all-linear``; peft's choice when None.
+            lora_target_modules: names of the layers, or ``all-linear``; when None peft's choice, and all
+                linear layers where it has none.
             dtype: of the trunk; heads and adapters train in fp32.
+            chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`; saved with the
+                tokenizer.
+            system_prompt: likewise.
 
         Raises:
             UserError: for a model or options that cannot be used.
         """
-        require_model(name_or_path)
-        transformers = import_transformers()
-        config = transformers.AutoConfig.from_pretrained(name_or_path)
+        config = load_config(name_or_path)
         plain = head == "linear" and rank is None and not use_peft and pooling in (None, "last")
-        known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        if plain and known and not is_encoder(config):
-            return cls._from_classifier(name_or_path, num_groups, dtype, layout)
+        chat = chat_template, system_prompt
+        if plain and not is_encoder(config) and has_linear_score(config):
+            return cls._from_classifier(name_or_path, num_groups, dtype, layout, chat)
         trunk, tokenizer = load_trunk(name_or_path, dtype)
+        set_chat_template(tokenizer, *chat)
         heads = RewardHeads(head, states_width(trunk), num_groups, rank)
         if not use_peft:
             return cls(trunk, tokenizer, heads=heads, pooling=pooling, layout=layout)
@@ -142,12 +148,17 @@ class RewardMixture(RewardModel):
 
     @classmethod
     def _from_classifier(
-        cls, name_or_path: str, num_groups: int, dtype: torch.dtype, layout: str | None
+        cls,
+        name_or_path: str,
+        num_groups: int,
+        dtype: torch.dtype,
+        layout: str | None,
+        chat: tuple[str | None, str | None],
     ) -> RewardMixture:
         """A decoder's sequence classifier; its head is drawn from N(0, 1 / (hidden + 1))."""
         from transformers import AutoModelForSequenceClassification
 
-        tokenizer = load_tokenizer(name_or_path)
+        tokenizer = set_chat_template(load_tokenizer(name_or_path), *chat)
         # for those who load the folder without us: absolute positions are right with padding at the end alone
         tokenizer.padding_side = "right"
         with reading("model", name_or_path):
@@ -260,13 +271,16 @@ class RewardMixture(RewardModel):
         """Score padded texts with every head.
 
         Args:
-            tokens: [N, T] int64, padded on either side.
+            tokens: [N, T] int64, padded on either side. Those that the trunk has no row for are left out:
+                policies often have more rows than their tokenizer has words, and sample them.
             mask: [N, T] bool, True at real tokens.
             calibrated: apply :attr:`calibration`.
 
         Returns:
             Rewards [N, K] in fp32, read at the last real token or what ``pooling`` says.
         """
+        known = tokens < self.model.get_input_embeddings().num_embeddings
+        tokens, mask = tokens.masked_fill(~known, self.reader.pad_id), mask & known
         if self.adapters == "per_group":
             passes = [self._vectors(tokens, mask) for _ in lora.each_adapter(self.model, self._names)]
             vectors = torch.stack(passes, 1)
@@ -282,10 +296,15 @@ class RewardMixture(RewardModel):
         return self.reader.pool(*self.reader.states(backbone_of(self.model), tokens, mask))
 
     def raw_scores(
-        self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int, max_length: int | None
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        batch_size: int,
+        max_length: int | None,
+        ended: Sequence[bool] | None = None,
     ) -> Tensor:
         """Raw rewards [N, K] on the CPU."""
-        return score_texts(self, prompts, completions, batch_size, max_length)
+        return score_texts(self, prompts, completions, batch_size, max_length, ended)
 
     def encoder(
         self, max_length: int | None = None

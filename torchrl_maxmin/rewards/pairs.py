@@ -9,16 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
-from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.preferences.texts import Text
+from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.reader import TextReader
 
-__all__ = ["Batches", "PairTokens", "TokenRows"]
+__all__ = ["Batches", "PairTokens", "TokenRows", "drop_pairs_cut_alike"]
 
 _ENCODED_AT_ONCE = 4096
+_SPECIAL_TOKENS = 16  # more than any tokenizer puts around a text
 
-Encoder = Callable[[Sequence[str], Sequence[str]], list[list[int]]]
+Encoder = Callable[[Sequence[Text], Sequence[Text]], list[list[int]]]
 
 
 class TokenRows(Sequence[list[int]]):
@@ -90,6 +94,60 @@ class PairTokens:
             chosen, rejected = self.scores(model, part)
             margins[part] = (chosen - rejected).cpu()
         return margins
+
+
+def drop_pairs_cut_alike(
+    data: PreferenceDataset, reader: TextReader, max_length: int | None
+) -> PreferenceDataset:
+    """Leave out pairs whose two texts differ in nothing but what is cut off, and say which.
+
+    Args:
+        data: the pairs.
+        reader: what turns texts into tokens.
+        max_length: most tokens of a text.
+
+    Raises:
+        UserError: if no pair is left.
+    """
+    limits = [limit for limit in (max_length, reader.max_length) if limit is not None]
+    if not limits:
+        return data
+    alike: list[int] = []
+    with progress_bar("looking for pairs that are cut alike", len(data)) as advance:
+        for start in range(0, len(data), _ENCODED_AT_ONCE):
+            part = slice(start, start + _ENCODED_AT_ONCE)
+            texts = zip(data.prompts[part], data.chosen[part], data.rejected[part], strict=True)
+            # a text of fewer bytes than tokens are allowed is not cut, whatever the tokenizer
+            long = [
+                (start + i, *row)
+                for i, row in enumerate(texts)
+                if any(_may_be_cut(row[0], side, min(limits)) for side in row[1:])
+            ]
+            if long:
+                places, prompts, chosen, rejected = map(list, zip(*long, strict=True))
+                sides = (reader.encode(prompts, side, max_length) for side in (chosen, rejected))
+                alike += [place for place, *rows in zip(places, *sides, strict=True) if rows[0] == rows[1]]
+            advance(len(data.prompts[part]))
+    if len(alike) == len(data):
+        raise UserError(
+            f"--max_length {min(limits)} cuts the chosen and the rejected text of every pair to the same "
+            "tokens; raise it"
+        )
+    if not alike:
+        return data
+    rows = data.ranking_ids[alike].tolist()
+    shown = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
+    console.print(
+        f"{len(alike)} of {len(data)} pairs left out: --max_length {min(limits)} leaves chosen and rejected "
+        f"the same tokens (rows {shown})"
+    )
+    return data.select_rows(np.setdiff1d(np.arange(len(data)), alike))
+
+
+def _may_be_cut(prompt: Text, completion: Text, limit: int) -> bool:
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        return True  # a chat template adds to them
+    return len(prompt.encode()) + len(completion.encode()) + _SPECIAL_TOKENS > limit
 
 
 class Batches:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import is_encoder
+from torchrl_maxmin.modules.loading import (
+    import_transformers,
+    is_encoder,
+    load_tokenizer,
+    reading,
+    require_trunk,
+)
 from torchrl_maxmin.modules.sequences import (
     backbone_of,
     hidden_states,
@@ -20,9 +26,10 @@ from torchrl_maxmin.modules.sequences import (
     takes,
 )
 from torchrl_maxmin.modules.trunks import max_positions
+from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards.layouts import Text, TextLayout, takes_pairs
 
-__all__ = ["POOLINGS", "TextReader"]
+__all__ = ["POOLINGS", "TextReader", "load_reader"]
 
 POOLINGS = ("last", "mean", "cls")
 
@@ -77,10 +84,14 @@ class TextReader:
         self._separator: int | None = tokenizer.sep_token_id if segments else None
 
     def encode(
-        self, prompts: Sequence[Text], completions: Sequence[Text], max_length: int | None = None
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        max_length: int | None = None,
+        ended: Sequence[bool] | None = None,
     ) -> list[list[int]]:
-        """Token rows of texts."""
-        return self.layout(prompts, completions, max_length)
+        """Return token rows of texts; a completion that has not ``ended`` gets no end."""
+        return self.layout(prompts, completions, max_length, ended)
 
     def packed(self, tokens: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs by name for a Hugging Face model, padded on the right, and their mask [N, T]."""
@@ -107,3 +118,29 @@ class TextReader:
             real = mask[..., None].to(states.dtype)
             return (states * real).sum(1) / real.sum(1)
         return states[torch.arange(len(states), device=states.device), last_index(mask)]
+
+
+def load_reader(
+    name_or_path: str,
+    pooling: str | None = None,
+    layout: str | None = None,
+    chat_template: str | None = None,
+    system_prompt: str | None = None,
+) -> TextReader:
+    """Load what turns texts into a model's tokens, without its weights.
+
+    Args:
+        name_or_path: Hugging Face model.
+        pooling: see :class:`TextReader`.
+        layout: likewise.
+        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        system_prompt: likewise.
+
+    Raises:
+        UserError: if there is no such model, or it cannot read texts so.
+    """
+    config = require_trunk(name_or_path)
+    tokenizer = set_chat_template(load_tokenizer(name_or_path), chat_template, system_prompt)
+    with reading("config", name_or_path), torch.device("meta"):
+        trunk = import_transformers().AutoModel.from_config(config)
+    return TextReader(trunk, tokenizer, pooling=pooling, layout=layout)

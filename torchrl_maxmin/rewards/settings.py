@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards.layouts import LAYOUTS
-from torchrl_maxmin.rewards.reader import POOLINGS
-from torchrl_maxmin.settings import CheckedSettings
+from torchrl_maxmin.rewards.pairs import drop_pairs_cut_alike
+from torchrl_maxmin.rewards.reader import POOLINGS, load_reader
+from torchrl_maxmin.settings import ChatSettings
 
 __all__ = ["MixtureSettings"]
 
 
 @dataclass(kw_only=True)
-class MixtureSettings(CheckedSettings):
+class MixtureSettings(ChatSettings):
     """Groups among the people behind preferences.
 
     Args:
@@ -29,7 +31,7 @@ class MixtureSettings(CheckedSettings):
         num_groups: groups K, or auto to choose by left-out users; 1 is single-reward RLHF.
         max_groups: largest K that auto tries.
         heldout_fraction: share of every user's pairs that accuracy is measured on.
-        max_length: longest text in tokens; longer ones lose their start.
+        max_length: longest text in tokens; longer ones lose their start, but for BOS.
         pooling: where the model is read: last, mean or cls token; what suits it when left out.
         text_layout: how prompt and completion become one text: continuation, chat, concat, text_pair,
             response, or a template with {prompt} and {completion}; what suits the model when left out.
@@ -78,8 +80,33 @@ class MixtureSettings(CheckedSettings):
                 "and no template with {completion} in it"
             )
 
-    def load_pairs(self, name: str) -> PreferenceDataset:
-        """Load pairs as these settings say; raises :class:`UserError` for data that cannot be used."""
+    def reading_options(self) -> dict[str, Any]:
+        """How texts are read: arguments of :func:`~torchrl_maxmin.rewards.features.load_feature_trunk`."""
+        return {
+            "pooling": self.pooling,
+            "layout": self.text_layout,
+            "chat_template": self.chat_template,
+            "system_prompt": self.system_prompt,
+        }
+
+    def load_pairs(self, name: str, model: str | None = None) -> PreferenceDataset:
+        """Load pairs as these settings say, conversations as messages.
+
+        Args:
+            name: what :meth:`PreferenceDataset.load` takes.
+            model: the model that reads them; pairs of which ``max_length`` leaves nothing different are left
+                out, and named.
+
+        Raises:
+            UserError: for data that cannot be used.
+        """
+        data = self._load(name)
+        if model is None:
+            return data
+        reader = load_reader(model, **self.reading_options())
+        return drop_pairs_cut_alike(data, reader, self.max_length)
+
+    def _load(self, name: str) -> PreferenceDataset:
         return PreferenceDataset.load(
             name,
             self.user_column,
@@ -89,4 +116,5 @@ class MixtureSettings(CheckedSettings):
             ties=self.ties,
             tie_margin=self.tie_margin,
             max_pairs=self.max_pairs,
+            conversations="messages",
         )

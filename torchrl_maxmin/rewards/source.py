@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +17,85 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.importing import import_named
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
+from torchrl_maxmin.modules.sequences import has_ended
+from torchrl_maxmin.preferences.texts import Text, as_completion
 from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards.base import RewardModel
 
 __all__ = [
     "FunctionRewards",
     "MixtureRewards",
+    "NonFiniteRewards",
     "ask",
     "count_columns",
+    "extra_columns",
+    "fill_absent",
     "load_functions",
     "reference_rewards",
-    "require_finite_rewards",
 ]
 
-RewardFunction = Callable[..., Any]  # f(prompts, completions) -> floats [N] or [N, k]
+RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> floats [N] or [N, k]
 _WANTED = "it must give one number, or one a group, for every response"
+
+
+class NonFiniteRewards(UserError):
+    """A reward function gave NaN or infinity."""
 
 
 class MixtureRewards:
     """Raw rewards [B, K] of responses by a mixture or an ensemble.
 
+    A model with the policy's own tokenizer reads the tokens themselves. Any other reads the texts, and no end
+    where a response was cut off.
+
     Args:
         mixture: the reward model.
-        tokenizer: the policy's; where the model reads other tokens, responses travel as text.
+        tokenizer: the policy's.
+        prompts: the texts that ``prompt_index`` counts; read back from their tokens when None.
+        eos_token_ids: tokens that end a response; the tokenizer's EOS when None.
     """
 
-    def __init__(self, mixture: RewardModel, tokenizer: Any):
-        self.mixture, self.tokenizer = mixture, tokenizer
+    def __init__(
+        self,
+        mixture: RewardModel,
+        tokenizer: Any,
+        prompts: Sequence[Text] | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ):
+        self.mixture, self.tokenizer, self.prompts = mixture, tokenizer, prompts
+        self.eos_token_ids = tuple(eos_token_ids or (tokenizer.eos_token_id,))
         self.num_groups = mixture.num_groups
-        self.shared_vocabulary = mixture.reads_tokens_of(tokenizer)
+
+    @cached_property
+    def shared_vocabulary(self) -> bool:
+        """Whether the model reads the policy's tokens themselves."""
+        # not before it is needed: until its model is loaded, the policy's tokenizer may lack a pad token
+        return self.mixture.reads_tokens_of(self.tokenizer)
 
     @torch.no_grad()
     def __call__(self, responses: TensorDictBase) -> Tensor:
-        """Score a tensordict of prompts and responses."""
-        if not self.shared_vocabulary:
-            return self.mixture.score(*to_texts(self.tokenizer, responses)).to(responses["action"].device)
+        """Score a tensordict of prompts and responses.
+
+        Raises:
+            NonFiniteRewards: for a reward that is NaN or infinite.
+        """
+        rewards = self._of_tokens(responses) if self.shared_vocabulary else self._of_texts(responses)
+        if not bool(rewards.isfinite().all()):
+            raise NonFiniteRewards("the reward model gives NaN or infinity for some response")
+        return rewards
+
+    def in_batches(self, responses: TensorDict, batch_size: int = 512) -> Tensor:
+        """Score responses on the model's device, so many at once; returns rewards [N, K] on the CPU."""
+        device = next(self.mixture.parameters()).device
+        return torch.cat([self(part.to(device)).cpu() for part in responses.split(batch_size)])
+
+    def _of_texts(self, responses: TensorDictBase) -> Tensor:
+        known = None if responses.get("prompt_index", None) is None else self.prompts
+        texts = to_texts(self.tokenizer, responses, known)
+        ended = has_ended(responses, self.eos_token_ids).flatten().tolist()
+        return self.mixture.score(*texts, ended=ended).to(responses["action"].device)
+
+    def _of_tokens(self, responses: TensorDictBase) -> Tensor:
         tokens = torch.cat([responses["prompt_tokens"], responses["action"]], -1)
         mask = torch.cat([responses["prompt_mask"], responses["action_mask"]], -1)
         longest = int(responses["action_mask"].sum(-1).max()) - responses["action"].shape[-1]
@@ -57,58 +103,157 @@ class MixtureRewards:
 
 
 class FunctionRewards:
-    """Rewards [B, K] by plain functions ``f(prompts, completions) -> floats``, each asked once to begin with.
+    """Rewards [B, K] by plain functions ``f(prompts, completions, **columns)``, as TRL's trainers call them.
+
+    Strings stay strings and conversations lists of messages. A function gives one number a response, or one a
+    group; None leaves a response out of that group's mean. Each is called once to begin with.
 
     Args:
         functions: each gives one column [N], or several [N, k].
         tokenizer: the policy's.
-        prompts: two of the data's, for that question: a function may know no others.
+        prompts: the texts that ``prompt_index`` counts; a function may know no others.
+        columns: further columns of the data, one value a prompt, for functions that take them.
 
     Raises:
         UserError: for a function that fails, or gives anything else.
     """
 
     def __init__(
-        self, functions: Sequence[RewardFunction], tokenizer: Any, prompts: Sequence[str] = ("a", "b")
+        self,
+        functions: Sequence[RewardFunction],
+        tokenizer: Any,
+        prompts: Sequence[Text] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ):
-        self.functions, self.tokenizer = list(functions), tokenizer
-        self.num_groups = sum(count_columns(f, "reward function", prompts) for f in self.functions)
+        self.functions, self.tokenizer, self.prompts = list(functions), tokenizer, prompts
+        self.columns = columns or {}
+        probe = ("a", "b") if prompts is None else prompts
+        self.widths = [count_columns(f, "reward function", probe, self.columns) for f in self.functions]
+        self.num_groups = sum(self.widths)
 
     def __call__(self, responses: TensorDictBase) -> Tensor:
-        """Score a tensordict of prompts and responses."""
-        texts = to_texts(self.tokenizer, responses)
-        columns = np.concatenate([ask(f, *texts, "reward function") for f in self.functions], -1)
-        return torch.from_numpy(columns).to(responses["action"].device, torch.float32)
+        """Score a tensordict of prompts and responses; NaN where a function gave None.
+
+        Raises:
+            NonFiniteRewards: for a number that is NaN or infinite.
+            UserError: for what is no number, and another number of groups than at first.
+        """
+        index = responses.get("prompt_index", None)
+        known = None if index is None else self.prompts
+        texts = to_texts(self.tokenizer, responses, known)
+        columns = {}
+        if index is not None:
+            columns = {name: [values[i] for i in index.tolist()] for name, values in self.columns.items()}
+        values = [ask(f, *texts, "reward function", columns) for f in self.functions]
+        for function, width, given in zip(self.functions, self.widths, values, strict=True):
+            if given.shape[1] != width:
+                raise UserError(
+                    f"the {_named(function, 'reward function')} gave {width} number(s) a response at first, "
+                    f"and gives {given.shape[1]} now; {_WANTED}"
+                )
+        return torch.from_numpy(np.concatenate(values, -1)).to(responses["action"].device, torch.float32)
 
 
 def ask(
-    function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], role: str
+    function: RewardFunction,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    role: str,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> np.ndarray:
-    """What a function says of N responses: floats [N, k].
+    """Call a function on N responses.
+
+    Args:
+        function: ``f(prompts, completions)``; ``columns`` go to one that takes them by name.
+        prompts: strings or conversations.
+        completions: strings or lists of messages.
+        role: what the function is, for messages.
+        columns: one value a response.
+
+    Returns:
+        Floats [N, k], NaN where the function gave None.
 
     Raises:
-        UserError: where that is anything else.
+        NonFiniteRewards: for NaN or infinity.
+        UserError: where the answer is anything else.
     """
-    said = function(prompts, completions)
+    given = columns or {}
+    answer = function(prompts, completions, **{name: given[name] for name in _taken(function, given)})
     role = _named(function, role)
+    if isinstance(answer, Tensor):
+        answer = answer.detach().cpu()
     try:
-        values = np.asarray(said.detach().cpu() if isinstance(said, Tensor) else said, dtype=float)
+        values = np.asarray(answer, dtype=object if _holds_none(answer) else float)
+        absent = np.array([value is None for value in values.flat], dtype=bool).reshape(values.shape)
+        values = np.where(absent, 0.0, values).astype(float)
     except (TypeError, ValueError) as error:
         raise UserError(f"the {role} gives no numbers ({error}); {_WANTED}") from error
     if values.ndim not in (1, 2) or len(values) != len(prompts):
         shape = list(values.shape)
         raise UserError(f"the {role} gives numbers of shape {shape} for {len(prompts)} responses; {_WANTED}")
-    return values.reshape(len(prompts), -1)
+    if not np.isfinite(values).all():
+        raise NonFiniteRewards(f"the {role} gives NaN or infinity for some response; {_WANTED}")
+    return np.where(absent, np.nan, values).reshape(len(prompts), -1)
 
 
-def count_columns(function: RewardFunction, role: str, prompts: Sequence[str]) -> int:
-    """How many groups a function speaks for: asked about two responses, before thousands are sampled.
+def _holds_none(answer: Any) -> bool:
+    """Whether None stands for a response or for one of its groups."""
+    if not isinstance(answer, list | tuple):
+        return False
+    return any(row is None or (isinstance(row, list | tuple) and None in row) for row in answer)
+
+
+def _taken(function: RewardFunction, names: Iterable[str]) -> list[str]:
+    """The names among these that a function takes by keyword."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return []
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return list(names)
+    return [name for name in names if name in list(parameters)[2:]]
+
+
+def fill_absent(rewards: Tensor) -> Tensor:
+    """Replace NaN in rewards [B, K], no reward, by its group's mean over the other responses.
+
+    A group's mean is then that of the responses that have a reward.
+
+    Raises:
+        UserError: where no response of the batch has a reward for some group.
+    """
+    means = rewards.nanmean(0)
+    if bool(means.isnan().any()):
+        groups = means.isnan().nonzero().flatten().tolist()
+        raise UserError(f"the reward functions gave None for every response of a batch to group(s) {groups}")
+    return torch.where(rewards.isnan(), means, rewards)
+
+
+def extra_columns(functions: Sequence[RewardFunction], table: Any, rows: Sequence[int]) -> dict[str, list]:
+    """Read the columns of a table that some function takes by name, at these rows."""
+    names = [name for name in table.column_names if name not in ("prompt", "prompts", "completions")]
+    taken = {name for function in functions for name in _taken(function, names)}
+    part = table.select(rows) if taken else table
+    return {name: part[name][:] for name in names if name in taken}
+
+
+def count_columns(
+    function: RewardFunction,
+    role: str,
+    prompts: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> int:
+    """How many groups a function speaks for: called on two responses, before thousands are sampled.
 
     Raises:
         UserError: where it fails, or its answer is not one that :func:`ask` takes.
     """
+    places = (0, -1 if len(prompts) < 2 else 1)
+    pair = [prompts[place] for place in places]
+    completions = [as_completion(text, pair[0]) for text in ("c", "d e")]
+    given = {name: [values[place] for place in places] for name, values in (columns or {}).items()}
     try:
-        values = ask(function, [prompts[0], prompts[-1]], ["c", "d e"], role)
+        values = ask(function, pair, completions, role, given)
     except UserError:
         raise
     except Exception as error:
@@ -116,14 +261,7 @@ def count_columns(function: RewardFunction, role: str, prompts: Sequence[str]) -
             f"the {_named(function, role)} fails on f(prompts, completions) with {type(error).__name__}: "
             f"{error}; {_WANTED}"
         ) from error
-    require_finite_rewards(values, _named(function, role))
     return values.shape[1]
-
-
-def require_finite_rewards(values: np.ndarray, role: str) -> None:
-    """Raise :class:`UserError` where a number is NaN or infinite."""
-    if not np.isfinite(values).all():
-        raise UserError(f"the {role} gives NaN or infinity for some response; {_WANTED}")
 
 
 def _named(function: RewardFunction, role: str) -> str:
@@ -160,11 +298,12 @@ def reference_rewards(
 ) -> Tensor:
     """Raw rewards [X, n, K] on the CPU of n samples of the reference policy for each of X prompts.
 
+    NaN stands where a function gave None.
+
     Raises:
-        UserError: where one is NaN or infinite.
+        NonFiniteRewards: where a reward is NaN or infinite.
     """
     device = next(reference.parameters()).device
     samples = sample_responses(reference, prompts, num_samples)
     raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(512)])
-    require_finite_rewards(raw.numpy(), "reward")
     return raw.reshape(len(prompts), num_samples, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
+from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.choices import PairChoices
 from torchrl_maxmin.rewards.features import load_feature_trunk, text_features
 from torchrl_maxmin.rewards.identifiability import IdentifiabilityReport, identifiability_report
@@ -65,19 +66,19 @@ def linear_warm_start(
     num_restarts: int,
     max_groups: int,
     max_length: int | None,
-    pooling: str | None = None,
-    layout: str | None = None,
+    reading_options: Mapping[str, Any] | None = None,
     identifiability: bool,
     seed: int,
     device: torch.device | str,
 ) -> WarmStart:
     """Fit the linear mixture; with ``"auto"`` choose K first, on the way say how sure the groups are.
 
-    Arguments are those of :func:`~torchrl_maxmin.rewards.fit_mixture`.
+    Arguments are those of :func:`~torchrl_maxmin.rewards.fit_mixture`; ``reading_options`` are those of
+    :func:`~torchrl_maxmin.rewards.features.load_feature_trunk`.
     """
     if num_groups == 1:
         return WarmStart(torch.ones(data.num_users, 1))
-    differences = feature_differences(data, model, max_length, device, pooling, layout)
+    differences = feature_differences(data, model, max_length, device, **(reading_options or {}))
     row_weights = None if bool((data.weights == 1).all()) else data.weights.float()
     fit: dict[str, Any] = {"num_restarts": num_restarts, "assignment": assignment, "row_weights": row_weights}
     choice = None
@@ -97,7 +98,7 @@ def _identifiability(
 ) -> IdentifiabilityReport:
     """The report on all users, or on :data:`REPORT_USERS` of them drawn at random."""
     choices = PairChoices(differences, data.user_offsets, row_weights)
-    prompts: Sequence[Any] = data.prompts
+    prompts: Sequence[Any] = [text_key(prompt) for prompt in data.prompts]
     if data.num_users > REPORT_USERS:
         drawn = torch.randperm(data.num_users, generator=torch.Generator().manual_seed(seed))
         kept = torch.zeros(data.num_users, dtype=torch.bool)
@@ -120,11 +121,10 @@ def feature_differences(
     model: str,
     max_length: int | None,
     device: torch.device | str,
-    pooling: str | None = None,
-    layout: str | None = None,
+    **reading_options: Any,
 ) -> Tensor:
     """Features of chosen minus rejected texts [P, D] on a frozen trunk, each of unit deviation."""
-    trunk, reader = load_feature_trunk(model, pooling, layout)
+    trunk, reader = load_feature_trunk(model, **reading_options)
     trunk.to(device)
     pairs = PairTokens(data, lambda p, c: reader.encode(p, c, max_length), reader.pad_id)
     features = text_features(trunk, pairs.rows, pairs.pad_id, reader=reader)

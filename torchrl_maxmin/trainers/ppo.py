@@ -24,16 +24,25 @@ from torchrl_maxmin.modules.sequences import backbone_of, has_ended
 from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
-from torchrl_maxmin.preferences import load_table
-from torchrl_maxmin.preferences.loading import require_columns
+from torchrl_maxmin.preferences.loading import load_prompts
+from torchrl_maxmin.preferences.texts import distinct_texts
 from torchrl_maxmin.rewards import Calibration, load_reward_model
-from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_functions, reference_rewards
+from torchrl_maxmin.rewards.calibration import mean_of_present
+from torchrl_maxmin.rewards.source import (
+    FunctionRewards,
+    MixtureRewards,
+    NonFiniteRewards,
+    extra_columns,
+    fill_absent,
+    load_functions,
+    reference_rewards,
+)
 from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_gap import policy_certificate
 from torchrl_maxmin.trainers.ppo_loop import PPOLoop
 from torchrl_maxmin.trainers.ppo_metrics import rollout_metrics
-from torchrl_maxmin.trainers.run import require_finite, seed_everything, write_config, write_json
+from torchrl_maxmin.trainers.run import nonfinite_batch, seed_everything, write_config, write_json
 from torchrl_maxmin.welfare import Egalitarian
 
 __all__ = ["PPOTrainer", "run_ppo"]
@@ -63,28 +72,28 @@ class PPOTrainer(PPOLoop):
         super().__init__(config)
         self.num_iterations = config.num_iterations
         require_causal_lm(config.model_name_or_path)
-        table = load_table(config.dataset_name, config.dataset_split)
-        if len(table) == 0:
-            raise UserError(f"{config.dataset_name} has no prompts")
-        require_columns(table, ["prompt"], "ppo")
-        self.tokenizer = load_tokenizer(config.model_name_or_path)
+        table, texts = load_prompts(config.dataset_name, config.dataset_split, "ppo")
+        self.tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
+        rows = distinct_texts(texts)
+        texts = [texts[row] for row in rows]
         mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
+        functions = load_functions(config.reward_funcs)
+        monitors = load_functions(config.monitor_funcs)
+        columns = extra_columns([*functions, *monitors], table, rows)
         self.rewards: MixtureRewards | FunctionRewards
         if mixture is None:
-            functions = load_functions(config.reward_funcs)
-            self.rewards = FunctionRewards(functions, self.tokenizer, table["prompt"][:2])
+            self.rewards = FunctionRewards(functions, self.tokenizer, texts, columns)
         else:
-            self.rewards = MixtureRewards(mixture.to(self.device), self.tokenizer)
-        monitors = load_functions(config.monitor_funcs)
-        self.monitor = FunctionRewards(monitors, self.tokenizer, table["prompt"][:2]) if monitors else None
+            self.rewards = MixtureRewards(mixture.to(self.device), self.tokenizer, texts)
+        self.monitor = FunctionRewards(monitors, self.tokenizer, texts, columns) if monitors else None
         saved = self._saved()
 
         seed_everything(config.seed)
         self.reference = self._load_policy()
         self.policy = copy.deepcopy(self.reference)  # not loaded again: a new pad token's row is random
-        self.prompts = encode_prompts(
-            self.tokenizer, list(dict.fromkeys(table["prompt"][:])), config.max_prompt_length
-        )
+        if isinstance(self.rewards, MixtureRewards):
+            self.rewards.eos_token_ids = self.policy.eos_token_ids
+        self.prompts = encode_prompts(self.tokenizer, texts, config.max_prompt_length)
         require_positions(self.policy.model, self.prompts["prompt_tokens"].shape[-1], config.response_length)
         shares = None if mixture is None else mixture.log_prior.exp()
         # a win rate is at least 0, and a response that does not end pays the penalty
@@ -139,7 +148,7 @@ class PPOTrainer(PPOLoop):
         Bradley-Terry reward may have any offset.
         """
         raw = reference_rewards(self.reference, self.prompts, self.rewards, self.config.calibration_samples)
-        return self.calibration.apply(raw).mean(1).to(self.device)
+        return mean_of_present(self.calibration.apply(raw), 1).to(self.device)
 
     def _build_learner(self) -> None:
         config = self.config
@@ -185,10 +194,13 @@ class PPOTrainer(PPOLoop):
 
     def _group_rewards(self, responses: TensorDictBase) -> Tensor:
         """Calibrated rewards [B, K], with the penalty for a response that does not end."""
-        rewards = self.calibration.apply(self.rewards(responses))
-        require_finite(rewards.sum().item(), responses, self.folder, "a reward")
+        try:
+            rewards = self.calibration.apply(self.rewards(responses))
+        except NonFiniteRewards as error:
+            raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
         if self.baseline is not None:
             rewards = rewards - self.baseline[responses["prompt_index"]]
+        rewards = fill_absent(rewards)
         return rewards - self.config.missing_eos_penalty * ~has_ended(responses, self.policy.eos_token_ids)
 
     # -- an iteration ---------------------------------------------------------------------------
@@ -197,7 +209,7 @@ class PPOTrainer(PPOLoop):
         config = self.config
         metrics = rollout_metrics(batch, losses, self.kl_controller.coef, self.rewards.num_groups)
         if self.monitor is not None:
-            truth = self.monitor(batch.cpu()).mean(0)
+            truth = self.monitor(batch.cpu()).nanmean(0)
             metrics |= {f"monitor/{k}/mean": value for k, value in enumerate(truth.tolist())}
         if config.gap_steps and (iteration + 1) % config.gap_steps == 0:
             metrics |= self._gap()
@@ -241,7 +253,7 @@ class PPOTrainer(PPOLoop):
         if rollout.ndim == 2:
             rollout = rollout[:, 0]  # an episode is one step
         batch = rollout.select(
-            "prompt_tokens", "prompt_mask", "action", "action_mask", "sample_log_prob",
+            "prompt_tokens", "prompt_mask", "prompt_index", "action", "action_mask", "sample_log_prob",
             "group_weights", "group_utilities", ("next", "reward"), ("next", "group_reward"),
         )  # fmt: skip
         batch["ref_log_prob"] = self.reference.log_prob(batch)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.objectives.kl import KL_ESTIMATORS
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 
 __all__ = ["PPOConfig"]
@@ -15,7 +16,7 @@ OBJECTIVES = ("min_of_means", "mean_of_prompt_mins", "mean_of_mins")
 
 
 @dataclass
-class PPOConfig(PPOSettings):
+class PPOConfig(PPOSettings, ChatSettings):
     """MaxMin PPO of a causal language model.
 
     Nash and alpha_fair need ``--calibration win_rate``, and count from what a response pays that does not
@@ -24,9 +25,10 @@ class PPOConfig(PPOSettings):
     Args:
         model_name_or_path: the reference policy, usually what sft wrote.
         dataset_name: prompts; json, jsonl, csv or parquet file, saved dataset or hub name with a
-            column prompt.
+            column prompt of strings or lists of messages.
         reward_model_path: folder that reward wrote (or any sequence classifier with K labels).
-        reward_funcs: instead of a reward model, functions by name, as module:function.
+        reward_funcs: instead of a reward model, functions by name, as module:function; called as TRL does,
+            with prompts, completions and those columns of the data that they take by name.
         monitor_funcs: functions by name, or a world's json, that are logged and never trained on.
         objective: min_of_means (the paper, the minimum over groups of the mean reward),
             mean_of_prompt_mins (the same for every prompt by itself, over its num_generations) or

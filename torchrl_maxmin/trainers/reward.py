@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.loading import is_encoder, load_tokenizer, require_trunk
 from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
+from torchrl_maxmin.rewards.adapters import require_adaptable
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
 from torchrl_maxmin.trainers.checkpoint import find_checkpoint, save_checkpoint
 from torchrl_maxmin.trainers.reward_config import RewardConfig
@@ -46,14 +48,18 @@ def run_reward(config: RewardConfig) -> Path:
     groups = config.groups()
     device = resolve_device(config.device)
     model_config = require_trunk(config.model_name_or_path)
-    data = config.load_pairs(config.dataset_name)
+    if config.use_peft:
+        require_adaptable(model_config, config.lora_settings())
+    data = config.load_pairs(config.dataset_name, config.model_name_or_path)
     if config.use_true_groups:
         if data.groups is None:
             raise UserError("--use_true_groups needs a group column in the data; name it with --group_column")
     else:
         data.require_users(groups or 2)
     if config.eval_dataset_name:
-        heldout: PreferenceDataset | None = config.load_pairs(config.eval_dataset_name)
+        heldout: PreferenceDataset | None = config.load_pairs(
+            config.eval_dataset_name, config.model_name_or_path
+        )
     else:
         data, heldout = data.split_heldout(config.heldout_fraction, config.seed)
     folder = Path(config.output_dir)
@@ -62,9 +68,10 @@ def run_reward(config: RewardConfig) -> Path:
         saved = find_checkpoint(folder, config.resume_from_checkpoint)
     else:
         prepare_output_dir(folder)
-    if not is_encoder(model_config) and config.calibration != "none":
-        _require_reference(config, device)
     seed_everything(config.seed)
+    reference = None
+    if config.calibration != "none" and not is_encoder(model_config):
+        reference = _Reference(config, data, device)
 
     def on_round(state: dict[str, Any]) -> None:
         if config.save_rounds and len(state["history"]) % config.save_rounds == 0:
@@ -96,10 +103,14 @@ def run_reward(config: RewardConfig) -> Path:
         resume=saved,
     )
     figures = _figures(fit, data)
-    try:
-        fit.model.calibration = _calibrate(fit.model, data, config, device)
-    except UserError as error:  # a head without a scale is still a head: keep what was trained, and say so
-        figures["calibration_error"] = str(error)
+    if config.calibration != "none":
+        raw = _pair_rewards(fit.model, data, config) if reference is None else reference.rewards(fit.model)
+        try:
+            fit.model.calibration = Calibration.fit(raw, config.calibration)
+        except (
+            UserError
+        ) as error:  # a head without a scale is still a head: keep what was trained, and say so
+            figures["calibration_error"] = str(error)
     fit.model.save_pretrained(folder)
     _write_groups(folder / "groups.csv", fit)
     write_json(folder / "summary.json", figures)
@@ -107,46 +118,77 @@ def run_reward(config: RewardConfig) -> Path:
     return folder
 
 
-def _load_reference(config: RewardConfig, tokenizer: Any, device: torch.device) -> TokenPolicy:
-    return TokenPolicy.from_pretrained(
-        config.model_name_or_path, tokenizer, max_new_tokens=config.response_length, device=device
-    )
+class _Reference:
+    """The policy whose samples put the heads on one scale: the trunk's own model.
 
+    Args:
+        config: of the stage.
+        data: whose prompts are answered.
+        device: where it samples.
 
-def _require_reference(config: RewardConfig, device: torch.device) -> None:
-    """Raise :class:`UserError`, before anything is trained, where calibration could not sample afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _load_reference(config, load_tokenizer(config.model_name_or_path), device)
+    Raises:
+        UserError: for a model that cannot be sampled from, and for data without a prompt.
+    """
 
+    def __init__(self, config: RewardConfig, data: PreferenceDataset, device: torch.device):
+        self.config, self.device = config, device
+        self.tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
+        self.prompts = self._answerable_prompts(data)
+        if not self.prompts:
+            raise UserError(
+                "no pair has a prompt, so there are no samples to calibrate on; give prompts, or "
+                "--calibration none"
+            )
+        # found out now, before hours of training; its weights are loaded again when they are needed
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self.load()
+        except UnservedModelError as error:  # it may well give rewards
+            raise UserError(
+                f"{error}; or train rewards without samples of it, by --calibration none"
+            ) from error
 
-def _calibrate(
-    mixture: RewardMixture, data: PreferenceDataset, config: RewardConfig, device: torch.device
-) -> Calibration:
-    """Fit the heads' scale on samples of the trunk's own model; an encoder samples none, so on the pairs'."""
-    if config.calibration == "none":
-        return Calibration.identity(mixture.num_groups)
-    if is_encoder(mixture.model.config):
-        rows = slice(0, config.calibration_prompts)
-        prompts = data.prompts[rows]
-        sides = [mixture.score(prompts, side[rows]) for side in (data.chosen, data.rejected)]
-        return Calibration.fit(torch.stack(sides, 1), config.calibration)
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    reference = _load_reference(config, tokenizer, device)
-    positions = max_positions(reference.model) or config.max_length
-    longest = max(1, min(config.max_length, positions - config.response_length))
-    asked = [prompt for prompt in dict.fromkeys(data.prompts) if tokenizer(prompt).input_ids]
-    if not asked:
-        raise UserError("no pair has a prompt, so there is nothing to sample responses to")
-    prompts = asked[: config.calibration_prompts]
-    with progress_bar("calibrating the heads", 1) as advance:
-        raw = reference_rewards(
-            reference,
-            encode_prompts(tokenizer, prompts, longest),
-            MixtureRewards(mixture, tokenizer),
-            config.calibration_samples,
+    def _answerable_prompts(self, data: PreferenceDataset) -> list[Text]:
+        """The first distinct prompts with a token."""
+        encoder = TextEncoder(self.tokenizer)
+        found: dict[str, Text] = {}
+        for prompt in data.prompts:
+            if len(found) == self.config.calibration_prompts:
+                break
+            if text_key(prompt) not in found and encoder.prompts([prompt], answerable=False)[0]:
+                found[text_key(prompt)] = prompt
+        return list(found.values())
+
+    def load(self) -> TokenPolicy:
+        """Load the policy."""
+        return TokenPolicy.from_pretrained(
+            self.config.model_name_or_path,
+            self.tokenizer,
+            max_new_tokens=self.config.response_length,
+            device=self.device,
         )
-        advance()
-    return Calibration.fit(raw, config.calibration)
+
+    def rewards(self, mixture: RewardMixture) -> torch.Tensor:
+        """Raw rewards [X, n, K] of the reference's samples."""
+        config, reference = self.config, self.load()
+        positions = max_positions(reference.model) or config.max_length
+        longest = max(1, min(config.max_length, positions - config.response_length))
+        with progress_bar("calibrating the heads", 1) as advance:
+            raw = reference_rewards(
+                reference,
+                encode_prompts(self.tokenizer, self.prompts, longest),
+                MixtureRewards(mixture, self.tokenizer, self.prompts, reference.eos_token_ids),
+                config.calibration_samples,
+            )
+            advance()
+        return raw
+
+
+def _pair_rewards(mixture: RewardMixture, data: PreferenceDataset, config: RewardConfig) -> torch.Tensor:
+    """Raw rewards [X, 2, K] of the pairs' own responses, for an encoder, which samples none."""
+    rows = slice(0, config.calibration_prompts)
+    prompts = data.prompts[rows]
+    return torch.stack([mixture.score(prompts, side[rows]) for side in (data.chosen, data.rejected)], 1)
 
 
 def _write_groups(path: Path, fit: MixtureFit) -> None:

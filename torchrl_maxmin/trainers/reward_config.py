@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.rewards.adapters import ADAPTERS
+from torchrl_maxmin.rewards.adapters import ADAPTERS, LoraSettings
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.heads import HEADS
 from torchrl_maxmin.rewards.settings import MixtureSettings
@@ -43,7 +43,8 @@ class RewardConfig(MixtureSettings):
         lora_r: rank of the adapters.
         lora_alpha: scale of the adapters.
         lora_dropout: dropout on the adapters' inputs.
-        lora_target_modules: layers that get adapters; peft's choice when left out.
+        lora_target_modules: layers that get adapters; when left out peft's choice, or all-linear where it has
+            none.
         identifiability: whether to report if these pairs tell the users apart.
         convergence_tolerance: stop when no user changed group and the log-likelihood a pair rose by less.
         calibration: scale that the heads are saved with, fitted on samples of model_name_or_path (on the
@@ -115,10 +116,14 @@ class RewardConfig(MixtureSettings):
         if self.calibration == "sft_std" and self.calibration_samples < 2:
             raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
 
+    def lora_settings(self) -> LoraSettings:
+        """Size and place of the adapters."""
+        return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
+
     def model_options(self) -> dict[str, Any]:
         """What :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone` takes."""
         options: dict[str, Any] = {"head": self.head, "rank": self.head_rank}
-        options |= {"pooling": self.pooling, "layout": self.text_layout}
+        options |= self.reading_options()
         if self.use_peft:
             lora = ("adapters", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             options |= {"use_peft": True, **{name: getattr(self, name) for name in lora}}

@@ -20,6 +20,7 @@ from torchrl_maxmin.errors import UserError
 
 __all__ = [
     "MetricsLog",
+    "nonfinite_batch",
     "prepare_output_dir",
     "require_finite",
     "resolve_device",
@@ -107,9 +108,14 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
 def require_finite(value: float, batch: Any, folder: Path, what: str) -> None:
     """Stop the run on a NaN or infinity, with the offending batch saved for inspection."""
     if not math.isfinite(value):
-        path = folder / "nonfinite_batch.pt"
-        torch.save(batch, path)
-        raise FloatingPointError(f"{what} is {value}; the batch that gave it is in {path}")
+        raise nonfinite_batch(batch, folder, f"{what} is {value}")
+
+
+def nonfinite_batch(batch: Any, folder: Path, what: str) -> FloatingPointError:
+    """Save a batch for inspection; returns the error that names it."""
+    path = folder / "nonfinite_batch.pt"
+    torch.save(batch, path)
+    return FloatingPointError(f"{what}; the batch that gave it is in {path}")
 
 
 def replace_folder(partial: Path, final: Path) -> None:

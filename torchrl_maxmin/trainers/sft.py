@@ -15,13 +15,17 @@ from torchrl_maxmin.modules.loading import (
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
+    plain_generation,
     require_causal_lm,
 )
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.modules.trunks import max_positions
-from torchrl_maxmin.preferences import encode, load_table
+from torchrl_maxmin.preferences import load_table
+from torchrl_maxmin.preferences.loading import mixed_columns, require_columns
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational, read_texts
+from torchrl_maxmin.preferences.transcripts import speaker_of, split_prompt
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.settings import CheckedSettings
+from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import (
     prepare_output_dir,
     resolve_device,
@@ -45,13 +49,14 @@ SCHEDULES = (
 
 
 @dataclass
-class SFTConfig(CheckedSettings):
+class SFTConfig(ChatSettings):
     """Supervised fine-tuning of a causal language model.
 
     Args:
         model_name_or_path: Hugging Face model folder or hub name.
         dataset_name: json, jsonl, csv or parquet file, saved dataset or hub name, with columns
-            prompt and completion, or text, or prompt and chosen.
+            prompt and completion, or text, or prompt and chosen, or messages; texts are strings or lists of
+            messages.
         output_dir: folder for the model; must be empty or absent.
         dataset_split: split to train on.
         max_steps: optimizer steps; -1 trains num_train_epochs.
@@ -62,7 +67,7 @@ class SFTConfig(CheckedSettings):
             constant_with_warmup or inverse_sqrt.
         warmup_steps: steps of linear warm-up.
         weight_decay: AdamW weight decay.
-        max_length: longest text in tokens; longer ones lose their start.
+        max_length: longest text in tokens; longer ones lose their start, but for BOS.
         completion_only_loss: leave the prompt's tokens out of the loss.
         seed: seed of everything random.
         device: cpu, cuda or auto.
@@ -95,21 +100,59 @@ class SFTConfig(CheckedSettings):
             raise UserError("--max_steps must be at least 1, or -1 to train --num_train_epochs")
 
 
-def _read_texts(config: SFTConfig) -> list[tuple[str, str]]:
-    """(prompt, completion) of every row; a plain text is a completion without prompt."""
+def _read_texts(config: SFTConfig) -> tuple[list[Text], list[Text]]:
+    """Prompts and completions of all rows; a plain text is a completion without prompt."""
     table = load_table(config.dataset_name, config.dataset_split)
+    names = {*table.column_names, *mixed_columns(table)}
+    pairs = (("prompt", "completion"), ("", "text"), ("prompt", "chosen"), ("", "messages"))
+    for columns in pairs:
+        wanted = [name for name in columns if name]
+        if names.issuperset(wanted):
+            require_columns(table, wanted, "sft")
+            *prompts, completions = (read_texts(table, name) for name in wanted)
+            opened = prompts[0] if prompts else [None] * len(completions)
+            if not completions:
+                break
+            rows = zip(opened, completions, strict=True)
+            split = [_split_row(*texts, row, wanted[-1]) for row, texts in enumerate(rows)]
+            return [start for start, _ in split], [end for _, end in split]
     if len(table) == 0:
         raise UserError(f"{config.dataset_name} has no rows to train on")
-    names = table.column_names
-    if "prompt" in names and "completion" in names:
-        return list(zip(table["prompt"][:], table["completion"][:], strict=True))
-    if "text" in names:
-        return [("", text) for text in table["text"][:]]
-    if "prompt" in names and "chosen" in names:
-        return list(zip(table["prompt"][:], table["chosen"][:], strict=True))
     raise UserError(
-        f"sft needs columns prompt and completion, or text, or prompt and chosen; found {', '.join(names)}"
+        "sft needs columns prompt and completion, or text, or prompt and chosen, or messages; found "
+        f"{', '.join(table.column_names)}"
     )
+
+
+def _split_row(prompt: Text | None, text: Text, row: int, column: str) -> tuple[Text, Text]:
+    """A row's prompt and completion; the last message of a conversation answers those before it."""
+    if prompt is None:
+        if isinstance(text, str):
+            return "", text
+        if len(text) == 1 or speaker_of(text[-1]) != "Assistant":
+            raise UserError(
+                f"row {row}: column {column!r} holds a conversation that does not end with an answer of the "
+                "assistant to a message before it; mend the row, or give a string"
+            )
+        prompt, text = text[:-1], text[-1:]
+    start, (end,) = split_prompt(prompt, [text], row, [column])
+    return start, end
+
+
+def _encode(
+    tokenizer: Any, prompts: Sequence[Text], completions: Sequence[Text], config: SFTConfig
+) -> list[dict[str, Any]]:
+    """Token rows, and how many tokens at the start of each are not trained on."""
+    encoder = TextEncoder(tokenizer)
+    starts = encoder.prompts(prompts, answerable=False)
+    ends = encoder.completions(prompts, completions)
+    rows = []
+    for start, end in zip(starts, ends, strict=True):
+        ids = cut_start([*start, *end], config.max_length, tokenizer.bos_token_id)
+        bos = start[:1] == ids[:1] == [tokenizer.bos_token_id]  # stays where the whole prompt was cut off
+        skip = max(len(ids) - len(end), int(bos)) if config.completion_only_loss else 0
+        rows.append({"input_ids": ids, "skip": skip})
+    return rows
 
 
 def run_sft(config: SFTConfig) -> Path:
@@ -121,18 +164,15 @@ def run_sft(config: SFTConfig) -> Path:
     config.check()
     device = resolve_device(config.device)
     require_causal_lm(config.model_name_or_path)
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    texts = _read_texts(config)
+    tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
+    prompts, completions = _read_texts(config)
     folder = prepare_output_dir(config.output_dir)
     seed_everything(config.seed)
     model = load_causal_lm(config.model_name_or_path)
     ensure_pad_token(tokenizer, model)
-    rows: list[dict[str, Any]] = []
-    for prompt, completion in texts:
-        whole = encode(tokenizer, prompt, completion)
-        ids = whole[-config.max_length :]
-        skip = len(tokenizer(prompt).input_ids) if config.completion_only_loss else 0
-        rows.append({"input_ids": ids, "skip": max(skip - (len(whole) - len(ids)), 0)})  # the start was cut
+    if any(map(is_conversational, completions)) and (turn_end := TextEncoder(tokenizer).turn_end) is not None:
+        plain_generation(model, [tokenizer.eos_token_id, turn_end])  # what it is taught to end with ends it
+    rows = _encode(tokenizer, prompts, completions, config)
     longest, positions = max(len(row["input_ids"]) for row in rows), max_positions(model)
     if positions is not None and longest > positions:
         raise UserError(

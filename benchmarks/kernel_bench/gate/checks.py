@@ -12,6 +12,7 @@ from ..device import Device
 EXACT = 5e-6
 LOW = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 RUNS = 10
+QUICK_RUNS = 2
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -95,11 +96,11 @@ def compare(
             yield Check(f"{name} {kind.removesuffix('s')} {index}", rms(mine, wide), bar)
 
 
-def repeatable(name: str, function: Function, inputs: Sequence[Tensor]) -> Check:
-    """Count the runs, of ten, whose outputs or gradients differ in a bit from the first's."""
+def repeatable(device: Device, name: str, function: Function, inputs: Sequence[Tensor]) -> Check:
+    """Count the runs, of ten (quick: of two), whose outputs or gradients differ in a bit from the first's."""
     first = evaluate(function, inputs)
     different = 0
-    for _ in range(RUNS - 1):
+    for _ in range((QUICK_RUNS if device.quick else RUNS) - 1):
         again = evaluate(function, inputs)
         same = all(
             torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True)

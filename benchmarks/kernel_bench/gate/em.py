@@ -5,6 +5,7 @@ from typing import Any
 
 import maxmin_kernels as kernels
 import torch
+from maxmin_kernels.em.plan import SEGMENT_PAIRS
 from torch import Tensor
 
 from .. import baselines
@@ -46,21 +47,26 @@ def em_checks(name: str, actual: Results, expected: Results, dtype: torch.dtype)
         yield Check(f"{name} gradient {index}", rms(mine, wide), bar)
 
 
-def em_battery(device: Device, groups: int, dtype: torch.dtype, margin: float) -> Iterator[Check]:
-    """Ragged users, some without pairs, one with a tenth of all pairs and more than a segment."""
-    name = f"em K={groups} {dtype_name(dtype)} margin {margin:g}"
-    source = torch.Generator().manual_seed(groups)
-    counts = torch.randint(0, 200, (150,), generator=source)
+def ragged_users(device: Device, seed: int) -> Tensor:
+    """Return offsets of users, some without pairs, one with a tenth of all pairs and more than a segment."""
+    source = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 200, (20 if device.quick else 150,), generator=source)
     counts[::10] = 0
-    counts[7] = counts.sum() // 9
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(device.type)
+    counts[7] = max(int(counts.sum()) // 9, SEGMENT_PAIRS + 1)
+    return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(device.type)
+
+
+def em_battery(device: Device, groups: int, dtype: torch.dtype, margin: float) -> Iterator[Check]:
+    """Ragged users, with a plan and without."""
+    name = f"em K={groups} {dtype_name(dtype)} margin {margin:g}"
+    offsets = ragged_users(device, groups)
     pairs = int(offsets[-1])
     scores = [(margin * normal(device, seed, pairs, groups)).to(dtype) for seed in (1, 2)]
     inputs = [*scores, normal(device, 3, groups).log_softmax(-1)]
     ours, reference = em_pair(offsets, pairs, kernels.plan_users(offsets))
     actual = evaluate(ours, inputs)
     yield from em_checks(name, actual, evaluate(reference, [x.double() for x in inputs]), dtype)
-    yield repeatable(name, ours, inputs)
+    yield repeatable(device, name, ours, inputs)
     without_plan = evaluate(em_pair(offsets, pairs, None)[0], inputs)
     unequal = sum(not torch.equal(a, b) for a, b in zip(actual.outputs, without_plan.outputs, strict=True))
     yield Check(f"{name} outputs that a plan changes", float(unequal), 0.0)

@@ -15,7 +15,7 @@ from .checks import Check, compare, normal, repeatable
 
 
 def gae_checks(
-    name: str, signals: Sequence[Tensor], flags: Sequence[Tensor], repeat: bool
+    device: Device, name: str, signals: Sequence[Tensor], flags: Sequence[Tensor], repeat: bool
 ) -> Iterator[Check]:
     def ours(*signals: Tensor) -> Any:
         return kernels.vector_gae(*signals, *flags, gamma=GAMMA, lmbda=LMBDA)
@@ -26,16 +26,16 @@ def gae_checks(
 
     yield from compare(name, ours, reference, signals, exact=True)
     if repeat:
-        yield repeatable(name, ours, signals)
+        yield repeatable(device, name, ours, signals)
 
 
 def gae_battery(device: Device, columns: int, dtype: torch.dtype) -> Iterator[Check]:
     """Rows longer than a block of time steps, with ends of both kinds."""
-    shape = (5, 1500, columns)
-    signals = [normal(device, seed, *shape).to(dtype) for seed in range(3)]
-    chance = normal(device, 4, 5, 1500, 1)
+    steps = 20 if device.quick else 1500
+    signals = [normal(device, seed, 5, steps, columns).to(dtype) for seed in range(3)]
+    chance = normal(device, 4, 5, steps, 1)
     flags = [chance < -2.5, chance < -2.8]
-    yield from gae_checks(f"gae K={columns} {dtype_name(dtype)}", signals, flags, repeat=True)
+    yield from gae_checks(device, f"gae K={columns} {dtype_name(dtype)}", signals, flags, repeat=True)
 
 
 def gae_timed(device: Device, workload: GAE) -> Iterator[Check]:
@@ -43,10 +43,10 @@ def gae_timed(device: Device, workload: GAE) -> Iterator[Check]:
     signals = [inputs[key] for key in ("reward", "value", "next_value")]
     flags = [inputs["done"], inputs["terminated"]]
     name = f"gae {workload.size} {dtype_name(workload.dtype)}"
-    yield from gae_checks(name, signals, flags, repeat=False)
+    yield from gae_checks(device, name, signals, flags, repeat=False)
 
 
-def token_gae_checks(name: str, inputs: dict[str, Tensor], repeat: bool) -> Iterator[Check]:
+def token_gae_checks(device: Device, name: str, inputs: dict[str, Tensor], repeat: bool) -> Iterator[Check]:
     names = [key for key, value in inputs.items() if value.is_floating_point()]
     constants = {"gamma": GAMMA, "lmbda": LMBDA, "kl_coef": KL_COEF}
 
@@ -67,19 +67,20 @@ def token_gae_checks(name: str, inputs: dict[str, Tensor], repeat: bool) -> Iter
     floats = [inputs[key] for key in names]
     yield from compare(name, ours, reference, floats, exact=True)
     if repeat:
-        yield repeatable(name, ours, floats)
+        yield repeatable(device, name, ours, floats)
 
 
 def token_gae_battery(device: Device, groups: int, dtype: torch.dtype) -> Iterator[Check]:
     """Ragged responses, some longer than a block of time steps."""
-    inputs = TokenGAE(7, 1300, groups, dtype).make("cpu")
+    rows, steps = (3, 20) if device.quick else (7, 1300)
+    inputs = TokenGAE(rows, steps, groups, dtype).make("cpu")
     inputs = {key: value.to(device.type) for key, value in inputs.items()}
     inputs["group_weights"] = inputs["group_weights"].to(dtype)
-    yield from token_gae_checks(f"token_gae K={groups} {dtype_name(dtype)}", inputs, repeat=True)
+    name = f"token_gae K={groups} {dtype_name(dtype)}"
+    yield from token_gae_checks(device, name, inputs, repeat=True)
 
 
 def token_gae_timed(device: Device, workload: TokenGAE) -> Iterator[Check]:
     inputs = workload.make(device.type)
-    yield from token_gae_checks(
-        f"token_gae {workload.size} {dtype_name(workload.dtype)}", inputs, repeat=False
-    )
+    name = f"token_gae {workload.size} {dtype_name(workload.dtype)}"
+    yield from token_gae_checks(device, name, inputs, repeat=False)

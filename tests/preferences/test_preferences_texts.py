@@ -1,0 +1,196 @@
+"""Texts as tokens: the same prompt for training, sampling and scoring, whatever the tokenizer adds."""
+
+import datasets
+import pytest
+from chat_tokenizers import CHATML, THOUGHTFUL, WORDS, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.modules.sampling import encode_prompts
+from torchrl_maxmin.preferences import PreferenceDataset, encode
+from torchrl_maxmin.preferences.texts import (
+    TextEncoder,
+    cut_start,
+    distinct_texts,
+    plain_text,
+    set_chat_template,
+)
+
+ASK = [{"role": "user", "content": "a b"}]
+ANSWER = [{"role": "assistant", "content": "c"}]
+
+
+def tokens(tokenizer, row):
+    return " ".join(tokenizer.convert_ids_to_tokens(row))
+
+
+@pytest.mark.parametrize(
+    ("form", "prompt", "whole"),
+    [
+        ("<s> $A", "<s> a b", "<s> a b c </s>"),
+        ("$A", "a b", "a b c </s>"),
+        ("$A </s>", "a b", "a b c </s>"),
+        ("<s> $A </s>", "<s> a b", "<s> a b c </s>"),
+    ],
+)
+def test_what_a_tokenizer_appends_does_not_part_prompt_and_answer(form, prompt, whole):
+    tokenizer = make_tokenizer(form)
+    encoder = TextEncoder(tokenizer)
+    assert tokens(tokenizer, encoder.prompts(["a b"])[0]) == prompt
+    assert tokens(tokenizer, encoder(["a b"], ["c"])[0]) == tokens(tokenizer, encode(tokenizer, "a b", "c"))
+    assert tokens(tokenizer, encode(tokenizer, "a b", "c")) == whole
+    assert tokens(tokenizer, encode_prompts(tokenizer, ["a b"])["prompt_tokens"][0].tolist()) == prompt
+    assert tokens(tokenizer, encoder(["a b"], ["c"], ended=[False])[0]) == whole.removesuffix(" </s>")
+
+
+@pytest.mark.parametrize("form", ["<s> $A", "$A", "$A </s>"])
+def test_an_empty_prompt_gets_bos_or_is_refused(form):
+    tokenizer = make_tokenizer(form)
+    assert TextEncoder(tokenizer).prompts(["", "a"])[0] == [tokenizer.bos_token_id]
+    assert tokens(tokenizer, encode(tokenizer, "", "c")) == "<s> c </s>"
+    without = make_tokenizer("$A", bos=None)
+    with pytest.raises(UserError, match="prompt 1 is empty and the tokenizer has no BOS"):
+        encode_prompts(without, ["a", ""])
+    assert tokens(without, encode(without, "", "c")) == "c </s>"  # a text to score may have no prompt
+
+
+TEXT = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXT, TEXT, st.integers(1, 12), st.sampled_from(["<s> $A", "$A", "<s> $A </s>"]))
+def test_a_cut_keeps_the_end_and_bos(prompt, completion, length, form):
+    tokenizer = make_tokenizer(form)
+    whole, cut = encode(tokenizer, prompt, completion), encode(tokenizer, prompt, completion, length)
+    assert len(cut) == min(len(whole), length)
+    if len(cut) == len(whole):
+        assert cut == whole
+    elif length > 1 and whole[0] == tokenizer.bos_token_id:
+        assert cut == [tokenizer.bos_token_id, *whole[1 - length :]]
+    else:
+        assert cut == whole[-length:]
+    assert cut[-1] == tokenizer.eos_token_id
+
+
+def test_cut_start_without_a_limit():
+    assert cut_start([1, 2], None, 1) == [1, 2]
+    assert cut_start([1, 2, 3], 2) == [2, 3]
+
+
+# -- conversations ---------------------------------------------------------------------------------
+
+
+def test_a_conversation_goes_through_the_template():
+    tokenizer = make_tokenizer(template=CHATML)
+    encoder = TextEncoder(tokenizer)
+    start = "<|start|> user a b <|end|> <|start|> assistant"
+    assert tokens(tokenizer, encoder.prompts([ASK])[0]).replace("<|start|>user", "<|start|> user") == start
+    whole = encoder([ASK], [ANSWER])[0]
+    assert whole[: len(encoder.prompts([ASK])[0])] == encoder.prompts([ASK])[0]
+    assert tokens(tokenizer, whole) == f"{start} c <|end|>"  # no newline, no EOS behind the end of the turn
+    assert tokens(tokenizer, encoder([ASK], [ANSWER], ended=[False])[0]) == f"{start} c"
+    assert encoder(["a b"], [ANSWER]) == encoder([ASK], ["c"]) == [whole]  # one side makes it a conversation
+    assert encoder.turn_end == tokenizer.convert_tokens_to_ids("<|end|>")
+    # strings stay strings, also beside conversations
+    mixed = encoder.prompts(["a b", ASK])
+    assert tokens(tokenizer, mixed[0]) == "<s> a b"
+    assert mixed[1] == encoder.prompts([ASK])[0]
+
+
+def test_the_words_of_a_template_are_those_of_transformers():
+    tokenizer = make_tokenizer(template=CHATML)
+    conversation = [{"role": "system", "content": "brief"}, *ASK, *ANSWER, {"role": "user", "content": "d"}]
+    expected = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True)
+    expected = expected if isinstance(expected, list) else expected["input_ids"]
+    assert TextEncoder(tokenizer).prompts([conversation]) == [expected]
+
+
+def test_an_answer_that_was_begun_goes_on():
+    tokenizer = make_tokenizer(template=CHATML)
+    encoder = TextEncoder(tokenizer)
+    begun = [*ASK, {"role": "assistant", "content": "c"}]
+    assert tokens(tokenizer, encoder.prompts([begun])[0]).endswith("assistant c")
+
+
+def test_a_template_that_opens_a_thought_does_not_repeat_it():
+    tokenizer = make_tokenizer(template=THOUGHTFUL)
+    whole = tokens(tokenizer, TextEncoder(tokenizer)([ASK], [ANSWER])[0])
+    assert whole.endswith("assistant <think> c <|end|>")
+
+
+def test_without_a_template_a_conversation_is_a_transcript():
+    tokenizer = make_tokenizer()
+    encoder = TextEncoder(tokenizer)
+    assert encoder([ASK], [ANSWER]) == encoder(["\n\nHuman: a b\n\nAssistant:"], [" c"])
+    assert encoder.turn_end is None
+
+
+def test_a_template_that_refuses_is_one_line():
+    tokenizer = make_tokenizer(template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match=r"refuses a conversation .roles must alternate.*'user: a b'"):
+        TextEncoder(tokenizer).prompts([ASK])
+
+
+def test_a_system_prompt_opens_conversations_that_have_none(tmp_path):
+    tokenizer = set_chat_template(make_tokenizer(template=CHATML), None, "brief")
+    encoder, plain = TextEncoder(tokenizer), TextEncoder(make_tokenizer(template=CHATML))
+    system = {"role": "system", "content": "brief"}
+    assert encoder.prompts([ASK]) == plain.prompts([[system, *ASK]])
+    assert encoder([ASK], [ANSWER]) == plain([[system, *ASK]], [ANSWER])
+    other = [{"role": "system", "content": "hello"}, *ASK]
+    assert encoder.prompts([other]) == plain.prompts([other])
+    # saved with the tokenizer, so that later stages and other libraries read the same
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    assert TextEncoder(AutoTokenizer.from_pretrained(tmp_path)).prompts([ASK]) == encoder.prompts([ASK])
+
+
+def test_a_chat_template_of_the_users_own(tmp_path):
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    from_file = set_chat_template(make_tokenizer(), str(tmp_path / "chat.jinja"))
+    assert from_file.chat_template == set_chat_template(make_tokenizer(), CHATML).chat_template == CHATML
+    assert set_chat_template(make_tokenizer(template=CHATML), "none").chat_template is None
+    for settings_, message in (
+        (("nowhere.jinja", None), "'nowhere.jinja' is no file"),
+        ((None, "brief"), "--system_prompt needs a chat template"),
+        (("{% for %}", None), "chat template refuses"),
+    ):
+        with pytest.raises(UserError, match=message):
+            set_chat_template(make_tokenizer(), *settings_)
+
+
+# -- preferences -----------------------------------------------------------------------------------
+
+
+def test_preferences_keep_their_messages_where_a_template_wants_them():
+    rows = [
+        {"prompt": ASK, "chosen": ANSWER, "rejected": [{"role": "assistant", "content": "d"}], "user": "u"}
+    ]
+    table = datasets.Dataset.from_list(rows)
+    data = PreferenceDataset.load(table, conversations="messages")
+    assert (data.prompts[0], list(data.chosen), data.rejected[:1]) == (ASK, [ANSWER], [rows[0]["rejected"]])
+    (ranking,) = data.rankings()
+    assert (ranking.prompt, ranking.responses) == (ASK, [ANSWER, rows[0]["rejected"]])
+    plain = PreferenceDataset.load(table)
+    assert plain.prompts == ["\n\nHuman: a b\n\nAssistant:"]
+    # the transcripts are what the encoder makes of the messages where there is no template
+    encoder = TextEncoder(make_tokenizer())
+    assert encoder(data.prompts[:], data.chosen[:]) == encoder(plain.prompts[:], plain.chosen[:])
+    strings = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "user": "u"}])
+    assert PreferenceDataset.load(strings, conversations="messages").prompts == ["a"]
+
+
+def test_conversations_that_carry_their_prompt():
+    both = [[*ASK, *ANSWER], [*ASK, {"role": "assistant", "content": "d"}]]
+    table = datasets.Dataset.from_list([{"chosen": both[0], "rejected": both[1], "user": "u"}])
+    data = PreferenceDataset.load(table, conversations="messages")
+    assert (data.prompts[0], data.chosen[0]) == (ASK, ANSWER)
+
+
+def test_texts_that_are_equal():
+    assert distinct_texts(["a", ASK, "a", [dict(ASK[0])], ANSWER]) == [0, 1, 4]
+    assert plain_text("a") == "a"
+    assert plain_text(ANSWER) == "c"
+    assert plain_text([*ASK, *ANSWER]) == "Human: a b\n\nAssistant: c"

@@ -1,0 +1,167 @@
+"""Reward functions as users write them: columns of the data, None, and numbers that may not change."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from tensordict import TensorDict
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.modules.loading import load_tokenizer
+from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.rewards.source import (
+    FunctionRewards,
+    MixtureRewards,
+    NonFiniteRewards,
+    ask,
+    extra_columns,
+    fill_absent,
+)
+
+PROMPTS = ["the film", "we loved", "it"]
+
+
+def responses(tokenizer, index):
+    rows = TensorDict(
+        {
+            "prompt_tokens": torch.tensor([tokenizer(PROMPTS[0]).input_ids] * len(index)),
+            "prompt_mask": torch.ones(len(index), 3, dtype=torch.bool),
+            "prompt_index": torch.tensor(index),
+            "action": torch.tensor([tokenizer("was great").input_ids[1:]] * len(index)),
+            "action_mask": torch.ones(len(index), 2, dtype=torch.bool),
+        },
+        [len(index)],
+    )
+    assert rows["prompt_tokens"].shape[1] == 3
+    return rows
+
+
+def test_functions_get_the_datas_own_prompts_and_columns(tokenizer):
+    """Not what their tokens read back as, which the length limit may have cut."""
+    seen = []
+
+    def score(prompts, completions, answer):
+        seen.append((prompts, completions, answer))
+        return [float(len(a)) for a in answer]
+
+    def everything(prompts, completions, **columns):
+        seen.append(sorted(columns))
+        return [1.0] * len(prompts)
+
+    columns = {"answer": ["x", "xx", "xxx"], "other": [1, 2, 3]}
+    source = FunctionRewards([score, everything], tokenizer, PROMPTS, columns)
+    assert seen == [(PROMPTS[:2], ["c", "d e"], ["x", "xx"]), ["answer", "other"]]
+    rewards = source(responses(tokenizer, [2, 0, 2]))
+    assert seen[-2] == (["it", "the film", "it"], ["was great"] * 3, ["xxx", "x", "xxx"])
+    assert rewards.tolist() == [[3.0, 1.0], [1.0, 1.0], [3.0, 1.0]]
+
+
+def test_only_columns_that_a_function_takes_are_read():
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "p", "answer": i, "big": "x"} for i in range(3)]
+    table = datasets.Dataset.from_list(rows)
+    assert extra_columns([lambda prompts, completions, answer: 0], table, [2, 0]) == {"answer": [2, 0]}
+    assert extra_columns([lambda prompts, completions: 0, len], table, [0]) == {}
+    assert set(extra_columns([lambda p, c, **rest: 0], table, [0])) == {"answer", "big"}
+
+
+def test_none_leaves_a_response_out_of_its_groups_mean(tokenizer):
+    answers = [[1.0, None], [3.0, 4.0], [None, 8.0]]
+    calls = iter([[[1.0, 2.0]] * 2, answers])
+    source = FunctionRewards([lambda p, c: next(calls)], tokenizer, PROMPTS)
+    raw = source(responses(tokenizer, [0, 1, 2]))
+    assert raw.isnan().tolist() == [[False, True], [False, False], [True, False]]
+    filled = fill_absent(raw)
+    assert filled.mean(0).tolist() == [2.0, 6.0]
+    assert filled[0, 0] == 1
+    assert filled[1, 1] == 4
+    with pytest.raises(UserError, match=r"None for every response of a batch to group\(s\) \[1\]"):
+        fill_absent(torch.tensor([[1.0, torch.nan], [2.0, torch.nan]]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([1.0, None], [[1.0], [np.nan]]),
+        ((None, 2), [[np.nan], [2.0]]),
+        ([[1.0, 2.0], [None, 3.0]], [[1.0, 2.0], [np.nan, 3.0]]),
+        ([torch.tensor(1.0), None], [[1.0], [np.nan]]),
+    ],
+)
+def test_forms_of_none(answer, expected):
+    np.testing.assert_array_equal(ask(lambda p, c: answer, ["a", "b"], ["c", "d"], "function"), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_not_none(bad):
+    with pytest.raises(NonFiniteRewards, match="NaN or infinity"):
+        ask(lambda p, c: [bad, None], ["a", "b"], ["c", "d"], "function")
+    with pytest.raises(UserError, match="gives no numbers"):
+        ask(lambda p, c: ["x", None], ["a", "b"], ["c", "d"], "function")
+
+
+def test_the_number_of_groups_may_not_change(tokenizer):
+    """One number a response would else be every group's."""
+    calls = iter([[[1.0, 2.0]] * 2, [5.0, 6.0, 7.0]])
+    source = FunctionRewards([lambda p, c: next(calls)], tokenizer, PROMPTS)
+    with pytest.raises(UserError, match=r"gave 2 number\(s\) a response at first, and gives 1 now"):
+        source(responses(tokenizer, [0, 1, 2]))
+
+
+# -- calibration on samples of which some have no reward -------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.float64, (5, 4, 2), elements=st.floats(-4, 4)), st.integers(0, 2**32 - 1))
+def test_calibration_counts_what_is_there(values, seed):
+    values += np.random.default_rng(seed).normal(size=values.shape)
+    absent = np.random.default_rng(seed + 1).random(values.shape) < 0.3
+    absent[0] = False
+    raw = np.where(absent, np.nan, values)
+    fitted = Calibration.fit(torch.from_numpy(raw), "sft_std")
+    for k in range(2):
+        present = [row[~np.isnan(row)] for row in raw[..., k]]
+        np.testing.assert_allclose(fitted.shift[k], np.concatenate(present).mean(), rtol=1e-5, atol=1e-5)
+        variance = np.mean([np.var(row, ddof=1) for row in present if len(row) > 1])
+        np.testing.assert_allclose(fitted.scale[k], variance**0.5, rtol=1e-5)
+    win_rate = Calibration.fit(torch.from_numpy(raw), "win_rate").apply(torch.from_numpy(raw))
+    for k in range(2):
+        known = raw[..., k][~absent[..., k]]
+        expected = (1 / (1 + np.exp(known[None] - known[:, None]))).mean(1)
+        np.testing.assert_allclose(win_rate[..., k].numpy()[~absent[..., k]], expected, atol=1e-5)
+    assert win_rate.isnan().numpy().tolist() == absent.tolist()
+
+
+def test_calibration_needs_rewards_of_every_group():
+    raw = torch.randn(3, 2, 2)
+    raw[..., 1] = torch.nan
+    with pytest.raises(UserError, match=r"no reference sample has a reward for group\(s\) \[1\]"):
+        Calibration.fit(raw)
+    raw[:, 0, 1] = 1.0
+    with pytest.raises(UserError, match=r"no prompt has two reference samples .* group\(s\) \[1\]"):
+        Calibration.fit(raw)
+
+
+def test_tokens_are_shared_once_the_policys_tokenizer_has_its_pad_token(tiny_model, tmp_path):
+    """A tokenizer without one gets it when its model is loaded, as the reward model's did."""
+    mixture = RewardMixture.from_backbone(tiny_model, 2)
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.pad_token = None
+    mixture.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    rewards = MixtureRewards(mixture, tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    assert rewards.shared_vocabulary
+
+
+def test_rows_beyond_the_words_are_no_tokens(tiny_model, tokenizer):
+    """A policy whose embeddings were padded samples them, and reads them as nothing."""
+    mixture = RewardMixture.from_backbone(tiny_model, 2)
+    rewards = MixtureRewards(mixture, tokenizer, PROMPTS)
+    plain, odd = responses(tokenizer, [0, 0]), responses(tokenizer, [0, 0])
+    beyond = torch.full((2, 1), len(tokenizer) + 3)
+    odd["action"] = torch.cat([odd["action"][:, :1], beyond, odd["action"][:, 1:]], -1)
+    odd["action_mask"] = torch.ones(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(rewards(odd), rewards(plain))
+    assert not torch.equal(rewards(plain), torch.zeros(2, 2))
