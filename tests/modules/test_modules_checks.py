@@ -66,9 +66,9 @@ def _without_positions(self, input_ids=None, attention_mask=None, use_cache=None
 
 def test_a_mask_that_is_not_respected_is_found(model):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **inputs):
-        return super(type(self), self).forward(
-            input_ids=input_ids, position_ids=position_ids, use_cache=use_cache, **inputs
-        )
+        inputs |= {"position_ids": position_ids, "use_cache": use_cache}
+        whole = None if attention_mask is None else torch.ones_like(attention_mask)
+        return super(type(self), self).forward(input_ids=input_ids, attention_mask=whole, **inputs)
 
     trunk = model.transformer
     trunk.__class__ = type("Unmasked", (type(trunk),), {"forward": forward})
@@ -84,7 +84,7 @@ def test_a_cache_that_is_off_is_found(model):
             output.logits = output.logits * 0.9
         return output
 
-    with pytest.raises(UserError, match=r"generate.. samples with other log-probabilities.*cache"):
+    with pytest.raises(UserError, match=r"generate\(\) samples with other log-probabilities.*cache"):
         check_model(policy_of(subclass(model, forward=forward)))
 
 
