@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from kernels_oracles import (
     INTERPRET,
@@ -63,6 +63,8 @@ def test_masks_and_sums_equal_the_oracle(rows, heads, data, layout, backend, pad
     inputs = heads_inputs(rows, 6, heads)
     inputs[0][~keep["row_mask"]] = padding
     expected, expected_grads = gradients(lambda *x: masked_heads_oracle(*x, **keep, temperature=0.7), inputs)
+    ordered = expected[0][keep["row_mask"]][:, keep["head_mask"]].sort(-1).values
+    assume((ordered.diff(dim=-1)[:, :1] > 1e-4).all())  # float32 need not see which of two is the smaller
     if layout == "strided":
         keep = {name: torch.stack([mask, ~mask], -1)[..., 0] for name, mask in keep.items()}
         inputs = [torch.stack([x, x + 9], -1)[..., 0] for x in inputs]
