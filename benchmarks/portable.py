@@ -71,7 +71,8 @@ def cells() -> Iterator[Cell]:
     names = list(LEVELS)[: known.index(native) + 1] if native in known else []
     for threads in THREADS:
         counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHRL_MAXMIN_THREADS")
-        count = dict.fromkeys(counts, str(threads))
+        # waiting threads sleep: where cores are shared, those that spin take them from those that work
+        count = {**dict.fromkeys(counts, str(threads)), "OMP_WAIT_POLICY": "PASSIVE"}
         if not names:
             yield Cell(f"native-{threads}", threads, native, count)
         for name in names:
