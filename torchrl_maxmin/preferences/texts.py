@@ -120,7 +120,9 @@ def set_chat_template(
             raise UserError(
                 "--system_prompt needs a chat template, and this tokenizer has none; give --chat_template"
             )
-        tokenizer.chat_template = _SYSTEM_FIRST % json.dumps(system_prompt) + tokenizer.chat_template
+        tokenizer.chat_template = (
+            _SYSTEM_FIRST % json.dumps(system_prompt, ensure_ascii=False) + tokenizer.chat_template
+        )
     if chat_template is not None or system_prompt is not None:
         TextEncoder(tokenizer).prompts([[{"role": "user", "content": "a"}]])
     return tokenizer
