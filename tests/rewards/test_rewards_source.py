@@ -165,3 +165,20 @@ def test_rows_beyond_the_words_are_no_tokens(tiny_model, tokenizer):
     odd["action_mask"] = torch.ones(2, 3, dtype=torch.bool)
     torch.testing.assert_close(rewards(odd), rewards(plain))
     assert not torch.equal(rewards(plain), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions, prompts: [float(len(c)) for c in completions],
+        lambda completions, **kwargs: [float(len(c)) for c in completions],
+        lambda completions, target, **kwargs: [float(len(c)) for c in completions],
+        lambda completions, target: [float(len(c)) for c in completions],
+        lambda prompts, completion, **kwargs: [float(len(c)) for c in kwargs["completions"]],
+        lambda p, c: [float(len(x)) for x in c],
+        lambda p, c, **kwargs: [float(len(x)) for x in c],
+    ],
+)
+def test_functions_in_every_form_that_trl_takes(function):
+    columns = {"target": ["x"], "completion": ["y"], "p": ["z"]}
+    assert ask(function, ["PP"], ["CCCC"], "function", columns).tolist() == [[4.0]]

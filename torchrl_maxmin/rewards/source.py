@@ -177,8 +177,7 @@ def ask(
         NonFiniteRewards: for NaN or infinity.
         UserError: where the answer is anything else.
     """
-    given = columns or {}
-    answer = function(prompts, completions, **{name: given[name] for name in _taken(function, given)})
+    answer = _call(function, prompts, completions, columns or {})
     role = _named(function, role)
     if isinstance(answer, Tensor):
         answer = answer.detach().cpu()
@@ -196,6 +195,26 @@ def ask(
     return np.where(absent, np.nan, values).reshape(len(prompts), -1)
 
 
+def _call(
+    function: RewardFunction,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]],
+) -> Any:
+    """Call by name where the function names what TRL gives by name, else by place."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return function(prompts, completions)
+    named = {"prompts": prompts, "completions": completions}
+    others = {name: columns[name] for name in _taken(function, columns)}
+    if not named.keys() & parameters.keys():
+        return function(prompts, completions, **others)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {name: texts for name, texts in named.items() if takes_all or name in parameters}
+    return function(**{**others, **named})
+
+
 def _holds_none(answer: Any) -> bool:
     """Whether None stands for a response or for one of its groups."""
     if not isinstance(answer, list | tuple):
@@ -209,9 +228,12 @@ def _taken(function: RewardFunction, names: Iterable[str]) -> list[str]:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return []
+    by_name = bool({"prompts", "completions"} & parameters.keys())
+    places = [] if by_name else list(parameters)[:2]  # what is given by place
+    names = [name for name in names if name not in ("prompts", "completions", *places)]
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return list(names)
-    return [name for name in names if name in list(parameters)[2:]]
+        return names
+    return [name for name in names if name in parameters]
 
 
 def fill_absent(rewards: Tensor) -> Tensor:
