@@ -1,5 +1,7 @@
 """Texts as tokens: the same prompt for training, sampling and scoring, whatever the tokenizer adds."""
 
+from datetime import datetime
+
 import datasets
 import pytest
 from chat_tokenizers import CHATML, THOUGHTFUL, WORDS, make_tokenizer
@@ -194,3 +196,14 @@ def test_texts_that_are_equal():
     assert plain_text("a") == "a"
     assert plain_text(ANSWER) == "c"
     assert plain_text([*ASK, *ANSWER]) == "Human: a b\n\nAssistant: c"
+
+
+def test_messages_may_carry_what_json_does_not_know():
+    """As logs of chats do, with a time beside every message."""
+    ask = [{**ASK[0], "timestamp": datetime(2026, 1, 2)}]
+    rows = [
+        {"prompt": ask, "chosen": ANSWER, "rejected": [{"role": "assistant", "content": "d"}], "user": "u"}
+    ]
+    assert distinct_texts([ask, ask]) == [0]
+    data = PreferenceDataset.load(datasets.Dataset.from_list(rows), conversations="messages")
+    assert data.prompts[0][0]["content"] == "a b"

@@ -140,8 +140,8 @@ def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[J
 
 
 def _as_json(judgement: Judgement) -> Judgement:
-    responses = [json.dumps(response) for response in judgement.responses]
-    return judgement._replace(prompt=json.dumps(judgement.prompt), responses=responses)
+    responses = [json.dumps(response, default=str) for response in judgement.responses]
+    return judgement._replace(prompt=json.dumps(judgement.prompt, default=str), responses=responses)
 
 
 def _as_transcripts(judgement: Judgement) -> Judgement:

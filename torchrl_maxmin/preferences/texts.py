@@ -53,7 +53,7 @@ def is_conversational(text: Text) -> bool:
 
 def text_key(text: Text) -> str:
     """Return a string that equal texts share, to hash or to sort them by."""
-    return text if isinstance(text, str) else json.dumps(text, sort_keys=True)
+    return text if isinstance(text, str) else json.dumps(text, sort_keys=True, default=str)
 
 
 def distinct_texts(texts: Sequence[Text]) -> list[int]:
