@@ -90,12 +90,16 @@ def turns_of(prompt: Text, completion: Text) -> list[Message]:
 
     A string is a turn. An answer to a prompt that ends within the assistant's turn goes on with that turn.
     """
-    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    opening: list[Any] = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else [*prompt]
+    )
+    answer: list[Any] = (
+        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
+    )
     if answer and ends_within_turn(opening) and speaker_of(answer[0]) == "Assistant":
-        begun, (rest, *later) = opening.pop(), answer  # type: ignore[misc]
-        answer = [{**begun, "content": begun["content"] + rest["content"]}, *later]
-    return [*opening, *answer]  # type: ignore[list-item]
+        begun = opening.pop()
+        answer[0] = {**begun, "content": begun["content"] + answer[0]["content"]}
+    return [*opening, *answer]
 
 
 def set_chat_template(

@@ -104,7 +104,7 @@ class TextLayout:
                 if self._is_chat(prompt, completion) == chat
             ]
             if places:
-                part = self._of_kind(chat, *zip(*(texts[i] for i in places), strict=True), limit)
+                part = self._of_kind(chat, [texts[i] for i in places], limit)
                 for i, row in zip(places, part, strict=True):
                     rows[i] = row
         return [cut_start(row, limit, None if self.bidirectional else self._bos()) for row in rows]
@@ -115,18 +115,14 @@ class TextLayout:
         return is_conversational(prompt) or is_conversational(completion)
 
     def _of_kind(
-        self,
-        chat: bool,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        ended: Sequence[bool],
-        limit: int | None,
+        self, chat: bool, texts: Sequence[tuple[Text, Text, bool]], limit: int | None
     ) -> list[list[int]]:
+        prompts, completions, ended = map(list, zip(*texts, strict=True))
         if chat:
-            texts = self._encoder.conversations(prompts, completions, ended)
-            return self._ids(texts, limit=limit, special=False)  # the template has its own special tokens
-        both = [_plain_texts(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
-        return self._plain([p for p, _ in both], [c for _, c in both], limit, ended)
+            whole = self._encoder.conversations(prompts, completions, ended)
+            return self._ids(whole, limit=limit, special=False)  # the template has its own special tokens
+        plain = [_plain_texts(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        return self._plain([p for p, _ in plain], [c for _, c in plain], limit, ended)
 
     def _plain(
         self, prompts: list[str], completions: list[str], limit: int | None, ended: Sequence[bool]
