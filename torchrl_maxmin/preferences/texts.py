@@ -195,6 +195,8 @@ class TextEncoder:
         if not plain:  # a vocabulary without this letter
             starts = [int(whole[:1] == [tokenizer.bos_token_id])]
         self._suffix = extra - starts[0] if starts else 0
+        two, one, other = self._ids(["\na", "\n", "a"], special=False)
+        self._has_prefix = two != [*one, *other]  # Llama 2 puts a space before every text
 
     @property
     def has_template(self) -> bool:
@@ -257,17 +259,14 @@ class TextEncoder:
             self._split(prompt, completion, turn_end if has_end else None)
             for prompt, completion, has_end in rows
         ]
-        starts = self._ids([part.start for part in parts], special=False)
-        wholes = self._ids([part.start + part.answer for part in parts], special=False)
-        alone = self._ids([part.answer for part in parts], special=False)
+        ids = self._ids([part.answer for part in parts], special=False)
+        if self._has_prefix:
+            ids = self._without_prefix(parts, ids)
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        ids = []
-        for part, start, whole, answer, has_end in zip(parts, starts, wholes, alone, ended, strict=True):
-            # behind its prompt an answer gets no space that a tokenizer puts before every text
-            behind = part.start and whole[: len(start)] == start
-            row = whole[len(start) :] if behind else answer
-            ids.append([*row, *eos] if has_end and not part.closed else row)
-        return ids
+        return [
+            [*row, *eos] if has_end and not part.closed else row
+            for part, row, has_end in zip(parts, ids, ended, strict=True)
+        ]
 
     def __call__(
         self,
@@ -351,6 +350,15 @@ class TextEncoder:
             return _Split(start, answer, False)
         end = turn_end.search(answer)
         return _Split(start, answer[: end.end(1)], True) if end else _Split(start, answer.rstrip(), False)
+
+    def _without_prefix(self, parts: Sequence[_Split], alone: list[list[int]]) -> list[list[int]]:
+        """Token rows of answers behind what stands before them, where the tokens part there."""
+        starts = self._ids([part.start for part in parts], special=False)
+        wholes = self._ids([part.start + part.answer for part in parts], special=False)
+        return [
+            whole[len(start) :] if part.start and whole[: len(start)] == start else row
+            for part, start, whole, row in zip(parts, starts, wholes, alone, strict=True)
+        ]
 
     def _turn_end(self) -> re.Pattern[str]:
         """Match the special tokens that end a text; the first ends the turn (Phi-3 puts EOS behind it)."""
