@@ -1,5 +1,7 @@
 """Reward functions as users write them: columns of the data, None, and numbers that may not change."""
 
+import datetime
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torchrl_maxmin.rewards.source import (
     MixtureRewards,
     NonFiniteRewards,
     ask,
+    distinct_rows,
     extra_columns,
     fill_absent,
 )
@@ -65,6 +68,17 @@ def test_only_columns_that_a_function_takes_are_read():
     assert extra_columns([lambda prompts, completions, answer: 0], table, [2, 0]) == {"answer": [2, 0]}
     assert extra_columns([lambda prompts, completions: 0, len], table, [0]) == {}
     assert set(extra_columns([lambda p, c, **rest: 0], table, [0])) == {"answer", "big"}
+
+
+def test_rows_are_one_where_prompt_and_columns_are_equal():
+    ask_a, ask_b = [{"role": "user", "content": "a"}], [{"content": "b", "role": "user"}]
+    prompts = ["a", ask_a, "a", ask_b, [{"content": "a", "role": "user"}], "a"]
+    assert distinct_rows(prompts, {}) == [0, 1, 3]
+    nested = [{"x": [1], "y": None}, 0, {"y": None, "x": [1]}, 0, 0, {"x": [2], "y": None}]
+    assert distinct_rows(prompts, {"answer": nested}) == [0, 1, 3, 5]
+    days = [datetime.date(2020, 1, day) for day in (1, 2, 3, 4, 2, 1)]
+    assert distinct_rows(prompts, {"day": days}) == [0, 1, 2, 3]
+    assert distinct_rows(prompts, {"day": days, "answer": nested}) == [0, 1, 2, 3, 5]
 
 
 def test_none_leaves_a_response_out_of_its_groups_mean(tokenizer):

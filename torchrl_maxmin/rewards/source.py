@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from torchrl_maxmin.importing import import_named
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
-from torchrl_maxmin.preferences.texts import Text, as_completion
+from torchrl_maxmin.preferences.texts import Text, as_completion, distinct_texts
 from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards.base import RewardModel
 
@@ -28,6 +29,7 @@ __all__ = [
     "NonFiniteRewards",
     "ask",
     "count_columns",
+    "distinct_rows",
     "extra_columns",
     "fill_absent",
     "load_functions",
@@ -257,6 +259,22 @@ def extra_columns(functions: Sequence[RewardFunction], table: Any, rows: Sequenc
     taken = {name for function in functions for name in _taken(function, names)}
     part = table.select(rows) if taken else table
     return {name: part[name][:] for name in names if name in taken}
+
+
+def distinct_rows(prompts: Sequence[Text], columns: Mapping[str, Sequence[Any]]) -> list[int]:
+    """Return the place of the first of every group of rows with equal prompts and columns, in order.
+
+    Args:
+        prompts: N strings or conversations.
+        columns: what :func:`extra_columns` gives for all N rows: one prompt with two reference answers is two
+            prompts to a function that reads the answer.
+
+    Example:
+        >>> distinct_rows(["a", "b", "a", "a"], {"answer": [1, 1, 2, 1]})
+        [0, 1, 2]
+    """
+    rows = zip(prompts, *columns.values(), strict=True)
+    return distinct_texts([json.dumps(row, sort_keys=True, default=str) for row in rows])
 
 
 def count_columns(

@@ -25,13 +25,13 @@ from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
 from torchrl_maxmin.preferences.loading import load_prompts
-from torchrl_maxmin.preferences.texts import distinct_texts
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import mean_of_present
 from torchrl_maxmin.rewards.source import (
     FunctionRewards,
     MixtureRewards,
     NonFiniteRewards,
+    distinct_rows,
     extra_columns,
     fill_absent,
     load_functions,
@@ -74,12 +74,13 @@ class PPOTrainer(PPOLoop):
         require_causal_lm(config.model_name_or_path)
         table, texts = load_prompts(config.dataset_name, config.dataset_split, "ppo")
         self.tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
-        rows = distinct_texts(texts)
-        texts = [texts[row] for row in rows]
         mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
         functions = load_functions(config.reward_funcs)
         monitors = load_functions(config.monitor_funcs)
-        columns = extra_columns([*functions, *monitors], table, rows)
+        columns = extra_columns([*functions, *monitors], table, range(len(texts)))
+        rows = distinct_rows(texts, columns)
+        texts = [texts[row] for row in rows]
+        columns = {name: [values[row] for row in rows] for name, values in columns.items()}
         self.rewards: MixtureRewards | FunctionRewards
         if mixture is None:
             self.rewards = FunctionRewards(functions, self.tokenizer, texts, columns)
