@@ -28,6 +28,7 @@ __all__ = [
     "require_causal_lm",
     "require_model",
     "require_trunk",
+    "same_vocabulary",
 ]
 
 
@@ -162,6 +163,18 @@ def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = text_config(model).pad_token_id = tokenizer.pad_token_id
+
+
+def same_vocabulary(one: Any, other: Any) -> bool:
+    """Whether two tokenizers have one id for every token, each one's own pad token left out.
+
+    Padding is no part of a text. A policy whose pad token may end a response gets another
+    (:func:`ensure_pad_token`); the reward model on the same trunk, which generates nothing and so knows of no
+    such end, keeps the old one.
+    """
+    ours, theirs = one.get_vocab().items(), other.get_vocab().items()
+    alone = {token for token, _ in ours - theirs}, {token for token, _ in theirs - ours}
+    return alone[0] <= {one.pad_token} and alone[1] <= {other.pad_token}
 
 
 def plain_generation(model: Any, eos_token_ids: Sequence[int] = ()) -> None:

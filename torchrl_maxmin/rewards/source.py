@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ class MixtureRewards:
     """Raw rewards [B, K] of responses by a mixture or an ensemble.
 
     A model with the policy's own tokenizer reads the tokens themselves. Any other reads the texts, and no end
-    where a response was cut off.
+    where a response was cut off. :attr:`shared_vocabulary` says which.
 
     Args:
         mixture: the reward model.
@@ -67,12 +66,7 @@ class MixtureRewards:
         self.mixture, self.tokenizer, self.prompts = mixture, tokenizer, prompts
         self.eos_token_ids = tuple(eos_token_ids or (tokenizer.eos_token_id,))
         self.num_groups = mixture.num_groups
-
-    @cached_property
-    def shared_vocabulary(self) -> bool:
-        """Whether the model reads the policy's tokens themselves."""
-        # not before it is needed: until its model is loaded, the policy's tokenizer may lack a pad token
-        return self.mixture.reads_tokens_of(self.tokenizer)
+        self.shared_vocabulary = mixture.reads_tokens_of(tokenizer)
 
     @torch.no_grad()
     def __call__(self, responses: TensorDictBase) -> Tensor:
