@@ -16,6 +16,7 @@ from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer, same_vocabulary
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import (
     FunctionRewards,
     MixtureRewards,
@@ -90,12 +91,12 @@ def test_none_leaves_a_response_out_of_its_groups_mean(tokenizer):
     source = FunctionRewards([lambda p, c: next(calls)], tokenizer, PROMPTS)
     raw = source(responses(tokenizer, [0, 1, 2]))
     assert raw.isnan().tolist() == [[False, True], [False, False], [True, False]]
-    filled = fill_absent(raw)
+    filled = fill_absent(raw, torch.tensor([5.0, 7.0]))
     assert filled.mean(0).tolist() == [2.0, 6.0]
     assert filled[0, 0] == 1
     assert filled[1, 1] == 4
-    with pytest.raises(UserError, match=r"None for every response of a batch to group\(s\) \[1\]"):
-        fill_absent(torch.tensor([[1.0, torch.nan], [2.0, torch.nan]]))
+    silent = fill_absent(torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]]), torch.tensor([5.0, 7.0]))
+    assert silent.tolist() == [[1.0, 7.0], [1.0, 7.0]]
 
 
 @pytest.mark.parametrize(
@@ -151,11 +152,17 @@ def test_calibration_counts_what_is_there(values, seed):
     assert win_rate.isnan().numpy().tolist() == absent.tolist()
 
 
-def test_calibration_needs_rewards_of_every_group():
+@pytest.mark.parametrize("method", CALIBRATIONS)
+def test_calibration_needs_a_reward_of_every_group(method):
     raw = torch.randn(3, 2, 2)
     raw[..., 1] = torch.nan
     with pytest.raises(UserError, match=r"no reference sample has a reward for group\(s\) \[1\]"):
-        Calibration.fit(raw)
+        Calibration.fit(raw, method)
+
+
+def test_a_deviation_needs_two_samples_of_a_prompt():
+    raw = torch.randn(3, 2, 2)
+    raw[..., 1] = torch.nan
     raw[:, 0, 1] = 1.0
     with pytest.raises(UserError, match=r"no prompt has two reference samples .* group\(s\) \[1\]"):
         Calibration.fit(raw)

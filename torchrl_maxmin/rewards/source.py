@@ -232,18 +232,15 @@ def _taken(function: RewardFunction, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in parameters]
 
 
-def fill_absent(rewards: Tensor) -> Tensor:
+def fill_absent(rewards: Tensor, neutral: Tensor) -> Tensor:
     """Replace NaN in rewards [B, K], no reward, by its group's mean over the other responses.
 
-    A group's mean is then that of the responses that have a reward.
-
-    Raises:
-        UserError: where no response of the batch has a reward for some group.
+    A group's mean is then that of the responses that have a reward. Where none has, all get the group's
+    ``neutral`` reward [K], the reference's mean: equal rewards prefer no response. The group stays in the
+    utilities that the adversary answers, as one that is as well off as under the reference.
     """
     means = rewards.nanmean(0)
-    if bool(means.isnan().any()):
-        groups = means.isnan().nonzero().flatten().tolist()
-        raise UserError(f"the reward functions gave None for every response of a batch to group(s) {groups}")
+    means = torch.where(means.isnan(), neutral.to(means), means)
     return torch.where(rewards.isnan(), means, rewards)
 
 
