@@ -38,7 +38,13 @@ from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.ppo_gap import log_prob_in_batches, policy_certificate
-from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
+from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
+    prepare_output_dir,
+    resolve_device,
+    seed_everything,
+    write_config,
+)
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
 
@@ -141,6 +147,7 @@ def measure_policies(config: EvaluateConfig) -> Path:
     return _measure(config)[1]
 
 
+@leave_no_empty_output
 def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     config.check()
     folders = config.folders()

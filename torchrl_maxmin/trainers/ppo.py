@@ -43,12 +43,19 @@ from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_gap import policy_certificate
 from torchrl_maxmin.trainers.ppo_loop import PPOLoop
 from torchrl_maxmin.trainers.ppo_metrics import rollout_metrics
-from torchrl_maxmin.trainers.run import nonfinite_batch, seed_everything, write_config, write_json
+from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
+    nonfinite_batch,
+    seed_everything,
+    write_config,
+    write_json,
+)
 from torchrl_maxmin.welfare import Egalitarian
 
 __all__ = ["PPOTrainer", "run_ppo"]
 
 
+@leave_no_empty_output
 def run_ppo(config: PPOConfig) -> Path:
     """Train a policy and save it; returns its folder.
 
