@@ -111,7 +111,7 @@ class PPOTrainer(PPOLoop):
         )
         self.fresh = saved is None  # the policy is the reference still
         self.baseline: Tensor | None = None
-        self.warned = False
+        self.first_silence = True  # reported once
         if saved is None:
             self.calibration, self.neutral = self._calibrate()
             if config.objective != "min_of_means":
@@ -213,8 +213,8 @@ class PPOTrainer(PPOLoop):
         if self.baseline is not None:
             rewards = rewards - self.baseline[responses["prompt_index"]]
         silent = rewards.isnan().all(0)
-        if bool(silent.any()) and not self.warned:
-            self.warned = True
+        if bool(silent.any()) and self.first_silence:
+            self.first_silence = False
             groups = silent.nonzero().flatten().tolist()
             console.print(
                 f"no response of a batch has a reward for group(s) {groups}: each counts as the reference's "
