@@ -119,7 +119,7 @@ class PPOTrainer(PPOLoop):
                 self.neutral = torch.zeros_like(self.neutral)
         else:
             self.calibration, self.baseline = Calibration.from_dict(saved["calibration"]), saved["baseline"]
-            self.neutral = saved["neutral"]
+            self.neutral = saved.get("neutral", torch.zeros(self.rewards.num_groups))
             if self.calibration.method != config.calibration:
                 raise UserError(
                     f"the checkpoint's rewards are calibrated by {self.calibration.method}: resume with "
