@@ -16,6 +16,11 @@ LAST_TURN = (
     "{% else %}<|start|> {{ m['content'] }} <|end|>{% endif %}"
     "{% else %} {{ m['content'] | trim }}</s>{% endif %}{% endfor %}"
 )
+# as Llama 3: words are trimmed, and an end of the turn follows them closely
+TRIMMED = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 # as Phi-3: EOS stands behind the end of the last turn
 TWO_ENDS = CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add")
 # as Qwen3: an empty thought stands before an answer, and earlier thoughts are left out

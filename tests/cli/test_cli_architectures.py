@@ -97,7 +97,7 @@ def test_a_trunk_that_cannot_be_sampled_is_refused_before_it_is_trained(files, c
     (line,) = capsys.readouterr().err.splitlines()
     assert "a padded prompt gets other log-probabilities than the same prompt alone" in line
     assert line.endswith("by --calibration none")
-    assert not list((files / "reward").iterdir())
+    assert not (files / "reward").exists()
     assert train_reward(base, "reward", calibration="none") == 0
 
 

@@ -5,7 +5,16 @@ from datetime import datetime
 import datasets
 import pytest
 import torch
-from chat_tokenizers import CHATML, EMPTY_THOUGHT, LAST_TURN, THOUGHTFUL, TWO_ENDS, WORDS, make_tokenizer
+from chat_tokenizers import (
+    CHATML,
+    EMPTY_THOUGHT,
+    LAST_TURN,
+    THOUGHTFUL,
+    TRIMMED,
+    TWO_ENDS,
+    WORDS,
+    make_tokenizer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -20,6 +29,7 @@ from torchrl_maxmin.preferences.texts import (
     plain_text,
     set_chat_template,
 )
+from torchrl_maxmin.rewards.layouts import TextLayout
 
 ASK = [{"role": "user", "content": "a b"}]
 ANSWER = [{"role": "assistant", "content": "c"}]
@@ -155,6 +165,58 @@ def test_the_first_of_several_ends_is_that_of_the_turn(template, ending):
     assert turn_end == (tokenizer.convert_tokens_to_ids(ending) if ending else None)
 
 
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, TWO_ENDS])
+@pytest.mark.parametrize("answer", ["", "c <s>", "<|end|>", "c <unk>", " c ", "c \n"])
+@pytest.mark.parametrize("turns", [1, 3])
+def test_the_turn_ends_where_the_template_ends_it(template, answer, turns):
+    """Whatever special tokens stand in the answer, and though an earlier turn has such an end too."""
+    tokenizer = make_tokenizer(template=template)
+    encoder = TextEncoder(tokenizer)
+    later = [{"role": "assistant", "content": "d"}, {"role": "user", "content": "b"}][: turns - 1]
+    completion = [*later, {"role": "assistant", "content": answer}]
+    (whole,) = encoder([ASK], [completion])
+    rendered = tokenizer.apply_chat_template([*ASK, *completion], tokenize=False)
+    ids = tokenizer(rendered, add_special_tokens=False).input_ids
+    assert whole == (ids[:-1] if template == TWO_ENDS else ids)
+    assert tokens(tokenizer, whole).endswith("<|end|>")
+
+
+@pytest.mark.parametrize("begun", ["c ", "c\n", " ", "<think> ", "c"])
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, TWO_ENDS, EMPTY_THOUGHT, None])
+@pytest.mark.parametrize("answer", ["d", " d", "", "a <think> d"])
+def test_a_sampled_answer_goes_on_with_a_begun_turn_as_it_is(template, begun, answer):
+    """A template that trims, or leaves thoughts out, has no say in what a policy has written."""
+    tokenizer = make_tokenizer(template=template)
+    encoder = TextEncoder(tokenizer)
+    prompt = [*ASK, {"role": "assistant", "content": begun}]
+    assert encoder.completion(prompt, answer) == [{"role": "assistant", "content": answer}]
+    (row,) = encoder.completions([prompt], [encoder.completion(prompt, answer)], [False])
+    assert row == tokenizer(answer, add_special_tokens=False).input_ids
+    (ended,) = encoder.completions([prompt], [answer])
+    end = tokenizer.convert_tokens_to_ids("<|end|>") if template else tokenizer.eos_token_id
+    assert ended == [*row, end]
+
+
+def test_a_turn_of_the_assistant_behind_another_is_a_turn_of_its_own():
+    both = [{"role": "assistant", "content": "c"}, {"role": "assistant", "content": "d"}]
+    other = [both[0], {"role": "assistant", "content": "a"}]
+    table = datasets.Dataset.from_list([{"chosen": [*ASK, *both], "rejected": [*ASK, *other], "user": "u"}])
+    data = PreferenceDataset.load(table, conversations="messages")
+    assert (data.prompts[0], data.chosen[0], data.rejected[0]) == (ASK, both, other)
+    tokenizer = make_tokenizer(template=CHATML)
+    (row,) = TextEncoder(tokenizer)(data.prompts[:], data.chosen[:])
+    assert tokens(tokenizer, row).count("<|end|>") == 3
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "words"), [(LAST_TURN, " c", "c"), (TRIMMED, " c", " c"), (None, " c", "c")]
+)
+def test_the_space_behind_the_marker_of_a_turn_is_no_part_of_the_message(template, text, words):
+    encoder = TextEncoder(make_tokenizer(template=template))
+    assert encoder.completion(ASK, text) == [{"role": "assistant", "content": words}]
+    assert encoder.completion("a", text) == text
+
+
 @pytest.mark.parametrize("template", [CHATML, TWO_ENDS, EMPTY_THOUGHT, None])
 def test_an_answer_goes_on_with_the_turn_that_a_prompt_has_begun(template):
     tokenizer = make_tokenizer(template=template)
@@ -218,6 +280,8 @@ def test_a_sampled_answer_read_as_a_message_is_the_same_transcript():
 def test_bos_stands_once_before_a_string_that_begins_with_it():
     tokenizer = make_tokenizer()
     assert tokens(tokenizer, TextEncoder(tokenizer).prompts(["<s> a b"])[0]) == "<s> a b"
+    (row,) = TextLayout(tokenizer, "concat", bidirectional=False)(["<s> a b"], [" c"])
+    assert tokens(tokenizer, row) == "<s> a b c </s>"
 
 
 def test_without_a_template_a_conversation_is_a_transcript():

@@ -134,6 +134,7 @@ ASK, ANSWER = [{"role": "user", "content": "a"}], [{"role": "assistant", "conten
         ({"prompt": ASK, "completion": "film"}, (ASK, ANSWER)),
         ({"prompt": "a", "chosen": ASK + ANSWER}, (ASK, ANSWER)),  # a conversation that repeats its prompt
         ({"messages": ANSWER + ASK + ANSWER}, (ANSWER + ASK, ANSWER)),
+        ({"messages": ASK + ANSWER + ANSWER}, (ASK, ANSWER + ANSWER)),
     ],
 )
 def test_columns_of_texts(tiny_model, tmp_path, row, expected):

@@ -8,21 +8,22 @@ transcripts (:mod:`torchrl_maxmin.preferences.transcripts`) where not. Strings s
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from pathlib import Path
-from textwrap import shorten
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.chat_templates import ChatTemplate, SplitText, set_chat_template
 from torchrl_maxmin.preferences.transcripts import (
     Message,
+    Text,
     as_transcript,
     ends_within_turn,
+    is_conversational,
     prompt_and_responses,
     render_prompt,
-    speaker_of,
     text_of,
+    turns_of,
 )
 
 __all__ = [
@@ -38,21 +39,8 @@ __all__ = [
     "set_chat_template",
     "text_key",
     "turns_of",
+    "with_one_bos",
 ]
-
-Text = str | Sequence[Message]
-
-_MARK = "\ue000"  # of the private use area: no text holds it, and no template trims it
-
-_SYSTEM_FIRST = (
-    "{%%- if not messages or messages[0]['role'] != 'system' -%%}"
-    "{%%- set messages = [{'role': 'system', 'content': %s}] + messages -%%}{%%- endif -%%}"
-)
-
-
-def is_conversational(text: Text) -> bool:
-    """Whether a text is a list of messages."""
-    return not isinstance(text, str)
 
 
 def text_key(text: Text) -> str:
@@ -85,68 +73,6 @@ def as_completion(text: str, prompt: Text) -> Text:
     return [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
 
 
-def turns_of(prompt: Text, completion: Text) -> list[Message]:
-    """Return one conversation of a prompt and what answers it.
-
-    A string is a turn. An answer to a prompt that ends within the assistant's turn goes on with that turn.
-    """
-    opening: list[Any] = (
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else [*prompt]
-    )
-    answer: list[Any] = (
-        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
-    )
-    if answer and ends_within_turn(opening) and speaker_of(answer[0]) == "Assistant":
-        begun = opening.pop()
-        answer[0] = {**begun, "content": begun["content"] + answer[0]["content"]}
-    return [*opening, *answer]
-
-
-def set_chat_template(
-    tokenizer: Any, chat_template: str | None = None, system_prompt: str | None = None
-) -> Any:
-    """Give a tokenizer the chat template that all stages then read, and save, with it.
-
-    Args:
-        tokenizer: changed in place.
-        chat_template: a Jinja template or the path of one; ``"none"`` for transcripts; None keeps the
-            tokenizer's own.
-        system_prompt: opens every conversation that has no system message.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        UserError: for a system prompt without a template, and for a template that does not render.
-    """
-    if chat_template is not None:
-        path = Path(chat_template)
-        if "{" not in chat_template and chat_template != "none" and not path.is_file():
-            raise UserError(
-                f"--chat_template {chat_template!r} is no file and no Jinja template; give one, or none"
-            )
-        if chat_template == "none":
-            tokenizer.chat_template = None
-        else:
-            tokenizer.chat_template = chat_template if "{" in chat_template else path.read_text()
-    if system_prompt is not None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                "--system_prompt needs a chat template, and this tokenizer has none; give --chat_template"
-            )
-        first, template = (
-            _SYSTEM_FIRST % json.dumps(system_prompt, ensure_ascii=False),
-            tokenizer.chat_template,
-        )
-        named = isinstance(template, dict)  # one for plain chat, others for tools or retrieval
-        tokenizer.chat_template = (
-            {name: first + each for name, each in template.items()} if named else first + template
-        )
-    if chat_template is not None or system_prompt is not None:
-        TextEncoder(tokenizer).prompts([[{"role": "user", "content": "a"}]])
-    return tokenizer
-
-
 def cut_start(ids: list[int], max_length: int | None, bos_token_id: int | None = None) -> list[int]:
     """Return at most ``max_length`` tokens: those at the end, and BOS before them where there was one.
 
@@ -161,12 +87,9 @@ def cut_start(ids: list[int], max_length: int | None, bos_token_id: int | None =
     return ids[-max_length:]
 
 
-class _Split(NamedTuple):
-    """What stands before a completion, the completion, and whether it holds the token that ends it."""
-
-    start: str
-    answer: str
-    closed: bool
+def with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:
+    """Return the tokens of a string, without the BOS that was put before one that begins with it."""
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 class TextEncoder:
@@ -254,11 +177,7 @@ class TextEncoder:
             One list of ids each.
         """
         ended = [True] * len(completions) if ended is None else ended
-        rows, turn_end = zip(prompts, completions, ended, strict=True), self._turn_end()
-        parts = [
-            self._split(prompt, completion, turn_end if has_end else None)
-            for prompt, completion, has_end in rows
-        ]
+        parts = [self._split(*texts) for texts in zip(prompts, completions, ended, strict=True)]
         ids = self._ids([part.answer for part in parts], special=False)
         if self._has_prefix:
             ids = self._without_prefix(parts, ids)
@@ -290,18 +209,26 @@ class TextEncoder:
     ) -> list[str]:
         """Render whole conversations by the chat template; strings are turns."""
         ended = [True] * len(completions) if ended is None else ended
-        conversations = [turns_of(*texts) for texts in zip(prompts, completions, strict=True)]
-        return [
-            self._render(turns) if has_end else self._render_up_to(turns, len(turns) - 1)
-            for turns, has_end in zip(conversations, ended, strict=True)
-        ]
+        rows = zip(prompts, completions, ended, strict=True)
+        return [self._template.whole(turns_of(prompt, answer), has_end) for prompt, answer, has_end in rows]
+
+    def completion(self, prompt: Text, text: str) -> Text:
+        """Return what a policy wrote as a completion of the prompt's kind.
+
+        The space that parts an answer from the marker of its turn is no part of the message.
+        """
+        if not is_conversational(prompt):
+            return text
+        whole_turn = not ends_within_turn(prompt)
+        if whole_turn and (not self.has_template or self._template.puts_space):
+            text = text.removeprefix(" ")
+        return as_completion(text, prompt)
 
     # -- parts ------------------------------------------------------------------------------------
 
     def _by_kind(self, prompts: Sequence[Text], conversational: Sequence[bool]) -> list[list[int]]:
         """Token rows of prompts, each kind in one call of the tokenizer."""
         rows: list[list[int]] = [[] for _ in prompts]
-        bos = self.tokenizer.bos_token_id
         through_template = [self.has_template and chat for chat in conversational]
         for template in (False, True):
             places = [i for i, chosen in enumerate(through_template) if chosen == template]
@@ -310,48 +237,28 @@ class TextEncoder:
             texts = [self.prompt_text(prompts[i]) for i in places]
             for i, row in zip(places, self._ids(texts, special=not template), strict=True):
                 row = row[: len(row) - self._suffix] if self._suffix and not template else row
-                # a string that begins with BOS, which the tokenizer has put before it once more
-                rows[i] = row[1:] if not template and row[:2] == [bos, bos] else row
+                rows[i] = row if template else with_one_bos(row, self.tokenizer)
         return rows
 
     def prompt_text(self, prompt: Text) -> str:
         """Render a prompt as the text that is tokenized."""
-        if isinstance(prompt, str):
-            return prompt
-        if not self.has_template:
-            return render_prompt(prompt)
-        if ends_within_turn(prompt):
-            return self._render_up_to(prompt, len(prompt) - 1)
-        return self._render(prompt, add_generation_prompt=True)
+        if not is_conversational(prompt):
+            return str(prompt)
+        return self._template.prompt(prompt) if self.has_template else render_prompt(prompt)
 
-    def _split(self, prompt: Text, completion: Text, turn_end: re.Pattern[str] | None) -> _Split:
-        """Part what a completion adds from what stands before it; without a turn's end it was cut off."""
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    def _split(self, prompt: Text, completion: Text, ended: bool) -> SplitText:
         if not is_conversational(prompt) and not is_conversational(completion):
-            return _Split("", str(completion), False)
-        if not self.has_template:
-            _, (answer,) = prompt_and_responses(prompt, [completion], 0, ["completion"])
-            return _Split("", answer, False)
-        opening, turns = turns_of(prompt, []), turns_of(prompt, completion)
-        text = self._render(turns) if turn_end else self._render_up_to(turns, len(turns) - 1)
-        start = self.prompt_text(opening)
-        if not text.startswith(start):  # it opens a thought, or writes the last turn of a user otherwise
-            begun = ends_within_turn(opening)
-            place = len(opening) - begun
-            empty = opening[-1] if begun else {**turns[place], "content": ""}
-            start = self._render_up_to([*turns[:place], empty, *turns[place + 1 :]], place)
-        if not text.startswith(start):
-            shown = shorten(text, 80)
-            raise UserError(
-                "the chat template writes what stands before an answer by the answer itself, so that the two "
-                f"cannot be parted; give another --chat_template (the row is rendered as {shown!r})"
-            )
-        answer = text[len(start) :]
-        if not turn_end:
-            return _Split(start, answer, False)
-        end = turn_end.search(answer)
-        return _Split(start, answer[: end.end(1)], True) if end else _Split(start, answer.rstrip(), False)
+            return SplitText("", str(completion))
+        if self.has_template:
+            return self._template.split(prompt, completion, ended)
+        start, (answer,) = prompt_and_responses(prompt, [completion], 0, ["completion"])
+        return SplitText(start, answer)
 
-    def _without_prefix(self, parts: Sequence[_Split], alone: list[list[int]]) -> list[list[int]]:
+    def _without_prefix(self, parts: Sequence[SplitText], alone: list[list[int]]) -> list[list[int]]:
         """Token rows of answers behind what stands before them, where the tokens part there."""
         starts = self._ids([part.start for part in parts], special=False)
         wholes = self._ids([part.start + part.answer for part in parts], special=False)
@@ -359,33 +266,6 @@ class TextEncoder:
             whole[len(start) :] if part.start and whole[: len(start)] == start else row
             for part, start, whole, row in zip(parts, starts, wholes, alone, strict=True)
         ]
-
-    def _turn_end(self) -> re.Pattern[str]:
-        """Match the special tokens that end a text; the first ends the turn (Phi-3 puts EOS behind it)."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        either = "|".join(map(re.escape, special)) or r"(?!)"
-        return re.compile(rf"({either})(?:\s*(?:{either}))*\s*\Z")
-
-    def _render_up_to(self, messages: Sequence[Message], place: int) -> str:
-        """Render a conversation, and return what stands before the end of one of its messages."""
-        message = {**messages[place], "content": messages[place]["content"] + _MARK}
-        text, mark, _ = self._render([*messages[:place], message, *messages[place + 1 :]]).rpartition(_MARK)
-        if not mark:
-            raise UserError(
-                "the chat template leaves out the words of an answer; give another --chat_template"
-            )
-        return text
-
-    def _render(self, messages: Sequence[Message], **options: Any) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-        except Exception as error:  # Jinja's own, and what a template raises of conversations
-            reason = " ".join(str(error).split()) or type(error).__name__
-            shown = shorten(" / ".join(f"{m.get('role')}: {m.get('content')}" for m in messages), 80)
-            raise UserError(
-                f"the chat template refuses a conversation ({reason}); mend the row that begins {shown!r}"
-            ) from error
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special).input_ids if texts else []

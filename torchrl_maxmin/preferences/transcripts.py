@@ -8,26 +8,53 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torchrl_maxmin.errors import UserError
 
 __all__ = [
     "ASSISTANT_TURN",
+    "Message",
+    "Text",
     "as_transcript",
     "ends_within_turn",
+    "is_conversational",
     "prompt_and_responses",
     "render_prompt",
     "speaker_of",
     "split_prompt",
     "text_of",
+    "turns_of",
 ]
 
 Message = Mapping[str, Any]
+Text = str | Sequence[Message]
 
 ASSISTANT_TURN = "\n\nAssistant:"
 _HUMAN_START = re.compile(r"\s*Human:")
 _SPEAKERS = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant"}
+
+
+def is_conversational(text: Text) -> TypeGuard[Sequence[Message]]:
+    """Whether a text is a list of messages."""
+    return not isinstance(text, str)
+
+
+def turns_of(prompt: Text, completion: Text) -> list[Message]:
+    """Return one conversation of a prompt and what answers it.
+
+    A string is a turn. An answer to a prompt that ends within the assistant's turn goes on with that turn.
+    """
+    opening: list[Any] = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else [*prompt]
+    )
+    answer: list[Any] = (
+        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
+    )
+    if answer and ends_within_turn(opening) and speaker_of(answer[0]) == "Assistant":
+        begun = opening.pop()
+        answer[0] = {**begun, **answer[0], "content": begun["content"] + answer[0]["content"]}
+    return [*opening, *answer]
 
 
 def prompt_and_responses(
@@ -141,6 +168,8 @@ def _split_messages(
         shortest = min(len(side) for side in sides)
         while shared < shortest - 1 and all(_same(side[shared], sides[0][shared]) for side in sides):
             shared += 1
+        while shared and ends_within_turn(sides[0][:shared]):  # a whole turn, which no answer goes on with
+            shared -= 1
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]

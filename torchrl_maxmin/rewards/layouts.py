@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational, with_one_bos
 from torchrl_maxmin.preferences.transcripts import prompt_and_responses
 
 __all__ = ["LAYOUTS", "Text", "TextLayout", "is_conversational", "takes_pairs"]
@@ -163,7 +163,8 @@ class TextLayout:
     def _ids(self, *texts: list[str], limit: int | None = None, special: bool = True) -> list[list[int]]:
         # the tokenizer would cut the end, where a decoder's score is read
         truncation = {"truncation": True, "max_length": limit} if self.bidirectional and limit else {}
-        return self.tokenizer(*texts, add_special_tokens=special, **truncation).input_ids
+        rows = self.tokenizer(*texts, add_special_tokens=special, **truncation).input_ids
+        return [with_one_bos(row, self.tokenizer) for row in rows]
 
     def _eos(self) -> list[int]:
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]

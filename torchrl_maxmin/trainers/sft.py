@@ -27,6 +27,7 @@ from torchrl_maxmin.preferences.transcripts import speaker_of, split_prompt
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
     prepare_output_dir,
     resolve_device,
     seed_everything,
@@ -125,16 +126,21 @@ def _read_texts(config: SFTConfig) -> tuple[list[Text], list[Text]]:
 
 
 def _split_row(prompt: Text | None, text: Text, row: int, column: str) -> tuple[Text, Text]:
-    """A row's prompt and completion; the last message of a conversation answers those before it."""
+    """A row's prompt and completion; the last turn of a conversation answers those before it."""
     if prompt is None:
         if isinstance(text, str):
             return "", text
-        if len(text) == 1 or speaker_of(text[-1]) != "Assistant":
+        if speaker_of(text[-1]) != "Assistant" or all(speaker_of(turn) == "Assistant" for turn in text):
             raise UserError(
                 f"row {row}: column {column!r} holds a conversation that does not end with an answer of the "
                 "assistant to a message before it; mend the row, or give a string"
             )
-        prompt, text = text[:-1], text[-1:]
+        first = len(text) - 1
+        while (
+            first and speaker_of(text[first - 1]) == "Assistant"
+        ):  # a whole turn, which nothing goes on with
+            first -= 1
+        prompt, text = text[:first], text[first:]
     start, (end,) = split_prompt(prompt, [text], row, [column])
     return start, end
 
@@ -155,6 +161,7 @@ def _encode(
     return rows
 
 
+@leave_no_empty_output
 def run_sft(config: SFTConfig) -> Path:
     """Fine-tune a model and save it with its tokenizer; returns the folder.
 
