@@ -2,7 +2,7 @@
 
 import torch
 
-from torchrl_maxmin.rewards.features import text_features
+from torchrl_maxmin.rewards.pairs import text_features
 
 
 def test_text_features_are_last_state_and_sums(tiny_model):

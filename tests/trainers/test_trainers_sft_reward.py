@@ -10,11 +10,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.world import sample_reviews
 from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.trainers import sft as sft_module
 from torchrl_maxmin.trainers.reward import RewardConfig, run_reward, user_accuracy
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
+from torchrl_maxmin.world import sample_reviews
 
 
 def write(path, rows):

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.distributed import mean_over_ranks
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.rewards.calibration import Calibration
-from torchrl_maxmin.rewards.layouts import Text
-from torchrl_maxmin.rewards.reader import TextReader
+from torchrl_maxmin.rewards.reader import Text, TextReader
 
 __all__ = ["RewardModel", "TokenModel", "score_texts"]
 

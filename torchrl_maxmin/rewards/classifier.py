@@ -34,7 +34,7 @@ class SequenceClassifier(nn.Module):
     Args:
         model: ``AutoModelForSequenceClassification`` of any architecture.
         tokenizer: its tokenizer.
-        layout: see :class:`~torchrl_maxmin.rewards.layouts.TextLayout`.
+        layout: see :class:`~torchrl_maxmin.rewards.reader.TextLayout`.
         label: the only output that is a reward, for a classifier with other labels beside it; all when None.
 
     Raises:

@@ -15,8 +15,8 @@ from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.rewards.base import RewardModel, score_texts
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.classifier import SequenceClassifier
-from torchrl_maxmin.rewards.layouts import Text
 from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.reader import Text
 
 __all__ = ["RewardEnsemble", "is_reward_model", "load_reward_model"]
 
@@ -70,7 +70,7 @@ class RewardEnsemble(RewardModel):
             source: names or folders of the models, or what :meth:`save_pretrained` wrote, or a
                 json file like it: ``{"members": [{"name_or_path": ..., "layout": ..., "label": ...}]}``.
             layouts: one for all models, or one each, see
-                :class:`~torchrl_maxmin.rewards.layouts.TextLayout`; mixtures keep their own.
+                :class:`~torchrl_maxmin.rewards.reader.TextLayout`; mixtures keep their own.
             labels: for each model the output that is its reward, or None for all of them.
             prior: shares of the K groups; equal when None.
             dtype: of the models.

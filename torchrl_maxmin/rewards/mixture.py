@@ -29,8 +29,7 @@ from torchrl_maxmin.rewards.base import RewardModel, score_texts
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.classifier import has_linear_score
 from torchrl_maxmin.rewards.heads import RewardHeads, permute_rows_, reset_row_
-from torchrl_maxmin.rewards.layouts import Text
-from torchrl_maxmin.rewards.reader import TextReader
+from torchrl_maxmin.rewards.reader import Text, TextReader
 
 __all__ = ["RewardMixture"]
 
@@ -115,7 +114,7 @@ class RewardMixture(RewardModel):
             rank: features of ``low_rank``; K when None.
             pooling: ``last``, ``mean`` or ``cls``, see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
             layout: how prompt and completion become one text, see
-                :class:`~torchrl_maxmin.rewards.layouts.TextLayout`; None suits the trunk.
+                :class:`~torchrl_maxmin.rewards.reader.TextLayout`; None suits the trunk.
             use_peft: freeze the trunk and train LoRA adapters on it.
             adapters: ``per_group``: every group has an adapter and a head of its own, and a text takes K
                 passes; ``shared``: one adapter, one pass, K heads.

@@ -19,8 +19,8 @@ from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
 from torchrl_maxmin.preferences.texts import Text, as_completion
-from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards.base import RewardModel
+from torchrl_maxmin.world import World
 
 __all__ = [
     "FunctionRewards",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.grammar import COMPLAINT, PRAISE, WORDS, sample_review
+from torchrl_maxmin.world.grammar import COMPLAINT, PRAISE, WORDS, sample_review
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast

@@ -1,31 +1,36 @@
-"""How many groups the users show."""
+"""How many groups the users show: mixtures fitted without some users, and what they say of those."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from scipy.special import comb
 from torch import Tensor
 
+from torchrl_maxmin.clustering.choices import PairChoices, sum_by_segment
+from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.rewards.choices import PairChoices, sum_by_segment
-from torchrl_maxmin.rewards.crossfit import choose_penalty, fit_choices, leave_users_out, user_folds
-from torchrl_maxmin.rewards.linear_em import LinearMixture
 
 __all__ = [
     "L2_CANDIDATES",
+    "LeftOutUsers",
     "NumGroupsChoice",
     "adjusted_rand_index",
+    "choose_penalty",
     "heldout_rows",
+    "leave_users_out",
+    "match_groups",
     "predictive_log_likelihood",
     "select_l2",
     "select_num_groups",
+    "user_folds",
 ]
 
 #: Penalties that are tried where one is chosen.
@@ -124,7 +129,7 @@ def select_num_groups(
         diagnostics: whether to look at held-out pairs of known users, BIC and stability too, for
             ``2 + num_refits`` more fits a K.
         num_refits: resamples of the users behind the stability.
-        **fit: passed to :func:`~torchrl_maxmin.rewards.linear.fit_linear_mixture`.
+        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
 
     Example:
         >>> import torch
@@ -188,11 +193,11 @@ def select_l2(
         differences: standardised feature differences [P, D], rows sorted by user.
         user_offsets: int64 [U + 1].
         num_groups: K.
-        candidates: penalties, in the units of :func:`~torchrl_maxmin.rewards.linear.fit_linear_mixture`.
+        candidates: penalties, in the units of :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
         num_folds: parts the users are cut into.
         seed: of the folds and the starts.
         row_weights: how much each pair counts [P].
-        **fit: passed to :func:`~torchrl_maxmin.rewards.linear.fit_linear_mixture`.
+        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
     choices = PairChoices(differences, user_offsets, row_weights)
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
@@ -226,7 +231,7 @@ class _Diagnostics:
         drawn = np.sort(np.random.default_rng([self.seed, refit]).integers(num_users, size=num_users))
         mixture = fit_choices(self.choices.take_users(torch.from_numpy(drawn)), k, self.seed + refit, **fit)
         data = self.choices.differences, self.choices.user_offsets, self.choices.row_weights
-        return mixture.posterior(*data).argmax(-1)
+        return mixture.expectation(*data).responsibilities.argmax(-1)
 
 
 def heldout_rows(user_offsets: Tensor, fraction: float, seed: int) -> Tensor:
@@ -284,3 +289,88 @@ def _one_standard_error(total: dict[int, float], errors: dict[int, float]) -> in
 
 def _scaled(by_k: dict[int, float], num_choices: float) -> dict[int, float]:
     return {k: value / num_choices for k, value in by_k.items()}
+
+
+# -- users left out of the fit ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LeftOutUsers:
+    """Every user as a mixture sees them that was fitted without them.
+
+    Attributes:
+        posterior: [U, K] float64; the folds' groups are matched to one another.
+        log_likelihood: [U] float64.
+    """
+
+    posterior: Tensor
+    log_likelihood: Tensor
+
+
+def user_folds(num_users: int, num_folds: int, seed: int) -> list[Tensor]:
+    """Cut the users into random parts of like size: sorted indices, each user in one part."""
+    order = np.random.default_rng(seed).permutation(num_users)
+    return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, min(num_folds, num_users))]
+
+
+def leave_users_out(
+    choices: PairChoices,
+    num_groups: int,
+    folds: list[Tensor],
+    *,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+    **fit: Any,
+) -> LeftOutUsers:
+    """Fit a mixture without each fold, and score the fold's users with it.
+
+    Args:
+        choices: all users.
+        num_groups: K.
+        folds: indices of the users left out each time; together all users.
+        seed: of the starts, the same in every fold.
+        advance: called after every fit.
+        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
+    """
+    num_users = len(choices.user_offsets) - 1
+    posterior = torch.zeros(num_users, num_groups, dtype=torch.float64)
+    log_likelihood = torch.zeros(num_users, dtype=torch.float64)
+    reference: Tensor | None = None
+    for fold in folds:
+        inside = torch.ones(num_users, dtype=torch.bool)
+        inside[fold] = False
+        mixture = fit_choices(choices.take_users(inside.nonzero().flatten()), num_groups, seed, **fit)
+        outside = choices.take_users(fold)
+        seen = mixture.expectation(outside.differences, outside.user_offsets, outside.row_weights)
+        reference = mixture.weight if reference is None else reference
+        order = match_groups(mixture.weight, reference)
+        posterior[fold] = seen.responsibilities[:, order].double()
+        log_likelihood[fold] = seen.log_likelihood.double()
+        advance()
+    return LeftOutUsers(posterior, log_likelihood)
+
+
+def choose_penalty(
+    choices: PairChoices, num_groups: int, folds: list[Tensor], candidates: Sequence[float], **settings: Any
+) -> tuple[float, LeftOutUsers]:
+    """The penalty under which left-out users are likeliest, and these users as it sees them.
+
+    Args:
+        choices: all users.
+        num_groups: K.
+        folds: as in :func:`leave_users_out`.
+        candidates: penalties to try, in the units of the fit.
+        **settings: passed to :func:`leave_users_out`.
+    """
+    tried = {l2: leave_users_out(choices, num_groups, folds, l2=l2, **settings) for l2 in candidates}
+    best = max(tried, key=lambda l2: tried[l2].log_likelihood.sum().item())
+    return best, tried[best]
+
+
+def match_groups(weight: Tensor, reference: Tensor) -> Tensor:
+    """The order of the rows of ``weight`` [K, D] that points most where ``reference`` [K, D] does."""
+    cosine = (
+        torch.nn.functional.normalize(reference.double(), dim=-1)
+        @ torch.nn.functional.normalize(weight.double(), dim=-1).T
+    )
+    return torch.from_numpy(linear_sum_assignment(cosine.numpy(), maximize=True)[1])

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from torchrl_maxmin.rewards.choices import PairChoices
-from torchrl_maxmin.rewards.crossfit import fit_choices
-from torchrl_maxmin.rewards.identifiability import (
+from torchrl_maxmin.clustering import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.identifiability import (
     MISASSIGNMENT_BAR,
     balanced_misassignment_bound,
     expected_misassignment,
@@ -22,7 +22,6 @@ from torchrl_maxmin.rewards.identifiability import (
     identifiability_report,
     more_pairs_needed,
 )
-from torchrl_maxmin.rewards.linear import LinearMixture
 
 RUN = Path(__file__).parents[2] / "reproductions/identifiability/run.py"
 

@@ -10,11 +10,24 @@ from typing import NamedTuple
 
 import torch
 from maxmin_kernels import em_responsibilities
+from maxmin_kernels.em.naive import posterior as kernel_posterior
 from torch import Tensor, nn
 
-from torchrl_maxmin.rewards.solvers import minimise
+from torchrl_maxmin.clustering.solvers import minimise
+from torchrl_maxmin.preferences.dataset import PreferenceDataset
 
-__all__ = ["Expectation", "PairChoices", "expectation", "fit_bradley_terry", "user_blocks"]
+__all__ = [
+    "Expectation",
+    "PairChoices",
+    "UserRows",
+    "expectation",
+    "fit_bradley_terry",
+    "harden",
+    "posterior",
+    "row_weights_of",
+    "sum_by_segment",
+    "user_blocks",
+]
 
 #: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
 BLOCK_ROWS = 262_144
@@ -41,16 +54,20 @@ def expectation(
     margins: Tensor,
     user_offsets: Tensor,
     log_prior: Tensor,
-    assignment: str,
+    assignment: str = "soft",
     row_weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """E-step on margins [P, K]: responsibilities [U, K] (one-hot when ``hard``) and log-likelihood [U]."""
+) -> Expectation:
+    """E-step on margins [P, K]: responsibilities [U, K] (one-hot when ``hard``) and log-likelihood [U].
+
+    Both are summed in float64 and come back in the dtype of the margins.
+    """
     if row_weights is None:
         soft, log_likelihood = em_responsibilities(margins, None, user_offsets, log_prior)
     else:
-        log_choice = nn.functional.logsigmoid(margins) * row_weights.to(margins.dtype).unsqueeze(-1)
-        soft, log_likelihood = posterior(sum_by_segment(log_choice, user_offsets), log_prior)
-    return harden(soft) if assignment == "hard" else soft, log_likelihood
+        log_choice = nn.functional.logsigmoid(margins.double()) * row_weights.unsqueeze(-1)
+        step = posterior(sum_by_segment(log_choice, user_offsets), log_prior)
+        soft, log_likelihood = step.responsibilities.to(margins.dtype), step.log_likelihood.to(margins.dtype)
+    return Expectation(harden(soft) if assignment == "hard" else soft, log_likelihood)
 
 
 def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
@@ -58,16 +75,23 @@ def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
 
 
-def posterior(user_log_likelihood: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Responsibilities [U, K] and log-likelihood [U] from log-likelihoods by user and group [U, K]."""
-    joint = user_log_likelihood + log_prior
-    return joint.softmax(-1), joint.logsumexp(-1)
+def posterior(user_log_likelihood: Tensor, log_prior: Tensor) -> Expectation:
+    """Bayes' rule on log-likelihoods by user and group [U, K]; who is explained by no group gets the prior."""
+    return Expectation(*kernel_posterior(user_log_likelihood + log_prior, log_prior))
 
 
 def harden(responsibilities: Tensor) -> Tensor:
     """Every user wholly in their likeliest group, one-hot [U, K]."""
     hard = nn.functional.one_hot(responsibilities.argmax(-1), responsibilities.shape[-1])
     return hard.to(responsibilities.dtype)
+
+
+def row_weights_of(data: PreferenceDataset) -> Tensor | None:
+    """Return how much each pair of a data set counts [P] fp32; None where every pair counts once.
+
+    A tie that was halved is there both ways, each counted one half.
+    """
+    return None if bool((data.weights == 1).all()) else data.weights.float()
 
 
 def user_blocks(user_offsets: Tensor, block_rows: int) -> Iterator[tuple[slice, slice]]:
@@ -78,8 +102,37 @@ def user_blocks(user_offsets: Tensor, block_rows: int) -> Iterator[tuple[slice, 
         yield slice(first, last), slice(int(user_offsets[first]), int(user_offsets[last]))
 
 
+class UserRows:
+    """Rows of choices, those of a user side by side.
+
+    Attributes:
+        user_offsets: int64 [U + 1].
+        row_weights: how much each row counts [P]; None counts each once.
+    """
+
+    user_offsets: Tensor
+    row_weights: Tensor | None
+
+    @cached_property
+    def row_users(self) -> Tensor:
+        """The user of every row [P]."""
+        return torch.repeat_interleave(self.user_offsets.diff())
+
+    @cached_property
+    def choices_by_user(self) -> Tensor:
+        """How many choices each user made, ties halved: float64 [U]."""
+        if self.row_weights is None:
+            return self.user_offsets.diff().double()
+        return sum_by_segment(self.row_weights.double(), self.user_offsets)
+
+    @cached_property
+    def num_choices(self) -> float:
+        """All users' choices together: what the penalty and log-likelihoods a choice refer to."""
+        return self.choices_by_user.sum().item()
+
+
 @dataclass(frozen=True)
-class PairChoices:
+class PairChoices(UserRows):
     """Pairs under linear Bradley-Terry rewards: P(chosen) = sigmoid(w . difference).
 
     Attributes:
@@ -102,23 +155,6 @@ class PairChoices:
     def dtype(self) -> torch.dtype:
         """What fits come back in."""
         return self.differences.dtype
-
-    @cached_property
-    def row_users(self) -> Tensor:
-        """The user of every row [P]."""
-        return torch.repeat_interleave(self.user_offsets.diff())
-
-    @cached_property
-    def choices_by_user(self) -> Tensor:
-        """How many choices each user made, ties halved: float64 [U]."""
-        if self.row_weights is None:
-            return self.user_offsets.diff().double()
-        return sum_by_segment(self.row_weights.double(), self.user_offsets)
-
-    @cached_property
-    def num_choices(self) -> float:
-        """All users' choices together: what the penalty and log-likelihoods a choice refer to."""
-        return self.choices_by_user.sum().item()
 
     def take_users(self, users: Tensor) -> PairChoices:
         """These users' pairs, in the order of ``users`` [U'], which may name a user twice."""
@@ -169,7 +205,7 @@ class PairChoices:
             x, row_weights = self._rows(rows, weight.dtype)
             margins = _margins(x, weight)
             offsets = self.user_offsets[users.start : users.stop + 1] - rows.start
-            responsibilities[users], log_likelihood[users] = expectation(
+            responsibilities[users], log_likelihood[users], _ = expectation(
                 margins, offsets, log_prior, assignment, row_weights
             )
             if gradient:

@@ -6,8 +6,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
-from torchrl_maxmin.rewards import select_num_groups
-from torchrl_maxmin.rewards.linear import expectation, fit_linear_mixture, mixing_weights
+from torchrl_maxmin.clustering import expectation, fit_linear_mixture, mixing_weights, select_num_groups
 
 D = 6
 
@@ -66,7 +65,7 @@ def test_likelihood_equals_an_independent_sum():
     fitted = fit_linear_mixture(x, offsets, 2, num_rounds=5, num_restarts=1, generator=generator())
     expected = user_log_likelihood(x, offsets, fitted.weight, fitted.log_prior)
     assert fitted.log_likelihood == pytest.approx(expected.sum(), rel=1e-5)
-    np.testing.assert_allclose(fitted.user_log_likelihood(x, offsets), expected, rtol=1e-4)
+    np.testing.assert_allclose(fitted.expectation(x, offsets).log_likelihood, expected, rtol=1e-4)
 
 
 def test_soft_em_never_lowers_its_likelihood():
@@ -132,8 +131,8 @@ def test_the_best_restart_wins_and_the_seed_decides():
 def test_expectation_is_bayes_rule_for_ragged_users():
     margins = torch.randn(7, 3, generator=generator()) * 3
     offsets, log_prior = torch.tensor([0, 1, 5, 7]), torch.tensor([0.2, 0.5, 0.3]).log()
-    soft, ll = expectation(margins, offsets, log_prior, "soft")
-    hard, hard_ll = expectation(margins, offsets, log_prior, "hard")
+    soft, ll, _ = expectation(margins, offsets, log_prior, "soft")
+    hard, hard_ll, _ = expectation(margins, offsets, log_prior, "hard")
     for u, (a, b) in enumerate([(0, 1), (1, 5), (5, 7)]):
         joint = log_expit(margins[a:b].double().numpy()).sum(0) + log_prior.double().numpy()
         np.testing.assert_allclose(soft[u], np.exp(joint - logsumexp(joint)), atol=1e-5)

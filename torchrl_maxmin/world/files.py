@@ -14,7 +14,8 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.loading import import_transformers, load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.preferences.world import (
+from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.world.world import (
     World,
     build_config,
     build_tokenizer,
@@ -22,7 +23,6 @@ from torchrl_maxmin.preferences.world import (
     sample_prompts,
     sample_reviews,
 )
-from torchrl_maxmin.progress import progress_bar
 
 __all__ = ["RESPONSE_LENGTH", "write_preferences", "write_world"]
 

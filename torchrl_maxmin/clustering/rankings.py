@@ -12,9 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.rewards.choices import Expectation, posterior, sum_by_segment
-from torchrl_maxmin.rewards.linear_em import EMSettings, LinearMixture, best_fit, fit_exact, random_starts
-from torchrl_maxmin.rewards.solvers import minimise
+from torchrl_maxmin.clustering.choices import Expectation, posterior, sum_by_segment
+from torchrl_maxmin.clustering.em import EMSettings
+from torchrl_maxmin.clustering.linear import LinearMixture, best_fit, fit_exact, random_starts
+from torchrl_maxmin.clustering.solvers import minimise
 
 __all__ = ["RankingChoices", "fit_ranking_mixture", "ranking_log_likelihood"]
 
@@ -59,7 +60,7 @@ class RankingChoices:
         """One E-step: responsibilities [U, K] and log-likelihood [U] at heads [K, D]."""
         scores = self.item_features.to(weight.dtype) @ weight.T
         by_user = sum_by_segment(self.stages.log_probability(scores)[0], self.stages.user_offsets)
-        return Expectation(*posterior(by_user, log_prior))
+        return posterior(by_user, log_prior)
 
     def maximise(self, responsibilities: Tensor, start: Tensor, l2: float) -> Tensor:
         """The M-step, to convergence: float64 heads [K, D], from ``start`` [K, D]."""
@@ -190,7 +191,7 @@ def fit_ranking_mixture(
 ) -> LinearMixture:
     """Fit K linear rewards to rankings by EM with exact M-steps; the best of several starts wins.
 
-    With rankings of two items this is :func:`~torchrl_maxmin.rewards.linear.fit_linear_mixture` with
+    With rankings of two items this is :func:`~torchrl_maxmin.clustering.fit_linear_mixture` with
     ``m_step="exact"`` on the differences of their features.
 
     Args:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.rewards.choices import posterior, sum_by_segment
-from torchrl_maxmin.rewards.linear_em import LinearMixture
+from torchrl_maxmin.clustering.choices import posterior, sum_by_segment
+from torchrl_maxmin.clustering.linear import LinearMixture
 
 __all__ = ["UserAssignment", "assign_user", "assign_users"]
 
@@ -48,8 +48,9 @@ def assign_users(mixture: LinearMixture, differences: Tensor, user_offsets: Tens
     counts = user_offsets.diff()
     running = torch.cat([torch.zeros(1, log_choice.shape[1]).double(), log_choice.cumsum(0)])
     log_likelihood = running[1:] - running[user_offsets[:-1]].repeat_interleave(counts, 0)
-    final, _ = posterior(sum_by_segment(log_choice, user_offsets), log_prior)
-    return UserAssignment(final, posterior(log_likelihood, log_prior)[0], log_likelihood)
+    by_user = sum_by_segment(log_choice, user_offsets)
+    final, each = (posterior(sums, log_prior).responsibilities for sums in (by_user, log_likelihood))
+    return UserAssignment(final, each, log_likelihood)
 
 
 def assign_user(mixture: LinearMixture, differences: Tensor) -> UserAssignment:

@@ -8,8 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import expit, log_expit, logsumexp
 
-from torchrl_maxmin.rewards.linear import fit_linear_mixture
-from torchrl_maxmin.rewards.rankings import RankingChoices, fit_ranking_mixture, ranking_log_likelihood
+from torchrl_maxmin.clustering import fit_linear_mixture
+from torchrl_maxmin.clustering.rankings import RankingChoices, fit_ranking_mixture, ranking_log_likelihood
 
 
 def oracle(scores, offsets):
@@ -182,6 +182,6 @@ def test_a_ranking_head_scores_pairs_of_new_users():
     )
     assert balanced_accuracy(fitted.assignments, truth) >= 0.95
     best, worst = items[0::3], items[2::3]
-    found = fitted.posterior(best - worst, users)
+    found = fitted.expectation(best - worst, users).responsibilities
     assert (found.argmax(-1) == fitted.assignments).double().mean() >= 0.9
     assert expit(((best - worst) @ fitted.weight.T).max(-1).values.numpy()).mean() > 0.9

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from scipy.special import log_expit, softmax
 
-from torchrl_maxmin.rewards.assignment import assign_user, assign_users
-from torchrl_maxmin.rewards.linear import LinearMixture
+from torchrl_maxmin.clustering import LinearMixture
+from torchrl_maxmin.clustering.assignment import assign_user, assign_users
 
 
 def example():
@@ -36,7 +36,9 @@ def test_posterior_after_every_pair_is_bayes_rule():
         )
     np.testing.assert_allclose(found.posterior[1], [0.6, 0.3, 0.1], atol=1e-7)  # no pairs
     assert torch.equal(found.groups, found.posterior.argmax(-1))
-    torch.testing.assert_close(found.posterior.float(), mixture.posterior(x, offsets), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.posterior.float(), mixture.expectation(x, offsets).responsibilities, atol=1e-5, rtol=0
+    )
 
 
 def test_one_user_is_a_batch_of_one():

@@ -8,15 +8,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences import PreferenceDataset, World
-from torchrl_maxmin.preferences.grammar import WORDS
-from torchrl_maxmin.preferences.world import (
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.world import (
+    World,
     build_config,
     is_heldout,
     sample_prompts,
     sample_reviews,
 )
-from torchrl_maxmin.preferences.world_data import write_preferences, write_world
+from torchrl_maxmin.world.files import write_preferences, write_world
+from torchrl_maxmin.world.grammar import WORDS
 
 
 @pytest.mark.parametrize(("name", "scale"), [("10:1", 8.0), ("80:20", 4.0)])
