@@ -76,7 +76,7 @@ def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
 
 
 def posterior(user_log_likelihood: Tensor, log_prior: Tensor) -> Expectation:
-    """Bayes' rule on log-likelihoods by user and group [U, K]; who is explained by no group gets the prior."""
+    """Bayes' rule on log-likelihoods by user and group [U, K]; whom none explains gets the prior."""
     return Expectation(*kernel_posterior(user_log_likelihood + log_prior, log_prior))
 
 

@@ -114,7 +114,7 @@ def run_em(
     A group that holds less than half a user is repaired (:func:`repair_empty_groups`) before the next M-step.
     Where M-steps converge, the objective never falls but at a repair, and a repair that did not pay is taken
     back: soft, it is the observed log-likelihood; hard, that of the likeliest groups; both with the mixing
-    weights' pseudo-user and less the penalty, in nats a choice. Sums over users are taken in float64.
+    weights' pseudo-user and less the penalty, in nats a choice. Log-likelihoods are summed in float64.
 
     Args:
         choices: the data.
@@ -189,8 +189,7 @@ def run_em(
 def mixing_weights(responsibilities: Tensor) -> Tensor:
     """Log mixing weights [K] from responsibilities [U, K], with one pseudo-user over all groups."""
     num_users, num_groups = responsibilities.shape
-    mass = responsibilities.sum(0, dtype=torch.float64)
-    return ((mass + 1.0 / num_groups) / (num_users + 1)).log().to(responsibilities.dtype)
+    return ((responsibilities.sum(0) + 1.0 / num_groups) / (num_users + 1)).log()
 
 
 def converged(history: Sequence[dict[str, Any]], tolerance: float | None) -> bool:
