@@ -155,8 +155,8 @@ def run_em(
             "em/responsibility_entropy": torch.special.entr(responsibilities).sum(-1).mean().item(),
             "em/users_changed": _users_changed(next_start, responsibilities),
             "em/repaired_groups": [],
-            **{f"em/cluster_mass/{k}": mass for k, mass in enumerate(responsibilities.sum(0).tolist())},
             **figures,
+            **{f"em/cluster_mass/{k}": mass for k, mass in enumerate(responsibilities.sum(0).tolist())},
         }
         score = total
         if (penalty := m_step.penalty()) is not None:

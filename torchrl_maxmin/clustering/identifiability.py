@@ -188,7 +188,8 @@ def identifiability_report(
         (True, 0)
     """
     # Few pairs have many local optima, and one fold that falls into a bad one spoils its users.
-    fit = {"m_step": "exact", "convergence_tolerance": 1e-4, "num_rounds": 100, "num_restarts": 6} | fit
+    exact: dict[str, Any] = {"m_step": "exact", "convergence_tolerance": 1e-4, "num_rounds": 100}
+    fit = exact | {"num_restarts": 6} | fit
     choices = PairChoices(differences, user_offsets, row_weights)
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
     with progress_bar("leaving users out", len(folds) * len(l2_candidates)) as advance:

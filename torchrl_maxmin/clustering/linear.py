@@ -273,5 +273,7 @@ def _fit(choices: LinearChoices, m_step: MStep, settings: EMSettings) -> tuple[L
     fit = run_em(choices, m_step, settings)
     assert fit.weight is not None
     assert fit.log_prior is not None
-    tensors = (tensor.to(choices.dtype) for tensor in (fit.weight, fit.log_prior, fit.responsibilities))
-    return LinearMixture(*tensors, fit.log_likelihood, fit.history), fit.score
+    weight, log_prior, responsibilities = (
+        tensor.to(choices.dtype) for tensor in (fit.weight, fit.log_prior, fit.responsibilities)
+    )
+    return LinearMixture(weight, log_prior, responsibilities, fit.log_likelihood, fit.history), fit.score

@@ -22,7 +22,7 @@ from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_caus
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
 from torchrl_maxmin.modules.trunks import require_positions
-from torchrl_maxmin.preferences.loading import load_prompts
+from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS

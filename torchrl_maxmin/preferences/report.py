@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_maxmin.preferences.late_bar import late_bar
+from torchrl_maxmin.preferences.schemas.pairs import Origin
+from torchrl_maxmin.progress import late_bar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from torchrl_maxmin.preferences.building import Origin
-    from torchrl_maxmin.preferences.dataset import PreferenceDataset
 
 __all__ = ["DataReport", "check_pairs"]
 
@@ -131,8 +129,8 @@ class DataReport:
         return Group(figures, told) if self.warnings else figures
 
 
-def check_pairs(data: PreferenceDataset) -> DataReport:
-    """Look at every pair once and say what is there; see :class:`DataReport`."""
+def check_pairs(data: Any) -> DataReport:
+    """Look at every pair of a :class:`PreferenceDataset` once and say what is there."""
     origin = data.origin
     texts = _scan(data)
     users = data.row_users.numpy()
@@ -205,7 +203,7 @@ class _Texts:
     longest: int = 0
 
 
-def _scan(data: PreferenceDataset) -> _Texts:
+def _scan(data: Any) -> _Texts:
     import pyarrow.compute as pc
 
     texts = _Texts(np.empty(len(data), dtype=np.int64), np.empty(len(data), dtype=np.int64))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.distributed import mean_over_ranks
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.rewards.calibration import Calibration
-from torchrl_maxmin.rewards.reader import Text, TextReader
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, Text, TextReader
 
 __all__ = ["RewardModel", "TokenModel", "score_texts"]
 
@@ -98,7 +98,7 @@ class RewardModel(nn.Module):
         completions: Sequence[Text],
         *,
         calibrated: bool = False,
-        batch_size: int = 256,
+        batch_size: int = SCORED_AT_ONCE,
         max_length: int | None = None,
         ended: Sequence[bool] | None = None,
     ) -> Tensor:

@@ -12,36 +12,44 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.choices import Expectation, expectation
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import SCORED_AT_ONCE, Batches, PairTokens
+from torchrl_maxmin.rewards.pairs import Batches, PairTokens
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 
 __all__ = ["FineTuning", "FineTuningSettings"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FineTuningSettings:
-    """Settings of the optimizer.
+    """Settings of the M-step.
 
     Attributes:
+        num_rounds: M-steps, over which the learning rates rise and fall.
         steps_per_round: optimizer steps of an M-step.
-        total_steps: of all M-steps, over which the rates rise and fall.
         batch_size: pairs a step.
         micro_batch_size: pairs that are in memory with their gradients at once; None takes all of a step.
-        scoring_batch_size: texts that an E-step reads at once.
-        learning_rate, head_learning_rate, weight_decay: of AdamW.
+        scoring_batch_size: texts that are read at once where no gradient is wanted.
+        learning_rate: of the trunk.
+        head_learning_rate: of the heads.
         reward_l2: penalty on squared rewards, which keeps offsets small.
+        weight_decay: of AdamW.
         seed: of the batches.
     """
 
-    steps_per_round: int
-    total_steps: int
-    batch_size: int
-    learning_rate: float
-    head_learning_rate: float
-    weight_decay: float
-    reward_l2: float
+    num_rounds: int = 4
+    steps_per_round: int = 50
+    batch_size: int = 64
     micro_batch_size: int | None = None
     scoring_batch_size: int = SCORED_AT_ONCE
+    learning_rate: float = 1e-5
+    head_learning_rate: float = 1e-4
+    reward_l2: float = 1e-3
+    weight_decay: float = 0.01
     seed: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all rounds."""
+        return self.num_rounds * self.steps_per_round
 
 
 class FineTuning:

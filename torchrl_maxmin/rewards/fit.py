@@ -30,7 +30,8 @@ from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import SCORED_AT_ONCE, PairTokens, feature_differences
+from torchrl_maxmin.rewards.pairs import PairTokens, feature_differences
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 
 __all__ = ["REPORT_USERS", "MixtureFit", "WarmStart", "fit_mixture", "heldout_figures"]
 
@@ -110,15 +111,6 @@ def fit_mixture(
     *,
     heldout: PreferenceDataset | None = None,
     use_true_groups: bool = False,
-    num_rounds: int = 4,
-    steps_per_round: int = 50,
-    batch_size: int = 64,
-    micro_batch_size: int | None = None,
-    scoring_batch_size: int = SCORED_AT_ONCE,
-    learning_rate: float = 1e-5,
-    head_learning_rate: float = 1e-4,
-    reward_l2: float = 1e-3,
-    weight_decay: float = 0.01,
     convergence_tolerance: float = 1e-4,
     num_restarts: int = 4,
     max_groups: int = 3,
@@ -129,6 +121,7 @@ def fit_mixture(
     device: torch.device | str = "cpu",
     on_round: Callable[[dict[str, Any]], None] | None = None,
     resume: dict[str, Any] | None = None,
+    **optimizer: Any,
 ) -> MixtureFit:
     """Learn K rewards and who holds them.
 
@@ -140,15 +133,6 @@ def fit_mixture(
         heldout: pairs of the same users that are only scored at the end.
         use_true_groups: train one head on each true group of ``data`` instead of finding groups:
             the yardstick that EM is measured by. ``num_groups`` and ``assignment`` are not used.
-        num_rounds: EM rounds at most; an E-step follows each.
-        steps_per_round: optimizer steps of an M-step.
-        batch_size: pairs a step.
-        micro_batch_size: pairs that are in memory with their gradients at once; None takes all of a step.
-        scoring_batch_size: texts that are read at once where no gradient is wanted.
-        learning_rate: of the trunk.
-        head_learning_rate: of the heads.
-        reward_l2: penalty on squared rewards, which keeps offsets small.
-        weight_decay: of AdamW.
         convergence_tolerance: stop when no user changed group and the training
             log-likelihood a pair rose by less than this.
         num_restarts: starts of the linear mixture.
@@ -162,6 +146,8 @@ def fit_mixture(
         device: where the reward model trains.
         on_round: called after every round with the state that ``resume`` takes.
         resume: go on from such a state; the result is bit-equal to a run that never stopped.
+        **optimizer: rounds, steps, rates and batch sizes: fields of
+            :class:`~torchrl_maxmin.rewards.fine_tuning.FineTuningSettings`.
 
     Raises:
         UserError: for fewer users than groups, or ``use_true_groups`` without true groups.
@@ -174,6 +160,7 @@ def fit_mixture(
         raise UserError("the data has no group column, so its true groups cannot be used; name it")
     if not use_true_groups:
         data.require_users(2 if num_groups == "auto" else int(num_groups))
+    tuning = FineTuningSettings(seed=seed, **optimizer)
     torch.manual_seed(seed)
     options = model_options or {}
     if resume is not None:
@@ -184,7 +171,9 @@ def fit_mixture(
         warm = WarmStart(torch.ones(data.num_users, 1))
     else:
         reading = {name: options[name] for name in _READING if name in options}
-        differences = feature_differences(data, model, max_length, device, scoring_batch_size, **reading)
+        differences = feature_differences(
+            data, model, max_length, device, tuning.scoring_batch_size, **reading
+        )
         choices = PairChoices(differences, data.user_offsets, row_weights_of(data))
         restarts = {"num_restarts": num_restarts, "assignment": assignment}
         warm = linear_warm_start(choices, num_groups, max_groups, seed, **restarts)
@@ -193,26 +182,13 @@ def fit_mixture(
     start = warm.responsibilities
     mixture = RewardMixture.from_backbone(model, start.shape[-1], **options).to(device)
     pairs = PairTokens(data, mixture.encoder(max_length), mixture.reader.pad_id)
-    total = num_rounds * steps_per_round
-    optimizer = FineTuningSettings(
-        steps_per_round=steps_per_round,
-        total_steps=total,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        head_learning_rate=head_learning_rate,
-        weight_decay=weight_decay,
-        reward_l2=reward_l2,
-        micro_batch_size=micro_batch_size,
-        scoring_batch_size=scoring_batch_size,
-        seed=seed,
-    )
-    with progress_bar(f"reward model, K={mixture.num_groups}", total) as advance:
-        m_step = FineTuning(mixture, pairs, optimizer, advance)
+    with progress_bar(f"reward model, K={mixture.num_groups}", tuning.total_steps) as advance:
+        m_step = FineTuning(mixture, pairs, tuning, advance)
         history: list[dict[str, Any]] = []
         if resume is not None:
             m_step.load_state_dict(resume)
             start, history = resume["responsibilities"], resume["history"]
-        advance(len(history) * steps_per_round)
+        advance(len(history) * tuning.steps_per_round)
 
         def keep(responsibilities: Tensor, history: list[dict[str, Any]]) -> None:
             if on_round is not None:
@@ -221,7 +197,7 @@ def fit_mixture(
 
         settings = EMSettings(
             assignment="known" if use_true_groups else assignment,
-            num_rounds=num_rounds,
+            num_rounds=tuning.num_rounds,
             convergence_tolerance=convergence_tolerance,
         )
         em = run_em(pairs, m_step, settings, start=start, history=history, on_round=keep)
@@ -235,7 +211,7 @@ def fit_mixture(
     if heldout is not None:
         later = PairTokens(heldout, mixture.encoder(max_length), mixture.reader.pad_id)
         known = dict(zip(data.user_ids, responsibilities, strict=True))
-        figures = heldout_figures(mixture, later, heldout.user_ids, known, scoring_batch_size)
+        figures = heldout_figures(mixture, later, heldout.user_ids, known, tuning.scoring_batch_size)
     return MixtureFit(
         mixture,
         data.user_ids,

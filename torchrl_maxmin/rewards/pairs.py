@@ -26,10 +26,9 @@ from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, is_conversational, set_chat_template
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.reader import TextReader
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, TextReader
 
 __all__ = [
-    "SCORED_AT_ONCE",
     "Batches",
     "PairTokens",
     "TokenRows",
@@ -39,9 +38,6 @@ __all__ = [
     "text_features",
     "tokens_report",
 ]
-
-#: Texts that a model without gradients reads at once, where nothing else is asked for.
-SCORED_AT_ONCE = 256
 
 _ENCODED_AT_ONCE = 4096
 _SPECIAL_TOKENS = 16  # more than any tokenizer puts around a text

@@ -35,10 +35,12 @@ from torchrl_maxmin.preferences.texts import (
 )
 from torchrl_maxmin.preferences.transcripts import prompt_and_responses
 
-__all__ = ["LAYOUTS", "POOLINGS", "TextLayout", "TextReader", "load_reader", "takes_pairs"]
+__all__ = ["LAYOUTS", "POOLINGS", "SCORED_AT_ONCE", "TextLayout", "TextReader", "load_reader", "takes_pairs"]
 
 LAYOUTS = ("auto", "continuation", "chat", "concat", "text_pair", "response")
 POOLINGS = ("last", "mean", "cls")
+#: Texts that a model without gradients reads at once, where nothing else is asked for.
+SCORED_AT_ONCE = 256
 
 
 class TextReader:

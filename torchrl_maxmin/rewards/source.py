@@ -317,6 +317,7 @@ def reference_rewards(
     prompts: TensorDict,
     rewards: MixtureRewards | FunctionRewards,
     num_samples: int,
+    batch_size: int = 512,
 ) -> Tensor:
     """Raw rewards [X, n, K] on the CPU of n samples of the reference policy for each of X prompts.
 
@@ -327,5 +328,5 @@ def reference_rewards(
     """
     device = next(reference.parameters()).device
     samples = sample_responses(reference, prompts, num_samples)
-    raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(512)])
+    raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(batch_size)])
     return raw.reshape(len(prompts), num_samples, -1)

@@ -7,32 +7,31 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.columns import (
+from torchrl_maxmin.preferences.io.columns import (
     PROMPT_ALIASES,
     Roles,
     cell,
+    column_paths,
     first_of,
     numbered_columns,
     rows_of,
     shown,
 )
-from torchrl_maxmin.preferences.judgements import Judgement, LoadOptions, best_of, ranked, tied
-from torchrl_maxmin.preferences.loading import require_columns
-from torchrl_maxmin.preferences.ratings import ratings, scores
+from torchrl_maxmin.preferences.io.files import require_columns
+from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked, tied
+from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values, ratings, scores
 from torchrl_maxmin.preferences.texts import Text
 from torchrl_maxmin.preferences.transcripts import split_prompt
-from torchrl_maxmin.preferences.verdicts import TIE, Verdicts, rank_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["LAYOUTS", "Layout", "find_layout"]
+__all__ = ["LAYOUTS", "find_layout"]
 
 _FIRST_TURN = "first_turn_"
 _STEMS = ("response", "completion", "answer", "output", "summary", "conversation", "option")
@@ -45,31 +44,15 @@ _SCORED = ("model_response", "response", "completion", "answer", "output")
 _PROMPT_KEYS = ("interaction_id", "prompt_id")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One way in which preference data are written down.
-
-    Attributes:
-        name: what reports call it.
-        columns: the columns by which it is recognised, for people.
-        find: the role of every column among these paths, or None where the layout does not fit.
-        judgements: the judgements in a table, from its roles, the user codes [N] of its rows and options.
-        states_pairs: whether rows state chosen and rejected texts (which should then differ).
-    """
-
-    name: str
-    columns: str
-    find: Callable[[Sequence[str]], Roles | None]
-    judgements: Callable[[Dataset, Roles, np.ndarray, LoadOptions], Iterator[Judgement]]
-    states_pairs: bool = False
-
-
-def find_layout(table: Dataset, paths: Sequence[str], name: str | None = None) -> tuple[Layout, Roles]:
-    """The first layout that fits the columns, or the one of this name.
+def find_layout(table: Dataset, name: str | None = None) -> tuple[Layout, Roles]:
+    """Find the first layout that fits the columns of a table, or the one of this name.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, and for a table without rows.
     """
+    if len(table) == 0:  # first: a file without rows has no columns either
+        raise UserError("the preference data has no rows")
+    paths = column_paths(table)
     if name is not None and name not in {layout.name for layout in LAYOUTS}:
         raise UserError(f"no layout {name!r}; choose one of {', '.join(layout.name for layout in LAYOUTS)}")
     for layout in LAYOUTS:

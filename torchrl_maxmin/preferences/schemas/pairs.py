@@ -1,17 +1,18 @@
-"""From a table of any layout to pairs: texts in a mapped file, numbers in memory."""
+"""From judgements of any layout to pairs: texts in a mapped file, numbers in memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import combinations
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.columns import (
+from torchrl_maxmin.preferences.io.columns import (
     EACH_ROW,
     GROUP_ALIASES,
     Roles,
@@ -20,21 +21,153 @@ from torchrl_maxmin.preferences.columns import (
     labels_of,
     outer_column,
     shown,
+    spill,
 )
-from torchrl_maxmin.preferences.judgements import Judgement, LoadOptions
-from torchrl_maxmin.preferences.late_bar import late_bar
-from torchrl_maxmin.preferences.layouts import find_layout
-from torchrl_maxmin.preferences.storage import spill
 from torchrl_maxmin.preferences.texts import Text
 from torchrl_maxmin.preferences.transcripts import as_transcript
+from torchrl_maxmin.progress import late_bar
 
+with suppress(ImportError):  # without it there are no tables
+    import pyarrow as pa
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Origin", "PairTable", "build_pairs"]
+__all__ = [
+    "Comparison",
+    "Judgement",
+    "Layout",
+    "LoadOptions",
+    "Origin",
+    "PairTable",
+    "best_of",
+    "build_pairs",
+    "ranked",
+    "tied",
+]
 
 _BATCH_PAIRS = 5_000
 _BATCH_CHARACTERS = 16 << 20  # a batch ends at whichever comes first
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How judgements become pairs.
+
+    Attributes:
+        ties: ``"drop"`` leaves ties out; ``"halve"`` makes two pairs of each, one in either order, with
+            weight 1/2.
+        tie_margin: scores that differ by no more than this are a tie.
+        max_pairs: most pairs from one user's scores of one prompt, and from all ratings of one rater; a
+            seeded choice where there are more.
+        identical: ``"error"`` refuses data that states chosen and rejected texts and has a pair in
+            which they are equal; ``"drop"`` leaves such pairs out, as is always done where the pairs
+            are built here.
+        seed: of that choice.
+        conversations: whether conversations become ``"transcript"`` strings or stay ``"messages"``.
+    """
+
+    ties: str = "drop"
+    tie_margin: float = 0.0
+    max_pairs: int = 64
+    identical: str = "error"
+    seed: int = 0
+    conversations: str = "transcript"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "ties": ("drop", "halve"),
+            "identical": ("error", "drop"),
+            "conversations": ("transcript", "messages"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        if not self.tie_margin >= 0:
+            raise UserError(f"tie_margin must be at least 0, not {self.tie_margin}")
+        if self.max_pairs < 1:
+            raise UserError(f"max_pairs must be at least 1, not {self.max_pairs}")
+
+
+class Comparison(NamedTuple):
+    """Response ``better`` over response ``worse``, by their places; or neither, when it is a tie."""
+
+    better: int
+    worse: int
+    tie: bool = False
+
+
+class Judgement(NamedTuple):
+    """What one user said about the responses to one prompt.
+
+    Attributes:
+        row: the row of the data where it stands (its first row, when it takes several).
+        prompt: a string or a list of messages.
+        responses: two or more responses, of the prompt's kind.
+        ranks: rank of each response, the best 0; equal ranks are ties, or an order not asked for.
+        comparisons: the pairs that train.
+        ties_left_out: ties that are not among the comparisons.
+        pairs_left_out: pairs beyond the cap that are not among the comparisons.
+    """
+
+    row: int
+    prompt: Text
+    responses: Sequence[Text]
+    ranks: Sequence[int]
+    comparisons: Sequence[Comparison]
+    ties_left_out: int = 0
+    pairs_left_out: int = 0
+
+
+def tied() -> tuple[list[int], list[Comparison]]:
+    """Ranks and comparisons of two responses that are equally good."""
+    return [0, 0], [Comparison(0, 1, tie=True)]
+
+
+def best_of(count: int, best: int) -> tuple[list[int], list[Comparison]]:
+    """Ranks and comparisons of one response preferred to all others, whose order was not asked.
+
+    Example:
+        >>> best_of(3, best=1)[0]
+        [1, 0, 1]
+    """
+    ranks = [int(i != best) for i in range(count)]
+    return ranks, [Comparison(best, other) for other in range(count) if other != best]
+
+
+def ranked(values: Sequence[float]) -> tuple[list[int], list[Comparison]]:
+    """Ranks and all comparisons of responses with these values, where smaller is better.
+
+    Example:
+        >>> ranked([2.0, 1.0, 2.0])
+        ([1, 0, 1], [Comparison(better=1, worse=0, tie=False), Comparison(better=0, worse=2, tie=True), \
+Comparison(better=1, worse=2, tie=False)])
+    """
+    levels = {value: rank for rank, value in enumerate(sorted(set(values)))}
+    ranks = [levels[value] for value in values]
+    comparisons = [
+        Comparison(i, j, tie=ranks[i] == ranks[j]) if ranks[i] <= ranks[j] else Comparison(j, i)
+        for i, j in combinations(range(len(ranks)), 2)
+    ]
+    return ranks, comparisons
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which preference data are written down.
+
+    Attributes:
+        name: what reports call it.
+        columns: the columns by which it is recognised, for people.
+        find: the role of every column among these paths, or None where the layout does not fit.
+        judgements: the judgements in a table, from its roles, the user codes [N] of its rows and options.
+        states_pairs: whether rows state chosen and rejected texts (which should then differ).
+    """
+
+    name: str
+    columns: str
+    find: Callable[[Sequence[str]], Roles | None]
+    judgements: Callable[[Dataset, Roles, np.ndarray, LoadOptions], Iterator[Judgement]]
+    states_pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,21 +225,27 @@ class Origin:
 
 def build_pairs(
     table: Dataset,
+    layout: Layout,
+    roles: Roles,
     user_column: str | None,
     group_column: str | None,
-    layout_name: str | None,
     options: LoadOptions,
 ) -> tuple[PairTable, Origin]:
     """Pairs, and how they were found.
 
+    Args:
+        table: the data.
+        layout: how its rows hold judgements.
+        roles: which columns the layout reads.
+        user_column: see :meth:`~torchrl_maxmin.preferences.PreferenceDataset.load`.
+        group_column: likewise.
+        options: how judgements become pairs.
+
     Raises:
-        UserError: for data without rows, columns or pairs, and for a row that cannot be read.
+        UserError: for data without users or pairs, and for a row that cannot be read.
     """
-    if len(table) == 0:  # first: a file without rows has no columns either
-        raise UserError("the preference data has no rows")
     table = table.with_format(None)
     paths = column_paths(table)
-    layout, roles = find_layout(table, paths, layout_name)
     user_column = user_column or find_user_column(paths)
     if user_column == EACH_ROW and EACH_ROW not in paths:
         users, user_ids = np.arange(len(table)), [str(row) for row in range(len(table))]

@@ -1,4 +1,4 @@
-"""Files in: json, jsonl, csv and parquet as Arrow tables, with the place of every mistake."""
+"""Tables in: a file or folder, a ``datasets.Dataset`` or a hub name, with the place of every mistake."""
 
 from __future__ import annotations
 
@@ -7,28 +7,164 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.late_bar import late_bar
+from torchrl_maxmin.preferences.io.columns import spill
+from torchrl_maxmin.preferences.texts import Text, read_texts
+from torchrl_maxmin.progress import late_bar
 
-__all__ = ["READERS", "read_files"]
+with suppress(ImportError):  # it comes with datasets, and load_table says where that is missing
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["READERS", "load_prompts", "load_table", "mixed_columns", "read_files", "require_columns"]
 
 Reach = Callable[[int], None]
 NumberedRow = tuple[int, dict[str, Any]]
 
+_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 _BATCH_ROWS = 5_000
 _BATCH_BYTES = 16 << 20  # of text; a batch ends at whichever comes first
 _CHUNK = 4 << 20  # characters of a JSON list
 _GAP = re.compile(r"[\s,]*")
 _CSV_BLOCK = 64 << 20  # a row of a csv file must fit into a block
 _SEPARATORS = ";\t|"
+
+
+def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
+    """Load rows from a file, a folder, a hub name or an object in memory.
+
+    Rows of a file are mapped from a temporary copy that goes away with the process: nothing is
+    written beside the file or kept in a cache. Hub data sets use the cache of ``datasets``
+    (``HF_HOME``).
+
+    Args:
+        source: ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a folder of such files, a
+            folder that ``save_to_disk`` wrote, a hub name, or a ``datasets.Dataset`` itself.
+        split: which split of a ``DatasetDict``, of a hub data set, or of a folder whose files
+            are named after their split.
+
+    Raises:
+        UserError: if there is nothing there, no such split, or a mistake in a file; the message
+            names the line where there are lines.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("reading data needs datasets: pip install 'torchrl-maxmin[llm]'") from error
+    if isinstance(source, datasets.Dataset):
+        return source
+    if isinstance(source, datasets.DatasetDict):
+        return _pick_split(source, split)
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"cannot read data from a {type(source).__name__}; give a path, a hub name or a datasets.Dataset "
+            "(Dataset.from_list, Dataset.from_pandas)"
+        )
+    path = Path(source)
+    try:
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(str(path))
+            return _pick_split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded
+        if path.exists():
+            return _read(_data_files(path, split))
+        if path.suffix in READERS:
+            raise UserError(f"cannot read data from {str(path)!r}: there is no such file; check the path")
+        return datasets.load_dataset(str(source), split=split)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"cannot read data from {str(source)!r} ({type(error).__name__}: {reason}); "
+            "give a json, jsonl, csv or parquet file, a saved dataset, or a hub name that can be reached"
+        ) from error
+
+
+def _read(files: list[Path]) -> Dataset:
+    import datasets
+
+    mixed: dict[str, str] = {}
+    table = spill(read_files(files, mixed))
+    table = table.drop_columns([name for name in table.column_names if name in mixed])
+    # a fingerprint of our own: datasets would hash every byte of the table, in memory
+    loaded = datasets.Dataset(table, fingerprint=uuid4().hex)
+    loaded.mixed_columns = mixed
+    return loaded
+
+
+def mixed_columns(table: Dataset) -> dict[str, str]:
+    """Return the columns of a file that were left out as their rows disagree about the type, and where."""
+    return getattr(table, "mixed_columns", {})
+
+
+def _data_files(path: Path, split: str) -> list[Path]:
+    """The file itself, or the files of a folder that belong to the split, by name."""
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise UserError(f"{path} is none of {', '.join(READERS)}; convert it to one of these")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+    found = sorted({file.suffix for file in files})
+    if len(found) != 1:
+        told = f"files of several kinds ({', '.join(found)})" if found else f"no {', '.join(READERS)} file"
+        raise UserError(f"the folder {path} holds {told}; name one file, or keep one kind in the folder")
+    of_split = {file: next((s for s in _SPLITS if file.stem.startswith(s)), None) for file in files}
+    if not any(of_split.values()):
+        return files
+    mine = [file for file, name in of_split.items() if name == split]
+    if not mine:
+        there = ", ".join(sorted({name for name in of_split.values() if name}))
+        raise UserError(f"no split {split!r} in the folder {path}; there are {there}")
+    return mine
+
+
+def _pick_split(splits: Any, split: str) -> Dataset:
+    if split not in splits:
+        raise UserError(f"no split {split!r} in the data; there are {', '.join(splits)}")
+    return splits[split]
+
+
+def require_columns(table: Dataset, wanted: Sequence[str], what: str) -> None:
+    """Raise :class:`UserError` naming the missing columns and those that are there."""
+    missing = [name for name in wanted if name not in table.column_names]
+    if missing:
+        mixed = mixed_columns(table)
+        if missing[0] in mixed:
+            raise UserError(mixed[missing[0]])
+        raise UserError(
+            f"{what} needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
+            "Rename your columns to match"
+        )
+
+
+def load_prompts(source: str | Path | Any, split: str, what: str) -> tuple[Dataset, list[Text]]:
+    """Load a table with a column prompt.
+
+    Args:
+        source: what :func:`load_table` takes.
+        split: which split of a data set that has several.
+        what: the stage, for messages.
+
+    Returns:
+        The table, and its prompts: strings or conversations.
+
+    Raises:
+        UserError: for no rows, no such column, or a cell that is no text.
+    """
+    table = load_table(source, split)
+    if len(table) == 0:
+        raise UserError(f"{source} has no prompts")
+    require_columns(table, ["prompt"], what)
+    return table, read_texts(table, "prompt")
 
 
 def read_files(paths: Iterable[Path], mixed: dict[str, str] | None = None) -> Iterator[pa.Table]:
@@ -106,7 +242,8 @@ def _list_items(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
     buffer, position, line, at_end = "[", 1, 1, False
     try:
         with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
-            line += _skip(file, "[")
+            while (character := file.read(1)) != "[":
+                line += character == "\n"
             while True:
                 start = _GAP.match(buffer, position).end()  # type: ignore[union-attr]
                 if buffer.startswith("]", start):
@@ -133,14 +270,6 @@ def _list_items(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
     except RecursionError as error:
         raise UserError(f"{path}, line {line} is nested too deeply to be preference data") from error
-
-
-def _skip(file: TextIO, mark: str) -> int:
-    """Read up to and with the mark; returns how many lines that passed."""
-    lines = 0
-    while (character := file.read(1)) != mark:
-        lines += character == "\n"
-    return lines
 
 
 def _batches(path: Path, numbered: Iterator[tuple[int, Any, int]]) -> Iterator[list[NumberedRow]]:
@@ -203,16 +332,8 @@ def _unlike_parts(name: str, rows: list[NumberedRow]) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    for kinds, told in (
-        (bool, "true or false"),
-        ((int, float), "a number"),
-        (str, "text"),
-        (list, "a list"),
-        (dict, "an object"),
-    ):
-        if isinstance(value, kinds):
-            return told
-    return "nothing"
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+    return (kinds | {list: "a list", dict: "an object"}).get(type(value), "nothing")
 
 
 # -- csv and parquet -------------------------------------------------------------------------------
