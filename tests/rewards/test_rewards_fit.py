@@ -271,10 +271,11 @@ def test_empty_groups_get_the_users_that_are_explained_worst():
 def test_an_empty_group_starts_anew_from_the_largest(parts, tiny_model):
     """A third group that nobody belongs to is repaired once; its head is then near the largest group's."""
     train = parts[0]
+    torch.manual_seed(0)
     mixture = RewardMixture.from_causal_lm(tiny_model, 3)
     pairs = PairTokens(train, mixture.encoder(None), mixture.reader.pad_id)
     still = FineTuningSettings(
-        steps_per_round=1, total_steps=3, batch_size=8, learning_rate=0.0, head_learning_rate=0.0,
+        steps_per_round=1, num_rounds=3, batch_size=8, learning_rate=0.0, head_learning_rate=0.0,
         weight_decay=0.0, reward_l2=0.0,
     )  # fmt: skip
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.choices import Expectation, harden
 
-__all__ = ["EMFit", "EMSettings", "MStep", "converged", "mixing_weights", "repair_empty_groups", "run_em"]
+__all__ = ["Choices", "EMFit", "EMSettings", "MStep", "converged", "mixing_weights", "run_em"]
 
 
 class Choices(Protocol):
@@ -21,12 +21,10 @@ class Choices(Protocol):
     @property
     def num_choices(self) -> float:
         """All users' choices together."""
-        ...
 
     @property
     def choices_by_user(self) -> Tensor:
         """Choices of every user [U]."""
-        ...
 
 
 class MStep(Protocol):
@@ -42,19 +40,15 @@ class MStep(Protocol):
 
     def expectation(self, log_prior: Tensor) -> Expectation:
         """The E-step at the rewards as they are, soft."""
-        ...
 
     def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
         """Fit the rewards to responsibilities [U, K]; returns further figures of the round."""
-        ...
 
     def penalty(self) -> float | None:
         """The penalty, a choice, where M-steps converge: EM then watches the penalised likelihood."""
-        ...
 
     def restart(self, k: int, donor: int) -> None:
         """Start group k, which is empty, anew from the largest one."""
-        ...
 
 
 @dataclass(frozen=True)

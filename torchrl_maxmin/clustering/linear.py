@@ -15,38 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.choices import Expectation, PairChoices, expectation
-from torchrl_maxmin.clustering.em import EMSettings, MStep, run_em
+from torchrl_maxmin.clustering.em import Choices, EMSettings, MStep, run_em
 
 __all__ = ["LinearMixture", "best_fit", "fit_choices", "fit_exact", "fit_linear_mixture", "random_starts"]
 
 M_STEPS = ("adam", "exact", "gradient")
 
 
-class LinearChoices(Protocol):
+class LinearChoices(Choices, Protocol):
     """Choices under linear rewards, heads being [K, D]."""
-
-    @property
-    def num_choices(self) -> float:
-        """All users' choices together."""
-        ...
-
-    @property
-    def choices_by_user(self) -> Tensor:
-        """Choices of every user [U]."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype that fits come back in."""
-        ...
 
     def expectation(self, weight: Tensor, log_prior: Tensor) -> Expectation:
         """The E-step."""
-        ...
 
     def maximise(self, responsibilities: Tensor, start: Tensor, l2: float) -> Tensor:
         """The M-step, to convergence."""
-        ...
 
 
 @dataclass(frozen=True)

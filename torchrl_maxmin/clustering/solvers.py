@@ -27,11 +27,9 @@ class ConvexLosses(Protocol):
 
     def value_and_gradient(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [K] and gradients [K, D] at ``weight`` [K, D]."""
-        ...
 
     def hessian(self, weight: Tensor) -> Tensor:
         """Second derivatives [K, D, D] at ``weight`` [K, D]."""
-        ...
 
 
 def minimise(losses: ConvexLosses, start: Tensor) -> Tensor:

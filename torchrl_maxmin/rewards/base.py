@@ -81,15 +81,8 @@ class RewardModel(nn.Module):
         """Whether a policy's prompt and response tokens, joined, are what this model reads."""
         return False
 
-    def raw_scores(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        batch_size: int,
-        max_length: int | None,
-        ended: Sequence[bool] | None = None,
-    ) -> Tensor:
-        """Raw rewards [N, K] on the CPU."""
+    def scorers(self) -> Sequence[TokenModel]:
+        """The models whose columns stand side by side."""
         raise NotImplementedError
 
     def score(
@@ -116,7 +109,11 @@ class RewardModel(nn.Module):
         Returns:
             Rewards [N, K] on the CPU, whatever the batch size or padding.
         """
-        scores = self.raw_scores(prompts, completions, batch_size, max_length, ended)
+        columns = [
+            score_texts(model, prompts, completions, batch_size, max_length, ended)
+            for model in self.scorers()
+        ]
+        scores = torch.cat(columns, -1)
         return self.calibration.apply(scores) if calibrated else scores
 
     def reward_fn(

@@ -25,10 +25,9 @@ from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.modules.trunks import states_width
 from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
-from torchrl_maxmin.rewards.base import RewardModel, score_texts
+from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import Calibration
-from torchrl_maxmin.rewards.classifier import has_linear_score
-from torchrl_maxmin.rewards.heads import RewardHeads, permute_rows_, reset_row_
+from torchrl_maxmin.rewards.heads import RewardHeads, has_linear_score, permute_rows_, reset_row_
 from torchrl_maxmin.rewards.reader import Text, TextReader
 
 __all__ = ["RewardMixture"]
@@ -294,16 +293,9 @@ class RewardMixture(RewardModel):
     def _vectors(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.reader.pool(*self.reader.states(backbone_of(self.model), tokens, mask))
 
-    def raw_scores(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        batch_size: int,
-        max_length: int | None,
-        ended: Sequence[bool] | None = None,
-    ) -> Tensor:
-        """Raw rewards [N, K] on the CPU."""
-        return score_texts(self, prompts, completions, batch_size, max_length, ended)
+    def scorers(self) -> list[RewardMixture]:
+        """This model alone."""
+        return [self]
 
     def encoder(
         self, max_length: int | None = None

@@ -251,42 +251,46 @@ def drop_pairs_cut_alike(
     Raises:
         UserError: if no pair is left.
     """
-    limits = [limit for limit in (max_length, reader.max_length) if limit is not None]
-    if not limits:
+    limit = min((most for most in (max_length, reader.max_length) if most is not None), default=None)
+    alike = [] if limit is None else _cut_alike(data, reader, limit)
+    if not alike:
         return data
+    if len(alike) == len(data):
+        raise UserError(
+            f"--max_length {limit} cuts the chosen and the rejected text of every pair to the same tokens; "
+            "raise it"
+        )
+    rows = data.ranking_ids[alike].tolist()
+    shown = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
+    console.print(
+        f"{len(alike)} of {len(data)} pairs left out: --max_length {limit} leaves chosen and rejected the "
+        f"same tokens (rows {shown})"
+    )
+    return data.select_rows(np.setdiff1d(np.arange(len(data)), alike))
+
+
+def _cut_alike(data: PreferenceDataset, reader: TextReader, limit: int) -> list[int]:
+    """Pairs of which a limit of tokens leaves nothing different."""
     alike: list[int] = []
     with progress_bar("looking for pairs that are cut alike", len(data)) as advance:
         for start in range(0, len(data), _ENCODED_AT_ONCE):
             part = slice(start, start + _ENCODED_AT_ONCE)
             texts = zip(data.prompts[part], data.chosen[part], data.rejected[part], strict=True)
-            # a text of fewer bytes than tokens are allowed is not cut, whatever the tokenizer
             long = [
                 (start + i, *row)
                 for i, row in enumerate(texts)
-                if any(_may_be_cut(row[0], side, min(limits)) for side in row[1:])
+                if any(_may_be_cut(row[0], side, limit) for side in row[1:])
             ]
             if long:
                 places, prompts, chosen, rejected = map(list, zip(*long, strict=True))
-                sides = (reader.encode(prompts, side, max_length) for side in (chosen, rejected))
+                sides = (reader.encode(prompts, side, limit) for side in (chosen, rejected))
                 alike += [place for place, *rows in zip(places, *sides, strict=True) if rows[0] == rows[1]]
             advance(len(data.prompts[part]))
-    if len(alike) == len(data):
-        raise UserError(
-            f"--max_length {min(limits)} cuts the chosen and the rejected text of every pair to the same "
-            "tokens; raise it"
-        )
-    if not alike:
-        return data
-    rows = data.ranking_ids[alike].tolist()
-    shown = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
-    console.print(
-        f"{len(alike)} of {len(data)} pairs left out: --max_length {min(limits)} leaves chosen and rejected "
-        f"the same tokens (rows {shown})"
-    )
-    return data.select_rows(np.setdiff1d(np.arange(len(data)), alike))
+    return alike
 
 
 def _may_be_cut(prompt: Text, completion: Text, limit: int) -> bool:
+    """A text of fewer bytes than tokens are allowed is not cut, whatever the tokenizer."""
     if not (isinstance(prompt, str) and isinstance(completion, str)):
         return True  # a chat template adds to them
     return len(prompt.encode()) + len(completion.encode()) + _SPECIAL_TOKENS > limit
@@ -330,10 +334,7 @@ def tokens_report(data: PreferenceDataset, reader: TextReader, max_length: int) 
         f"--max_length {limit} cuts {cut:,} of {len(lengths):,} texts"
         + (" (the model has no more positions)" if limit < max_length else "")
     )
-    alike = 0
-    for i in np.flatnonzero((lengths.reshape(2, -1) > limit).any(0)).tolist():
-        chosen, rejected = reader.encode([data.prompts[i]] * 2, [data.chosen[i], data.rejected[i]], limit)
-        alike += chosen == rejected
+    alike = len(_cut_alike(data, reader, limit))
     if alike:
         lines.append(
             f"! it leaves chosen and rejected the same tokens in {alike:,} pairs; these are left out"

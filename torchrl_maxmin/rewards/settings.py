@@ -99,14 +99,7 @@ class MixtureSettings(ChatSettings):
         Raises:
             UserError: for data that cannot be used.
         """
-        data = self._load(name)
-        if model is None:
-            return data
-        reader = load_reader(model, **self.reading_options())
-        return drop_pairs_cut_alike(data, reader, self.max_length)
-
-    def _load(self, name: str) -> PreferenceDataset:
-        return PreferenceDataset.load(
+        data = PreferenceDataset.load(
             name,
             self.user_column,
             self.group_column,
@@ -117,3 +110,6 @@ class MixtureSettings(ChatSettings):
             max_pairs=self.max_pairs,
             conversations="messages",
         )
+        if model is None:
+            return data
+        return drop_pairs_cut_alike(data, load_reader(model, **self.reading_options()), self.max_length)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ __all__ = [
     "column_paths",
     "find_user_column",
     "first_of",
+    "in_batches",
     "labels_of",
     "numbered_columns",
     "outer_column",
@@ -40,6 +41,8 @@ __all__ = [
     "shown",
     "spill",
 ]
+
+Row = TypeVar("Row")
 
 _READ_ROWS = 1_000  # turned into Python objects at a time
 
@@ -104,6 +107,20 @@ def spill(tables: Iterable[pa.Table]) -> pa.Table:
             "set TMPDIR to a folder on a larger disk"
         ) from error
     return pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
+
+
+def in_batches(sized: Iterable[tuple[Row, int]], most_rows: int, most_size: int) -> Iterator[list[Row]]:
+    """Cut rows that come with their sizes into lists, each ending at whichever limit comes first."""
+    batch: list[Row] = []
+    total = 0
+    for row, size in sized:
+        batch.append(row)
+        total += size
+        if len(batch) == most_rows or total > most_size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 class ArrowColumn(Sequence[Any]):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.io.columns import spill
+from torchrl_maxmin.preferences.io.columns import in_batches, spill
 from torchrl_maxmin.preferences.texts import Text, read_texts
 from torchrl_maxmin.progress import late_bar
 
@@ -206,7 +206,8 @@ def _read_json(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[pa.T
     with path.open("rb") as file:
         is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     known = pa.schema([])
-    for rows in _batches(path, _list_items(path, reach) if is_list else _lines(path, reach)):
+    numbered = _list_items(path, reach) if is_list else _lines(path, reach)
+    for rows in in_batches(_objects(path, numbered), _BATCH_ROWS, _BATCH_BYTES):
         table = _to_arrow(path, rows, known, mixed)
         known = _unify(known, table.schema, f"{path}, lines {rows[0][0]} to {rows[-1][0]}", mixed)
         yield table.drop_columns([name for name in table.column_names if name in mixed])
@@ -272,19 +273,12 @@ def _list_items(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
         raise UserError(f"{path}, line {line} is nested too deeply to be preference data") from error
 
 
-def _batches(path: Path, numbered: Iterator[tuple[int, Any, int]]) -> Iterator[list[NumberedRow]]:
-    rows: list[NumberedRow] = []
-    size = 0
+def _objects(path: Path, numbered: Iterator[tuple[int, Any, int]]) -> Iterator[tuple[NumberedRow, int]]:
+    """Line numbers and rows, and their sizes."""
     for number, value, length in numbered:
         if not isinstance(value, dict):
             raise UserError(f"{path}, line {number} holds {_kind(value)}, not an object with columns")
-        rows.append((number, value))
-        size += length
-        if len(rows) == _BATCH_ROWS or size > _BATCH_BYTES:
-            yield rows
-            rows, size = [], 0
-    if rows:
-        yield rows
+        yield (number, value), length
 
 
 def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema, mixed: dict[str, str]) -> pa.Table:

@@ -18,6 +18,7 @@ from torchrl_maxmin.preferences.io.columns import (
     Roles,
     column_paths,
     find_user_column,
+    in_batches,
     labels_of,
     outer_column,
     shown,
@@ -335,7 +336,8 @@ def _collect(
     numbers: list[np.ndarray] = []
 
     def tables() -> Iterator[pa.Table]:
-        for pairs in _batches(_pairs_of(judgements, origin)):
+        sizes = ((pair, sum(map(len, pair[:3]))) for pair in _pairs_of(judgements, origin))
+        for pairs in in_batches(sizes, _BATCH_PAIRS, _BATCH_CHARACTERS):
             prompts, chosen, rejected, *rest = zip(*pairs, strict=True)
             numbers.append(np.array(rest, dtype=np.float64))
             texts = {"prompt": prompts, "chosen": chosen, "rejected": rejected}
@@ -370,19 +372,6 @@ def _pairs_of(judgements: Iterable[Judgement], origin: Origin) -> Iterator[Pair]
             yield prompt, chosen, rejected, row, weight, ranks[better], ranks[worse]
             if tie:
                 yield prompt, rejected, chosen, row, weight, ranks[worse], ranks[better]
-
-
-def _batches(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
-    batch: list[Pair] = []
-    size = 0
-    for pair in pairs:
-        batch.append(pair)
-        size += len(pair[0]) + len(pair[1]) + len(pair[2])
-        if len(batch) == _BATCH_PAIRS or size > _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _nothing_left(origin: Origin) -> str:
