@@ -153,7 +153,7 @@ class PairChoices(UserRows):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What fits come back in."""
+        """Dtype that fits come back in."""
         return self.differences.dtype
 
     def take_users(self, users: Tensor) -> PairChoices:

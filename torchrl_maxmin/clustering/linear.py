@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.clustering.choices import Expectation, PairChoices, expectation
 from torchrl_maxmin.clustering.em import Choices, EMSettings, MStep, run_em
 
-__all__ = ["LinearMixture", "best_fit", "fit_choices", "fit_exact", "fit_linear_mixture", "random_starts"]
+__all__ = ["LinearMixture", "fit_choices", "fit_linear_mixture"]
 
 M_STEPS = ("adam", "exact", "gradient")
 
@@ -28,6 +28,10 @@ class LinearChoices(Choices, Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype that fits come back in."""
+
+    @property
+    def num_features(self) -> int:
+        """D."""
 
     def expectation(self, weight: Tensor, log_prior: Tensor) -> Expectation:
         """The E-step."""
@@ -192,7 +196,7 @@ def fit_linear_mixture(
 
 
 def fit_choices(
-    choices: PairChoices,
+    choices: LinearChoices,
     num_groups: int,
     seed: int | None = None,
     *,
@@ -202,10 +206,10 @@ def fit_choices(
     start: Tensor | None = None,
     **settings: Any,
 ) -> LinearMixture:
-    """Fit K linear rewards to pairs, see :func:`fit_linear_mixture`.
+    """Fit K linear rewards to choices, see :func:`fit_linear_mixture`.
 
     Args:
-        choices: the pairs.
+        choices: pairs, or rankings, which M-steps that converge alone can fit.
         num_groups: K.
         seed: of the starts, where no generator is given.
         num_restarts: random starts; K = 1 is convex and takes one.
@@ -224,15 +228,16 @@ def fit_choices(
         raise ValueError(f"m_step is one of {', '.join(M_STEPS)}, not {m_step!r}")
     if generator is None and seed is not None:
         generator = torch.Generator().manual_seed(seed)
-    starts = random_starts(num_groups, choices.num_features, num_restarts, generator)
+    starts = _random_starts(num_groups, choices.num_features, num_restarts, generator)
     starts = (begin.to(choices.dtype) for begin in (starts if start is None else [start]))
     if m_step == "exact":
-        return best_fit(fit_exact(choices, begin, em) for begin in starts)
+        return _best_fit(_fit_exact(choices, begin, em) for begin in starts)
+    assert isinstance(choices, PairChoices)
     step = _AdamStep if m_step == "adam" else _GradientStep
-    return best_fit(_fit(choices, step(choices, begin, em), em) for begin in starts)
+    return _best_fit(_fit(choices, step(choices, begin, em), em) for begin in starts)
 
 
-def random_starts(
+def _random_starts(
     num_groups: int, num_features: int, num_restarts: int, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
     """Random heads [K, D] to start from; one group is convex and takes one start."""
@@ -240,13 +245,13 @@ def random_starts(
         yield torch.randn(num_groups, num_features, generator=generator) * num_features**-0.5
 
 
-def best_fit(fits: Iterable[tuple[LinearMixture, float]]) -> LinearMixture:
+def _best_fit(fits: Iterable[tuple[LinearMixture, float]]) -> LinearMixture:
     """Return the fit with the best score, the first of equals; it learns what the others reached."""
     fitted, scores = zip(*fits, strict=True)
     return replace(fitted[scores.index(max(scores))], restart_scores=list(scores))
 
 
-def fit_exact(choices: LinearChoices, start: Tensor, settings: EMSettings) -> tuple[LinearMixture, float]:
+def _fit_exact(choices: LinearChoices, start: Tensor, settings: EMSettings) -> tuple[LinearMixture, float]:
     """Fit by M-steps that converge; one group is the plain model, and needs no EM."""
     if len(start) == 1:
         everyone = torch.ones(len(choices.choices_by_user), 1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import Expectation, posterior, sum_by_segment
-from torchrl_maxmin.clustering.em import EMSettings
-from torchrl_maxmin.clustering.linear import LinearMixture, best_fit, fit_exact, random_starts
+from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.solvers import minimise
 
 __all__ = ["RankingChoices", "fit_ranking_mixture", "ranking_log_likelihood"]
@@ -38,8 +38,13 @@ class RankingChoices:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What fits come back in."""
+        """Dtype that fits come back in."""
         return self.item_features.dtype
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return self.item_features.shape[1]
 
     @cached_property
     def choices_by_user(self) -> Tensor:
@@ -176,18 +181,7 @@ def ranking_log_likelihood(scores: Tensor, ranking_offsets: Tensor) -> Tensor:
 
 
 def fit_ranking_mixture(
-    item_features: Tensor,
-    ranking_offsets: Tensor,
-    user_offsets: Tensor,
-    num_groups: int,
-    *,
-    num_restarts: int = 4,
-    assignment: str = "soft",
-    num_rounds: int = 50,
-    l2: float = 1e-4,
-    convergence_tolerance: float | None = 1e-5,
-    generator: torch.Generator | None = None,
-    start: Tensor | None = None,
+    item_features: Tensor, ranking_offsets: Tensor, user_offsets: Tensor, num_groups: int, **settings: Any
 ) -> LinearMixture:
     """Fit K linear rewards to rankings by EM with exact M-steps; the best of several starts wins.
 
@@ -199,14 +193,8 @@ def fit_ranking_mixture(
         ranking_offsets: int64 [R + 1], the items of a ranking.
         user_offsets: int64 [U + 1], the rankings of a user.
         num_groups: K.
-        num_restarts: random starts; K = 1 is convex and takes one.
-        assignment: ``soft`` or ``hard``.
-        num_rounds: M-steps at most.
-        l2: penalty on the squared weights, in units of choices, n - 1 to a ranking of n.
-        convergence_tolerance: stop once no user changed group and the penalised likelihood rose by
-            less, in nats a choice; None runs all rounds.
-        generator: source of the starts.
-        start: heads [K, D] to begin from, instead of random ones.
+        **settings: of :func:`~torchrl_maxmin.clustering.fit_choices`, a choice being one of the n - 1 that a
+            ranking of n consists of; by default EM stops once its objective rises by less than 1e-5.
 
     Returns:
         The fit; its heads score items, so it takes pairs of new users too.
@@ -226,11 +214,5 @@ def fit_ranking_mixture(
         >>> bool((groups[:10] == groups[0]).all() and (groups[10:] == groups[10]).all())
         True
     """
-    if assignment not in ("soft", "hard"):
-        raise ValueError(f"assignment is 'soft' or 'hard', not {assignment!r}")
     choices = RankingChoices(item_features, ranking_offsets, user_offsets)
-    settings = EMSettings(assignment, num_rounds, l2, convergence_tolerance)
-    starts = random_starts(num_groups, item_features.shape[1], num_restarts, generator)
-    if start is not None:
-        starts = iter([start])
-    return best_fit(fit_exact(choices, begin.to(item_features.dtype), settings) for begin in starts)
+    return fit_choices(choices, num_groups, **({"convergence_tolerance": 1e-5} | settings), m_step="exact")

@@ -52,19 +52,10 @@ _BATCH_CHARACTERS = 16 << 20  # a batch ends at whichever comes first
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How judgements become pairs.
+    """How judgements become pairs: arguments of :meth:`~torchrl_maxmin.preferences.PreferenceDataset.load`.
 
-    Attributes:
-        ties: ``"drop"`` leaves ties out; ``"halve"`` makes two pairs of each, one in either order, with
-            weight 1/2.
-        tie_margin: scores that differ by no more than this are a tie.
-        max_pairs: most pairs from one user's scores of one prompt, and from all ratings of one rater; a
-            seeded choice where there are more.
-        identical: ``"error"`` refuses data that states chosen and rejected texts and has a pair in
-            which they are equal; ``"drop"`` leaves such pairs out, as is always done where the pairs
-            are built here.
-        seed: of that choice.
-        conversations: whether conversations become ``"transcript"`` strings or stay ``"messages"``.
+    Raises:
+        UserError: for a value that is none of those that it may have.
     """
 
     ties: str = "drop"
