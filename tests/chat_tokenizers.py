@@ -8,6 +8,24 @@ CHATML = (
 # as newer models: a thought is opened where an answer is asked for, and left out of what was said
 THOUGHTFUL = CHATML.replace("<|start|>assistant {%", "<|start|>assistant <think> {%")
 
+# as Mistral 7B v0.3: the system message stands in the last turn, if that is the user's
+LAST_TURN = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}<s>{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% if loop.last and system is defined %}<|start|> {{ system }} {{ m['content'] }} <|end|>"
+    "{% else %}<|start|> {{ m['content'] }} <|end|>{% endif %}"
+    "{% else %} {{ m['content'] | trim }}</s>{% endif %}{% endfor %}"
+)
+# as Phi-3: EOS stands behind the end of the last turn
+TWO_ENDS = CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add")
+# as Qwen3: an empty thought stands before an answer, and earlier thoughts are left out
+EMPTY_THOUGHT = (
+    "{% for m in messages %}<|start|>{{ m['role'] }} "
+    "{% if m['role'] == 'assistant' and loop.last %}<think> {% endif %}"
+    "{{ m['content'].split('<think>')[-1] | trim }} <|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant {% endif %}"
+)
+
 
 def make_tokenizer(form="<s> $A", *, bos="<s>", eos="</s>", template=None):
     """Words as tokens; ``form`` is what the tokenizer puts around a text."""

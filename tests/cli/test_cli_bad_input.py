@@ -102,7 +102,7 @@ def test_output_folder_that_is_not_empty(refused, stage, here, verb):
     assert "--output_dir" in line
 
 
-@pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "evaluate"])
+@pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "evaluate", "diagnose"])
 @pytest.mark.parametrize(
     ("file", "keep", "message"),
     [
@@ -126,7 +126,41 @@ def test_a_model_folder_that_is_damaged(here, stage, capsys, tiny_model, verb, f
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert line.endswith("if files are missing or damaged, save or download it again")
-    assert not list((here / "out").glob("*"))
+    assert not (here / "out").exists()
+
+
+def constant(prompts, completions):
+    return [1.0] * len(prompts)
+
+
+@pytest.mark.parametrize("out", ["out", "runs/of/mine"])
+@pytest.mark.parametrize(
+    ("verb", "changes", "message"),
+    [
+        ("ppo", {"response_length": 63}, "more than the model's 64 positions"),
+        ("evaluate", {"response_length": 63}, "more than the model's 64 positions"),
+        ("sft", {"dataset_name": "long.jsonl"}, "more than the model's 64 positions"),
+        (
+            "ppo",
+            {"reward_funcs": "test_cli_bad_input:constant", "response_length": 4},
+            "so they have no scale",
+        ),
+        (
+            "ppo",
+            {"welfare": "fixed", "group_weights": "[0.5, 0.25, 0.25]"},
+            "--group_weights gives 3 weights",
+        ),
+    ],
+)
+def test_a_refusal_late_in_the_checks_leaves_no_folder(refused, stage, here, verb, changes, message, out):
+    write_rows(here / "long.jsonl", [{"prompt": "the film " * 40, "completion": "was great ."}])
+    assert message in refused(*stage(verb, output_dir=out, device="cpu", **changes))
+
+
+def test_an_empty_output_folder_of_the_users_own_stays(refused, stage, here):
+    (here / "out").mkdir()
+    refused(*stage("ppo", response_length=63))
+    assert (here / "out").is_dir()
 
 
 def test_output_folder_that_is_a_file(refused, stage, here):

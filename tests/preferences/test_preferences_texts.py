@@ -4,12 +4,14 @@ from datetime import datetime
 
 import datasets
 import pytest
-from chat_tokenizers import CHATML, THOUGHTFUL, WORDS, make_tokenizer
+import torch
+from chat_tokenizers import CHATML, EMPTY_THOUGHT, LAST_TURN, THOUGHTFUL, TWO_ENDS, WORDS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.sampling import encode_prompts
+from torchrl_maxmin.modules.sampling import encode_prompts, to_texts
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.preferences.texts import (
     TextEncoder,
@@ -121,6 +123,103 @@ def test_a_template_that_opens_a_thought_does_not_repeat_it():
     assert whole.endswith("assistant <think> c <|end|>")
 
 
+@pytest.mark.parametrize("template", [CHATML, THOUGHTFUL, LAST_TURN, TWO_ENDS, EMPTY_THOUGHT])
+@pytest.mark.parametrize("answer", ["c", "<think> c", "<table> c", "c c", "a b", ""])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "brief"}]])
+@pytest.mark.parametrize("before", [[], [*ASK, *ANSWER]])
+def test_a_row_is_the_prompt_of_the_policy_and_the_answer_once(template, answer, system, before):
+    """Whatever a template writes of the last turn, and whatever it opens before an answer."""
+    tokenizer = make_tokenizer(template=template)
+    encoder = TextEncoder(tokenizer)
+    prompt = [*system, *before, {"role": "user", "content": "hello ?"}]
+    start = tokenizer(encoder.prompt_text(prompt), add_special_tokens=False).input_ids
+    end = "</s>" if template == LAST_TURN else "<|end|>"
+    (whole,) = encoder([prompt], [answer])
+    (cut,) = encoder([prompt], [answer], ended=[False])
+    assert whole[: len(start)] == start == encoder.prompts([prompt])[0]
+    words = tokens(tokenizer, tokenizer(answer, add_special_tokens=False).input_ids)
+    if "<think>" in answer and template in (THOUGHTFUL, EMPTY_THOUGHT):
+        words = "c"  # the prompt has opened the thought, or the template leaves it out
+    if template == EMPTY_THOUGHT:
+        words = f"<think> {words}".strip()
+    assert tokens(tokenizer, whole[len(start) :]) == f"{words} {end}".strip()
+    assert tokens(tokenizer, cut[len(start) :]) == words
+
+
+@pytest.mark.parametrize(
+    ("template", "ending"), [(TWO_ENDS, "<|end|>"), (CHATML, "<|end|>"), (LAST_TURN, None), (None, None)]
+)
+def test_the_first_of_several_ends_is_that_of_the_turn(template, ending):
+    tokenizer = make_tokenizer(template=template)
+    turn_end = TextEncoder(tokenizer).turn_end
+    assert turn_end == (tokenizer.convert_tokens_to_ids(ending) if ending else None)
+
+
+@pytest.mark.parametrize("template", [CHATML, TWO_ENDS, EMPTY_THOUGHT, None])
+def test_an_answer_goes_on_with_the_turn_that_a_prompt_has_begun(template):
+    tokenizer = make_tokenizer(template=template)
+    encoder = TextEncoder(tokenizer)
+    begun = [*ASK, {"role": "assistant", "content": "c "}]
+    once = encoder([ASK], [[{"role": "assistant", "content": "c d"}]])
+    assert encoder([begun], ["d"]) == encoder([begun], [[{"role": "assistant", "content": "d"}]]) == once
+    (start,) = encoder.prompts([begun])
+    assert once[0][: len(start)] == start
+    assert encoder([begun], ["d"], ended=[False])[0] == once[0][:-1]
+
+
+def test_a_template_that_hides_or_shifts_an_answer_is_one_line():
+    hides = make_tokenizer(template="{% for m in messages %}{{ m['role'] }} {% endfor %}")
+    with pytest.raises(UserError, match="leaves out the words of an answer"):
+        TextEncoder(hides)([ASK], ["c"], ended=[False])
+    shifts = "{{ messages[-1]['content'] | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    with pytest.raises(UserError, match="cannot be parted"):
+        TextEncoder(make_tokenizer(template=shifts))([ASK], ["c c c"])
+
+
+def test_an_answer_behind_its_prompt_gets_no_space_of_a_text_of_its_own():
+    """As Llama 2 puts one before every text, also one without special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "[I]", "▁", "▁a", "a", "▁b", "b", "▁user"]
+    raw = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("▁", "a"), ("▁", "b")]))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[I]"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[I]{{ m['content'] }}[I]"
+        "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    encoder = TextEncoder(tokenizer)
+    whole = tokenizer("[I]a[I]b</s>", add_special_tokens=False).input_ids
+    assert encoder([[{"role": "user", "content": "a"}]], ["b"]) == [whole]
+
+
+def test_a_sampled_answer_read_as_a_message_is_the_same_transcript():
+    """The space behind ``Assistant:`` is of the transcript, not of the message."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<s>", pad_token="<s>")
+    action = torch.tensor([tokenizer(" yo").input_ids])
+    sampled = TensorDict(
+        {"action": action, "action_mask": action >= 0, "prompt_index": torch.zeros(1, dtype=torch.int64)}, [1]
+    )
+    prompts, completions = to_texts(tokenizer, sampled, [ASK])
+    assert completions == [[{"role": "assistant", "content": "yo"}]]
+    assert TextEncoder(tokenizer).completions(prompts, completions, [False]) == action.tolist()
+
+
+def test_bos_stands_once_before_a_string_that_begins_with_it():
+    tokenizer = make_tokenizer()
+    assert tokens(tokenizer, TextEncoder(tokenizer).prompts(["<s> a b"])[0]) == "<s> a b"
+
+
 def test_without_a_template_a_conversation_is_a_transcript():
     tokenizer = make_tokenizer()
     encoder = TextEncoder(tokenizer)
@@ -147,6 +246,14 @@ def test_a_system_prompt_opens_conversations_that_have_none(tmp_path):
 
     tokenizer.save_pretrained(tmp_path)
     assert TextEncoder(AutoTokenizer.from_pretrained(tmp_path)).prompts([ASK]) == encoder.prompts([ASK])
+
+
+def test_a_system_prompt_opens_every_one_of_several_templates():
+    tokenizer = make_tokenizer(template={"default": CHATML, "tool_use": CHATML})
+    set_chat_template(tokenizer, None, "brief")
+    single = set_chat_template(make_tokenizer(template=CHATML), None, "brief")
+    assert tokenizer.chat_template == dict.fromkeys(("default", "tool_use"), single.chat_template)
+    assert TextEncoder(tokenizer).prompts([ASK]) == TextEncoder(single).prompts([ASK])
 
 
 def test_a_chat_template_of_the_users_own(tmp_path):

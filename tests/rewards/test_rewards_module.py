@@ -56,6 +56,38 @@ def test_any_batch_shape_and_key(mixture):
     assert module.out_keys == ["reward"]
 
 
+@pytest.mark.parametrize("shape", [(8,), (2, 4), (8, 1)])
+def test_prompts_and_ends_are_the_datas_and_the_policys_own(tmp_path, shape):
+    """Not what the tokens read back as, and an end of a turn is no part of the text."""
+    torch.manual_seed(0)
+    mixture = RewardMixture.from_backbone(save_decoder(tmp_path / "llama"), 2, layout="concat")  # texts
+    turn_end = CHAT.convert_tokens_to_ids("twice")
+    batch = responses()
+    batch["action"] = batch["action"].masked_fill(batch["action"] == CHAT.eos_token_id, turn_end)
+    batch["action_mask"][2, COMPLETIONS[2].count(" ") + 1 :] = False  # cut off
+    batch["prompt_index"] = torch.tensor([3, 0, 1, 2, 7, 6, 5, 4])
+    asked = [f"{prompt} at home" for prompt in PROMPTS]
+    module = RewardModule(mixture, CHAT, calibrated=False, prompts=asked, eos_token_ids=[turn_end])
+    written = [
+        CHAT.decode(row[mask]) for row, mask in zip(batch["action"], batch["action_mask"], strict=True)
+    ]
+    order = batch["prompt_index"].tolist()
+    ended = [
+        int(row[mask][-1]) == turn_end
+        for row, mask in zip(batch["action"], batch["action_mask"], strict=True)
+    ]
+    assert ended == [i != 2 for i in range(8)]
+    expected = mixture.score([asked[i] for i in order], written, ended=ended)
+    shaped = batch.reshape(shape)
+    if shape == (8, 1):
+        shaped["prompt_index"] = shaped["prompt_index"][..., None]
+    rewards = module(shaped)["next", "reward"]
+    torch.testing.assert_close(rewards.reshape(8, 2), expected, atol=1e-5, rtol=1e-5)
+    for known in ({"prompts": asked}, {"eos_token_ids": [turn_end]}):  # each makes a difference
+        other = RewardModule(mixture, CHAT, calibrated=False, **known)(shaped)["next", "reward"]
+        assert not torch.allclose(other, rewards, atol=1e-2)
+
+
 def test_after_a_policy_in_a_sequence(mixture, llama):
     torch.manual_seed(0)
     policy = TokenPolicy.from_pretrained(llama, chat_tokenizer(), max_new_tokens=5)

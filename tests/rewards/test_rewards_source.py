@@ -1,5 +1,7 @@
 """Reward functions as users write them: columns of the data, None, and numbers that may not change."""
 
+import datetime
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tensordict import TensorDict
+from transformers import GenerationConfig
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.loading import load_tokenizer
+from torchrl_maxmin.modules import TokenPolicy
+from torchrl_maxmin.modules.loading import load_tokenizer, same_vocabulary
+from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.rewards import Calibration, RewardMixture
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import (
     FunctionRewards,
     MixtureRewards,
     NonFiniteRewards,
     ask,
+    distinct_rows,
     extra_columns,
     fill_absent,
 )
@@ -67,18 +74,29 @@ def test_only_columns_that_a_function_takes_are_read():
     assert set(extra_columns([lambda p, c, **rest: 0], table, [0])) == {"answer", "big"}
 
 
+def test_rows_are_one_where_prompt_and_columns_are_equal():
+    ask_a, ask_b = [{"role": "user", "content": "a"}], [{"content": "b", "role": "user"}]
+    prompts = ["a", ask_a, "a", ask_b, [{"content": "a", "role": "user"}], "a"]
+    assert distinct_rows(prompts, {}) == [0, 1, 3]
+    nested = [{"x": [1], "y": None}, 0, {"y": None, "x": [1]}, 0, 0, {"x": [2], "y": None}]
+    assert distinct_rows(prompts, {"answer": nested}) == [0, 1, 3, 5]
+    days = [datetime.date(2020, 1, day) for day in (1, 2, 3, 4, 2, 1)]
+    assert distinct_rows(prompts, {"day": days}) == [0, 1, 2, 3]
+    assert distinct_rows(prompts, {"day": days, "answer": nested}) == [0, 1, 2, 3, 5]
+
+
 def test_none_leaves_a_response_out_of_its_groups_mean(tokenizer):
     answers = [[1.0, None], [3.0, 4.0], [None, 8.0]]
     calls = iter([[[1.0, 2.0]] * 2, answers])
     source = FunctionRewards([lambda p, c: next(calls)], tokenizer, PROMPTS)
     raw = source(responses(tokenizer, [0, 1, 2]))
     assert raw.isnan().tolist() == [[False, True], [False, False], [True, False]]
-    filled = fill_absent(raw)
+    filled = fill_absent(raw, torch.tensor([5.0, 7.0]))
     assert filled.mean(0).tolist() == [2.0, 6.0]
     assert filled[0, 0] == 1
     assert filled[1, 1] == 4
-    with pytest.raises(UserError, match=r"None for every response of a batch to group\(s\) \[1\]"):
-        fill_absent(torch.tensor([[1.0, torch.nan], [2.0, torch.nan]]))
+    silent = fill_absent(torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]]), torch.tensor([5.0, 7.0]))
+    assert silent.tolist() == [[1.0, 7.0], [1.0, 7.0]]
 
 
 @pytest.mark.parametrize(
@@ -134,25 +152,70 @@ def test_calibration_counts_what_is_there(values, seed):
     assert win_rate.isnan().numpy().tolist() == absent.tolist()
 
 
-def test_calibration_needs_rewards_of_every_group():
+@pytest.mark.parametrize("method", CALIBRATIONS)
+def test_calibration_needs_a_reward_of_every_group(method):
     raw = torch.randn(3, 2, 2)
     raw[..., 1] = torch.nan
     with pytest.raises(UserError, match=r"no reference sample has a reward for group\(s\) \[1\]"):
-        Calibration.fit(raw)
+        Calibration.fit(raw, method)
+
+
+def test_a_deviation_needs_two_samples_of_a_prompt():
+    raw = torch.randn(3, 2, 2)
+    raw[..., 1] = torch.nan
     raw[:, 0, 1] = 1.0
     with pytest.raises(UserError, match=r"no prompt has two reference samples .* group\(s\) \[1\]"):
         Calibration.fit(raw)
 
 
-def test_tokens_are_shared_once_the_policys_tokenizer_has_its_pad_token(tiny_model, tmp_path):
-    """A tokenizer without one gets it when its model is loaded, as the reward model's did."""
-    mixture = RewardMixture.from_backbone(tiny_model, 2)
-    tokenizer = load_tokenizer(tiny_model)
-    tokenizer.pad_token = None
-    mixture.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    rewards = MixtureRewards(mixture, tokenizer)
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+@pytest.mark.parametrize("raw", ["an end pads", "nothing pads"])
+def test_a_pad_token_of_its_own_is_no_other_vocabulary(make_model, tokenizer, tmp_path, raw):
+    """Models whose generation config ends responses with the pad token, as Qwen's do: the trunk has no such
+    config, so it keeps the pad token that the policy cannot."""
+    folder = make_model(f"raw_{raw[:2]}")
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if raw == "an end pads":
+        GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+    mixture = RewardMixture.from_backbone(folder, 2)
+    own = load_tokenizer(folder)
+    if raw == "nothing pads":
+        own.pad_token = None
+    policy = TokenPolicy.from_pretrained(folder, own, max_new_tokens=4)
+    assert mixture.tokenizer.pad_token == "<pad>"
+    assert own.pad_token == "<|pad|>"
+    rows = [m.get_input_embeddings().num_embeddings for m in (policy.model, mixture.model)]
+    assert rows == [len(tokenizer) + 1, len(tokenizer)]
+    rewards = MixtureRewards(mixture, own, PROMPTS, policy.eos_token_ids)
     assert rewards.shared_vocabulary
+    torch.manual_seed(0)
+    prompts = encode_prompts(own, PROMPTS)
+    sampled = sample_responses(policy, prompts, 8)
+    texts = [
+        torch.cat([r["prompt_tokens"][r["prompt_mask"]], r["action"][r["action_mask"]]]) for r in sampled
+    ]
+    known = [text[text < rows[1]] for text in texts]
+    with torch.no_grad():
+        alone = [mixture(text[None], torch.ones(1, len(text), dtype=torch.bool)) for text in known]
+    torch.testing.assert_close(rewards(sampled), torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_vocabularies_are_the_same_but_for_padding(tiny_model):
+    def changed(**special):
+        made = load_tokenizer(tiny_model)
+        made.add_special_tokens(special)
+        return made
+
+    plain, padded = load_tokenizer(tiny_model), changed(pad_token="<|pad|>")
+    assert same_vocabulary(plain, plain)
+    assert same_vocabulary(plain, padded)
+    assert same_vocabulary(padded, plain)
+    assert same_vocabulary(padded, changed(pad_token="<other pad>"))
+    extra = changed(additional_special_tokens=["<|pad|>"])  # a word of the one, padding of the other
+    assert not same_vocabulary(plain, extra)
+    assert not same_vocabulary(extra, plain)
+    later = changed(additional_special_tokens=["<new>"])
+    later.add_special_tokens({"pad_token": "<|pad|>"})
+    assert not same_vocabulary(padded, later)
 
 
 def test_rows_beyond_the_words_are_no_tokens(tiny_model, tokenizer):

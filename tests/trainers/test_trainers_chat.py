@@ -16,6 +16,7 @@ from torchrl_maxmin.trainers.ppo import PPOConfig, PPOTrainer
 
 ASKED = ["a b", "hello c", "d", "c a a"]
 received = []
+seen = []
 
 
 def user(text):
@@ -33,6 +34,11 @@ def words(prompts, completions, **columns):
     return [
         [-float(len(text.split())), float(text.split().count("a")) + i * 1e-3] for i, text in enumerate(texts)
     ]
+
+
+def by_topic(prompts, completions, topic):
+    seen.append([(prompt[0]["content"], name) for prompt, name in zip(prompts, topic, strict=True)])
+    return [float(len(completion[0]["content"])) for completion in completions]
 
 
 def prefer_short(prompts, a, b):
@@ -136,6 +142,18 @@ def test_reward_functions_get_what_trl_gives(stages, tmp_path):
         len(c) == 1 and c[0]["role"] == "assistant" and "<|" not in c[0]["content"] for c in completions
     )
     assert columns["topic"] == [f"t{ASKED.index(prompt[0]['content'])}" for prompt in prompts]
+
+
+def test_a_prompt_in_several_rows_keeps_each_rows_columns(stages, tmp_path):
+    """As data with several reference answers a prompt have it; equal rows count once."""
+    topics = [("a b", "t0"), ("d", "t1"), ("a b", "t2"), ("a b", "t0")]
+    rows = [{"prompt": user(text), "topic": topic, "extra": i} for i, (text, topic) in enumerate(topics)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen.clear()
+    run("ppo", model_name_or_path=stages / "sft", output_dir=tmp_path / "ppo", num_iterations=1,
+        rollout_batch_size=3, mini_batch_size=3, response_length=4, calibration="none",
+        reward_funcs="[test_trainers_chat:by_topic]", dataset_name=tmp_path / "rows.jsonl")  # fmt: skip
+    assert sorted(seen[-1]) == sorted(topics[:3])  # a rollout is a pass over the prompts
 
 
 @pytest.mark.parametrize("judge", ["words", "prefer_short"])

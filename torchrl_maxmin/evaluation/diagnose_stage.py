@@ -22,7 +22,13 @@ from torchrl_maxmin.modules.loading import require_model
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.progress import console
 from torchrl_maxmin.rewards.settings import MixtureSettings
-from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
+from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
+    prepare_output_dir,
+    resolve_device,
+    seed_everything,
+    write_config,
+)
 
 __all__ = ["DiagnoseConfig", "run_diagnose"]
 
@@ -89,6 +95,7 @@ class _Pairs:
     groups: list[str] | None = None
 
 
+@leave_no_empty_output
 def run_diagnose(config: DiagnoseConfig) -> Path:
     """Diagnose preference data; returns the folder.
 

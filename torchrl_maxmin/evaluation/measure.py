@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,32 @@ from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.evaluation.summary import summarise, write_summary
 from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_causal_lm
+from torchrl_maxmin.modules.loading import (
+    load_tokenizer,
+    reading,
+    require_causal_lm,
+    same_vocabulary,
+    saved_ends,
+    set_pad_token,
+)
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
 from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.preferences.io.files import load_prompts
+from torchrl_maxmin.preferences.texts import Text, is_conversational
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.ppo_gap import log_prob_in_batches, policy_certificate
-from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
+from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
+    prepare_output_dir,
+    resolve_device,
+    seed_everything,
+    write_config,
+)
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
 
@@ -132,6 +147,7 @@ def measure_policies(config: EvaluateConfig) -> Path:
     return _measure(config)[1]
 
 
+@leave_no_empty_output
 def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     config.check()
     folders = config.folders()
@@ -139,6 +155,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     model_configs = [require_causal_lm(path) for path in folders.values()]
     table, texts = load_prompts(config.dataset_name, config.dataset_split, "evaluate")
     texts = texts[: config.num_prompts or None]
+    tokenizer = _shared_tokenizer(config, folders, texts)
     judge = load_judge(config.judge, texts, device, config.judge_model, config.judge_criteria, table)
     mixture = None
     if config.reward_model_path:
@@ -146,7 +163,6 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         reward = _read_summary(config.reward_model_path)
         trained = _trained_with(folders[config.certify]) if config.certify in folders else {}
     folder = prepare_output_dir(config.output_dir)
-    tokenizer = config.apply_chat(load_tokenizer(folders[REFERENCE]))
     columns: dict[str, Any] = {}
     if isinstance(judge, UtilityJudge) and judge.function is not None:
         columns = extra_columns([judge.function], table, range(len(texts)))
@@ -157,6 +173,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         require_positions(model_config, prompts["prompt_tokens"].shape[-1], config.response_length)
 
     utilities, kl, length = {}, {}, {}
+    scorers: dict[str, MixtureRewards] = {}
     responses: dict[str, TensorDict] = {}
     shape = (len(texts), config.num_samples)
     with progress_bar("evaluating policies", len(folders)) as advance:
@@ -165,6 +182,8 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             policy = _load_policy(path, tokenizer, config, device)
             sampled = sample_responses(policy, prompts, config.num_samples)
             responses[name] = sampled
+            if mixture is not None:
+                scorers[name] = MixtureRewards(mixture, tokenizer, texts, policy.eos_token_ids)
             if isinstance(judge, UtilityJudge):
                 found = judge(sampled, tokenizer, texts, columns, policy.eos_token_ids)
                 utilities[name] = found.reshape(*shape, -1)
@@ -182,9 +201,8 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             answers[name] = [completions[n : n + count] for n in range(0, len(completions), count)]
         wins, extra["judge_first_place"] = judge.compare(texts, answers)
     if mixture is not None:
-        rewards = MixtureRewards(mixture, tokenizer, texts, reference.eos_token_ids)
         extra |= _mixture_figures(
-            config, rewards, reward, trained, judge.group_names, utilities, responses, prompts, reference
+            config, scorers, reward, trained, judge.group_names, utilities, responses, prompts, reference
         )
     result = SeedResult(
         seed=config.seed,
@@ -201,6 +219,39 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     return result, folder
 
 
+def _shared_tokenizer(config: EvaluateConfig, folders: dict[str, str], texts: Sequence[Text]) -> Any:
+    """The reference's tokenizer, which prompts all policies; its pad token ends no policy's responses.
+
+    Raises:
+        UserError: where a policy reads other tokens than the reference, or other words around a message.
+    """
+    own = {name: load_tokenizer(path) for name, path in folders.items() if _has_tokenizer(path)}
+    tokenizer = own.get(REFERENCE) or load_tokenizer(folders[REFERENCE])
+    templated = config.chat_template is None and any(map(is_conversational, texts))
+    for name, other in own.items():
+        pair = f"{REFERENCE} ({folders[REFERENCE]}) and {name} ({folders[name]})"
+        if not same_vocabulary(tokenizer, other):
+            raise UserError(
+                f"{pair} have different vocabularies, so they do not read the same tokens; give policies of "
+                "one base model, or the folder its right tokenizer"
+            )
+        if templated and (tokenizer.chat_template or None) != (other.chat_template or None):
+            raise UserError(
+                f"{pair} have different chat templates, system prompt included, and the prompts are "
+                "messages; give the one that holds for all by --chat_template: a folder's "
+                "chat_template.jinja, or none"
+            )
+    # before prompts are encoded: the reference would have no row for a pad token that a later policy adds
+    set_pad_token(tokenizer, [end for path in folders.values() for end in saved_ends(path)])
+    return config.apply_chat(tokenizer)
+
+
+def _has_tokenizer(name_or_path: str) -> bool:
+    """Whether a policy came with a tokenizer; a folder may hold weights alone."""
+    folder, files = Path(name_or_path), ("tokenizer_config.json", "tokenizer.json")
+    return not folder.is_dir() or any((folder / file).is_file() for file in files)
+
+
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
     return TokenPolicy.from_pretrained(
         path,
@@ -214,7 +265,7 @@ def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torc
 @torch.no_grad()
 def _mixture_figures(
     config: EvaluateConfig,
-    rewards: MixtureRewards,
+    scorers: dict[str, MixtureRewards],
     reward: dict[str, Any],
     trained: dict[str, Any],
     group_names: list[str],
@@ -225,9 +276,9 @@ def _mixture_figures(
 ) -> dict[str, Any]:
     """What the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
     extra: dict[str, Any] = {}
-    raw = rewards.in_batches(responses[REFERENCE])
+    raw = scorers[REFERENCE].in_batches(responses[REFERENCE])
     extra["em"] = {
-        "num_groups_selected": rewards.num_groups,
+        "num_groups_selected": raw.shape[-1],
         "user_accuracy": reward.get("user_accuracy"),
         "heldout_log_likelihood": reward.get("heldout", {}).get("log_likelihood"),
         "head_accuracy": reward.get("heldout", {}).get("head_accuracy"),
@@ -250,11 +301,11 @@ def _mixture_figures(
         "used": trained.get("calibration", {}).get("method"),
         "utilities": _by_convention(
             raw.reshape(len(prompts), config.num_samples, -1),
-            rewards.in_batches(responses[config.certify]),
+            scorers[config.certify].in_batches(responses[config.certify]),
             names,
         ),
     }
-    extra["certificate"] = _certificate(config, rewards, trained, prompts, reference)
+    extra["certificate"] = _certificate(config, scorers[config.certify], trained, prompts, reference)
     return extra
 
 
@@ -316,7 +367,7 @@ def _certificate(
 
     def rewards(responses: TensorDict) -> torch.Tensor:
         calibrated = calibration.apply(source.in_batches(responses)).double()
-        return calibrated - missing_eos_penalty * ~has_ended(responses, policy.eos_token_ids)
+        return calibrated - missing_eos_penalty * ~has_ended(responses, source.eos_token_ids)
 
     certificate = policy_certificate(
         policy, reference, rewards, some, config.certificate_samples // 2 * 2, beta

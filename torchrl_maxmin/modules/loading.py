@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ __all__ = [
     "require_causal_lm",
     "require_model",
     "require_trunk",
+    "same_vocabulary",
+    "saved_ends",
+    "set_pad_token",
 ]
 
 
@@ -139,14 +142,45 @@ def end_tokens(model: Any, first: int | Sequence[int] | None = None) -> tuple[in
             that its vocabulary does not hold are left out of their answers.
         first: ids that come before the model's own, and are kept as they are.
     """
-    given = [first] if isinstance(first, int) else list(first or ())
-    vocabulary = model.get_input_embeddings().num_embeddings
     configs = (getattr(model, "generation_config", None), model.config, text_config(model))
+    return _ends(configs, model.get_input_embeddings().num_embeddings, first)
+
+
+def saved_ends(name_or_path: str) -> tuple[int, ...]:
+    """Every token that ends a response of a saved causal language model, read without its weights."""
+    config = load_config(name_or_path)
+    try:
+        generation = import_transformers().GenerationConfig.from_pretrained(name_or_path)
+    except OSError:  # there is none: the model itself is loaded without, too
+        generation = None
+    return _ends((generation, config, text_config(config)), text_config(config).vocab_size)
+
+
+def _ends(
+    configs: Iterable[Any], num_tokens: int, first: int | Sequence[int] | None = None
+) -> tuple[int, ...]:
+    given = [first] if isinstance(first, int) else list(first or ())
     for config in configs:
         own = getattr(config, "eos_token_id", None)
         own = [own] if isinstance(own, int) else (own or ())
-        given += [token for token in own if 0 <= token < vocabulary]
+        given += [token for token in own if 0 <= token < num_tokens]
     return tuple(dict.fromkeys(given))
+
+
+def set_pad_token(tokenizer: Any, ends: Iterable[int]) -> None:
+    """Give a tokenizer without a pad token, or with one that ends a text, ``<|pad|>``.
+
+    Args:
+        tokenizer: changed in place.
+        ends: tokens that may end a text, beside the tokenizer's EOS.
+
+    Raises:
+        UserError: for a tokenizer without EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos_token, so a response has no end; set one and save it")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in {tokenizer.eos_token_id, *ends}:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
 def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
@@ -155,13 +189,22 @@ def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:
     With ``pad == eos`` a policy is never trained to stop and a Hugging Face classifier reads
     its score at the wrong place.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos_token, so a response has no end; set one and save it")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_tokens(model, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    set_pad_token(tokenizer, end_tokens(model))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = text_config(model).pad_token_id = tokenizer.pad_token_id
+
+
+def same_vocabulary(one: Any, other: Any) -> bool:
+    """Whether two tokenizers have one id for every token, each one's own pad token left out.
+
+    Padding is no part of a text. A policy whose pad token may end a response gets another
+    (:func:`ensure_pad_token`); the reward model on the same trunk, which generates nothing and so knows of no
+    such end, keeps the old one.
+    """
+    ours, theirs = one.get_vocab().items(), other.get_vocab().items()
+    alone = {token for token, _ in ours - theirs}, {token for token, _ in theirs - ours}
+    return alone[0] <= {one.pad_token} and alone[1] <= {other.pad_token}
 
 
 def plain_generation(model: Any, eos_token_ids: Sequence[int] = ()) -> None:

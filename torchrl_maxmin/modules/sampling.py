@@ -10,7 +10,7 @@ from tensordict import TensorDict
 
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sequences import pad_left
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, as_completion
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, as_completion, is_conversational
 
 __all__ = ["encode_prompts", "sample_responses", "to_texts"]
 
@@ -80,5 +80,8 @@ def to_texts(
     if prompts is None:
         return read("prompt_tokens", "prompt_mask"), completions
     answered = [prompts[place] for place in responses["prompt_index"].tolist()]
-    texts = zip(completions, answered, strict=True)
-    return answered, [as_completion(text, prompt) for text, prompt in texts]
+    return answered, [
+        # the space that parts words from the marker of a turn is no part of the message
+        as_completion(text.removeprefix(" ") if is_conversational(prompt) else text, prompt)
+        for text, prompt in zip(completions, answered, strict=True)
+    ]

@@ -99,8 +99,8 @@ class PreferenceDataset:
             ties: ``"drop"``, or ``"halve"``: two pairs of each tie, one in either order, with weight 1/2.
             tie_margin: scores that differ by no more than this are a tie.
             max_pairs: most pairs from one user's scores of one prompt, and from all ratings of one rater.
-            identical: whether equal chosen and rejected texts are an ``"error"`` or ``"drop"`` the pair, which
-                is always done where the data do not state pairs.
+            identical: whether equal chosen and rejected texts are an ``"error"`` or ``"drop"`` the pair;
+                those of data that do not state pairs are always dropped.
             seed: of the choice of ``max_pairs`` pairs where there are more.
             conversations: whether lists of messages become ``"transcript"`` strings, or stay ``"messages"``
                 for a chat template.

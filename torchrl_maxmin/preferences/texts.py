@@ -8,18 +8,20 @@ transcripts (:mod:`torchrl_maxmin.preferences.transcripts`) where not. Strings s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences.transcripts import (
     Message,
     as_transcript,
+    ends_within_turn,
     prompt_and_responses,
     render_prompt,
+    speaker_of,
     text_of,
 )
 
@@ -39,6 +41,8 @@ __all__ = [
 ]
 
 Text = str | Sequence[Message]
+
+_MARK = "\ue000"  # of the private use area: no text holds it, and no template trims it
 
 _SYSTEM_FIRST = (
     "{%%- if not messages or messages[0]['role'] != 'system' -%%}"
@@ -82,10 +86,20 @@ def as_completion(text: str, prompt: Text) -> Text:
 
 
 def turns_of(prompt: Text, completion: Text) -> list[Message]:
-    """Return one conversation of a prompt and what answers it; a string is a turn."""
-    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    return [*opening, *answer]  # type: ignore[list-item]
+    """Return one conversation of a prompt and what answers it.
+
+    A string is a turn. An answer to a prompt that ends within the assistant's turn goes on with that turn.
+    """
+    opening: list[Any] = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else [*prompt]
+    )
+    answer: list[Any] = (
+        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
+    )
+    if answer and ends_within_turn(opening) and speaker_of(answer[0]) == "Assistant":
+        begun = opening.pop()
+        answer[0] = {**begun, "content": begun["content"] + answer[0]["content"]}
+    return [*opening, *answer]
 
 
 def set_chat_template(
@@ -120,8 +134,13 @@ def set_chat_template(
             raise UserError(
                 "--system_prompt needs a chat template, and this tokenizer has none; give --chat_template"
             )
+        first, template = (
+            _SYSTEM_FIRST % json.dumps(system_prompt, ensure_ascii=False),
+            tokenizer.chat_template,
+        )
+        named = isinstance(template, dict)  # one for plain chat, others for tools or retrieval
         tokenizer.chat_template = (
-            _SYSTEM_FIRST % json.dumps(system_prompt, ensure_ascii=False) + tokenizer.chat_template
+            {name: first + each for name, each in template.items()} if named else first + template
         )
     if chat_template is not None or system_prompt is not None:
         TextEncoder(tokenizer).prompts([[{"role": "user", "content": "a"}]])
@@ -142,12 +161,20 @@ def cut_start(ids: list[int], max_length: int | None, bos_token_id: int | None =
     return ids[-max_length:]
 
 
+class _Split(NamedTuple):
+    """What stands before a completion, the completion, and whether it holds the token that ends it."""
+
+    start: str
+    answer: str
+    closed: bool
+
+
 class TextEncoder:
     """Turns prompts and completions into the tokens that a language model is trained on and answers to.
 
     A prompt is what the tokenizer makes of it, without the EOS that some append, or the chat template with
-    the marker of the assistant's turn. A completion is tokenized apart, as when a policy answers the prompt,
-    and ends with EOS, or with the token that ends a turn in the template.
+    the marker of the assistant's turn. A completion is the tokens behind the prompt's, as when a policy
+    answers it, and ends with EOS, or with the token that ends a turn in the template.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -168,6 +195,8 @@ class TextEncoder:
         if not plain:  # a vocabulary without this letter
             starts = [int(whole[:1] == [tokenizer.bos_token_id])]
         self._suffix = extra - starts[0] if starts else 0
+        two, one, other = self._ids(["\na", "\n", "a"], special=False)
+        self._has_prefix = two != [*one, *other]  # Llama 2 puts a space before every text
 
     @property
     def has_template(self) -> bool:
@@ -225,16 +254,18 @@ class TextEncoder:
             One list of ids each.
         """
         ended = [True] * len(completions) if ended is None else ended
-        texts, closed = [], []
-        for prompt, completion, has_end in zip(prompts, completions, ended, strict=True):
-            text, is_closed = self._completion(prompt, completion, has_end)
-            texts.append(text)
-            closed.append(is_closed)
-        rows = self._ids(texts, special=False)
+        rows, turn_end = zip(prompts, completions, ended, strict=True), self._turn_end()
+        parts = [
+            self._split(prompt, completion, turn_end if has_end else None)
+            for prompt, completion, has_end in rows
+        ]
+        ids = self._ids([part.answer for part in parts], special=False)
+        if self._has_prefix:
+            ids = self._without_prefix(parts, ids)
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return [
-            [*row, *eos] if has_end and not is_closed else row
-            for row, has_end, is_closed in zip(rows, ended, closed, strict=True)
+            [*row, *eos] if has_end and not part.closed else row
+            for part, row, has_end in zip(parts, ids, ended, strict=True)
         ]
 
     def __call__(
@@ -259,9 +290,10 @@ class TextEncoder:
     ) -> list[str]:
         """Render whole conversations by the chat template; strings are turns."""
         ended = [True] * len(completions) if ended is None else ended
+        conversations = [turns_of(*texts) for texts in zip(prompts, completions, strict=True)]
         return [
-            self._render(turns_of(prompt, completion), continue_final_message=not has_end)
-            for prompt, completion, has_end in zip(prompts, completions, ended, strict=True)
+            self._render(turns) if has_end else self._render_up_to(turns, len(turns) - 1)
+            for turns, has_end in zip(conversations, ended, strict=True)
         ]
 
     # -- parts ------------------------------------------------------------------------------------
@@ -269,6 +301,7 @@ class TextEncoder:
     def _by_kind(self, prompts: Sequence[Text], conversational: Sequence[bool]) -> list[list[int]]:
         """Token rows of prompts, each kind in one call of the tokenizer."""
         rows: list[list[int]] = [[] for _ in prompts]
+        bos = self.tokenizer.bos_token_id
         through_template = [self.has_template and chat for chat in conversational]
         for template in (False, True):
             places = [i for i, chosen in enumerate(through_template) if chosen == template]
@@ -276,7 +309,9 @@ class TextEncoder:
                 continue
             texts = [self.prompt_text(prompts[i]) for i in places]
             for i, row in zip(places, self._ids(texts, special=not template), strict=True):
-                rows[i] = row[: len(row) - self._suffix] if self._suffix and not template else row
+                row = row[: len(row) - self._suffix] if self._suffix and not template else row
+                # a string that begins with BOS, which the tokenizer has put before it once more
+                rows[i] = row[1:] if not template and row[:2] == [bos, bos] else row
         return rows
 
     def prompt_text(self, prompt: Text) -> str:
@@ -285,29 +320,62 @@ class TextEncoder:
             return prompt
         if not self.has_template:
             return render_prompt(prompt)
-        opened = bool(prompt) and prompt[-1].get("role") == "assistant"  # the answer goes on with it
-        return self._render(prompt, add_generation_prompt=not opened, continue_final_message=opened)
+        if ends_within_turn(prompt):
+            return self._render_up_to(prompt, len(prompt) - 1)
+        return self._render(prompt, add_generation_prompt=True)
 
-    def _completion(self, prompt: Text, completion: Text, ended: bool) -> tuple[str, bool]:
-        """The text of a completion, and whether it holds the token that ends it."""
+    def _split(self, prompt: Text, completion: Text, turn_end: re.Pattern[str] | None) -> _Split:
+        """Part what a completion adds from what stands before it; without a turn's end it was cut off."""
         if not is_conversational(prompt) and not is_conversational(completion):
-            return str(completion), False
+            return _Split("", str(completion), False)
         if not self.has_template:
-            return prompt_and_responses(prompt, [completion], 0, ["completion"])[1][0], False
-        opening: Text = turns_of(prompt, [])
+            _, (answer,) = prompt_and_responses(prompt, [completion], 0, ["completion"])
+            return _Split("", answer, False)
+        opening, turns = turns_of(prompt, []), turns_of(prompt, completion)
+        text = self._render(turns) if turn_end else self._render_up_to(turns, len(turns) - 1)
         start = self.prompt_text(opening)
-        whole = self._render(turns_of(prompt, completion))
-        # most templates go on where the prompt ends; one that opens a thought there does not
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, whole, strict=False)))
-        answer = whole[shared:].rstrip()
-        end = next((token for token in self._special_tokens() if answer.endswith(token)), "")
-        if not end:
-            return answer, False
-        return (answer, True) if ended else (answer.removesuffix(end), False)
+        if not text.startswith(start):  # it opens a thought, or writes the last turn of a user otherwise
+            begun = ends_within_turn(opening)
+            place = len(opening) - begun
+            empty = opening[-1] if begun else {**turns[place], "content": ""}
+            start = self._render_up_to([*turns[:place], empty, *turns[place + 1 :]], place)
+        if not text.startswith(start):
+            shown = shorten(text, 80)
+            raise UserError(
+                "the chat template writes what stands before an answer by the answer itself, so that the two "
+                f"cannot be parted; give another --chat_template (the row is rendered as {shown!r})"
+            )
+        answer = text[len(start) :]
+        if not turn_end:
+            return _Split(start, answer, False)
+        end = turn_end.search(answer)
+        return _Split(start, answer[: end.end(1)], True) if end else _Split(start, answer.rstrip(), False)
 
-    def _special_tokens(self) -> list[str]:
+    def _without_prefix(self, parts: Sequence[_Split], alone: list[list[int]]) -> list[list[int]]:
+        """Token rows of answers behind what stands before them, where the tokens part there."""
+        starts = self._ids([part.start for part in parts], special=False)
+        wholes = self._ids([part.start + part.answer for part in parts], special=False)
+        return [
+            whole[len(start) :] if part.start and whole[: len(start)] == start else row
+            for part, start, whole, row in zip(parts, starts, wholes, alone, strict=True)
+        ]
+
+    def _turn_end(self) -> re.Pattern[str]:
+        """Match the special tokens that end a text; the first ends the turn (Phi-3 puts EOS behind it)."""
         added = self.tokenizer.added_tokens_decoder.values()
-        return sorted((token.content for token in added if token.special), key=len, reverse=True)
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        either = "|".join(map(re.escape, special)) or r"(?!)"
+        return re.compile(rf"({either})(?:\s*(?:{either}))*\s*\Z")
+
+    def _render_up_to(self, messages: Sequence[Message], place: int) -> str:
+        """Render a conversation, and return what stands before the end of one of its messages."""
+        message = {**messages[place], "content": messages[place]["content"] + _MARK}
+        text, mark, _ = self._render([*messages[:place], message, *messages[place + 1 :]]).rpartition(_MARK)
+        if not mark:
+            raise UserError(
+                "the chat template leaves out the words of an answer; give another --chat_template"
+            )
+        return text
 
     def _render(self, messages: Sequence[Message], **options: Any) -> str:
         try:

@@ -15,6 +15,7 @@ from torchrl_maxmin.errors import UserError
 __all__ = [
     "ASSISTANT_TURN",
     "as_transcript",
+    "ends_within_turn",
     "prompt_and_responses",
     "render_prompt",
     "speaker_of",
@@ -48,6 +49,8 @@ def as_transcript(prompt: Any, responses: Sequence[Any]) -> tuple[str, list[str]
     """Return prompt and responses of :func:`split_prompt` as strings."""
     if isinstance(prompt, str):
         return prompt, list(responses)
+    if ends_within_turn(prompt):
+        return render_prompt(prompt), [first["content"] + _render(rest) for first, *rest in responses]
     turns = [_render(response).removeprefix(ASSISTANT_TURN) for response in responses]
     return render_prompt(prompt), turns
 
@@ -158,10 +161,15 @@ def speaker_of(message: Message) -> str:
     return _SPEAKERS.get(message["role"].lower(), message["role"].capitalize())
 
 
+def ends_within_turn(messages: Sequence[Message]) -> bool:
+    """Whether a conversation ends with words of the assistant, which an answer goes on with."""
+    return bool(messages) and speaker_of(messages[-1]) == "Assistant"
+
+
 def _render(messages: Sequence[Message]) -> str:
     return "".join(f"\n\n{speaker_of(message)}: {message['content']}" for message in messages)
 
 
 def render_prompt(messages: Sequence[Message]) -> str:
     """Return messages as a transcript that ends where the assistant answers."""
-    return _render(messages) + ASSISTANT_TURN
+    return _render(messages) + ("" if ends_within_turn(messages) else ASSISTANT_TURN)

@@ -87,18 +87,21 @@ class Calibration:
             method: see the class.
 
         Raises:
-            UserError: for an unknown method, fewer than two samples a prompt where the
-                within-prompt deviation is needed, or a head that is constant.
+            UserError: for an unknown method, a group without any reward, fewer than two samples a
+                prompt where the within-prompt deviation is needed, or a head that is constant.
         """
         if method not in CALIBRATIONS:
             raise UserError(f"unknown calibration {method!r}; choose one of {', '.join(CALIBRATIONS)}")
         wide = rewards.double()
         groups = rewards.shape[-1]
-        if method == "none":
-            return cls.identity(groups)
         shift, scale = mean_of_present(wide, (0, 1)), torch.ones(groups, dtype=torch.float64)
         if bool(shift.isnan().any()):
-            raise UserError(f"no reference sample has a reward for group(s) {_places(shift.isnan())}")
+            raise UserError(
+                f"no reference sample has a reward for group(s) {_places(shift.isnan())}; mend its reward "
+                "function, or raise --calibration_prompts"
+            )
+        if method == "none":
+            return cls.identity(groups)
         if method == "sft_std":
             if rewards.shape[1] < 2:
                 raise UserError("calibration sft_std needs two or more reference samples a prompt")

@@ -20,6 +20,7 @@ from torchrl_maxmin.modules.loading import (
     load_tokenizer,
     load_trunk,
     reading,
+    same_vocabulary,
 )
 from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.modules.trunks import states_width
@@ -305,9 +306,9 @@ class RewardMixture(RewardModel):
 
     def reads_tokens_of(self, tokenizer: Any) -> bool:
         """Whether a policy's prompt and response tokens, joined, are what this model reads."""
-        return (
-            self.reader.layout.kind == "continuation" and tokenizer.get_vocab() == self.tokenizer.get_vocab()
-        )
+        # a pad token that only the policy has needs no row here: masks come from lengths, and a sampled one
+        # is left out with all other ids beyond the trunk's rows
+        return self.reader.layout.kind == "continuation" and same_vocabulary(self.tokenizer, tokenizer)
 
     # -- training ---------------------------------------------------------------------------------
 

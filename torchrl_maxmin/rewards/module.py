@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey
 
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.reader import Text
 from torchrl_maxmin.rewards.source import MixtureRewards
 
 __all__ = ["RewardModule"]
@@ -34,6 +35,10 @@ class RewardModule(TensorDictModuleBase):
             ``("tokens", "full")`` and ``("masks", "all_attention_mask")``.
         out_key: where rewards [*B, K] go.
         calibrated: apply the model's calibration.
+        prompts: the texts that the tensordict's ``prompt_index`` counts, strings or conversations; a model
+            with another tokenizer then reads them, in place of what their tokens read back as.
+        eos_token_ids: tokens that end a response, such as ``policy.eos_token_ids``; the tokenizer's EOS when
+            None.
 
     Raises:
         ValueError: for another number of keys, and for whole texts in another vocabulary.
@@ -52,11 +57,13 @@ class RewardModule(TensorDictModuleBase):
         in_keys: Sequence[NestedKey] = _RESPONSE_KEYS,
         out_key: NestedKey = ("next", "reward"),
         calibrated: bool = True,
+        prompts: Sequence[Text] | None = None,
+        eos_token_ids: Sequence[int] | None = None,
     ):
         super().__init__()
         if len(in_keys) not in (2, 4):
             raise ValueError(f"in_keys are tokens and mask, of prompt and response or of both, not {in_keys}")
-        self.source = MixtureRewards(model, tokenizer)
+        self.source = MixtureRewards(model, tokenizer, prompts, eos_token_ids)
         if len(in_keys) == 2 and not self.source.shared_vocabulary:
             raise ValueError(
                 "whole texts can be read in the model's own vocabulary alone; give keys of prompt and answer"
@@ -75,6 +82,8 @@ class RewardModule(TensorDictModuleBase):
             rewards = self.model(flat[0], flat[1].bool())
         else:
             rows = TensorDict(dict(zip(_RESPONSE_KEYS, flat, strict=True)), [len(flat[0])])
+            if (index := tensordict.get("prompt_index", None)) is not None:
+                rows["prompt_index"] = index.reshape(-1)
             rewards = self.source(rows)
         if self.calibrated:
             rewards = self.model.calibration.apply(rewards)

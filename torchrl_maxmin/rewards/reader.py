@@ -238,21 +238,38 @@ class TextLayout:
         limit = min(limits) if limits else None
         if self.kind == "continuation":
             return self._encoder(prompts, completions, limit, ended)
-        if self._is_chat(prompts, completions):
-            texts = self._encoder.conversations(prompts, completions, ended)
-            rows = self._ids(texts, limit=limit, special=False)  # the template has its own special tokens
-        else:
-            both = [_plain_texts(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
-            rows = self._plain([p for p, _ in both], [c for _, c in both], limit, ended)
+        ended = [True] * len(prompts) if ended is None else ended
+        texts = list(zip(prompts, completions, ended, strict=True))
+        rows: list[list[int]] = [[] for _ in texts]
+        for chat in (False, True):
+            places = [
+                i
+                for i, (prompt, completion, _) in enumerate(texts)
+                if self._is_chat(prompt, completion) == chat
+            ]
+            if places:
+                part = self._of_kind(chat, [texts[i] for i in places], limit)
+                for i, row in zip(places, part, strict=True):
+                    rows[i] = row
         return [cut_start(row, limit, None if self.bidirectional else self._bos()) for row in rows]
 
-    def _is_chat(self, prompts: Sequence[Text], completions: Sequence[Text]) -> bool:
+    def _is_chat(self, prompt: Text, completion: Text) -> bool:
         if self.kind != "auto" or not self._encoder.has_template:
             return self.kind == "chat"
-        return any(map(is_conversational, (*prompts, *completions)))
+        return is_conversational(prompt) or is_conversational(completion)
+
+    def _of_kind(
+        self, chat: bool, texts: Sequence[tuple[Text, Text, bool]], limit: int | None
+    ) -> list[list[int]]:
+        prompts, completions, ended = map(list, zip(*texts, strict=True))
+        if chat:
+            whole = self._encoder.conversations(prompts, completions, ended)
+            return self._ids(whole, limit=limit, special=False)  # the template has its own special tokens
+        plain = [_plain_texts(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        return self._plain([p for p, _ in plain], [c for _, c in plain], limit, ended)
 
     def _plain(
-        self, prompts: list[str], completions: list[str], limit: int | None, ended: Sequence[bool] | None
+        self, prompts: list[str], completions: list[str], limit: int | None, ended: Sequence[bool]
     ) -> list[list[int]]:
         kind = self.kind
         if kind == "auto" and self.bidirectional:
@@ -273,7 +290,6 @@ class TextLayout:
             return rows
         eos = self._eos()
         bare = [row[:-1] if eos and row[-1:] == eos else row for row in rows]  # some tokenizers append it
-        ended = [True] * len(rows) if ended is None else ended
         return [[*row, *eos] if has_end else row for row, has_end in zip(bare, ended, strict=True)]
 
     def _pairs(self, prompts: list[str], completions: list[str], limit: int | None) -> list[list[int]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torchrl_maxmin.importing import import_named
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
-from torchrl_maxmin.preferences.texts import Text, as_completion
+from torchrl_maxmin.preferences.texts import Text, as_completion, distinct_texts
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.world import World
 
@@ -28,6 +28,7 @@ __all__ = [
     "NonFiniteRewards",
     "ask",
     "count_columns",
+    "distinct_rows",
     "extra_columns",
     "fill_absent",
     "load_functions",
@@ -46,7 +47,7 @@ class MixtureRewards:
     """Raw rewards [B, K] of responses by a mixture or an ensemble.
 
     A model with the policy's own tokenizer reads the tokens themselves. Any other reads the texts, and no end
-    where a response was cut off.
+    where a response was cut off. :attr:`shared_vocabulary` says which.
 
     Args:
         mixture: the reward model.
@@ -65,12 +66,7 @@ class MixtureRewards:
         self.mixture, self.tokenizer, self.prompts = mixture, tokenizer, prompts
         self.eos_token_ids = tuple(eos_token_ids or (tokenizer.eos_token_id,))
         self.num_groups = mixture.num_groups
-
-    @cached_property
-    def shared_vocabulary(self) -> bool:
-        """Whether the model reads the policy's tokens themselves."""
-        # not before it is needed: until its model is loaded, the policy's tokenizer may lack a pad token
-        return self.mixture.reads_tokens_of(self.tokenizer)
+        self.shared_vocabulary = mixture.reads_tokens_of(tokenizer)
 
     @torch.no_grad()
     def __call__(self, responses: TensorDictBase) -> Tensor:
@@ -236,18 +232,15 @@ def _taken(function: RewardFunction, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in parameters]
 
 
-def fill_absent(rewards: Tensor) -> Tensor:
+def fill_absent(rewards: Tensor, neutral: Tensor) -> Tensor:
     """Replace NaN in rewards [B, K], no reward, by its group's mean over the other responses.
 
-    A group's mean is then that of the responses that have a reward.
-
-    Raises:
-        UserError: where no response of the batch has a reward for some group.
+    A group's mean is then that of the responses that have a reward. Where none has, all get the group's
+    ``neutral`` reward [K], the reference's mean: equal rewards prefer no response. The group stays in the
+    utilities that the adversary answers, as one that is as well off as under the reference.
     """
     means = rewards.nanmean(0)
-    if bool(means.isnan().any()):
-        groups = means.isnan().nonzero().flatten().tolist()
-        raise UserError(f"the reward functions gave None for every response of a batch to group(s) {groups}")
+    means = torch.where(means.isnan(), neutral.to(means), means)
     return torch.where(rewards.isnan(), means, rewards)
 
 
@@ -257,6 +250,22 @@ def extra_columns(functions: Sequence[RewardFunction], table: Any, rows: Sequenc
     taken = {name for function in functions for name in _taken(function, names)}
     part = table.select(rows) if taken else table
     return {name: part[name][:] for name in names if name in taken}
+
+
+def distinct_rows(prompts: Sequence[Text], columns: Mapping[str, Sequence[Any]]) -> list[int]:
+    """Return the place of the first of every group of rows with equal prompts and columns, in order.
+
+    Args:
+        prompts: N strings or conversations.
+        columns: what :func:`extra_columns` gives for all N rows: one prompt with two reference answers is two
+            prompts to a function that reads the answer.
+
+    Example:
+        >>> distinct_rows(["a", "b", "a", "a"], {"answer": [1, 1, 2, 1]})
+        [0, 1, 2]
+    """
+    rows = zip(prompts, *columns.values(), strict=True)
+    return distinct_texts([json.dumps(row, sort_keys=True, default=str) for row in rows])
 
 
 def count_columns(

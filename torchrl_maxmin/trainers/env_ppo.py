@@ -24,13 +24,20 @@ from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 from torchrl_maxmin.trainers.ppo_loop import PPOLoop
 from torchrl_maxmin.trainers.ppo_metrics import update_metrics
-from torchrl_maxmin.trainers.run import require_finite, seed_everything, write_config, write_json
+from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
+    require_finite,
+    seed_everything,
+    write_config,
+    write_json,
+)
 
 __all__ = ["EnvPPOTrainer", "load_env_policy", "run_env_ppo"]
 
 POLICY_FILE = "policy.pt"
 
 
+@leave_no_empty_output
 def run_env_ppo(config: EnvPPOConfig) -> Path:
     """Train a policy in an environment and save it; returns its folder.
 

@@ -25,13 +25,14 @@ from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
 from torchrl_maxmin.preferences.io.files import load_prompts
-from torchrl_maxmin.preferences.texts import distinct_texts
+from torchrl_maxmin.progress import console
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import mean_of_present
 from torchrl_maxmin.rewards.source import (
     FunctionRewards,
     MixtureRewards,
     NonFiniteRewards,
+    distinct_rows,
     extra_columns,
     fill_absent,
     load_functions,
@@ -42,12 +43,19 @@ from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_gap import policy_certificate
 from torchrl_maxmin.trainers.ppo_loop import PPOLoop
 from torchrl_maxmin.trainers.ppo_metrics import rollout_metrics
-from torchrl_maxmin.trainers.run import nonfinite_batch, seed_everything, write_config, write_json
+from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
+    nonfinite_batch,
+    seed_everything,
+    write_config,
+    write_json,
+)
 from torchrl_maxmin.welfare import Egalitarian
 
 __all__ = ["PPOTrainer", "run_ppo"]
 
 
+@leave_no_empty_output
 def run_ppo(config: PPOConfig) -> Path:
     """Train a policy and save it; returns its folder.
 
@@ -74,12 +82,13 @@ class PPOTrainer(PPOLoop):
         require_causal_lm(config.model_name_or_path)
         table, texts = load_prompts(config.dataset_name, config.dataset_split, "ppo")
         self.tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
-        rows = distinct_texts(texts)
-        texts = [texts[row] for row in rows]
         mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
         functions = load_functions(config.reward_funcs)
         monitors = load_functions(config.monitor_funcs)
-        columns = extra_columns([*functions, *monitors], table, rows)
+        columns = extra_columns([*functions, *monitors], table, range(len(texts)))
+        rows = distinct_rows(texts, columns)
+        texts = [texts[row] for row in rows]
+        columns = {name: [values[row] for row in rows] for name, values in columns.items()}
         self.rewards: MixtureRewards | FunctionRewards
         if mixture is None:
             self.rewards = FunctionRewards(functions, self.tokenizer, texts, columns)
@@ -102,12 +111,15 @@ class PPOTrainer(PPOLoop):
         )
         self.fresh = saved is None  # the policy is the reference still
         self.baseline: Tensor | None = None
+        self.first_silence = True  # reported once
         if saved is None:
-            self.calibration = self._calibrate()
+            self.calibration, self.neutral = self._calibrate()
             if config.objective != "min_of_means":
                 self.baseline = self._reference_means()
+                self.neutral = torch.zeros_like(self.neutral)
         else:
             self.calibration, self.baseline = Calibration.from_dict(saved["calibration"]), saved["baseline"]
+            self.neutral = saved.get("neutral", torch.zeros(self.rewards.num_groups))
             if self.calibration.method != config.calibration:
                 raise UserError(
                     f"the checkpoint's rewards are calibrated by {self.calibration.method}: resume with "
@@ -132,14 +144,14 @@ class PPOTrainer(PPOLoop):
             device=self.device,
         )
 
-    def _calibrate(self) -> Calibration:
-        """Fit the calibration on samples of the reference policy."""
+    def _calibrate(self) -> tuple[Calibration, Tensor]:
+        """Fit the calibration on samples of the reference policy; also returns their calibrated mean [K]."""
         config = self.config
         chosen = self.prompts[torch.randperm(len(self.prompts))[: config.calibration_prompts]]
         raw = reference_rewards(self.reference, chosen, self.rewards, config.calibration_samples)
         calibration = Calibration.fit(raw, config.calibration)
         torch.save(raw, self.folder / "reference_rewards.pt")
-        return calibration
+        return calibration, calibration.apply(mean_of_present(raw, (0, 1)))
 
     def _reference_means(self) -> Tensor:
         """The reference's mean calibrated reward [N, K] for every prompt.
@@ -200,7 +212,17 @@ class PPOTrainer(PPOLoop):
             raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
         if self.baseline is not None:
             rewards = rewards - self.baseline[responses["prompt_index"]]
-        rewards = fill_absent(rewards)
+        silent = rewards.isnan().all(0)
+        if bool(silent.any()) and self.first_silence:
+            self.first_silence = False
+            groups = silent.nonzero().flatten().tolist()
+            console.print(
+                f"no response of a batch has a reward for group(s) {groups}: each counts as the reference's "
+                "mean, and gives no signal",
+                markup=False,
+                soft_wrap=True,
+            )
+        rewards = fill_absent(rewards, self.neutral)
         return rewards - self.config.missing_eos_penalty * ~has_ended(responses, self.policy.eos_token_ids)
 
     # -- an iteration ---------------------------------------------------------------------------
@@ -278,6 +300,7 @@ class PPOTrainer(PPOLoop):
             "kl_coef": self.kl_controller.coef,
             "calibration": self.calibration.to_dict(),
             "baseline": self.baseline,
+            "neutral": self.neutral,
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
 from torchrl_maxmin.trainers.checkpoint import find_checkpoint, save_checkpoint
 from torchrl_maxmin.trainers.reward_config import RewardConfig
 from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
     prepare_output_dir,
     resolve_device,
     seed_everything,
@@ -41,6 +42,7 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+@leave_no_empty_output
 def run_reward(config: RewardConfig) -> Path:
     """Fit a reward mixture and save it with what was learned about the users; returns its folder.
 

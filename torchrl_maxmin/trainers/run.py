@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +20,11 @@ import yaml
 
 from torchrl_maxmin.errors import UserError
 
+Stage = TypeVar("Stage", bound=Callable[[Any], Any])
+
 __all__ = [
     "MetricsLog",
+    "leave_no_empty_output",
     "nonfinite_batch",
     "prepare_output_dir",
     "require_finite",
@@ -57,6 +62,27 @@ def prepare_output_dir(path: str | Path) -> Path:
         raise UserError(f"output folder {folder} is not empty; choose another --output_dir or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def leave_no_empty_output(stage: Stage) -> Stage:
+    """Wrap a stage: where it ends in :class:`UserError`, no empty folder that it made stays behind.
+
+    Some checks need a loaded model, or samples of it; whether the folder can be had must be known before.
+    """
+
+    @functools.wraps(stage)
+    def run(config: Any) -> Any:
+        folder = Path(config.output_dir)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            return stage(config)
+        except UserError:
+            with contextlib.suppress(OSError):  # the first that holds something ends it
+                for path in new:
+                    path.rmdir()
+            raise
+
+    return run  # type: ignore[return-value]
 
 
 def write_json(path: Path, content: Any) -> None:

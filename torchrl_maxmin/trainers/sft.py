@@ -27,6 +27,7 @@ from torchrl_maxmin.preferences.transcripts import speaker_of, split_prompt
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
     prepare_output_dir,
     resolve_device,
     seed_everything,
@@ -155,6 +156,7 @@ def _encode(
     return rows
 
 
+@leave_no_empty_output
 def run_sft(config: SFTConfig) -> Path:
     """Fine-tune a model and save it with its tokenizer; returns the folder.
 
