@@ -1,4 +1,4 @@
-"""Which group a new user belongs to, from their first pairs."""
+"""Assignment of new users to groups, from their first pairs."""
 
 from __future__ import annotations
 

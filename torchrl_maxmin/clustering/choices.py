@@ -1,4 +1,4 @@
-"""What users chose, as the EM over users sees it: an E-step and an M-step, in passes over blocks of rows."""
+"""Users' choices, as EM reads them: an E-step and an M-step, in passes over blocks of rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _TILE_ROWS = 1024
 
 
 class Expectation(NamedTuple):
-    """What an E-step returns.
+    """Result of an E-step.
 
     Attributes:
         responsibilities: [U, K].
@@ -120,7 +120,7 @@ class UserRows:
 
     @cached_property
     def choices_by_user(self) -> Tensor:
-        """How many choices each user made, ties halved: float64 [U]."""
+        """Choices of each user, ties halved: float64 [U]."""
         if self.row_weights is None:
             return self.user_offsets.diff().double()
         return sum_by_segment(self.row_weights.double(), self.user_offsets)

@@ -74,7 +74,7 @@ class EMSettings:
 
 @dataclass(frozen=True)
 class EMFit:
-    """Where one run of EM ended.
+    """Result of one run of EM.
 
     Attributes:
         responsibilities: [U, K].
@@ -123,7 +123,7 @@ def run_em(
     Returns:
         The fit; every record of its history holds ``round``, ``em/log_likelihood`` (a choice),
         ``em/responsibility_entropy``, ``em/users_changed``, ``em/repaired_groups``, ``em/cluster_mass/{k}``,
-        what the M-step told of itself, and ``em/objective`` where M-steps converge.
+        figures of the M-step, and ``em/objective`` where M-steps converge.
     """
     history = list(history)
     limit = settings.num_rounds + (start is None)

@@ -60,7 +60,7 @@ class GroupAccuracy:
 
 @dataclass(frozen=True)
 class IdentifiabilityReport:
-    """What the preferences say of the groups, largest first, and whether that is enough.
+    """Evidence for the groups, largest first, and whether it is enough.
 
     Attributes:
         num_users: U.

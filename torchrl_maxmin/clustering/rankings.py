@@ -151,7 +151,7 @@ class _WeightedLosses:
         return torch.stack(found) + 2 * self.penalty * identity
 
     def _expected(self, log_left: Tensor) -> Tensor:
-        """How often the model expects each item to be chosen [N, K], each choice counted by its share."""
+        """Expected number of times that each item is chosen [N, K], each choice counted by its share."""
         weighted = log_left.exp() * self.share.repeat_interleave(self.stages.offsets.diff(), 0)
         return weighted.new_zeros(len(self.features), weighted.shape[1]).index_add_(
             0, self.stages.items, weighted

@@ -1,4 +1,4 @@
-"""How many groups the users show: mixtures fitted without some users, and what they say of those."""
+"""The choice of K, by mixtures fitted without some users, and how likely these are then."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ L2_CANDIDATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 
 @dataclass(frozen=True)
 class NumGroupsChoice:
-    """How many groups the users show.
+    """A choice of K, and what it rests on.
 
     Attributes:
         num_groups: the smallest K within one standard error of the best.
@@ -64,12 +64,12 @@ class NumGroupsChoice:
 
     @property
     def num_groups_by_pairs(self) -> int:
-        """What held-out pairs alone would choose by the same rule."""
+        """K by held-out pairs alone, under the same rule."""
         return _one_standard_error(self.heldout_pairs, self.heldout_pairs_error)
 
     @property
     def num_groups_by_bic(self) -> int:
-        """What BIC alone would choose."""
+        """K by BIC alone."""
         return min(self.bic, key=lambda k: self.bic[k])
 
     def report(self) -> str:
@@ -147,7 +147,7 @@ def select_num_groups(
     fits = len(folds) * max(1, len(l2_candidates)) + (2 + num_refits if diagnostics else 0)
     user_ll: dict[int, Tensor] = {}
     penalty: dict[int, float] = {}
-    beside = _Diagnostics(choices, seed, num_refits)
+    criteria = _Diagnostics(choices, seed, num_refits)
     with progress_bar("choosing the number of groups", fits * len(candidates)) as advance:
         for k in candidates:
             settings = {"seed": seed, "advance": advance, **fit}
@@ -157,18 +157,18 @@ def select_num_groups(
                 left_out = leave_users_out(choices, k, folds, **settings)
             user_ll[k] = left_out.log_likelihood
             if diagnostics:
-                beside.add(k, fit | ({"l2": penalty[k]} if l2_candidates else {}))
+                criteria.add(k, fit | ({"l2": penalty[k]} if l2_candidates else {}))
                 advance(2 + num_refits)
     total, errors = _compare(user_ll)
-    pairs_total, pairs_errors = _compare(beside.user_ll)
+    pairs_total, pairs_errors = _compare(criteria.user_ll)
     return NumGroupsChoice(
         _one_standard_error(total, errors),
         _scaled(total, choices.num_choices),
         _scaled(errors, choices.num_choices),
-        _scaled(pairs_total, beside.heldout.num_choices),
-        _scaled(pairs_errors, beside.heldout.num_choices),
-        beside.bic,
-        beside.stability,
+        _scaled(pairs_total, criteria.heldout.num_choices),
+        _scaled(pairs_errors, criteria.heldout.num_choices),
+        criteria.bic,
+        criteria.stability,
         penalty,
     )
 

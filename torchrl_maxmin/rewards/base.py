@@ -1,4 +1,4 @@
-"""What every model of group rewards can do, wherever its rewards come from."""
+"""The base of every model of group rewards, wherever its rewards come from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["RewardModel", "TokenModel", "score_texts"]
 
 
 class TokenModel(Protocol):
-    """What scores padded token rows of its own tokenizer."""
+    """A model that scores padded token rows of its own tokenizer."""
 
     reader: TextReader
 

@@ -259,7 +259,7 @@ def heldout_figures(
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What is known of the users before the trunk is tuned.
+    """Responsibilities of the users before the trunk is tuned, and where they come from.
 
     Attributes:
         responsibilities: [U, K].

@@ -301,7 +301,7 @@ class RewardMixture(RewardModel):
     def encoder(
         self, max_length: int | None = None
     ) -> Callable[[Sequence[Text], Sequence[Text]], list[list[int]]]:
-        """What turns prompts and completions into the token rows that :meth:`forward` reads."""
+        """Return a function from prompts and completions to the token rows that :meth:`forward` reads."""
         return lambda prompts, completions: self.reader.encode(prompts, completions, max_length)
 
     def reads_tokens_of(self, tokenizer: Any) -> bool:
@@ -322,11 +322,11 @@ class RewardMixture(RewardModel):
         return lora.adapter_names(str(self.adapters), self.num_groups)
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """What lies on top of the trunk."""
+        """Parameters on top of the trunk."""
         return list((self.model.score if self.heads is None else self.heads).parameters())
 
     def trunk_parameters(self) -> list[nn.Parameter]:
-        """What is trained of the trunk: all of it, or its adapters."""
+        """Parameters of the trunk that are trained: all of them, or its adapters'."""
         heads = {id(parameter) for parameter in self.head_parameters()}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in heads]
 
@@ -341,9 +341,9 @@ class RewardMixture(RewardModel):
         """Make group ``order[k]`` the new group k: its head, its adapter, its share and its scale."""
         permute_rows_(self.output, order)
         self.log_prior.copy_(self.log_prior[order.to(self.log_prior.device)])
-        here, old = order.cpu(), self.calibration
-        reference = None if old.reference is None else old.reference[:, here]
-        self.calibration = Calibration(old.method, old.shift[here], old.scale[here], reference)
+        index, old = order.cpu(), self.calibration
+        reference = None if old.reference is None else old.reference[:, index]
+        self.calibration = Calibration(old.method, old.shift[index], old.scale[index], reference)
         if self.adapters == "per_group":
             lora.permute_adapters_(self.model, self._names, order.tolist())
 

@@ -136,7 +136,7 @@ class Batches:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the generator stands, and the rows of its epoch that are left."""
+        """State of the generator, and the rows of its epoch that are left."""
         return {"generator": self._generator.bit_generator.state, "left": list(self._left)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,13 +206,13 @@ def text_features(
         part = order[start : start + batch_size]
         tokens, mask = (t.to(device) for t in pad_right([rows[i] for i in part], pad_id))
         if reader is None:
-            states, here = hidden_states(backbone, tokens, mask), mask
+            states, present = hidden_states(backbone, tokens, mask), mask
             pooled = states[torch.arange(len(part), device=device), last_index(mask)]
         else:
-            states, here = reader.states(backbone, tokens, mask)
-            pooled = reader.pool(states, here)
+            states, present = reader.states(backbone, tokens, mask)
+            pooled = reader.pool(states, present)
         sums = [
-            (x * real[..., None].to(x.dtype)).sum(1) for x, real in ((states, here), (embed(tokens), mask))
+            (x * real[..., None].to(x.dtype)).sum(1) for x, real in ((states, present), (embed(tokens), mask))
         ]
         features[part] = torch.cat([pooled, *sums], -1).float().cpu()
     return features

@@ -1,4 +1,4 @@
-"""How a model reads a text: prompt and completion as the tokens of one text, and where states are pooled."""
+"""Reading of texts by a model: prompt and completion as tokens of one text, and where states are pooled."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def load_reader(
 
 
 class TextLayout:
-    """How prompts and completions become token rows.
+    """Encodes prompts and completions as token rows.
 
     ``continuation``
         decoders: prompt and completion tokenized apart, as when a policy answers the prompt, and EOS;
@@ -321,12 +321,12 @@ def takes_pairs(tokenizer: Any) -> bool:
     count = tokenizer.num_special_tokens_to_add
     if count(pair=True) <= count(pair=False):
         return False
-    told = tokenizer("a", "b").get("token_type_ids")
-    if not told or not any(told):
+    segments = tokenizer("a", "b").get("token_type_ids")
+    if not segments or not any(segments):
         return True
     ids = tokenizer("a", "b").input_ids
     first = ids.index(tokenizer.sep_token_id) + 1 if tokenizer.sep_token_id in ids else 0
-    return told == [0] * first + [1] * (len(ids) - first)
+    return segments == [0] * first + [1] * (len(ids) - first)
 
 
 def _plain_texts(prompt: Text, completion: Text, row: int) -> tuple[str, str]:

@@ -80,7 +80,7 @@ class MixtureSettings(ChatSettings):
             )
 
     def reading_options(self) -> dict[str, Any]:
-        """How texts are read: arguments of :func:`~torchrl_maxmin.rewards.pairs.load_feature_trunk`."""
+        """Arguments of :func:`~torchrl_maxmin.rewards.pairs.load_feature_trunk`."""
         return {
             "pooling": self.pooling,
             "layout": self.text_layout,

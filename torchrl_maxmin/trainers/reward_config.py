@@ -127,7 +127,7 @@ class RewardConfig(MixtureSettings):
         return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
     def model_options(self) -> dict[str, Any]:
-        """What :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone` takes."""
+        """Arguments of :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone`."""
         options: dict[str, Any] = {"head": self.head, "rank": self.head_rank}
         options |= self.reading_options()
         if self.use_peft:

@@ -35,7 +35,7 @@ PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 
 @dataclass
 class World:
-    """What the two groups of the embedded world value, and how noisily they say so.
+    """Utilities of the two groups of the embedded world, and the noise of their labels.
 
     Utilities of a whole review (prompt and response, punctuation counts as a word):
 

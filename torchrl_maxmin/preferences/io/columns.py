@@ -315,7 +315,7 @@ def labels_of(table: Dataset, path: str, what: str) -> tuple[np.ndarray, list[st
 
 @dataclass(frozen=True)
 class Roles:
-    """Which columns a layout reads.
+    """Columns that a layout reads.
 
     Attributes:
         prompt: columns of the prompt; the first that holds something counts. Empty where it is implicit.
@@ -332,8 +332,8 @@ class Roles:
     def columns(self) -> dict[str, str]:
         """Role of every column."""
         roles = {"prompt": self.prompt, "response": self.responses, "verdict": self.verdict}
-        told = {path: role for role, paths in roles.items() for path in paths}
-        return told if self.key is None else {**told, self.key: "same prompt"}
+        by_path = {path: role for role, paths in roles.items() for path in paths}
+        return by_path if self.key is None else {**by_path, self.key: "same prompt"}
 
 
 def rows_of(

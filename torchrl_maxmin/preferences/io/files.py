@@ -115,8 +115,8 @@ def _data_files(path: Path, split: str) -> list[Path]:
     files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
     found = sorted({file.suffix for file in files})
     if len(found) != 1:
-        told = f"files of several kinds ({', '.join(found)})" if found else f"no {', '.join(READERS)} file"
-        raise UserError(f"the folder {path} holds {told}; name one file, or keep one kind in the folder")
+        content = f"files of several kinds ({', '.join(found)})" if found else f"no {', '.join(READERS)} file"
+        raise UserError(f"the folder {path} holds {content}; name one file, or keep one kind in the folder")
     of_split = {file: next((s for s in _SPLITS if file.stem.startswith(s)), None) for file in files}
     if not any(of_split.values()):
         return files
@@ -228,11 +228,11 @@ def _lines(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}, line {number} is not UTF-8 text ({error.reason})") from error
             except (ValueError, RecursionError) as error:
-                told = (
+                reason = (
                     f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 )
                 raise UserError(
-                    f"{path}, line {number} is not JSON ({told}); write one object a line, "
+                    f"{path}, line {number} is not JSON ({reason}); write one object a line, "
                     "or one list of objects"
                 ) from error
 
@@ -294,8 +294,8 @@ def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema, mixed: dict
         except UnicodeEncodeError as error:
             raise UserError(f"{path}: column {name!r} holds half a character (a lone surrogate)") from error
         except (pa.ArrowException, OverflowError, TypeError) as error:
-            told = _mixture(name, rows) or _unlike_parts(name, rows)
-            mixed[name] = f"{path}: {told or f'column {name!r}: {_first_line(error)}'}"
+            reason = _mixture(name, rows) or _unlike_parts(name, rows)
+            mixed[name] = f"{path}: {reason or f'column {name!r}: {_first_line(error)}'}"
             continue
         if name in known.names and pa.types.is_null(column.type):
             column = pa.nulls(len(rows), known.field(name).type)
@@ -304,15 +304,15 @@ def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema, mixed: dict
 
 
 def _mixture(name: str, rows: list[NumberedRow]) -> str | None:
-    """Which two lines disagree about the type of a column."""
+    """Name two lines that disagree about the type of a column."""
     first: dict[str, int] = {}
     for number, row in rows:
         if row.get(name) is not None:
             first.setdefault(_kind(row[name]), number)
     if len(first) < 2:
         return None
-    told = " and ".join(f"{kind} (line {number})" for kind, number in list(first.items())[:2])
-    return f"column {name!r} holds {told}; give it one type"
+    types = " and ".join(f"{kind} (line {number})" for kind, number in list(first.items())[:2])
+    return f"column {name!r} holds {types}; give it one type"
 
 
 def _unlike_parts(name: str, rows: list[NumberedRow]) -> str | None:

@@ -52,7 +52,7 @@ _BATCH_CHARACTERS = 16 << 20  # a batch ends at whichever comes first
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How judgements become pairs: arguments of :meth:`~torchrl_maxmin.preferences.PreferenceDataset.load`.
+    """Rules by which judgements become pairs: arguments of :meth:`~torchrl_maxmin.preferences.PreferenceDataset.load`.
 
     Raises:
         UserError: for a value that is none of those that it may have.
@@ -89,7 +89,7 @@ class Comparison(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What one user said about the responses to one prompt.
+    """One user's judgement of the responses to one prompt.
 
     Attributes:
         row: the row of the data where it stands (its first row, when it takes several).
@@ -188,7 +188,7 @@ class PairTable:
 
 @dataclass
 class Origin:
-    """What was found while loading, for the report.
+    """Findings while loading, for the report.
 
     Attributes:
         layout: name of the layout.
@@ -263,7 +263,7 @@ def build_pairs(
 
 
 def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[Judgement], Judgement]:
-    """What turns the texts of a judgement into strings: transcripts, or json where messages stay."""
+    """Choose how texts become strings: transcripts, or json where messages stay."""
     schema = table.features.arrow_schema
     names = {outer_column(table, path) for path in (*roles.prompt, *roles.responses)}
     nested = any(pa.types.is_nested(schema.field(name).type) for name in names)
@@ -371,5 +371,5 @@ def _nothing_left(origin: Origin) -> str:
         reasons.append(f"{origin.ties} are ties, which ties='halve' (--ties halve) keeps")
     if origin.identical:
         reasons.append(f"{origin.identical} have two equal responses")
-    told = "; ".join(reasons) or "no user compared or scored two responses to one prompt"
-    return f"the preference data ({origin.layout}) give no pair: {told}"
+    reason = "; ".join(reasons) or "no user compared or scored two responses to one prompt"
+    return f"the preference data ({origin.layout}) give no pair: {reason}"

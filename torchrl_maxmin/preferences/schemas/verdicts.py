@@ -1,4 +1,4 @@
-"""Which response is better: the winner's place, name or letter, ranks, and scores of single responses."""
+"""Verdicts on responses: the winner's place, name or letter, ranks, and scores of single responses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Compose = Callable[[dict[str, Any]], tuple[Any, Any]]
 
 
 class Verdicts:
-    """How the values of one column name the winner.
+    """Reads the winner from the values of one column.
 
     A number is a place. Places count from 0 where a 0 occurs or the responses' names end in
     ``_0, _1``; from 1 where the names end in ``_1, _2`` or the number of responses occurs. Beside a -1,
