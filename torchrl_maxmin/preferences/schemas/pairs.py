@@ -52,7 +52,7 @@ _BATCH_CHARACTERS = 16 << 20  # a batch ends at whichever comes first
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Rules by which judgements become pairs: arguments of :meth:`~torchrl_maxmin.preferences.PreferenceDataset.load`.
+    """Rules by which judgements become pairs: arguments of ``PreferenceDataset.load``.
 
     Raises:
         UserError: for a value that is none of those that it may have.
