@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrl_maxmin.rewards.choices import Expectation, PairChoices
+from torchrl_maxmin.clustering.choices import Expectation, PairChoices
 
 MEMORY_BAR = 0.5
 

@@ -35,7 +35,7 @@ def datasets_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from torchrl_maxmin.preferences.world import build_tokenizer
+    from torchrl_maxmin.world import build_tokenizer
 
     return build_tokenizer()
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["bars", "console", "forward_to", "prefixed", "progress_bar"]
+__all__ = ["bars", "console", "forward_to", "late_bar", "prefixed", "progress_bar"]
 
 console = Console(stderr=True)
+_PATIENCE_S = 2.0  # work that takes no longer gets no late bar
 _INTERVAL_S = 0.2  # a bar that moves more often than this only costs time
 
 _queue: Any = None
@@ -89,3 +90,31 @@ def _forwarded(description: str, total: int) -> Iterator[Callable[..., None]]:
 
     yield advance
     queue.put((key, title, total, total, ""))
+
+
+@contextmanager
+def late_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar once the work has taken two seconds; yields ``reach(done)``.
+
+    Args:
+        description: what is being done.
+        total: how much there is to do, in the unit of ``done``.
+
+    Example:
+        >>> with late_bar("counting", 3) as reach:
+        ...     for done in (1, 2, 3):
+        ...         reach(done)
+    """
+    start, shown = time.monotonic(), 0
+    advance: Callable[..., None] | None = None
+    with ExitStack() as stack:
+
+        def reach(done: int) -> None:
+            nonlocal advance, shown
+            if advance is None and time.monotonic() - start > _PATIENCE_S:
+                advance = stack.enter_context(progress_bar(description, total))
+            if advance is not None:
+                advance(done - shown)
+                shown = done
+
+        yield reach

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from torchrl_maxmin.preferences.world import World
-from torchrl_maxmin.preferences.world_data import write_rows
+from torchrl_maxmin.world import World
+from torchrl_maxmin.world.files import write_rows
 
 FILES = ("preferences.jsonl", "preferences_test.jsonl")
 

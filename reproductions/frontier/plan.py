@@ -14,12 +14,12 @@ from unseen import Unseen, measure_unseen
 from worlds import SHIFTS, WORLD, CountGroups, Prepare, Prompts, count_groups, prepare, write_prompts
 
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
-from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.trainers.ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import run_reward
 from torchrl_maxmin.trainers.reward_config import RewardConfig
 from torchrl_maxmin.trainers.sft import SFTConfig
+from torchrl_maxmin.world import World
 
 #: Standard deviation of a win rate against the reference, about uniform on [0, 1]: Nash's unit.
 WIN_RATE_UNIT = 12**-0.5

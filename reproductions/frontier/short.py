@@ -21,10 +21,10 @@ from torchrl_maxmin.modules.language import TokenPolicy, predicting_states
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts
 from torchrl_maxmin.modules.sequences import backbone_of
-from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import Calibration
 from torchrl_maxmin.welfare import solve_dual
+from torchrl_maxmin.world import World
 
 #: Tokens of a response.
 TOKENS = 2

@@ -10,13 +10,13 @@ import torch
 from people import prefers_first
 from scipy.special import expit
 
+from torchrl_maxmin.clustering.assignment import assign_users
+from torchrl_maxmin.clustering.linear import LinearMixture
 from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.world import World
-from torchrl_maxmin.preferences.world_data import write_preferences, write_rows
 from torchrl_maxmin.rewards import RewardMixture
-from torchrl_maxmin.rewards.assignment import assign_users
-from torchrl_maxmin.rewards.linear_em import LinearMixture
+from torchrl_maxmin.world import World
+from torchrl_maxmin.world.files import write_preferences, write_rows
 
 #: Kind -> how much its users care for each group's utility; the last was in no training set.
 KINDS = {"sentiment": (1.0, 0.0), "conciseness": (0.0, 1.0), "in between": (0.5, 0.5)}

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.grammar import COMPLAINT, sample_review
-from torchrl_maxmin.preferences.world import World
-from torchrl_maxmin.preferences.world_data import write_preferences, write_rows, write_world
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import select_num_groups
-from torchrl_maxmin.rewards.warm_start import feature_differences
+from torchrl_maxmin.rewards.pairs import feature_differences
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
+from torchrl_maxmin.world import World
+from torchrl_maxmin.world.files import write_preferences, write_rows, write_world
+from torchrl_maxmin.world.grammar import COMPLAINT, sample_review
 
 #: The world of all experiments.
 WORLD = "10:1"

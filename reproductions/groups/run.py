@@ -33,12 +33,12 @@ from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.world import World, sample_prompts
-from torchrl_maxmin.preferences.world_data import RESPONSE_LENGTH, write_preferences, write_world
 from torchrl_maxmin.progress import console
 from torchrl_maxmin.rewards import MixtureFit, fit_mixture
 from torchrl_maxmin.trainers.reward import user_accuracy
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
+from torchrl_maxmin.world import World, sample_prompts
+from torchrl_maxmin.world.files import RESPONSE_LENGTH, write_preferences, write_world
 
 #: Table 1 of arXiv 2402.08925 (v2): total, majority and minority accuracy of a single reward on Tulu2-7B.
 PAPER_TABLE1 = {

@@ -21,9 +21,9 @@ from scipy.optimize import brentq, linear_sum_assignment
 from scipy.special import expit
 from torch import Tensor
 
+from torchrl_maxmin.clustering import select_num_groups
+from torchrl_maxmin.clustering.identifiability import identifiability_report
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.rewards.identifiability import identifiability_report
-from torchrl_maxmin.rewards.linear import select_num_groups
 
 WORLDS = {"one group": (1,), "80:20": (80, 20), "10:1": (10, 1), "60:25:15": (60, 25, 15)}
 PAIRS = (5, 10, 20)

@@ -20,11 +20,11 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 from torch import Tensor
 
+from torchrl_maxmin.clustering.choices import fit_bradley_terry
 from torchrl_maxmin.evaluation import diagnose
 from torchrl_maxmin.evaluation.diagnosis_figures import calibrated_margins, pair_outcome
 from torchrl_maxmin.evaluation.theorem import diversity
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.rewards.choices import fit_bradley_terry
 
 WORLDS = {"80:20": (80, 20), "10:1": (10, 1), "one group": (1,)}
 AGREEMENT = 0.92

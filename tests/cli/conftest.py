@@ -6,7 +6,7 @@ import pytest
 from cli_files import PAIR, contents, write_rows
 
 from torchrl_maxmin.cli.main import main
-from torchrl_maxmin.preferences.world import World
+from torchrl_maxmin.world import World
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from torchrl_maxmin.evaluation import SeedResult, summarise
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
-from torchrl_maxmin.preferences.world import sample_prompts
 from torchrl_maxmin.rewards import RewardMixture
+from torchrl_maxmin.world import sample_prompts
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from rich.console import Console
 from scipy import stats
 from scipy.special import expit
 
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation import diagnose
 from torchrl_maxmin.evaluation.diagnosis_figures import calibrated_margins, corrected, interval_ends
@@ -25,7 +26,6 @@ from torchrl_maxmin.evaluation.diagnosis_report import (
 from torchrl_maxmin.evaluation.refits import Fitter, bias_of_fit, jackknife_error
 from torchrl_maxmin.evaluation.theorem import diversity
 from torchrl_maxmin.rewards import Calibration
-from torchrl_maxmin.rewards.choices import PairChoices
 
 RUN = Path(__file__).parents[2] / "reproductions/theory/planted.py"
 SMALL = {"users": 100, "pairs": 20, "features": 8}

@@ -21,8 +21,8 @@ from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.modules.sequences import has_ended
-from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards import RewardMixture
+from torchrl_maxmin.world import World
 
 # -- judges ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torchrl_maxmin.modules.loading import load_causal_lm, load_tokenizer, requi
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.modules.sequences import backbone_of, pad_right
 from torchrl_maxmin.modules.trunks import max_positions, require_positions, states_width, text_config
-from torchrl_maxmin.rewards.features import load_feature_trunk, text_features
+from torchrl_maxmin.rewards.pairs import load_feature_trunk, text_features
 
 
 @pytest.mark.parametrize(

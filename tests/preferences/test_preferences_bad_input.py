@@ -358,7 +358,7 @@ def test_columns_that_appear_late_or_change_from_int_to_float(tmp_path):
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_a_list_is_read_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, indent, chunk):
-    from torchrl_maxmin.preferences import reading
+    from torchrl_maxmin.preferences.io import files as reading
 
     monkeypatch.setattr(reading, "_CHUNK", chunk)
     rows = [{**PAIR, "prompt": f'{i} "]}}, é\u2028', "number": -i * 1.5} for i in range(30)]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.ratings import pairs_within
+from torchrl_maxmin.preferences.schemas.verdicts import pairs_within
 
 
 def listed(values, margin, keep_ties):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.layouts import LAYOUTS
+from torchrl_maxmin.preferences.schemas.layouts import LAYOUTS
 
 SAMPLES = Path(__file__).parents[1] / "data"
 HUMAN, BOT = "\n\nHuman: ", "\n\nAssistant:"

@@ -4,7 +4,6 @@ import errno
 import tempfile
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset, encode
-from torchrl_maxmin.preferences.late_bar import late_bar
-from torchrl_maxmin.preferences.storage import ArrowColumn, spill
+from torchrl_maxmin.preferences.io.columns import ArrowColumn, spill
+from torchrl_maxmin.progress import late_bar
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,7 +74,7 @@ def test_a_full_disk_is_said(monkeypatch):
 
 
 def test_a_bar_shows_only_when_work_takes_long(monkeypatch):
-    from torchrl_maxmin.preferences import late_bar as module
+    from torchrl_maxmin import progress as module
 
     shown = []
 
@@ -101,28 +100,6 @@ def test_a_bar_shows_only_when_work_takes_long(monkeypatch):
         reach(5)
         reach(9)
     assert shown == [("slow", 9), 5, 4, "closed"]
-
-
-WORDS = ["the", "film", "was", "great", "dull", "a", "story", "xyzzy", "."]
-TEXT = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(TEXT, TEXT, st.integers(0, 3)), min_size=1, max_size=12), st.integers(1, 12))
-def test_token_ids_of_pairs_are_those_of_single_texts(tokenizer, cells, length):
-    rows = [
-        {"prompt": prompt, "chosen": f"{text} great", "rejected": f"{text} dull", "user": user}
-        for prompt, text, user in cells
-    ]
-    data = PreferenceDataset.load(datasets.Dataset.from_list(rows))
-
-    def encoder(prompts, completions):
-        assert type(prompts) is type(completions) is list
-        return [encode(tokenizer, *texts, length) for texts in zip(prompts, completions, strict=True)]
-
-    chosen, rejected = data.tokenize(encoder)
-    assert chosen == encoder(list(data.prompts), list(data.chosen))
-    assert rejected == encoder(list(data.prompts), list(data.rejected))
 
 
 def test_encode_keeps_the_end(tokenizer):

@@ -29,7 +29,7 @@ from torchrl_maxmin.preferences.texts import (
     plain_text,
     set_chat_template,
 )
-from torchrl_maxmin.rewards.layouts import TextLayout
+from torchrl_maxmin.rewards.reader import TextLayout
 
 ASK = [{"role": "user", "content": "a b"}]
 ANSWER = [{"role": "assistant", "content": "c"}]

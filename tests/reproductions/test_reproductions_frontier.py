@@ -18,8 +18,8 @@ from torchrl_maxmin.cli.stages import run_tasks
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.preferences.world import World, sample_prompts
-from torchrl_maxmin.preferences.world_data import write_rows
+from torchrl_maxmin.world import World, sample_prompts
+from torchrl_maxmin.world.files import write_rows
 
 FOLDER = Path(__file__).parents[2] / "reproductions" / "frontier"
 sys.path.append(str(FOLDER))

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.loading import load_prompts
+from torchrl_maxmin.preferences.io.files import load_prompts
 
 FOLDER = Path(__file__).parents[2] / "reproductions" / "real_model"
 sys.path.append(str(FOLDER))

@@ -200,7 +200,7 @@ def test_mixture_rewards_of_tokens_equal_scores_of_texts(mixture, tokenizer):
 
 
 def test_function_rewards_join_columns(tokenizer, tmp_path):
-    from torchrl_maxmin.preferences import World
+    from torchrl_maxmin.world import World
 
     def words(prompts, completions):
         return [len(p.split()) + 10 * len(c.split()) for p, c in zip(prompts, completions, strict=True)]

@@ -1,4 +1,4 @@
-"""Pairs as tokens, and batches that can be put back."""
+"""Pairs as tokens, batches that can be put back, frozen features."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.rewards import RewardMixture
-from torchrl_maxmin.rewards.pairs import Batches, PairTokens
+from torchrl_maxmin.rewards.pairs import Batches, PairTokens, text_features
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +63,18 @@ def test_batches_go_on_where_they_stopped():
     other = Batches(10, 4, 99)
     other.load_state_dict(state)
     assert [next(other) for _ in range(7)] == following
+
+
+def test_text_features_are_last_state_and_sums(tiny_model):
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(tiny_model).eval()
+    rows = [[1, 5, 6, 7, 2], [1, 2], [1, 9, 9, 2]]
+    features = text_features(model, rows, pad_id=0, batch_size=2)
+    with torch.no_grad():
+        for row, feature in zip(rows, features, strict=True):
+            tokens = torch.tensor([row])
+            states = model.transformer(input_ids=tokens).last_hidden_state[0]
+            embedded = model.transformer.wte(tokens)[0]
+            expected = torch.cat([states[-1], states.sum(0), embedded.sum(0)])
+            torch.testing.assert_close(feature, expected, atol=1e-4, rtol=1e-4)

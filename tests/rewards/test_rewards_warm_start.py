@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from torchrl_maxmin.clustering.identifiability import identifiability_report
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.world import sample_reviews
-from torchrl_maxmin.rewards import fit_mixture, select_num_groups, warm_start
-from torchrl_maxmin.rewards.identifiability import identifiability_report
+from torchrl_maxmin.rewards import fit as fitting
+from torchrl_maxmin.rewards import fit_mixture, select_num_groups
+from torchrl_maxmin.world import sample_reviews
 
 USERS, PAIRS = 16, 12
 QUICK = {"num_rounds": 1, "steps_per_round": 1, "batch_size": 8, "num_restarts": 1, "max_groups": 2}
@@ -66,7 +67,7 @@ def test_it_is_carried_through_a_stop(data, tiny_model):
 
 
 def test_many_users_are_looked_at_by_a_sample(data, tiny_model, monkeypatch):
-    monkeypatch.setattr(warm_start, "REPORT_USERS", 10)
+    monkeypatch.setattr(fitting, "REPORT_USERS", 10)
     fit = fit_mixture(data, tiny_model, num_groups=2, identifiability=True, **QUICK)
     assert fit.identifiability.num_users == 10
     assert fit.responsibilities_matrix.shape == (USERS, 2)
@@ -93,7 +94,7 @@ def test_halved_ties_reach_the_choice_of_k(tiny_model, monkeypatch):
         seen.append(row_weights)
         return select_num_groups(*args, row_weights=row_weights, **kwargs)
 
-    monkeypatch.setattr(warm_start, "select_num_groups", choose)
+    monkeypatch.setattr(fitting, "select_num_groups", choose)
     fit_mixture(tied, tiny_model, num_groups="auto", **QUICK)
     assert torch.equal(seen[0], tied.weights.float())
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from torchrl_maxmin.preferences.world import sample_prompts
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
+from torchrl_maxmin.world import sample_prompts
 
 
 @pytest.fixture(scope="session")

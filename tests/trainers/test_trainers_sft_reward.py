@@ -10,11 +10,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.world import sample_reviews
 from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.trainers import sft as sft_module
 from torchrl_maxmin.trainers.reward import RewardConfig, run_reward, user_accuracy
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
+from torchrl_maxmin.world import sample_reviews
 
 
 def write(path, rows):
@@ -227,9 +227,29 @@ def test_reward_stage_by_one_group_and_an_evaluation_file(tiny_model, pairs, tmp
     assert figures["heldout"]["pairs"] == 120
 
 
+def test_accumulated_batches_train_as_one_and_scoring_batches_change_nothing(tiny_model, pairs, tmp_path):
+    figures, few = [], {"steps_per_round": 4, "calibration_prompts": 20, "response_length": 4}
+    for name, batches in {
+        "whole": {"per_device_train_batch_size": 24},
+        "parts": {
+            "per_device_train_batch_size": 6,
+            "gradient_accumulation_steps": 4,
+            "scoring_batch_size": 7,
+        },
+    }.items():
+        config = reward_config(tiny_model, pairs, tmp_path / name, calibration="none", **(few | batches))
+        figures.append(json.loads((run_reward(config) / "summary.json").read_text()))
+    whole, parts = figures
+    assert parts["history"][0]["loss"] == pytest.approx(whole["history"][0]["loss"], rel=1e-3)
+    assert parts["heldout"]["log_likelihood"] == pytest.approx(whole["heldout"]["log_likelihood"], rel=1e-3)
+    assert parts["mixing_weights"] == pytest.approx(whole["mixing_weights"], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1"),
+        ({"scoring_batch_size": 0}, "--scoring_batch_size must be at least 1"),
         ({"num_groups": "many"}, "--num_groups is a positive number or auto, not 'many'"),
         ({"num_groups": 0}, "--num_groups is a positive number"),
         ({"num_groups": 11}, "11 is more than the 10 users"),

@@ -17,8 +17,6 @@ from torchrl_maxmin.cli.stages import Task, run_tasks
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
-from torchrl_maxmin.preferences.world import World
-from torchrl_maxmin.preferences.world_data import write_preferences, write_world
 from torchrl_maxmin.progress import console
 from torchrl_maxmin.trainers.ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
@@ -26,6 +24,8 @@ from torchrl_maxmin.trainers.reward import run_reward
 from torchrl_maxmin.trainers.reward_config import RewardConfig
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, write_config
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
+from torchrl_maxmin.world import World
+from torchrl_maxmin.world.files import write_preferences, write_world
 
 __all__ = ["DemoConfig", "run_demo"]
 

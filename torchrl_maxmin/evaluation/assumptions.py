@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.clustering.choices import PairChoices, fit_bradley_terry
+from torchrl_maxmin.clustering.identifiability import MISASSIGNMENT_BAR
+from torchrl_maxmin.clustering.linear import LinearMixture
 from torchrl_maxmin.evaluation.exact import ExactOutcome
-from torchrl_maxmin.rewards.choices import PairChoices, fit_bradley_terry
-from torchrl_maxmin.rewards.identifiability import MISASSIGNMENT_BAR
-from torchrl_maxmin.rewards.linear_em import LinearMixture
 
 __all__ = ["check_assumptions", "feature_constants"]
 

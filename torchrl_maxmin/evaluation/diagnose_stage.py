@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.clustering.selection import L2_CANDIDATES
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation.diagnosis import Diagnosis, check_pairs, diagnose
 from torchrl_maxmin.evaluation.diagnosis_report import verdict, verdict_table, write_diagnosis
@@ -20,7 +21,6 @@ from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.modules.loading import require_model
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.progress import console
-from torchrl_maxmin.rewards.selection import L2_CANDIDATES
 from torchrl_maxmin.rewards.settings import MixtureSettings
 from torchrl_maxmin.trainers.run import (
     leave_no_empty_output,
@@ -148,7 +148,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
 
 
 def _from_texts(config: DiagnoseConfig, data: PreferenceDataset, device: torch.device) -> _Pairs:
-    from torchrl_maxmin.rewards.warm_start import feature_differences
+    from torchrl_maxmin.rewards.pairs import feature_differences
 
     model = str(config.model_name_or_path)
     differences = feature_differences(data, model, config.max_length, device, **config.reading_options())

@@ -13,6 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.selection import (
+    L2_CANDIDATES,
+    NumGroupsChoice,
+    adjusted_rand_index,
+    select_l2,
+    select_num_groups,
+)
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation.assumptions import check_assumptions, feature_constants
 from torchrl_maxmin.evaluation.diagnosis_figures import (
@@ -31,15 +40,6 @@ from torchrl_maxmin.evaluation.refits import (
     misassignment,
 )
 from torchrl_maxmin.evaluation.theorem import PROOF_GAPS
-from torchrl_maxmin.rewards.choices import PairChoices
-from torchrl_maxmin.rewards.linear_em import LinearMixture
-from torchrl_maxmin.rewards.selection import (
-    L2_CANDIDATES,
-    NumGroupsChoice,
-    adjusted_rand_index,
-    select_l2,
-    select_num_groups,
-)
 
 __all__ = ["Diagnosis", "check_pairs", "diagnose"]
 
@@ -126,7 +126,7 @@ def diagnose(
         num_bootstrap: Simulations behind the correction for bias; under 2 leaves the fit as it is.
         confidence: Coverage asked for.
         seed: Of folds, starts and held-out pairs.
-        **fit: Passed to :func:`~torchrl_maxmin.rewards.linear.fit_linear_mixture`.
+        **fit: Passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
 
     Returns:
         :class:`Diagnosis`.

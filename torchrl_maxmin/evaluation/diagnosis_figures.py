@@ -9,10 +9,10 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import expit
 
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.linear import LinearMixture
 from torchrl_maxmin.evaluation.exact import ExactOutcome, exact_outcome
 from torchrl_maxmin.evaluation.theorem import distinctness, diversity
-from torchrl_maxmin.rewards.choices import PairChoices
-from torchrl_maxmin.rewards.linear_em import LinearMixture
 
 __all__ = [
     "Figures",

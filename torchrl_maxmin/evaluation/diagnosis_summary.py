@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.selection import NumGroupsChoice
 from torchrl_maxmin.evaluation.diagnosis_figures import Figures
 from torchrl_maxmin.evaluation.exact import ExactOutcome
 from torchrl_maxmin.evaluation.theorem import distinctness, lemma1_bound, theorem1_bound
-from torchrl_maxmin.rewards.choices import PairChoices
-from torchrl_maxmin.rewards.linear_em import LinearMixture
-from torchrl_maxmin.rewards.selection import NumGroupsChoice
 
 __all__ = ["Evidence", "summarise_evidence"]
 

@@ -15,13 +15,13 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation.endpoint import EndpointJudge
 from torchrl_maxmin.evaluation.judges import Judge, judge_pairs
 from torchrl_maxmin.modules.sampling import to_texts
-from torchrl_maxmin.preferences import World
 from torchrl_maxmin.preferences.texts import Text, as_completion
 from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.ensemble import is_reward_model
 from torchrl_maxmin.rewards.source import MixtureRewards, ask, count_columns, extra_columns, load_functions
+from torchrl_maxmin.world import World
 
 __all__ = ["PairJudges", "UtilityJudge", "load_judge"]
 

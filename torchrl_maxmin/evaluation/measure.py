@@ -30,7 +30,7 @@ from torchrl_maxmin.modules.loading import (
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
 from torchrl_maxmin.modules.trunks import require_positions
-from torchrl_maxmin.preferences.loading import load_prompts
+from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.preferences.texts import Text, is_conversational
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model

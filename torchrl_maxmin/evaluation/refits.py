@@ -12,15 +12,14 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.identifiability import balanced_misassignment_bound, expected_misassignment
+from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.selection import heldout_rows, leave_users_out, match_groups, user_folds
 from torchrl_maxmin.evaluation.clustered import CoverageWarning, Interval, interval_over_users
 from torchrl_maxmin.evaluation.diagnosis_figures import Figures
 from torchrl_maxmin.evaluation.metrics import group_accuracy_by_user
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.rewards.choices import PairChoices
-from torchrl_maxmin.rewards.crossfit import fit_choices, leave_users_out, match_groups, user_folds
-from torchrl_maxmin.rewards.identifiability import balanced_misassignment_bound, expected_misassignment
-from torchrl_maxmin.rewards.linear_em import LinearMixture
-from torchrl_maxmin.rewards.selection import heldout_rows
 
 __all__ = ["Fitter", "Measure", "bias_of_fit", "heldout_accuracy", "jackknife_error", "misassignment"]
 
@@ -35,7 +34,7 @@ class Fitter:
     Attributes:
         l2: Penalty by K.
         seed: Of the starts.
-        settings: Passed to :func:`~torchrl_maxmin.rewards.linear.fit_linear_mixture`.
+        settings: Passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
 
     l2: dict[int, float]

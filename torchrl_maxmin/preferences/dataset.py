@@ -7,23 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.preferences.columns import PROMPT_ALIASES, USER_ALIASES
-from torchrl_maxmin.preferences.judgements import LoadOptions
-from torchrl_maxmin.preferences.loading import load_table, mixed_columns
+from torchrl_maxmin.preferences.io.columns import PROMPT_ALIASES, USER_ALIASES, ArrowColumn
+from torchrl_maxmin.preferences.io.files import load_table, mixed_columns
 from torchrl_maxmin.preferences.report import DataReport, check_pairs
-from torchrl_maxmin.preferences.texts import Text, text_key
-from torchrl_maxmin.preferences.tokenizing import Encoder, encode, tokenize_pairs
-
-if TYPE_CHECKING:
-    from torchrl_maxmin.preferences.building import Origin, PairTable
-    from torchrl_maxmin.preferences.storage import ArrowColumn
+from torchrl_maxmin.preferences.schemas.layouts import find_layout
+from torchrl_maxmin.preferences.schemas.pairs import LoadOptions, Origin, PairTable, build_pairs
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
 
 __all__ = ["USER_ALIASES", "PreferenceDataset", "Ranking", "encode"]
 
@@ -90,10 +86,10 @@ class PreferenceDataset:
         seed: int = 0,
         conversations: str = "transcript",
     ) -> PreferenceDataset:
-        """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.layouts.LAYOUTS`.
+        """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.schemas.layouts.LAYOUTS`.
 
         Args:
-            source: what :func:`~torchrl_maxmin.preferences.loading.load_table` takes.
+            source: what :func:`~torchrl_maxmin.preferences.io.files.load_table` takes.
             user_column: the column that says who chose, or ``column.field``; found by alias when None.
                 ``"none"`` makes every row a user of its own.
             group_column: ground truth for evaluation; ``group_id``, ``group`` or ``data_subset`` where
@@ -103,7 +99,8 @@ class PreferenceDataset:
             ties: ``"drop"``, or ``"halve"``: two pairs of each tie, one in either order, with weight 1/2.
             tie_margin: scores that differ by no more than this are a tie.
             max_pairs: most pairs from one user's scores of one prompt, and from all ratings of one rater.
-            identical: whether equal chosen and rejected texts are an ``"error"`` or ``"drop"`` the pair.
+            identical: whether equal chosen and rejected texts are an ``"error"`` or ``"drop"`` the pair;
+                those of data that do not state pairs are always dropped.
             seed: of the choice of ``max_pairs`` pairs where there are more.
             conversations: whether lists of messages become ``"transcript"`` strings, or stay ``"messages"``
                 for a chat template.
@@ -114,14 +111,14 @@ class PreferenceDataset:
         """
         options = LoadOptions(ties, tie_margin, max_pairs, identical, seed, conversations)
         table = load_table(source, split)
-        from torchrl_maxmin.preferences.building import build_pairs
-
         mixed = mixed_columns(table)
         named = {*USER_ALIASES, *PROMPT_ALIASES, "chosen", "rejected", user_column, group_column}
         if read := [name for name in mixed if name in named]:
             raise UserError(mixed[read[0]])
         try:
-            pairs, origin = build_pairs(table, user_column, group_column, layout, options)
+            pairs, origin = build_pairs(
+                table, *find_layout(table, layout), user_column, group_column, options
+            )
         except UserError as error:
             if not mixed:
                 raise
@@ -166,8 +163,6 @@ class PreferenceDataset:
         return self._column("rejected")
 
     def _column(self, name: str) -> ArrowColumn:
-        from torchrl_maxmin.preferences.storage import ArrowColumn
-
         decode = json.loads if self.pairs.as_json else None
         return ArrowColumn(self.pairs.texts[name], self.rows, decode)
 
@@ -231,10 +226,6 @@ class PreferenceDataset:
                 )
                 ranks = {}
 
-    def tokenize(self, encoder: Encoder) -> tuple[ArrowColumn, ArrowColumn]:
-        """Token ids of chosen and rejected texts, in bounded memory; see :func:`tokenize_pairs`."""
-        return tokenize_pairs(self, encoder)
-
     def select_rows(self, rows: Sequence[int] | np.ndarray) -> PreferenceDataset:
         """A data set of these rows; users without a row are left out."""
         return self._sorted(self.pairs, self.rows[np.asarray(rows, dtype=np.int64)], self.origin)
@@ -273,3 +264,17 @@ class PreferenceDataset:
                 f"--num_groups {num_groups} is more than the {self.num_users} users in the data; "
                 f"give at most {self.num_users}"
             )
+
+
+def encode(tokenizer: Any, prompt: Text, completion: Text, max_length: int | None = None) -> list[int]:
+    """Return the token ids of one text: prompt, completion and EOS, as :class:`TextEncoder` makes them.
+
+    Longer texts lose tokens of the prompt's start, but for BOS, and never the end that a score is read at.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: a string or a list of messages.
+        completion: likewise.
+        max_length: most tokens.
+    """
+    return TextEncoder(tokenizer)([prompt], [completion], max_length)[0]

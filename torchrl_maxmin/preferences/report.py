@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_maxmin.preferences.late_bar import late_bar
+from torchrl_maxmin.preferences.schemas.pairs import Origin
+from torchrl_maxmin.progress import late_bar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from torchrl_maxmin.preferences.building import Origin
-    from torchrl_maxmin.preferences.dataset import PreferenceDataset
 
 __all__ = ["DataReport", "check_pairs"]
 
@@ -25,7 +23,7 @@ _BATCH_ROWS = 5_000
 
 @dataclass(frozen=True)
 class DataReport:
-    """What :meth:`PreferenceDataset.check` found.
+    """Findings of :meth:`PreferenceDataset.check`.
 
     Attributes:
         layout: how the data are laid out.
@@ -100,19 +98,19 @@ class DataReport:
             ("columns ignored", ", ".join(self.ignored)),
             ("true groups", ", ".join(f"{name} {count:,}" for name, count in self.groups.items())),
         ]
-        unsaid = {
+        empty = {
             "rankings": self.rankings == 0,
             "left out": self.identical + self.beyond_cap == 0,
             "columns ignored": not self.ignored,
             "true groups": not self.groups,
         }
-        return [(name, value) for name, value in lines if not unsaid.get(name)]
+        return [(name, value) for name, value in lines if not empty.get(name)]
 
     def __str__(self) -> str:
         return "\n".join(
             [
                 *(f"{name:<17}{value}" for name, value in self.lines()),
-                *(f"! {told}" for told in self.warnings),
+                *(f"! {sentence}" for sentence in self.warnings),
             ]
         )
 
@@ -125,19 +123,19 @@ class DataReport:
         figures.add_column(min_width=15)
         for name, value in self.lines():
             figures.add_row(Text(name, style="bold"), Text(value))
-        told = Table.grid(padding=(0, 1))
+        warnings = Table.grid(padding=(0, 1))
         for sentence in self.warnings:
-            told.add_row(Text("!", style="bold yellow"), Text(sentence))
-        return Group(figures, told) if self.warnings else figures
+            warnings.add_row(Text("!", style="bold yellow"), Text(sentence))
+        return Group(figures, warnings) if self.warnings else figures
 
 
-def check_pairs(data: PreferenceDataset) -> DataReport:
-    """Look at every pair once and say what is there; see :class:`DataReport`."""
+def check_pairs(data: Any) -> DataReport:
+    """Look at every pair of a :class:`PreferenceDataset` once and say what is there."""
     origin = data.origin
     texts = _scan(data)
     users = data.row_users.numpy()
-    asked = texts.prompt != hash("")
-    prompts, seen_by = np.unique(_distinct(texts.prompt[asked], users[asked])[:, 0], return_counts=True)
+    prompted = texts.prompt != hash("")
+    prompts, seen_by = np.unique(_distinct(texts.prompt[prompted], users[prompted])[:, 0], return_counts=True)
     comparisons = np.bincount(np.unique(data.ranking_ids, return_inverse=True)[1], weights=data.weights)
     report = DataReport(
         layout=origin.layout,
@@ -167,7 +165,7 @@ def check_pairs(data: PreferenceDataset) -> DataReport:
 
 
 def _warnings(report: DataReport, origin: Origin) -> list[str]:
-    """What to know or mend, one plain sentence each."""
+    """List what to know or mend, one plain sentence each."""
     median = report.pairs_per_user[2]
     without = origin.users - report.users
     stated = report.identical if origin.states_pairs else 0
@@ -205,7 +203,7 @@ class _Texts:
     longest: int = 0
 
 
-def _scan(data: PreferenceDataset) -> _Texts:
+def _scan(data: Any) -> _Texts:
     import pyarrow.compute as pc
 
     texts = _Texts(np.empty(len(data), dtype=np.int64), np.empty(len(data), dtype=np.int64))

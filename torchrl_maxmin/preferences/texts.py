@@ -103,7 +103,7 @@ class TextEncoder:
         tokenizer: a Hugging Face tokenizer.
 
     Example:
-        >>> from torchrl_maxmin.preferences.world import build_tokenizer
+        >>> from torchrl_maxmin.world import build_tokenizer
         >>> encoder = TextEncoder(build_tokenizer())
         >>> prompt, whole = encoder.prompts(["the film"]), encoder(["the film"], ["was great ."])
         >>> whole[0][: len(prompt[0])] == prompt[0], whole[0][-1] == encoder.tokenizer.eos_token_id

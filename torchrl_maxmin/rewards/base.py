@@ -1,4 +1,4 @@
-"""What every model of group rewards can do, wherever its rewards come from."""
+"""The base of every model of group rewards, wherever its rewards come from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torchrl_maxmin.distributed import mean_over_ranks
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.rewards.calibration import Calibration
-from torchrl_maxmin.rewards.layouts import Text
-from torchrl_maxmin.rewards.reader import TextReader
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, Text, TextReader
 
 __all__ = ["RewardModel", "TokenModel", "score_texts"]
 
 
 class TokenModel(Protocol):
-    """What scores padded token rows of its own tokenizer."""
+    """A model that scores padded token rows of its own tokenizer."""
 
     reader: TextReader
 
@@ -82,15 +81,8 @@ class RewardModel(nn.Module):
         """Whether a policy's prompt and response tokens, joined, are what this model reads."""
         return False
 
-    def raw_scores(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        batch_size: int,
-        max_length: int | None,
-        ended: Sequence[bool] | None = None,
-    ) -> Tensor:
-        """Raw rewards [N, K] on the CPU."""
+    def scorers(self) -> Sequence[TokenModel]:
+        """The models whose columns stand side by side."""
         raise NotImplementedError
 
     def score(
@@ -99,7 +91,7 @@ class RewardModel(nn.Module):
         completions: Sequence[Text],
         *,
         calibrated: bool = False,
-        batch_size: int = 256,
+        batch_size: int = SCORED_AT_ONCE,
         max_length: int | None = None,
         ended: Sequence[bool] | None = None,
     ) -> Tensor:
@@ -117,7 +109,11 @@ class RewardModel(nn.Module):
         Returns:
             Rewards [N, K] on the CPU, whatever the batch size or padding.
         """
-        scores = self.raw_scores(prompts, completions, batch_size, max_length, ended)
+        columns = [
+            score_texts(model, prompts, completions, batch_size, max_length, ended)
+            for model in self.scorers()
+        ]
+        scores = torch.cat(columns, -1)
         return self.calibration.apply(scores) if calibrated else scores
 
     def reward_fn(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.loading import (
-    import_transformers,
     load_classifier,
     load_tokenizer,
     reading,
@@ -20,7 +19,7 @@ from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.rewards.adapters import import_peft, quiet_peft
 from torchrl_maxmin.rewards.reader import TextReader
 
-__all__ = ["SequenceClassifier", "has_linear_score"]
+__all__ = ["SequenceClassifier"]
 
 _LAST_LAYERS = ("score.weight", "classifier.out_proj.weight", "classifier.weight", "logits_proj.weight")
 
@@ -34,7 +33,7 @@ class SequenceClassifier(nn.Module):
     Args:
         model: ``AutoModelForSequenceClassification`` of any architecture.
         tokenizer: its tokenizer.
-        layout: see :class:`~torchrl_maxmin.rewards.layouts.TextLayout`.
+        layout: see :class:`~torchrl_maxmin.rewards.reader.TextLayout`.
         label: the only output that is a reward, for a classifier with other labels beside it; all when None.
 
     Raises:
@@ -90,19 +89,6 @@ class SequenceClassifier(nn.Module):
         else:
             rewards = self.model(**self.reader.packed(tokens, mask)[0]).logits
         return (rewards if self.label is None else rewards[:, self.label, None]).float()
-
-
-def has_linear_score(config: Any) -> bool:
-    """Whether the sequence classifiers of a config's type end in one linear layer named ``score``.
-
-    Decoders' do; RoFormer's, a decoder too, ends in a head of several layers.
-    """
-    transformers = import_transformers()
-    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return False
-    with torch.device("meta"):
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
-    return isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def _load_adapter(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:

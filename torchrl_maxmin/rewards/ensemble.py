@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.sequences import pad_right
-from torchrl_maxmin.rewards.base import RewardModel, score_texts
+from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.classifier import SequenceClassifier
-from torchrl_maxmin.rewards.layouts import Text
 from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.reader import Text
 
 __all__ = ["RewardEnsemble", "is_reward_model", "load_reward_model"]
 
@@ -70,7 +70,7 @@ class RewardEnsemble(RewardModel):
             source: names or folders of the models, or what :meth:`save_pretrained` wrote, or a
                 json file like it: ``{"members": [{"name_or_path": ..., "layout": ..., "label": ...}]}``.
             layouts: one for all models, or one each, see
-                :class:`~torchrl_maxmin.rewards.layouts.TextLayout`; mixtures keep their own.
+                :class:`~torchrl_maxmin.rewards.reader.TextLayout`; mixtures keep their own.
             labels: for each model the output that is its reward, or None for all of them.
             prior: shares of the K groups; equal when None.
             dtype: of the models.
@@ -126,7 +126,7 @@ class RewardEnsemble(RewardModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write every member to a folder of its own, and ``ensemble.json``."""
         entries: list[dict[str, Any]] = []
-        for index, member in enumerate(self._members()):
+        for index, member in enumerate(self.scorers()):
             name = f"member_{index}"
             member.save_pretrained(Path(folder) / name)
             entry: dict[str, Any] = {"name_or_path": name}
@@ -145,27 +145,15 @@ class RewardEnsemble(RewardModel):
     ) -> Tensor:
         """Rewards [N, K] in fp32 of texts in one batch, with gradients, where the first member is."""
         columns = []
-        for member in self._members():
+        for member in self.scorers():
             device = next(member.parameters()).device
             tokens, mask = pad_right(member.reader.encode(prompts, completions), member.reader.pad_id)
             columns.append(member(tokens.to(device), mask.to(device)))
         rewards = torch.cat([column.to(columns[0].device) for column in columns], -1)
         return self.calibration.apply(rewards) if calibrated else rewards
 
-    def raw_scores(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        batch_size: int,
-        max_length: int | None,
-        ended: Sequence[bool] | None = None,
-    ) -> Tensor:
-        """Raw rewards [N, K] on the CPU."""
-        return torch.cat(
-            [score_texts(m, prompts, completions, batch_size, max_length, ended) for m in self._members()], -1
-        )
-
-    def _members(self) -> list[SequenceClassifier | RewardMixture]:
+    def scorers(self) -> list[SequenceClassifier | RewardMixture]:
+        """The members."""
         return list(self.members)  # type: ignore[arg-type]
 
 

@@ -1,20 +1,51 @@
-"""What a fitted reward mixture says about the users."""
+"""A reward mixture fitted to preferences, and what it says about the users.
+
+Algorithm 2 of MaxMin-RLHF (arXiv 2402.08925), with responsibilities and mixing weights (``soft``) or the
+paper's own hard assignment. EM is warm-started by a linear mixture on frozen features; its M-steps fine-tune
+the shared trunk and all heads.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchrl_maxmin.clustering.choices import PairChoices, posterior, row_weights_of, sum_by_segment
+from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, run_em
+from torchrl_maxmin.clustering.identifiability import (
+    IdentifiabilityReport,
+    accuracy_over_users,
+    identifiability_report,
+)
+from torchrl_maxmin.clustering.linear import fit_choices
+from torchrl_maxmin.clustering.selection import NumGroupsChoice, select_num_groups
+from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
-from torchrl_maxmin.rewards.identifiability import IdentifiabilityReport, accuracy_over_users
-from torchrl_maxmin.rewards.linear import NumGroupsChoice
+from torchrl_maxmin.preferences.texts import text_key
+from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import PairTokens
+from torchrl_maxmin.rewards.pairs import PairTokens, feature_differences
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 
-__all__ = ["MixtureFit", "heldout_figures"]
+__all__ = ["REPORT_USERS", "MixtureFit", "WarmStart", "fit_mixture", "heldout_figures"]
+
+#: The identifiability report looks at no more users than this: it fits fifteen mixtures.
+REPORT_USERS = 2000
+
+# As the warm start itself: exact M-steps would take minutes on wide features.
+_REPORT: dict[str, Any] = {
+    "m_step": "adam",
+    "num_rounds": 50,
+    "num_restarts": 2,
+    "l2_candidates": (3e-4, 1e-3, 2e-3),
+}
+_READING = ("pooling", "layout", "chat_template", "system_prompt")
 
 
 @dataclass
@@ -72,34 +103,220 @@ class MixtureFit:
         return "\n".join(lines)
 
 
+def fit_mixture(
+    data: PreferenceDataset,
+    model: str,
+    num_groups: int | str = 2,
+    assignment: str = "soft",
+    *,
+    heldout: PreferenceDataset | None = None,
+    use_true_groups: bool = False,
+    convergence_tolerance: float = 1e-4,
+    num_restarts: int = 4,
+    max_groups: int = 3,
+    max_length: int | None = None,
+    model_options: dict[str, Any] | None = None,
+    identifiability: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+    resume: dict[str, Any] | None = None,
+    **optimizer: Any,
+) -> MixtureFit:
+    """Learn K rewards and who holds them.
+
+    Args:
+        data: training pairs; true groups in it are not read unless ``use_true_groups``.
+        model: Hugging Face model (folder or name) that gives the trunk.
+        num_groups: K, or ``"auto"`` for :func:`~torchrl_maxmin.rewards.select_num_groups`.
+        assignment: ``"soft"`` or ``"hard"`` (the paper).
+        heldout: pairs of the same users that are only scored at the end.
+        use_true_groups: train one head on each true group of ``data`` instead of finding groups:
+            the yardstick that EM is measured by. ``num_groups`` and ``assignment`` are not used.
+        convergence_tolerance: stop when no user changed group and the training
+            log-likelihood a pair rose by less than this.
+        num_restarts: starts of the linear mixture.
+        max_groups: largest K that ``"auto"`` tries.
+        max_length: longest text in tokens.
+        model_options: kind of heads, adapters and so on, as
+            :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone` takes them.
+        identifiability: whether to report on the linear mixture if users can be told apart; with one
+            given group there is nothing to tell apart.
+        seed: of starts, batches and new heads.
+        device: where the reward model trains.
+        on_round: called after every round with the state that ``resume`` takes.
+        resume: go on from such a state; the result is bit-equal to a run that never stopped.
+        **optimizer: rounds, steps, rates and batch sizes: fields of
+            :class:`~torchrl_maxmin.rewards.fine_tuning.FineTuningSettings`.
+
+    Raises:
+        UserError: for fewer users than groups, or ``use_true_groups`` without true groups.
+        ValueError: for an unknown assignment.
+        FloatingPointError: if the likelihood stops being finite.
+    """
+    if assignment not in ("soft", "hard"):
+        raise ValueError(f"assignment is 'soft' or 'hard', not {assignment!r}")
+    if use_true_groups and data.groups is None:
+        raise UserError("the data has no group column, so its true groups cannot be used; name it")
+    if not use_true_groups:
+        data.require_users(2 if num_groups == "auto" else int(num_groups))
+    tuning = FineTuningSettings(seed=seed, **optimizer)
+    torch.manual_seed(seed)
+    options = model_options or {}
+    if resume is not None:
+        warm = resume["warm_start"]
+    elif use_true_groups:
+        warm = from_true_groups(data)
+    elif num_groups == 1:
+        warm = WarmStart(torch.ones(data.num_users, 1))
+    else:
+        reading = {name: options[name] for name in _READING if name in options}
+        differences = feature_differences(
+            data, model, max_length, device, tuning.scoring_batch_size, **reading
+        )
+        choices = PairChoices(differences, data.user_offsets, row_weights_of(data))
+        restarts = {"num_restarts": num_restarts, "assignment": assignment}
+        warm = linear_warm_start(choices, num_groups, max_groups, seed, **restarts)
+        if identifiability:
+            warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))
+    start = warm.responsibilities
+    mixture = RewardMixture.from_backbone(model, start.shape[-1], **options).to(device)
+    pairs = PairTokens(data, mixture.encoder(max_length), mixture.reader.pad_id)
+    with progress_bar(f"reward model, K={mixture.num_groups}", tuning.total_steps) as advance:
+        m_step = FineTuning(mixture, pairs, tuning, advance)
+        history: list[dict[str, Any]] = []
+        if resume is not None:
+            m_step.load_state_dict(resume)
+            start, history = resume["responsibilities"], resume["history"]
+        advance(len(history) * tuning.steps_per_round)
+
+        def keep(responsibilities: Tensor, history: list[dict[str, Any]]) -> None:
+            if on_round is not None:
+                state = {"responsibilities": responsibilities, "history": history, "warm_start": warm}
+                on_round(m_step.state_dict() | state)
+
+        settings = EMSettings(
+            assignment="known" if use_true_groups else assignment,
+            num_rounds=tuning.num_rounds,
+            convergence_tolerance=convergence_tolerance,
+        )
+        em = run_em(pairs, m_step, settings, start=start, history=history, on_round=keep)
+    responsibilities = em.responsibilities
+    if not use_true_groups:
+        order = responsibilities.sum(0).argsort(descending=True, stable=True)
+        mixture.permute_groups_(order)
+        responsibilities = responsibilities[:, order]
+    mixture.log_prior.copy_(mixing_weights(responsibilities))
+    figures = {}
+    if heldout is not None:
+        later = PairTokens(heldout, mixture.encoder(max_length), mixture.reader.pad_id)
+        known = dict(zip(data.user_ids, responsibilities, strict=True))
+        figures = heldout_figures(mixture, later, heldout.user_ids, known, tuning.scoring_batch_size)
+    return MixtureFit(
+        mixture,
+        data.user_ids,
+        responsibilities,
+        mixture.log_prior.cpu().clone(),
+        em.history,
+        figures,
+        warm.choice,
+        warm.group_names,
+        warm.identifiability,
+    )
+
+
 @torch.no_grad()
 def heldout_figures(
     mixture: RewardMixture,
-    heldout: PreferenceDataset,
+    pairs: PairTokens,
     user_ids: list[str],
-    responsibilities: Tensor,
-    max_length: int | None,
+    responsibilities: Mapping[str, Tensor],
+    batch_size: int = SCORED_AT_ONCE,
 ) -> dict[str, Any]:
     """Predictive log-likelihood a pair, and each head's accuracy on the users it was given.
 
     The intervals are percentiles of a bootstrap over those users, 95%.
     """
-    index = {user: i for i, user in enumerate(user_ids)}
     unknown = mixture.log_prior.exp().cpu()
-    known = torch.stack([responsibilities[index[u]] if u in index else unknown for u in heldout.user_ids])
-    pairs = PairTokens(heldout, mixture.encoder(max_length), mixture.reader.pad_id)
-    margins = pairs.margins(mixture).double()
-    per_user = torch.zeros(heldout.num_users, mixture.num_groups, dtype=torch.float64)
-    per_user.index_add_(0, pairs.row_users, nn.functional.logsigmoid(margins))
-    predictive = torch.logsumexp(known.double().log() + per_user, -1).sum().item() / len(pairs)
+    known = torch.stack([responsibilities.get(user, unknown) for user in user_ids])
+    margins = pairs.margins(mixture, batch_size).double()
+    by_user = sum_by_segment(nn.functional.logsigmoid(margins), pairs.user_offsets)
+    predictive = posterior(by_user, known.double().log()).log_likelihood.sum().item() / len(pairs)
     groups = known.argmax(-1)
     right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
-    by_user = torch.zeros(heldout.num_users, 2, dtype=torch.float64)
-    by_user.index_add_(0, pairs.row_users, torch.cat([right, torch.ones_like(right)], 1))
-    accuracy = accuracy_over_users(by_user, groups, mixture.num_groups)
+    counts = sum_by_segment(torch.cat([right, torch.ones_like(right)], 1), pairs.user_offsets)
+    accuracy = accuracy_over_users(counts, groups, mixture.num_groups)
     return {
         "log_likelihood": predictive,
         "head_accuracy": [group.accuracy for group in accuracy],
         "head_accuracy_interval": [[group.low, group.high] for group in accuracy],
         "pairs": len(pairs),
     }
+
+
+# -- where EM starts -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Responsibilities of the users before the trunk is tuned, and where they come from.
+
+    Attributes:
+        responsibilities: [U, K].
+        choice: how K was chosen, when it was.
+        identifiability: whether users can be told apart, when that was asked for.
+        group_names: names of the true groups, when these are the responsibilities.
+    """
+
+    responsibilities: Tensor
+    choice: NumGroupsChoice | None = None
+    identifiability: IdentifiabilityReport | None = None
+    group_names: list[str] | None = None
+
+
+def from_true_groups(data: PreferenceDataset) -> WarmStart:
+    """One-hot groups [U, K] as the data names them, the largest first."""
+    assert data.groups is not None
+    names = [name for name, _ in Counter(data.groups).most_common()]
+    index = torch.tensor([names.index(group) for group in data.groups])
+    return WarmStart(nn.functional.one_hot(index, len(names)).float(), group_names=names)
+
+
+def linear_warm_start(
+    choices: PairChoices, num_groups: int | str, max_groups: int, seed: int, **fit: Any
+) -> WarmStart:
+    """Fit the linear mixture; with ``"auto"`` choose K first."""
+    choice = None
+    if num_groups == "auto":
+        choice = select_num_groups(
+            choices.differences,
+            choices.user_offsets,
+            max_groups,
+            seed=seed,
+            row_weights=choices.row_weights,
+            **fit,
+        )
+        num_groups = choice.num_groups
+    return WarmStart(fit_choices(choices, int(num_groups), seed, **fit).responsibilities, choice)
+
+
+def _identifiability(
+    data: PreferenceDataset, choices: PairChoices, warm: WarmStart, seed: int
+) -> IdentifiabilityReport:
+    """The report on all users, or on :data:`REPORT_USERS` of them drawn at random."""
+    prompts: Sequence[Any] = [text_key(prompt) for prompt in data.prompts]
+    if data.num_users > REPORT_USERS:
+        drawn = torch.randperm(data.num_users, generator=torch.Generator().manual_seed(seed))
+        kept = torch.zeros(data.num_users, dtype=torch.bool)
+        kept[drawn[:REPORT_USERS]] = True
+        prompts = [prompts[row] for row in kept[data.row_users].nonzero().flatten().tolist()]
+        choices = choices.take_users(kept.nonzero().flatten())
+    return identifiability_report(
+        choices.differences,
+        choices.user_offsets,
+        warm.responsibilities.shape[-1],
+        prompts=prompts,
+        row_weights=choices.row_weights,
+        seed=seed,
+        **_REPORT,
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.modules.loading import import_transformers
 
-__all__ = ["HEADS", "RewardHeads", "permute_rows_", "reset_row_"]
+__all__ = ["HEADS", "RewardHeads", "has_linear_score", "permute_rows_", "reset_row_"]
 
 HEADS = ("linear", "mlp", "low_rank")
 
@@ -80,3 +83,16 @@ def reset_row_(output: nn.Linear, k: int, donor: int, noise_scale: float) -> Non
     weight[k] = weight[donor] + noise_scale * weight[donor].std() * torch.randn_like(weight[donor])
     if output.bias is not None:
         output.bias[k] = output.bias[donor]
+
+
+def has_linear_score(config: Any) -> bool:
+    """Whether the sequence classifiers of a config's type end in one linear layer named ``score``.
+
+    Decoders' do; RoFormer's, a decoder too, ends in a head of several layers.
+    """
+    transformers = import_transformers()
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return False
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    return isinstance(getattr(model, "score", None), nn.Linear)

@@ -26,12 +26,10 @@ from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.modules.trunks import states_width
 from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
-from torchrl_maxmin.rewards.base import RewardModel, score_texts
+from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import Calibration
-from torchrl_maxmin.rewards.classifier import has_linear_score
-from torchrl_maxmin.rewards.heads import RewardHeads, permute_rows_, reset_row_
-from torchrl_maxmin.rewards.layouts import Text
-from torchrl_maxmin.rewards.reader import TextReader
+from torchrl_maxmin.rewards.heads import RewardHeads, has_linear_score, permute_rows_, reset_row_
+from torchrl_maxmin.rewards.reader import Text, TextReader
 
 __all__ = ["RewardMixture"]
 
@@ -116,7 +114,7 @@ class RewardMixture(RewardModel):
             rank: features of ``low_rank``; K when None.
             pooling: ``last``, ``mean`` or ``cls``, see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
             layout: how prompt and completion become one text, see
-                :class:`~torchrl_maxmin.rewards.layouts.TextLayout`; None suits the trunk.
+                :class:`~torchrl_maxmin.rewards.reader.TextLayout`; None suits the trunk.
             use_peft: freeze the trunk and train LoRA adapters on it.
             adapters: ``per_group``: every group has an adapter and a head of its own, and a text takes K
                 passes; ``shared``: one adapter, one pass, K heads.
@@ -296,21 +294,14 @@ class RewardMixture(RewardModel):
     def _vectors(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.reader.pool(*self.reader.states(backbone_of(self.model), tokens, mask))
 
-    def raw_scores(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        batch_size: int,
-        max_length: int | None,
-        ended: Sequence[bool] | None = None,
-    ) -> Tensor:
-        """Raw rewards [N, K] on the CPU."""
-        return score_texts(self, prompts, completions, batch_size, max_length, ended)
+    def scorers(self) -> list[RewardMixture]:
+        """This model alone."""
+        return [self]
 
     def encoder(
         self, max_length: int | None = None
     ) -> Callable[[Sequence[Text], Sequence[Text]], list[list[int]]]:
-        """What turns prompts and completions into the token rows that :meth:`forward` reads."""
+        """Return a function from prompts and completions to the token rows that :meth:`forward` reads."""
         return lambda prompts, completions: self.reader.encode(prompts, completions, max_length)
 
     def reads_tokens_of(self, tokenizer: Any) -> bool:
@@ -331,11 +322,11 @@ class RewardMixture(RewardModel):
         return lora.adapter_names(str(self.adapters), self.num_groups)
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """What lies on top of the trunk."""
+        """Parameters on top of the trunk."""
         return list((self.model.score if self.heads is None else self.heads).parameters())
 
     def trunk_parameters(self) -> list[nn.Parameter]:
-        """What is trained of the trunk: all of it, or its adapters."""
+        """Parameters of the trunk that are trained: all of them, or its adapters'."""
         heads = {id(parameter) for parameter in self.head_parameters()}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in heads]
 
@@ -350,9 +341,9 @@ class RewardMixture(RewardModel):
         """Make group ``order[k]`` the new group k: its head, its adapter, its share and its scale."""
         permute_rows_(self.output, order)
         self.log_prior.copy_(self.log_prior[order.to(self.log_prior.device)])
-        here, old = order.cpu(), self.calibration
-        reference = None if old.reference is None else old.reference[:, here]
-        self.calibration = Calibration(old.method, old.shift[here], old.scale[here], reference)
+        index, old = order.cpu(), self.calibration
+        reference = None if old.reference is None else old.reference[:, index]
+        self.calibration = Calibration(old.method, old.shift[index], old.scale[index], reference)
         if self.adapters == "per_group":
             lora.permute_adapters_(self.model, self._names, order.tolist())
 

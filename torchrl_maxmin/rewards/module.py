@@ -11,8 +11,8 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 
 from torchrl_maxmin.rewards.base import RewardModel
-from torchrl_maxmin.rewards.layouts import Text
 from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.reader import Text
 from torchrl_maxmin.rewards.source import MixtureRewards
 
 __all__ = ["RewardModule"]

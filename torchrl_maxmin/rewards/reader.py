@@ -1,4 +1,4 @@
-"""How one vector is read from a text: its tokens, its padding, where the trunk's states are pooled."""
+"""Reading of texts by a model: prompt and completion as tokens of one text, and where states are pooled."""
 
 from __future__ import annotations
 
@@ -26,12 +26,22 @@ from torchrl_maxmin.modules.sequences import (
     takes,
 )
 from torchrl_maxmin.modules.trunks import max_positions
-from torchrl_maxmin.preferences.texts import set_chat_template
-from torchrl_maxmin.rewards.layouts import Text, TextLayout, takes_pairs
+from torchrl_maxmin.preferences.texts import (
+    Text,
+    TextEncoder,
+    cut_start,
+    is_conversational,
+    set_chat_template,
+    with_one_bos,
+)
+from torchrl_maxmin.preferences.transcripts import prompt_and_responses
 
-__all__ = ["POOLINGS", "TextReader", "load_reader"]
+__all__ = ["LAYOUTS", "POOLINGS", "SCORED_AT_ONCE", "TextLayout", "TextReader", "load_reader", "takes_pairs"]
 
+LAYOUTS = ("auto", "continuation", "chat", "concat", "text_pair", "response")
 POOLINGS = ("last", "mean", "cls")
+#: Texts that a model without gradients reads at once, where nothing else is asked for.
+SCORED_AT_ONCE = 256
 
 
 class TextReader:
@@ -46,7 +56,7 @@ class TextReader:
         tokenizer: its tokenizer.
         pooling: ``last`` real token (decoders' default), ``mean`` over real tokens (encoders'
             default) or ``cls``, the first token of an encoder.
-        layout: see :class:`~torchrl_maxmin.rewards.layouts.TextLayout`; ``continuation`` for
+        layout: see :class:`~torchrl_maxmin.rewards.reader.TextLayout`; ``continuation`` for
             decoders and ``text_pair`` for encoders when None.
 
     Raises:
@@ -144,3 +154,186 @@ def load_reader(
     with reading("config", name_or_path), torch.device("meta"):
         trunk = import_transformers().AutoModel.from_config(config)
     return TextReader(trunk, tokenizer, pooling=pooling, layout=layout)
+
+
+# -- one text's tokens -----------------------------------------------------------------------------
+
+
+class TextLayout:
+    """Encodes prompts and completions as token rows.
+
+    ``continuation``
+        decoders: prompt and completion tokenized apart, as when a policy answers the prompt, and EOS;
+        the rows of :class:`~torchrl_maxmin.preferences.texts.TextEncoder`, conversations included.
+    ``chat``
+        the whole conversation through the tokenizer's chat template; plain texts become one
+        turn of the user and one of the assistant.
+    ``concat``
+        ``prompt + completion`` tokenized as one text (decoders: and EOS), as TRL's reward trainer does.
+    ``text_pair``
+        what the tokenizer makes of two texts (``[CLS] prompt [SEP] completion [SEP]``); an empty
+        prompt leaves one text.
+    ``response``
+        the completion alone (decoders: and EOS).
+    a template
+        any string with ``{completion}`` and, if wanted, ``{prompt}`` in it, tokenized like ``concat``.
+    ``auto``
+        ``chat`` for conversations where there is a chat template; else ``text_pair`` for
+        encoders that know pairs, and ``concat``.
+
+    Where no chat template is used, a conversation becomes the transcript that preference data
+    become. A completion that was cut off gets no end. Texts that are too long lose tokens of their
+    start (but for BOS) under a decoder, whose score is read at the end, and what the tokenizer
+    truncates under an encoder.
+
+    Args:
+        tokenizer: of the reward model.
+        kind: one of the above.
+        bidirectional: whether the model is an encoder.
+        max_length: tokens that the model has positions for, or None.
+
+    Raises:
+        UserError: for an unknown layout, or one that the tokenizer cannot do.
+
+    Example:
+        >>> from torchrl_maxmin.world import build_tokenizer
+        >>> layout = TextLayout(build_tokenizer(), "response", bidirectional=False)
+        >>> [len(row) for row in layout(["the film", "we"], ["was great .", "liked it"])]
+        [5, 4]
+    """
+
+    def __init__(
+        self, tokenizer: Any, kind: str = "auto", *, bidirectional: bool, max_length: int | None = None
+    ):
+        if kind not in LAYOUTS and "{completion}" not in kind:
+            raise UserError(
+                f"layout {kind!r} is none of {', '.join(LAYOUTS)}, and no template with {{completion}} in it"
+            )
+        if kind == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise UserError("layout 'chat' needs a tokenizer with a chat template; this one has none")
+        if kind == "continuation" and bidirectional:
+            raise UserError("layout 'continuation' is a decoder's; give an encoder 'text_pair' or 'concat'")
+        self._takes_pairs = takes_pairs(tokenizer)
+        if kind == "text_pair" and bidirectional and not self._takes_pairs:
+            raise UserError("layout 'text_pair' needs a tokenizer that separates two texts; use 'concat'")
+        self.tokenizer, self.kind = tokenizer, kind
+        self._encoder = TextEncoder(tokenizer)
+        self.bidirectional, self.max_length = bidirectional, max_length
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        max_length: int | None = None,
+        ended: Sequence[bool] | None = None,
+    ) -> list[list[int]]:
+        """Return token rows of texts, each of at most ``max_length`` tokens and of those the model can take.
+
+        ``ended`` says which completions have an end; all have when None.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts, but {len(completions)} completions")
+        if not prompts:
+            return []
+        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
+        limit = min(limits) if limits else None
+        if self.kind == "continuation":
+            return self._encoder(prompts, completions, limit, ended)
+        ended = [True] * len(prompts) if ended is None else ended
+        texts = list(zip(prompts, completions, ended, strict=True))
+        rows: list[list[int]] = [[] for _ in texts]
+        for chat in (False, True):
+            places = [
+                i
+                for i, (prompt, completion, _) in enumerate(texts)
+                if self._is_chat(prompt, completion) == chat
+            ]
+            if places:
+                part = self._of_kind(chat, [texts[i] for i in places], limit)
+                for i, row in zip(places, part, strict=True):
+                    rows[i] = row
+        return [cut_start(row, limit, None if self.bidirectional else self._bos()) for row in rows]
+
+    def _is_chat(self, prompt: Text, completion: Text) -> bool:
+        if self.kind != "auto" or not self._encoder.has_template:
+            return self.kind == "chat"
+        return is_conversational(prompt) or is_conversational(completion)
+
+    def _of_kind(
+        self, chat: bool, texts: Sequence[tuple[Text, Text, bool]], limit: int | None
+    ) -> list[list[int]]:
+        prompts, completions, ended = map(list, zip(*texts, strict=True))
+        if chat:
+            whole = self._encoder.conversations(prompts, completions, ended)
+            return self._ids(whole, limit=limit, special=False)  # the template has its own special tokens
+        plain = [_plain_texts(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        return self._plain([p for p, _ in plain], [c for _, c in plain], limit, ended)
+
+    def _plain(
+        self, prompts: list[str], completions: list[str], limit: int | None, ended: Sequence[bool]
+    ) -> list[list[int]]:
+        kind = self.kind
+        if kind == "auto" and self.bidirectional:
+            kind = "text_pair" if self._takes_pairs else "{prompt} {completion}"
+        if kind == "text_pair":
+            return self._pairs(prompts, completions, limit)
+        template = {
+            "auto": "{prompt}{completion}",
+            "concat": "{prompt}{completion}",
+            "response": "{completion}",
+        }
+        texts = [
+            template.get(kind, kind).format(prompt=p, completion=c)
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        rows = self._ids(texts, limit=limit)
+        if self.bidirectional:
+            return rows
+        eos = self._eos()
+        bare = [row[:-1] if eos and row[-1:] == eos else row for row in rows]  # some tokenizers append it
+        return [[*row, *eos] if has_end else row for row, has_end in zip(bare, ended, strict=True)]
+
+    def _pairs(self, prompts: list[str], completions: list[str], limit: int | None) -> list[list[int]]:
+        paired = [i for i, prompt in enumerate(prompts) if prompt]
+        alone = [i for i, prompt in enumerate(prompts) if not prompt]
+        rows: list[list[int]] = [[] for _ in prompts]
+        for part, first in ((paired, [prompts[i] for i in paired]), (alone, None)):
+            if part:
+                second = [completions[i] for i in part]
+                texts = (second,) if first is None else (first, second)
+                for i, row in zip(part, self._ids(*texts, limit=limit), strict=True):
+                    rows[i] = row
+        return rows
+
+    def _ids(self, *texts: list[str], limit: int | None = None, special: bool = True) -> list[list[int]]:
+        # the tokenizer would cut the end, where a decoder's score is read
+        truncation = {"truncation": True, "max_length": limit} if self.bidirectional and limit else {}
+        rows = self.tokenizer(*texts, add_special_tokens=special, **truncation).input_ids
+        return [with_one_bos(row, self.tokenizer) for row in rows]
+
+    def _eos(self) -> list[int]:
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+
+def takes_pairs(tokenizer: Any) -> bool:
+    """Whether a tokenizer separates two texts, with segment ids that the separator alone tells."""
+    count = tokenizer.num_special_tokens_to_add
+    if count(pair=True) <= count(pair=False):
+        return False
+    segments = tokenizer("a", "b").get("token_type_ids")
+    if not segments or not any(segments):
+        return True
+    ids = tokenizer("a", "b").input_ids
+    first = ids.index(tokenizer.sep_token_id) + 1 if tokenizer.sep_token_id in ids else 0
+    return segments == [0] * first + [1] * (len(ids) - first)
+
+
+def _plain_texts(prompt: Text, completion: Text, row: int) -> tuple[str, str]:
+    """Prompt and completion as strings; conversations as the transcripts that preference data become."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    start, (end,) = prompt_and_responses(prompt, [completion], row, ["completion"])
+    return start, end

@@ -7,9 +7,8 @@ from typing import Any
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.rewards.layouts import LAYOUTS
 from torchrl_maxmin.rewards.pairs import drop_pairs_cut_alike
-from torchrl_maxmin.rewards.reader import POOLINGS, load_reader
+from torchrl_maxmin.rewards.reader import LAYOUTS, POOLINGS, load_reader
 from torchrl_maxmin.settings import ChatSettings
 
 __all__ = ["MixtureSettings"]
@@ -81,7 +80,7 @@ class MixtureSettings(ChatSettings):
             )
 
     def reading_options(self) -> dict[str, Any]:
-        """How texts are read: arguments of :func:`~torchrl_maxmin.rewards.features.load_feature_trunk`."""
+        """Arguments of :func:`~torchrl_maxmin.rewards.pairs.load_feature_trunk`."""
         return {
             "pooling": self.pooling,
             "layout": self.text_layout,
@@ -100,14 +99,7 @@ class MixtureSettings(ChatSettings):
         Raises:
             UserError: for data that cannot be used.
         """
-        data = self._load(name)
-        if model is None:
-            return data
-        reader = load_reader(model, **self.reading_options())
-        return drop_pairs_cut_alike(data, reader, self.max_length)
-
-    def _load(self, name: str) -> PreferenceDataset:
-        return PreferenceDataset.load(
+        data = PreferenceDataset.load(
             name,
             self.user_column,
             self.group_column,
@@ -118,3 +110,6 @@ class MixtureSettings(ChatSettings):
             max_pairs=self.max_pairs,
             conversations="messages",
         )
+        if model is None:
+            return data
+        return drop_pairs_cut_alike(data, load_reader(model, **self.reading_options()), self.max_length)

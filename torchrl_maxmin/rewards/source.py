@@ -19,8 +19,8 @@ from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended
 from torchrl_maxmin.preferences.texts import Text, as_completion, distinct_texts
-from torchrl_maxmin.preferences.world import World
 from torchrl_maxmin.rewards.base import RewardModel
+from torchrl_maxmin.world import World
 
 __all__ = [
     "FunctionRewards",
@@ -326,6 +326,7 @@ def reference_rewards(
     prompts: TensorDict,
     rewards: MixtureRewards | FunctionRewards,
     num_samples: int,
+    batch_size: int = 512,
 ) -> Tensor:
     """Raw rewards [X, n, K] on the CPU of n samples of the reference policy for each of X prompts.
 
@@ -336,5 +337,5 @@ def reference_rewards(
     """
     device = next(reference.parameters()).device
     samples = sample_responses(reference, prompts, num_samples)
-    raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(512)])
+    raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(batch_size)])
     return raw.reshape(len(prompts), num_samples, -1)

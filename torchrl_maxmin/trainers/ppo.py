@@ -24,7 +24,7 @@ from torchrl_maxmin.modules.sequences import backbone_of, has_ended
 from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
-from torchrl_maxmin.preferences.loading import load_prompts
+from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.progress import console
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import mean_of_present

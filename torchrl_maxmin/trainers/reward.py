@@ -34,6 +34,13 @@ from torchrl_maxmin.trainers.run import (
 
 __all__ = ["RewardConfig", "run_reward", "user_accuracy"]
 
+# Settings that fit_mixture takes under the same name.
+_OPTIONS = (
+    "use_true_groups", "num_rounds", "steps_per_round", "scoring_batch_size", "learning_rate",
+    "head_learning_rate", "reward_l2", "weight_decay", "convergence_tolerance", "num_restarts", "max_groups",
+    "max_length", "identifiability", "seed",
+)  # fmt: skip
+
 
 @leave_no_empty_output
 def run_reward(config: RewardConfig) -> Path:
@@ -85,24 +92,13 @@ def run_reward(config: RewardConfig) -> Path:
         groups or "auto",
         config.assignment,
         heldout=heldout,
-        use_true_groups=config.use_true_groups,
-        num_rounds=config.num_rounds,
-        steps_per_round=config.steps_per_round,
-        batch_size=config.per_device_train_batch_size,
-        learning_rate=config.learning_rate,
-        head_learning_rate=config.head_learning_rate,
-        reward_l2=config.reward_l2,
-        weight_decay=config.weight_decay,
-        convergence_tolerance=config.convergence_tolerance,
-        num_restarts=config.num_restarts,
-        max_groups=config.max_groups,
-        max_length=config.max_length,
+        batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        micro_batch_size=config.per_device_train_batch_size,
         model_options=config.model_options(),
-        identifiability=config.identifiability,
-        seed=config.seed,
         device=device,
         on_round=on_round,
         resume=saved,
+        **{name: getattr(config, name) for name in _OPTIONS},
     )
     figures = _figures(fit, data)
     if config.calibration != "none":
@@ -181,6 +177,7 @@ class _Reference:
                 encode_prompts(self.tokenizer, self.prompts, longest),
                 MixtureRewards(mixture, self.tokenizer, self.prompts, reference.eos_token_ids),
                 config.calibration_samples,
+                config.scoring_batch_size,
             )
             advance()
         return raw
@@ -190,7 +187,9 @@ def _pair_rewards(mixture: RewardMixture, data: PreferenceDataset, config: Rewar
     """Raw rewards [X, 2, K] of the pairs' own responses, for an encoder, which samples none."""
     rows = slice(0, config.calibration_prompts)
     prompts = data.prompts[rows]
-    return torch.stack([mixture.score(prompts, side[rows]) for side in (data.chosen, data.rejected)], 1)
+    size = config.scoring_batch_size
+    sides = (data.chosen[rows], data.rejected[rows])
+    return torch.stack([mixture.score(prompts, side, batch_size=size) for side in sides], 1)
 
 
 def _write_groups(path: Path, fit: MixtureFit) -> None:

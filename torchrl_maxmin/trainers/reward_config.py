@@ -9,6 +9,7 @@ from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.rewards.adapters import ADAPTERS, LoraSettings
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.heads import HEADS
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.rewards.settings import MixtureSettings
 
 __all__ = ["RewardConfig"]
@@ -30,7 +31,9 @@ class RewardConfig(MixtureSettings):
         assignment: soft (EM) or hard (the paper).
         num_rounds: EM rounds at most.
         steps_per_round: optimizer steps a round.
-        per_device_train_batch_size: pairs a step.
+        per_device_train_batch_size: pairs that are in memory with their gradients at once.
+        gradient_accumulation_steps: batches of so many pairs that make an optimizer step.
+        scoring_batch_size: texts that are scored at once where no gradient is wanted.
         learning_rate: peak learning rate of the trunk.
         head_learning_rate: peak learning rate of the heads.
         reward_l2: penalty on squared rewards.
@@ -66,6 +69,8 @@ class RewardConfig(MixtureSettings):
     num_rounds: int = 4
     steps_per_round: int = 200
     per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    scoring_batch_size: int = SCORED_AT_ONCE
     learning_rate: float = 1e-5
     head_learning_rate: float = 1e-4
     reward_l2: float = 1e-3
@@ -93,8 +98,9 @@ class RewardConfig(MixtureSettings):
         super().check()
         self.require_at_least(
             1,
-            "num_rounds", "steps_per_round", "per_device_train_batch_size", "num_restarts", "lora_r",
-            "lora_alpha", "calibration_prompts", "calibration_samples", "response_length",
+            "num_rounds", "steps_per_round", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "scoring_batch_size", "num_restarts", "lora_r", "lora_alpha", "calibration_prompts",
+            "calibration_samples", "response_length",
         )  # fmt: skip
         self.require_at_least(
             0,
@@ -121,7 +127,7 @@ class RewardConfig(MixtureSettings):
         return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
     def model_options(self) -> dict[str, Any]:
-        """What :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone` takes."""
+        """Arguments of :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone`."""
         options: dict[str, Any] = {"head": self.head, "rank": self.head_rank}
         options |= self.reading_options()
         if self.use_peft:

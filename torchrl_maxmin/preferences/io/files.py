@@ -1,0 +1,388 @@
+"""Tables in: a file or folder, a ``datasets.Dataset`` or a hub name, with the place of every mistake."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.io.columns import in_batches, spill
+from torchrl_maxmin.preferences.texts import Text, read_texts
+from torchrl_maxmin.progress import late_bar
+
+with suppress(ImportError):  # it comes with datasets, and load_table says where that is missing
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["READERS", "load_prompts", "load_table", "mixed_columns", "read_files", "require_columns"]
+
+Reach = Callable[[int], None]
+NumberedRow = tuple[int, dict[str, Any]]
+
+_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
+_BATCH_ROWS = 5_000
+_BATCH_BYTES = 16 << 20  # of text; a batch ends at whichever comes first
+_CHUNK = 4 << 20  # characters of a JSON list
+_GAP = re.compile(r"[\s,]*")
+_CSV_BLOCK = 64 << 20  # a row of a csv file must fit into a block
+_SEPARATORS = ";\t|"
+
+
+def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
+    """Load rows from a file, a folder, a hub name or an object in memory.
+
+    Rows of a file are mapped from a temporary copy that goes away with the process: nothing is
+    written beside the file or kept in a cache. Hub data sets use the cache of ``datasets``
+    (``HF_HOME``).
+
+    Args:
+        source: ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a folder of such files, a
+            folder that ``save_to_disk`` wrote, a hub name, or a ``datasets.Dataset`` itself.
+        split: which split of a ``DatasetDict``, of a hub data set, or of a folder whose files
+            are named after their split.
+
+    Raises:
+        UserError: if there is nothing there, no such split, or a mistake in a file; the message
+            names the line where there are lines.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("reading data needs datasets: pip install 'torchrl-maxmin[llm]'") from error
+    if isinstance(source, datasets.Dataset):
+        return source
+    if isinstance(source, datasets.DatasetDict):
+        return _pick_split(source, split)
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"cannot read data from a {type(source).__name__}; give a path, a hub name or a datasets.Dataset "
+            "(Dataset.from_list, Dataset.from_pandas)"
+        )
+    path = Path(source)
+    try:
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(str(path))
+            return _pick_split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded
+        if path.exists():
+            return _read(_data_files(path, split))
+        if path.suffix in READERS:
+            raise UserError(f"cannot read data from {str(path)!r}: there is no such file; check the path")
+        return datasets.load_dataset(str(source), split=split)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"cannot read data from {str(source)!r} ({type(error).__name__}: {reason}); "
+            "give a json, jsonl, csv or parquet file, a saved dataset, or a hub name that can be reached"
+        ) from error
+
+
+def _read(files: list[Path]) -> Dataset:
+    import datasets
+
+    mixed: dict[str, str] = {}
+    table = spill(read_files(files, mixed))
+    table = table.drop_columns([name for name in table.column_names if name in mixed])
+    # a fingerprint of our own: datasets would hash every byte of the table, in memory
+    loaded = datasets.Dataset(table, fingerprint=uuid4().hex)
+    loaded.mixed_columns = mixed
+    return loaded
+
+
+def mixed_columns(table: Dataset) -> dict[str, str]:
+    """Return the columns of a file that were left out as their rows disagree about the type, and where."""
+    return getattr(table, "mixed_columns", {})
+
+
+def _data_files(path: Path, split: str) -> list[Path]:
+    """The file itself, or the files of a folder that belong to the split, by name."""
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise UserError(f"{path} is none of {', '.join(READERS)}; convert it to one of these")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+    found = sorted({file.suffix for file in files})
+    if len(found) != 1:
+        content = f"files of several kinds ({', '.join(found)})" if found else f"no {', '.join(READERS)} file"
+        raise UserError(f"the folder {path} holds {content}; name one file, or keep one kind in the folder")
+    of_split = {file: next((s for s in _SPLITS if file.stem.startswith(s)), None) for file in files}
+    if not any(of_split.values()):
+        return files
+    mine = [file for file, name in of_split.items() if name == split]
+    if not mine:
+        there = ", ".join(sorted({name for name in of_split.values() if name}))
+        raise UserError(f"no split {split!r} in the folder {path}; there are {there}")
+    return mine
+
+
+def _pick_split(splits: Any, split: str) -> Dataset:
+    if split not in splits:
+        raise UserError(f"no split {split!r} in the data; there are {', '.join(splits)}")
+    return splits[split]
+
+
+def require_columns(table: Dataset, wanted: Sequence[str], what: str) -> None:
+    """Raise :class:`UserError` naming the missing columns and those that are there."""
+    missing = [name for name in wanted if name not in table.column_names]
+    if missing:
+        mixed = mixed_columns(table)
+        if missing[0] in mixed:
+            raise UserError(mixed[missing[0]])
+        raise UserError(
+            f"{what} needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
+            "Rename your columns to match"
+        )
+
+
+def load_prompts(source: str | Path | Any, split: str, what: str) -> tuple[Dataset, list[Text]]:
+    """Load a table with a column prompt.
+
+    Args:
+        source: what :func:`load_table` takes.
+        split: which split of a data set that has several.
+        what: the stage, for messages.
+
+    Returns:
+        The table, and its prompts: strings or conversations.
+
+    Raises:
+        UserError: for no rows, no such column, or a cell that is no text.
+    """
+    table = load_table(source, split)
+    if len(table) == 0:
+        raise UserError(f"{source} has no prompts")
+    require_columns(table, ["prompt"], what)
+    return table, read_texts(table, "prompt")
+
+
+def read_files(paths: Iterable[Path], mixed: dict[str, str] | None = None) -> Iterator[pa.Table]:
+    """The rows of several files, a few thousand at a time; a bar shows after two seconds.
+
+    Args:
+        paths: files whose suffix is in :data:`READERS`.
+        mixed: gets the name of every column whose rows disagree about its type, and where. Later tables
+            lack such a column; what earlier ones have of it is of no use.
+
+    Raises:
+        UserError: naming the file, and the line where there are lines.
+    """
+    mixed = {} if mixed is None else mixed
+    known = pa.schema([])
+    for path in paths:
+        with late_bar(f"reading {path.name}", path.stat().st_size) as reach:
+            for table in READERS[path.suffix](path, reach, mixed):
+                known = _unify(known, table.schema, str(path), mixed)
+                kept = table.drop_columns([name for name in table.column_names if name in mixed])
+                yield kept.replace_schema_metadata(None)
+
+
+def _unify(known: pa.Schema, schema: pa.Schema, where: str, mixed: dict[str, str]) -> pa.Schema:
+    """The types of columns so far and of these; one that does not go with the earlier ones is mixed."""
+    for column in schema:
+        try:
+            known = pa.unify_schemas([known, pa.schema([column])], promote_options="permissive")
+        except pa.ArrowException as error:
+            mixed[column.name] = f"{where}: a column changes its type ({_first_line(error)})"
+    return known
+
+
+# -- json ------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[pa.Table]:
+    """One object a line, or one list of objects."""
+    with path.open("rb") as file:
+        is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    known = pa.schema([])
+    numbered = _list_items(path, reach) if is_list else _lines(path, reach)
+    for rows in in_batches(_objects(path, numbered), _BATCH_ROWS, _BATCH_BYTES):
+        table = _to_arrow(path, rows, known, mixed)
+        known = _unify(known, table.schema, f"{path}, lines {rows[0][0]} to {rows[-1][0]}", mixed)
+        yield table.drop_columns([name for name in table.column_names if name in mixed])
+
+
+def _lines(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
+    """Line number, value and size of every line that is not blank."""
+    with path.open("rb") as file:
+        # a binary file ends its lines at \n alone: a text may hold other line separators, unescaped
+        for number, line in enumerate(file, start=1):
+            if number % _BATCH_ROWS == 0:
+                reach(file.tell())
+            if line.isspace():
+                continue
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, json.loads(text), len(line)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number} is not UTF-8 text ({error.reason})") from error
+            except (ValueError, RecursionError) as error:
+                reason = (
+                    f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                )
+                raise UserError(
+                    f"{path}, line {number} is not JSON ({reason}); write one object a line, "
+                    "or one list of objects"
+                ) from error
+
+
+def _list_items(path: Path, reach: Reach) -> Iterator[tuple[int, Any, int]]:
+    """Line number, value and size of every item of one JSON list, without reading it whole."""
+    decoder = json.JSONDecoder()
+    buffer, position, line, at_end = "[", 1, 1, False
+    try:
+        with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+            while (character := file.read(1)) != "[":
+                line += character == "\n"
+            while True:
+                start = _GAP.match(buffer, position).end()  # type: ignore[union-attr]
+                if buffer.startswith("]", start):
+                    if (buffer[start + 1 :] + file.read()).strip():
+                        raise UserError(f"{path}: there is more after the end of the list")
+                    return
+                try:
+                    value, stop = decoder.raw_decode(buffer, start)
+                except json.JSONDecodeError as error:
+                    if at_end:
+                        line += buffer.count("\n", position, error.pos)
+                        raise UserError(
+                            f"{path}, line {line} is not JSON ({error.msg}); the file must be one list of "
+                            "objects, or one object a line"
+                        ) from error
+                    more = file.read(max(_CHUNK, len(buffer)))
+                    buffer, position, at_end = buffer[position:] + more, 0, not more
+                    reach(raw.tell())
+                    continue
+                yield line + buffer.count("\n", position, start), value, stop - start
+                line += buffer.count("\n", position, stop)
+                position = stop
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}, line {line} is nested too deeply to be preference data") from error
+
+
+def _objects(path: Path, numbered: Iterator[tuple[int, Any, int]]) -> Iterator[tuple[NumberedRow, int]]:
+    """Line numbers and rows, and their sizes."""
+    for number, value, length in numbered:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}, line {number} holds {_kind(value)}, not an object with columns")
+        yield (number, value), length
+
+
+def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema, mixed: dict[str, str]) -> pa.Table:
+    """A table of these rows without mixed columns; columns that they lack but earlier rows had are null."""
+    names = dict.fromkeys([*known.names, *(name for _, row in rows for name in row)])
+    columns = {}
+    for name in names:
+        if name in mixed:
+            continue
+        values = [row.get(name) for _, row in rows]
+        try:
+            column = pa.array(values)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: column {name!r} holds half a character (a lone surrogate)") from error
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            reason = _mixture(name, rows) or _unlike_parts(name, rows)
+            mixed[name] = f"{path}: {reason or f'column {name!r}: {_first_line(error)}'}"
+            continue
+        if name in known.names and pa.types.is_null(column.type):
+            column = pa.nulls(len(rows), known.field(name).type)
+        columns[name] = column
+    return pa.table(columns)
+
+
+def _mixture(name: str, rows: list[NumberedRow]) -> str | None:
+    """Name two lines that disagree about the type of a column."""
+    first: dict[str, int] = {}
+    for number, row in rows:
+        if row.get(name) is not None:
+            first.setdefault(_kind(row[name]), number)
+    if len(first) < 2:
+        return None
+    types = " and ".join(f"{kind} (line {number})" for kind, number in list(first.items())[:2])
+    return f"column {name!r} holds {types}; give it one type"
+
+
+def _unlike_parts(name: str, rows: list[NumberedRow]) -> str | None:
+    """The first line whose own list or object has no one type."""
+    for number, row in rows:
+        try:
+            pa.array([row.get(name)])
+        except (pa.ArrowException, OverflowError, TypeError):
+            return f"line {number}: column {name!r} holds parts of different types; give them one type"
+    return None
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+    return (kinds | {list: "a list", dict: "an object"}).get(type(value), "nothing")
+
+
+# -- csv and parquet -------------------------------------------------------------------------------
+
+
+def _read_csv(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[pa.Table]:
+    """All columns as text: ids keep their zeros, and "NA" or "null" are words."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
+    if not names:
+        return
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two columns of the same name in its first line")
+    other = [separator for separator in _SEPARATORS if separator in names[0]]
+    if len(names) == 1 and other:
+        raise UserError(f"{path} has its columns separated by {other[0]!r}; save it with commas")
+    with pa.OSFile(str(path)) as file:
+        reader = pa.csv.open_csv(
+            file,
+            read_options=pa.csv.ReadOptions(block_size=_CSV_BLOCK),
+            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+        )
+        for batch in reader:
+            reach(file.tell())
+            yield pa.Table.from_batches([batch])
+
+
+def _read_parquet(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[pa.Table]:
+    with pa.parquet.ParquetFile(path) as file:
+        size, total, done = path.stat().st_size, max(1, file.metadata.num_rows), 0
+        for batch in file.iter_batches(_BATCH_ROWS):
+            done += len(batch)
+            reach(size * done // total)
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    column.validate(full=True)  # the reader does not look whether text is UTF-8
+                except pa.ArrowInvalid as error:
+                    raise UserError(
+                        f"{path} is damaged in column {name!r} ({_first_line(error)}); write it again"
+                    ) from error
+            yield pa.Table.from_batches([batch])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+#: suffix -> reader
+READERS: dict[str, Callable[[Path, Reach, dict[str, str]], Iterator[pa.Table]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

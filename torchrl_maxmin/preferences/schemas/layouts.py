@@ -1,0 +1,259 @@
+"""The layouts that preference data come in: how each is recognised, and how its rows become judgements.
+
+A layout is a function that finds its columns, one that yields judgements, and a line in :data:`LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.preferences.io.columns import (
+    PROMPT_ALIASES,
+    Roles,
+    cell,
+    column_paths,
+    first_of,
+    numbered_columns,
+    rows_of,
+    shown,
+)
+from torchrl_maxmin.preferences.io.files import require_columns
+from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked, tied
+from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values, ratings, scores
+from torchrl_maxmin.preferences.texts import Text
+from torchrl_maxmin.preferences.transcripts import split_prompt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["LAYOUTS", "find_layout"]
+
+_FIRST_TURN = "first_turn_"
+_STEMS = ("response", "completion", "answer", "output", "summary", "conversation", "option")
+_LISTS = ("responses", "completions", "answers", "outputs")
+_RANKED_LISTS = ("ranked_responses", "ranked_completions", "ranked_answers", "ranked_outputs")
+_VERDICTS = ("winner", "choice", "preferred_response", "preference", "preferred", "label", "y")
+_FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
+_SCORES = ("score", "rating", "if_chosen")
+_SCORED = ("model_response", "response", "completion", "answer", "output")
+_PROMPT_KEYS = ("interaction_id", "prompt_id")
+
+
+def find_layout(table: Dataset, name: str | None = None) -> tuple[Layout, Roles]:
+    """Find the first layout that fits the columns of a table, or the one of this name.
+
+    Raises:
+        UserError: if there is none, and for a table without rows.
+    """
+    if len(table) == 0:  # first: a file without rows has no columns either
+        raise UserError("the preference data has no rows")
+    paths = column_paths(table)
+    if name is not None and name not in {layout.name for layout in LAYOUTS}:
+        raise UserError(f"no layout {name!r}; choose one of {', '.join(layout.name for layout in LAYOUTS)}")
+    for layout in LAYOUTS:
+        if name in (None, layout.name):
+            roles = layout.find(paths)
+            if roles is not None:
+                return layout, roles
+    known = "; ".join(
+        f"{layout.columns} ({layout.name})" for layout in LAYOUTS if name in (None, layout.name)
+    )
+    missing = [column for column in ("prompt", "chosen", "rejected") if column not in paths]
+    raise UserError(
+        f"preference data needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
+        f"Rename your columns to match, or to one of: {known}"
+    )
+
+
+# -- chosen over rejected --------------------------------------------------------------------------
+
+
+def _find_pairs(paths: Sequence[str]) -> Roles | None:
+    if "chosen" not in paths or "rejected" not in paths:
+        return None
+    return Roles(prompt=_prompt(paths), responses=("chosen", "rejected"))
+
+
+def _pairs(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+    """Chosen over rejected; without a prompt column both are whole transcripts."""
+    first = table[0]["chosen"]
+    if not roles.prompt and isinstance(first, str) and "Assistant:" not in first:
+        require_columns(table, ["prompt"], "preference data")
+    for row, cells in enumerate(rows_of(table, roles)):
+        prompt, texts = _texts(row, cells, roles)
+        yield Judgement(row, prompt, texts, *best_of(2, best=0))
+
+
+# -- responses and a verdict -----------------------------------------------------------------------
+
+
+def _find_summaries(paths: Sequence[str]) -> Roles | None:
+    if "summaries" not in paths or "choice" not in paths:
+        return None
+    prompt = _prompt(paths) + tuple(path for path in ("info.article",) if path in paths)
+    return Roles(prompt=prompt, responses=("summaries",), verdict=("choice",)) if prompt else None
+
+
+def _summaries(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+    """The chosen one of two summaries, which are objects with a text."""
+    verdicts = Verdicts(table, "choice", ("summary_0", "summary_1"), 2)
+    for row, cells in enumerate(rows_of(table, roles)):
+        listed = cells["summaries"]
+        if not isinstance(listed, list) or len(listed) != 2 or not all(isinstance(s, dict) for s in listed):
+            raise UserError(f"row {row}: column 'summaries' does not hold two objects with a text")
+        texts = [summary.get("text") for summary in listed]
+        prompt, texts = split_prompt(_prompt_of(row, cells, roles), texts, row, ["summaries.text"] * 2)
+        yield _judge(row, prompt, texts, verdicts.place(cells["choice"], 2, row))
+
+
+def _find_choices(paths: Sequence[str]) -> Roles | None:
+    responses = numbered_columns(paths, [*_STEMS, *(f"{_FIRST_TURN}{stem}" for stem in _STEMS)])
+    if not responses:
+        listed = first_of(paths, _LISTS)
+        responses = (listed,) if listed else ()
+    verdicts = tuple(name for name in _VERDICTS if name in paths or f"{_FIRST_TURN}{name}" in paths)
+    if len(verdicts) > 1 and responses:
+        raise UserError(
+            f"several columns could say which response won: {', '.join(verdicts)}; keep one of them"
+        )
+    verdict = tuple(name if name in paths else f"{_FIRST_TURN}{name}" for name in verdicts)
+    if not verdict and len(responses) == 2 and set(_FLAGS[:2]) <= set(paths):
+        verdict = tuple(flag for flag in _FLAGS if flag in paths)
+    if not responses or not verdict:
+        return None
+    return Roles(prompt=_prompt(paths), responses=responses, verdict=verdict)
+
+
+def _choices(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+    """The winner over every other response, or a tie of two."""
+    place = _flagged if len(roles.verdict) > 1 else _verdicts(table, roles)
+    for row, cells in enumerate(rows_of(table, roles)):
+        prompt, texts = _texts(row, cells, roles)
+        yield _judge(row, prompt, texts, place(cells, len(texts), row))
+
+
+def _verdicts(table: Dataset, roles: Roles) -> Callable[[dict[str, Any], int, int], int]:
+    """Reads the winner's place from a row, given the number of responses."""
+    (path,) = roles.verdict
+    names: Sequence[str] = roles.responses
+    count = len(names)
+    if count == 1:
+        listed = table[0][names[0]]
+        names, count = string.ascii_lowercase, len(listed) if isinstance(listed, list) else 2
+    verdicts = Verdicts(table, path, names, count)
+    return lambda cells, count, row: verdicts.place(cell(cells, path), count, row)
+
+
+def _flagged(cells: dict[str, Any], count: int, row: int) -> int:
+    """The place of the one flag that is up, of those for the first, the second and a tie."""
+    flags = [_flag(cells.get(name, 0), name, row) for name in _FLAGS]
+    if sum(flags) != 1:
+        raise UserError(f"row {row}: {sum(flags)} of {', '.join(_FLAGS)} are 1; exactly one must be")
+    return (0, 1, TIE)[flags.index(True)]
+
+
+def _flag(value: Any, name: str, row: int) -> bool:
+    if str(value).lower() in ("1", "1.0", "true"):
+        return True
+    if str(value).lower() in ("0", "0.0", "false"):
+        return False
+    raise UserError(f"row {row}: column {name!r} holds {shown(value)}, not 0 or 1")
+
+
+# -- rankings --------------------------------------------------------------------------------------
+
+
+def _find_rankings(paths: Sequence[str]) -> Roles | None:
+    listed, order = first_of(paths, _LISTS), first_of(paths, ("rank", "ranks", "ranking"))
+    if listed and order:
+        return Roles(prompt=_prompt(paths), responses=(listed,), verdict=(order,))
+    best_first = first_of(paths, _RANKED_LISTS)
+    return Roles(prompt=_prompt(paths), responses=(best_first,)) if best_first else None
+
+
+def _rankings(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+    """All pairs of a ranking: a list best first, ranks of the responses, or their places best first."""
+    for row, cells in enumerate(rows_of(table, roles)):
+        prompt, texts = _texts(row, cells, roles)
+        values: Sequence[float] = range(len(texts))
+        if roles.verdict:
+            (path,) = roles.verdict
+            values = rank_values(cell(cells, path), len(texts), path, row)
+        yield Judgement(row, prompt, texts, *ranked(values))
+
+
+# -- what they share -------------------------------------------------------------------------------
+
+
+def _prompt(paths: Sequence[str]) -> tuple[str, ...]:
+    found = first_of(paths, (*PROMPT_ALIASES, f"{_FIRST_TURN}prompt"))
+    return (found,) if found else ()
+
+
+def _prompt_of(row: int, cells: dict[str, Any], roles: Roles) -> Any:
+    """The first prompt column that holds something, or None for a layout without."""
+    found = next((value for path in roles.prompt if (value := cell(cells, path)) is not None), None)
+    if found is None and roles.prompt:
+        raise UserError(
+            f"row {row}: column {roles.prompt[0]!r} holds NoneType, not text; drop the row or mend it"
+        )
+    return found
+
+
+def _texts(row: int, cells: dict[str, Any], roles: Roles) -> tuple[Text, list[Text]]:
+    """Prompt and responses, which stand in columns of their own or in one list."""
+    columns = roles.responses
+    responses = [cell(cells, path) for path in columns]
+    if len(columns) == 1:
+        listed = responses[0]
+        if not isinstance(listed, list) or len(listed) < 2:
+            raise UserError(f"row {row}: column {columns[0]!r} does not hold a list of two or more responses")
+        responses, columns = listed, columns * len(listed)
+    return split_prompt(_prompt_of(row, cells, roles), responses, row, columns)
+
+
+def _judge(row: int, prompt: Text, texts: list[Text], winner: int) -> Judgement:
+    if winner != TIE:
+        return Judgement(row, prompt, texts, *best_of(len(texts), winner))
+    if len(texts) == 2:
+        return Judgement(row, prompt, texts, *tied())
+    raise UserError(f"row {row}: a tie of {len(texts)} responses does not say which of them are equal")
+
+
+def _find_ratings(paths: Sequence[str]) -> Roles | None:
+    if "Q_overall" not in paths or "response" not in paths:
+        return None
+    context = tuple(path for path in ("context",) if path in paths)
+    return Roles(responses=(*context, "response"), verdict=("Q_overall",))
+
+
+def _find_scores(paths: Sequence[str]) -> Roles | None:
+    prompt, response, score = _prompt(paths), first_of(paths, _SCORED), first_of(paths, _SCORES)
+    if not prompt or response is None or score is None:
+        return None
+    return Roles(prompt=prompt, responses=(response,), verdict=(score,), key=first_of(paths, _PROMPT_KEYS))
+
+
+#: the first that fits is taken
+LAYOUTS = (
+    Layout(
+        "pairs", "chosen, rejected, prompt (or whole transcripts)", _find_pairs, _pairs, states_pairs=True
+    ),
+    Layout("summaries", "summaries, choice, info.post or prompt", _find_summaries, _summaries),
+    Layout(
+        "rankings", "responses and ranks or ranking, or ranked_responses; prompt", _find_rankings, _rankings
+    ),
+    Layout(
+        "choices",
+        "response_a, response_b ... (or responses) and winner or choice; prompt",
+        _find_choices,
+        _choices,
+    ),
+    Layout("ratings", "response, context, Q_overall", _find_ratings, ratings),
+    Layout("scores", "prompt, response, score", _find_scores, scores),
+)
