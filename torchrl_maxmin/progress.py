@@ -1,9 +1,11 @@
-"""Progress bars: drawn here, or sent to the process that draws them."""
+"""Draw progress bars, or send them to the process that draws them; turn libraries' notices off."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["bars", "console", "forward_to", "prefixed", "progress_bar"]
+__all__ = ["bars", "console", "forward_to", "prefixed", "progress_bar", "quiet"]
 
 console = Console(stderr=True)
 _INTERVAL_S = 0.2  # a bar that moves more often than this only costs time
@@ -36,7 +38,7 @@ def prefixed(prefix: str) -> Iterator[None]:
 
 
 def bars() -> Progress:
-    """The one look that every bar has."""
+    """Make bars in the one look that they have."""
     return Progress(
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=28),
@@ -89,3 +91,17 @@ def _forwarded(description: str, total: int) -> Iterator[Callable[..., None]]:
 
     yield advance
     queue.put((key, title, total, total, ""))
+
+
+def quiet() -> None:
+    """Turn libraries' notices off: what a user should read is what we print.
+
+    Libraries set their loggers when they are imported; environment variables reach those not yet imported.
+    """
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("RL_WARNINGS", "0")
+    os.environ.setdefault("RL_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchrl", "transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ import yaml
 
 from torchrl_maxmin.cli.histories import training_histories
 from torchrl_maxmin.cli.parsing import config_from_mapping
-from torchrl_maxmin.cli.stages import Task, run_tasks
+from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies

@@ -105,7 +105,7 @@ def judge_pairs(
         both_orders: Ask (a, b) and (b, a) and average: language models favour a place. Costs twice.
 
     Returns:
-        :class:`Judgements`; ``wins`` goes to :func:`~torchrl_maxmin.evaluation.pairwise.rates_by_group`.
+        :class:`Judgements`; ``wins`` goes to :func:`~torchrl_maxmin.stats.rates.rates_by_group`.
 
     Raises:
         UserError: If lengths disagree, a prompt has no response, or a judge gives no probability for

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.evaluation.win_rates import win_matrix
+from torchrl_maxmin.stats.rates import win_matrix
 
 __all__ = ["REFERENCE", "SeedResult"]
 

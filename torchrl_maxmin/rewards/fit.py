@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
-from torchrl_maxmin.rewards.identifiability import IdentifiabilityReport, accuracy_over_users
+from torchrl_maxmin.rewards.identifiability import IdentifiabilityReport
 from torchrl_maxmin.rewards.linear import NumGroupsChoice
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.pairs import PairTokens
+from torchrl_maxmin.stats import accuracy_by_group
 
 __all__ = ["MixtureFit", "heldout_figures"]
 
@@ -58,8 +59,9 @@ class MixtureFit:
         for k, (share, count, accuracy) in enumerate(zip(shares, users, accuracies, strict=True)):
             told = ""
             if accuracy is not None:
-                low, high = intervals[k]
-                told = f", held-out accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]"
+                told = f", held-out accuracy {accuracy:.3f}"
+                if None not in intervals[k]:
+                    told += " [{:.3f}, {:.3f}]".format(*intervals[k])
             lines.append(f"  group {k}: {count} users, mixing weight {share:.3f}{told}")
         if "log_likelihood" in self.heldout:
             lines.append(f"held-out log-likelihood {self.heldout['log_likelihood']:.4f} nats a pair")
@@ -82,7 +84,7 @@ def heldout_figures(
 ) -> dict[str, Any]:
     """Predictive log-likelihood a pair, and each head's accuracy on the users it was given.
 
-    The intervals are percentiles of a bootstrap over those users, 95%.
+    Each user counts once; the intervals are t over those users, 95%, and null with one.
     """
     index = {user: i for i, user in enumerate(user_ids)}
     unknown = mixture.log_prior.exp().cpu()
@@ -94,12 +96,13 @@ def heldout_figures(
     predictive = torch.logsumexp(known.double().log() + per_user, -1).sum().item() / len(pairs)
     groups = known.argmax(-1)
     right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
-    by_user = torch.zeros(heldout.num_users, 2, dtype=torch.float64)
-    by_user.index_add_(0, pairs.row_users, torch.cat([right, torch.ones_like(right)], 1))
-    accuracy = accuracy_over_users(by_user, groups, mixture.num_groups)
+    found = accuracy_by_group(
+        right.squeeze(1), pairs.row_users, groups, mixture.num_groups, num_resamples=0, warn=False
+    )
+    accuracy = [[None] * 3 if interval is None else interval.to_list() for interval in found]
     return {
         "log_likelihood": predictive,
-        "head_accuracy": [group.accuracy for group in accuracy],
-        "head_accuracy_interval": [[group.low, group.high] for group in accuracy],
+        "head_accuracy": [estimate for estimate, *_ in accuracy],
+        "head_accuracy_interval": [ends for _, *ends in accuracy],
         "pairs": len(pairs),
     }

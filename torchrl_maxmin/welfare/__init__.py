@@ -18,6 +18,7 @@ from torchrl_maxmin.welfare.functions import Egalitarian, SoftMin, Utilitarian, 
 from torchrl_maxmin.welfare.gap import DualityGap, duality_gap
 from torchrl_maxmin.welfare.names import WELFARES, make_welfare
 from torchrl_maxmin.welfare.robust import Chi2Ball, CVaR, KLBall
+from torchrl_maxmin.welfare.statistics import GroupStatistics
 
 __all__ = [
     "ADVERSARIES",
@@ -34,6 +35,7 @@ __all__ = [
     "ExponentiatedGradient",
     "FixedWeights",
     "GeneralizedGini",
+    "GroupStatistics",
     "HardMin",
     "KLBall",
     "Nash",
