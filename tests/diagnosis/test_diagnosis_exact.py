@@ -201,7 +201,7 @@ def test_the_world_is_turned_at_equal_norm(reproduction):
 
 
 @pytest.mark.parametrize(
-    "name", ["assumptions", "diagnose", "exact", "figures", "refits", "report", "theorem"]
+    "name", ["assumptions", "analysis", "exact", "figures", "refits", "report", "theorem"]
 )
 def test_examples_of_the_room_run(name):
     import doctest

@@ -110,36 +110,6 @@ def dual_terms(weights: Array, rewards: Array, beta: float, log_weights: Array) 
     return beta * logsumexp(tilted, axis=1), gradients
 
 
-def dual_objective(
-    weights: Tensor, rewards: Tensor, beta: float, log_weights: Tensor | None = None
-) -> tuple[float, Tensor]:
-    """``g(w)`` and its gradient: an upper bound on every policy's worst-group utility.
-
-    Args:
-        weights: ``[K]``, a point of the simplex.
-        rewards: ``[X, n, K]``, rewards of n responses to each of X prompts.
-        beta: the KL coefficient, positive.
-        log_weights: ``[X, n]`` such that ``sum_i exp(log_weights_i) f(y_i)`` is ``E_ref f``; None
-            means ``-log n``.
-
-    Returns:
-        ``g(w)``, and its gradient ``[K]``: the utilities ``E[r_u]`` of the policy that belongs to ``w``.
-
-    Raises:
-        ValueError: as :func:`solve_dual`.
-
-    Example:
-        >>> import torch
-        >>> from torchrl_maxmin.welfare import dual_objective
-        >>> value, gradient = dual_objective(torch.tensor([0.5, 0.5]), torch.ones(1, 3, 2), beta=0.1)
-        >>> round(value, 6), gradient.tolist()
-        (1.0, [1.0, 1.0])
-    """
-    values, logs = check_samples(rewards, log_weights, beta)
-    terms, gradients = dual_terms(weights.detach().cpu().to(torch.float64).numpy(), values, beta, logs)
-    return float(terms.mean()), torch.from_numpy(gradients.mean(0))
-
-
 def minimise_dual(rewards: Array, beta: float, log_weights: Array) -> tuple[Array, float, float]:
     """Minimise ``g`` over the simplex.
 
