@@ -49,7 +49,7 @@ WIDEST_EXACT = 256
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What :func:`diagnose` found.
+    """Findings of :func:`diagnose`.
 
     Attributes:
         num_groups: K.

@@ -1,4 +1,4 @@
-"""What Lemma 1 and Theorem 1 of arXiv 2402.08925 assume, checked on the data at hand."""
+"""Check on the data at hand what Lemma 1 and Theorem 1 of arXiv 2402.08925 assume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK_ROWS = 8192
 
 
 def feature_constants(differences: Tensor) -> tuple[float, float]:
-    """D and lambda_psi of a pair's two responses, put at +-difference / 2.
+    """Compute D and lambda_psi of a pair's two responses, put at +-difference / 2.
 
     Bradley-Terry sees differences alone, so that this is the smallest D that bounds all features.
 
@@ -58,7 +58,7 @@ def check_assumptions(
     misassigned: Mapping[str, float],
     calibration: Mapping[str, float] | None,
 ) -> list[dict[str, Any]]:
-    """Every assumption with whether it holds here: true, false, or null where these data cannot say.
+    """Check every assumption: whether it holds here: true, false, or null where these data cannot say.
 
     Args:
         choices: The pairs.
@@ -115,7 +115,7 @@ def check_assumptions(
             f"group, up to {misassigned['balanced_high']:.1%} by chance of the users",
         ),
     ]
-    return [{"assumption": name, "holds": holds, "told": told} for name, holds, told in checks]
+    return [{"assumption": name, "holds": holds, "told": why} for name, holds, why in checks]
 
 
 def _linear(calibration: Mapping[str, float] | None) -> tuple[str, bool | None, str]:
@@ -124,10 +124,10 @@ def _linear(calibration: Mapping[str, float] | None) -> tuple[str, bool | None, 
         return name, None, "cannot be said without held-out pairs"
     low, high = calibration["low"], calibration["high"]
     off = f"{calibration['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
-    told = f"held-out accuracy less what the fit expected is {off}"
+    why = f"held-out accuracy less what the fit expected is {off}"
     if low > 0 or high < 0:
-        return name, False, told + ": the probabilities are off, by misfit, too few pairs or wrong groups"
-    return name, None, told + ": not contradicted, which is no proof"
+        return name, False, why + ": the probabilities are off, by misfit, too few pairs or wrong groups"
+    return name, None, why + ": not contradicted, which is no proof"
 
 
 def _unique(epsilon: np.ndarray, num_groups: int) -> tuple[str, bool | None, str]:
@@ -141,7 +141,7 @@ def _unique(epsilon: np.ndarray, num_groups: int) -> tuple[str, bool | None, str
 
 
 def _distance_to_bradley_terry(choices: PairChoices, mixture: LinearMixture) -> float:
-    """Mean distance between the mixture's probabilities on the pairs and the best linear Bradley-Terry's."""
+    """Measure the mean distance between the mixture's probabilities and the best linear Bradley-Terry's."""
     x = choices.differences
     shares = mixture.log_prior.double().softmax(-1)
     p = torch.sigmoid((x @ mixture.weight.T).double()) @ shares

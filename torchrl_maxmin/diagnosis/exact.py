@@ -30,7 +30,7 @@ _NEWTON_STEPS = 100
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExactOutcome:
-    """What the single reward and MaxMin leave each group, exactly.
+    """Utilities that the single reward and MaxMin leave each group, exactly.
 
     Attributes:
         single: F_u of the policy of the single reward, by group [K]; KL inside.
@@ -55,7 +55,7 @@ class ExactOutcome:
 
 
 def tilted_policy(rewards: ArrayLike, beta: float, log_reference: ArrayLike | None = None) -> np.ndarray:
-    """The best policy for one reward, log pi = log pi_ref + r / beta - log Z (arXiv 2402.08925, eq. 3).
+    """Solve for one reward's best policy, log pi = log pi_ref + r / beta - log Z (arXiv 2402.08925, eq. 3).
 
     Args:
         rewards: [X, n].
@@ -79,7 +79,7 @@ def tilted_policy(rewards: ArrayLike, beta: float, log_reference: ArrayLike | No
 def policy_utilities(
     log_policy: np.ndarray, rewards: ArrayLike, beta: float, log_reference: ArrayLike | None = None
 ) -> np.ndarray:
-    """F_u of a policy, prompt by prompt: E[r_u] - beta KL(pi || pi_ref) (arXiv 2402.08925, eq. 11).
+    """Compute F_u of a policy, prompt by prompt: E[r_u] - beta KL(pi || pi_ref) (arXiv 2402.08925, eq. 11).
 
     Args:
         log_policy: log pi [X, n].
@@ -102,7 +102,7 @@ def policy_utilities(
 
 
 def pair_probabilities(rewards: ArrayLike) -> np.ndarray:
-    """How each group chooses between all pairs of a prompt's responses, by Bradley-Terry.
+    """Compute how each group chooses between all pairs of a prompt's responses, by Bradley-Terry.
 
     Args:
         rewards: [X, n, K].
@@ -120,7 +120,7 @@ def pair_probabilities(rewards: ArrayLike) -> np.ndarray:
 
 
 def single_reward(rewards: ArrayLike, shares: ArrayLike) -> np.ndarray:
-    """The one reward that Bradley-Terry learns from a mixture of groups, with unlimited data.
+    """Solve for the one reward that Bradley-Terry learns from a mixture of groups, with unlimited data.
 
     The minimiser of the negative log-likelihood of all pairs of a prompt's responses, each as often, chosen
     with the mixture's probability sum_u share_u sigmoid(r_u(a) - r_u(b)). A mixture of Bradley-Terry models
@@ -172,7 +172,7 @@ def single_reward(rewards: ArrayLike, shares: ArrayLike) -> np.ndarray:
 
 
 def exact_outcome(rewards: ArrayLike, single: ArrayLike, beta: float) -> ExactOutcome:
-    """Utilities and alignment gaps of the single reward's policy and of MaxMin's, reference uniform.
+    """Compute utilities and alignment gaps of the single reward's policy and of MaxMin's, reference uniform.
 
     Args:
         rewards: The groups' rewards [X, n, K], on scales that may be compared.

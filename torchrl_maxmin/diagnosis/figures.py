@@ -1,4 +1,4 @@
-"""The figures of a diagnosis: from a fit and the pairs, without the bias of the fit, and with intervals."""
+"""Figures of a diagnosis: from a fit and the pairs, without the bias of the fit, and with intervals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class PairFigures:
-    """The figures that get intervals.
+    """Figures that get intervals.
 
     Attributes:
         beta: KL weight of the alignment gaps, rewards calibrated.
@@ -76,7 +76,7 @@ def margins_of(choices: PairChoices, fit: LinearMixture) -> np.ndarray:
 
 
 def calibrated_margins(margins: ArrayLike, row_weights: ArrayLike | None = None) -> np.ndarray:
-    """Margins of rewards whose deviation within a pair is 1, as ``sft_std`` has it; a zero reward stays.
+    """Scale rewards to deviation 1 within a pair, as ``sft_std`` has it; a zero reward stays.
 
     Args:
         margins: [P, K].
@@ -94,7 +94,7 @@ def calibrated_margins(margins: ArrayLike, row_weights: ArrayLike | None = None)
 
 
 def pair_outcome(margins: np.ndarray, alone: np.ndarray, beta: float) -> ExactOutcome:
-    """What the single reward and MaxMin leave each group, each pair a prompt with two responses.
+    """Compute what the single reward and MaxMin leave each group, each pair a prompt with two responses.
 
     Args:
         margins: The groups' [P, K].
@@ -107,7 +107,7 @@ def pair_outcome(margins: np.ndarray, alone: np.ndarray, beta: float) -> ExactOu
 
 
 def corrected(fitted: Figures, bias: Figures | None) -> Figures:
-    """Figures less their bias, within their range; shares, which no penalty shrinks, as they are."""
+    """Return figures less their bias, within their range; shares, which no penalty shrinks, as they are."""
     taken = {name: 0.0 if bias is None or name == "share" else bias[name] for name in fitted}
     return {name: _within(name, value - taken[name]) for name, value in fitted.items()}
 
@@ -115,7 +115,7 @@ def corrected(fitted: Figures, bias: Figures | None) -> Figures:
 def interval_ends(
     found: Figures, errors: Figures | None, bias_errors: Figures | None, num_parts: int, confidence: float
 ) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
-    """Lower and upper ends by figure: t over the parts of a jackknife.
+    """Compute lower and upper ends by figure: t over the parts of a jackknife.
 
     Args:
         found: The figures.

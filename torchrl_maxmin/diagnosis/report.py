@@ -30,16 +30,16 @@ _HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """One sentence: does one reward serve?"""
+    """Answer in one sentence: does one reward serve?"""
     if summary["one_reward_serves"]:
-        told = (
+        sentence = (
             "One reward serves: the users do not differ as far as these data can tell, and diversity, "
             "epsilon and alignment gap are 0."
         )
         accuracy = summary["groups"][0]["accuracy"]["single"] or {"low": None}
         if accuracy["low"] is None or not accuracy["low"] > 0.5:  # NaN with one user
-            told += " That is little: the reward is not seen to rank held-out pairs better than chance."
-        return told
+            sentence += " That is little: the reward is not seen to rank held-out pairs better than chance."
+        return sentence
     if summary["one_reward_serves"] is None:
         why = "one group was asked for" if summary["choice"] is None else "too few users to look for more"
         return f"Whether one reward serves was not asked: {why}."
@@ -55,7 +55,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def verdict_table(summary: Mapping[str, Any]) -> Table:
-    """The verdict and a column a group, for a terminal.
+    """Make a table of the verdict and a column a group, for a terminal.
 
     Args:
         summary: What ``diagnose`` found.
@@ -123,7 +123,7 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
 
 
 def plot_diagnosis(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
-    """By group: accuracy of the single reward and of the mixture, and the alignment gap of both policies.
+    """Draw accuracy of the single reward and of the mixture by group, and the alignment gap of both policies.
 
     Args:
         summary: What ``diagnose`` found.
@@ -318,7 +318,7 @@ def _caveats(summary: Mapping[str, Any]) -> str:
 
 
 def _write_groups(path: Path, summary: Mapping[str, Any]) -> None:
-    """One line a group."""
+    """Write one line a group."""
     rows = []
     for group in summary["groups"]:
         row = {"group": group["name"], "users": group["users"]}

@@ -1,4 +1,4 @@
-"""The diagnose stage: does one reward serve the people behind these preferences?"""
+"""Run the diagnose stage: does one reward serve the people behind these preferences?"""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _from_texts(config: DiagnoseConfig, data: PreferenceDataset, device: torch.d
 
 
 def _from_arrays(path: Path) -> _Pairs:
-    """Features from an npz file, rows sorted by user in order of first appearance."""
+    """Read features from an npz file, rows sorted by user in order of first appearance."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
@@ -206,7 +206,7 @@ def _from_arrays(path: Path) -> _Pairs:
 
 
 def _write_users(path: Path, user_ids: list[str], found: Diagnosis) -> None:
-    """Likeliest group and responsibilities of every user."""
+    """Write likeliest group and responsibilities of every user."""
     responsibilities = found.mixture.responsibilities
     groups = responsibilities.argmax(-1).tolist()
     rows = [

@@ -1,4 +1,4 @@
-"""What a diagnosis found, as plain data."""
+"""Findings of a diagnosis as plain data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Evidence", "summarise_evidence"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a summary is made of.
+    """Material of a summary.
 
     Attributes:
         choices: The pairs.
@@ -59,18 +59,18 @@ class Evidence:
         """Whether one group was chosen over more; None where nothing was there to choose from."""
         if self.num_groups > 1:
             return False
-        asked = self.choice is not None and len(self.choice.heldout_log_likelihood) > 1
-        return True if asked else None
+        compared = self.choice is not None and len(self.choice.heldout_log_likelihood) > 1
+        return True if compared else None
 
-    def told(self, name: str, *index: int) -> dict[str, Any]:
-        """A figure with its interval and what the fit itself gave."""
+    def entry(self, name: str, *index: int) -> dict[str, Any]:
+        """Return a figure with its interval and the fit's own number."""
         low, high = (None, None) if self.ends is None else (float(end[index]) for end in self.ends[name])
         mean, fitted = float(self.found[name][index]), float(self.fitted[name][index])
         return {"mean": mean, "low": low, "high": high, "fitted": fitted}
 
 
 def summarise_evidence(evidence: Evidence) -> dict[str, Any]:
-    """Groups, diversity, bounds and gaps as plain JSON."""
+    """Summarise groups, diversity, bounds and gaps as plain JSON."""
     mixture, found, ends = evidence.mixture, evidence.found, evidence.ends
     bound, eigenvalue = evidence.constants
     smallest = evidence.raw.smallest_probability
@@ -90,11 +90,11 @@ def summarise_evidence(evidence: Evidence) -> dict[str, Any]:
     groups = [
         {
             "name": f"group {k}",
-            "share": evidence.told("share", k),
+            "share": evidence.entry("share", k),
             "users": int(users[k]),
-            "epsilon": evidence.told("epsilon", k),
+            "epsilon": evidence.entry("epsilon", k),
             "epsilon_from": f"group {reference[k]}" if evidence.num_groups > 1 else None,
-            "distance_to_mixture": evidence.told("distance_to_mixture", k),
+            "distance_to_mixture": evidence.entry("distance_to_mixture", k),
             "lemma1": {"bound": float(lemma[k]), "measured": float(away[k])},
             "theorem1": {
                 "printed": float(printed[k]),
@@ -104,8 +104,8 @@ def summarise_evidence(evidence: Evidence) -> dict[str, Any]:
             },
             "accuracy": evidence.accuracy[k],
             "alignment_gap": {
-                "single": evidence.told("single_gap", k),
-                "maxmin": evidence.told("maxmin_gap", k),
+                "single": evidence.entry("single_gap", k),
+                "maxmin": evidence.entry("maxmin_gap", k),
             },
         }
         for k in range(evidence.num_groups)

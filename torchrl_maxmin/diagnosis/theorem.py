@@ -33,7 +33,7 @@ PROOF_GAPS = (
 
 
 def diversity(probabilities: ArrayLike, row_weights: ArrayLike | None = None) -> np.ndarray:
-    """Diversity between groups (Definition 1): total variation of their preference probabilities.
+    """Compute the diversity between groups (Definition 1): total variation of their preference probabilities.
 
     A comparison has two outcomes, so that half the sum of absolute differences is |p_i - p_j|; it is
     averaged over the pairs.
@@ -64,7 +64,7 @@ def diversity(probabilities: ArrayLike, row_weights: ArrayLike | None = None) ->
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distinctness:
-    """How much farther than all others a group is from some group (Lemma 1).
+    """Lead of a group: how much farther than all others it is from some group (Lemma 1).
 
     Attributes:
         epsilon: By group [K]. Where it is not positive, Lemma 1 says nothing of the group.
@@ -76,7 +76,7 @@ class Distinctness:
 
 
 def distinctness(between: ArrayLike) -> Distinctness:
-    """Lemma 1's epsilon: Diversity(u, j) - max over k != u of Diversity(k, j), for the j that gives most.
+    """Compute Lemma 1's epsilon: Diversity(u, j) - max over k != u of Diversity(k, j), for the best j.
 
     With two groups it is their diversity. With one it is 0.
 
@@ -100,7 +100,7 @@ def distinctness(between: ArrayLike) -> Distinctness:
 
 
 def lemma1_bound(epsilon: ArrayLike, shares: ArrayLike, feature_bound: float) -> np.ndarray:
-    """Lemma 1: the single reward's parameters are at least epsilon (1 - share) / (4 D) from group u's.
+    """Compute Lemma 1: one reward's parameters are at least epsilon (1 - share) / (4 D) from group u's.
 
     Args:
         epsilon: By group [K]; not positive gives 0, as the lemma is silent.
@@ -124,7 +124,7 @@ def theorem1_bound(
     feature_bound: float,
     squared: bool = False,
 ) -> np.ndarray:
-    """Theorem 1: Align-Gap >= lambda_psi / (64 beta^2 L_pi) * epsilon (1 - share) / D^2, as printed.
+    """Compute Theorem 1: Align-Gap >= lambda_psi / (64 beta^2 L_pi) * epsilon (1 - share) / D^2, as printed.
 
     Args:
         epsilon: By group [K]; not positive gives 0.

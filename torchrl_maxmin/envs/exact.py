@@ -111,7 +111,7 @@ class VectorMDP:
         horizon: int,
         gamma: float = 1.0,
     ) -> VectorMDP:
-        """The process that ends after ``horizon`` steps, with the time in its state.
+        """Make the process that ends after ``horizon`` steps, with the time in its state.
 
         Args:
             transition: of one step [S, A, S].
@@ -146,7 +146,7 @@ class VectorMDP:
         return csr_array(kron(eye_array(states), np.ones((1, actions))) - self.gamma * self.moves.T)
 
     def returns(self, policy: ArrayLike) -> Array:
-        """Every group's expected discounted return [K] under a policy [S, A]."""
+        """Compute every group's expected discounted return [K] under a policy [S, A]."""
         chance = np.asarray(policy, dtype=np.float64)
         states, actions = self.reward.shape[:2]
         if chance.shape != (states, actions):
@@ -176,7 +176,7 @@ class ExactPolicy:
 
 
 def solve_weighted(mdp: VectorMDP, weights: Sequence[float] | Array) -> ExactPolicy:
-    """The best policy for fixed group weights: ``max_pi sum_k w_k J_k``.
+    """Solve for the best policy for fixed group weights: ``max_pi sum_k w_k J_k``.
 
     Shares make it the utilitarian optimum, a one-hot vector a group's own best.
     """
@@ -189,12 +189,12 @@ def solve_weighted(mdp: VectorMDP, weights: Sequence[float] | Array) -> ExactPol
 
 
 def best_responses(mdp: VectorMDP) -> list[ExactPolicy]:
-    """Every group's own best policy."""
+    """Solve for every group's own best policy."""
     return [solve_weighted(mdp, one) for one in np.eye(mdp.num_groups)]
 
 
 def solve_max_min(mdp: VectorMDP) -> ExactPolicy:
-    """``max_pi min_k J_k`` over stationary stochastic policies.
+    """Solve ``max_pi min_k J_k`` over stationary stochastic policies.
 
     Example:
         >>> import numpy as np

@@ -178,7 +178,7 @@ def _rates(entry: Mapping[str, Any], rates: Mapping[str, Any], names: Sequence[s
 
 
 def _policy_table(summary: Mapping[str, Any]) -> str:
-    """Win rates against sft by policy and group."""
+    """Tabulate win rates against sft by policy and group."""
     names = [group["name"] for group in summary["groups"]]
     header = ["policy", *names, "worst group (biased low)", "average", "KL (nats)", "length"]
     rows = [
@@ -190,7 +190,7 @@ def _policy_table(summary: Mapping[str, Any]) -> str:
 
 
 def _pairs_block(summary: Mapping[str, Any]) -> list[str]:
-    """Every policy against every other but sft, whose table stands above."""
+    """Compare every policy with every other but sft, whose table stands above."""
     pairs = [pair for pair in summary.get("pairs", []) if pair["other"] != "sft"]
     if not pairs:
         return []
@@ -201,7 +201,7 @@ def _pairs_block(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _size_block(summary: Mapping[str, Any]) -> list[str]:
-    """Utility, KL, length, and how far length explains utility."""
+    """Tabulate utility, KL, length, and how far length explains utility."""
     policies = summary["policies"]
     if not all("length_correlation" in policy for policy in policies.values()):
         return []

@@ -1,4 +1,4 @@
-"""The certificate of a language model's policy: samples of it and of the reference, scored by both."""
+"""Certify a language model's policy: samples of it and of the reference, scored by both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["log_prob_in_batches", "policy_certificate"]
 
 @torch.no_grad()
 def log_prob_in_batches(policy: TokenPolicy, responses: TensorDict, batch_size: int = 512) -> Tensor:
-    """Log-probabilities [N, R] on the CPU."""
+    """Compute log-probabilities [N, R] on the CPU."""
     device = next(policy.parameters()).device
     return torch.cat([policy.log_prob(part.to(device)).cpu() for part in responses.split(batch_size)])
 
@@ -32,7 +32,7 @@ def policy_certificate(
     num_samples: int,
     beta: float,
 ) -> Certificate:
-    """How far a policy is from the max-min optimum of ``F_u = E[r_u] - beta KL``, from fresh samples.
+    """Certify how far a policy is from the max-min optimum of ``F_u = E[r_u] - beta KL``, from fresh samples.
 
     Args:
         policy: the policy.

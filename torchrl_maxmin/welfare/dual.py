@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DualSolution:
-    """What :func:`solve_dual` found.
+    """Solution of :func:`solve_dual`.
 
     Attributes:
         weights: the optimal group weights ``[K]``, float64, on the simplex.
@@ -41,7 +41,7 @@ class DualSolution:
     slack: float
 
     def gap(self, utilities: Tensor, kl: float | Tensor) -> float:
-        """How far a policy is from the optimum: ``value - (min_u utilities_u - beta * kl)``.
+        """Compute how far a policy is from the optimum: ``value - (min_u utilities_u - beta * kl)``.
 
         Args:
             utilities: ``[K]``, the policy's ``E[r_u]`` *without* the KL term.
@@ -93,7 +93,7 @@ def check_samples(rewards: Tensor, log_weights: Tensor | None, beta: float) -> t
 
 
 def dual_terms(weights: Array, rewards: Array, beta: float, log_weights: Array) -> tuple[Array, Array]:
-    """The terms of ``g`` by prompt, and their gradients.
+    """Compute the terms of ``g`` by prompt, and their gradients.
 
     Args:
         weights: ``[K]``.
@@ -159,7 +159,7 @@ def minimise_dual(rewards: Array, beta: float, log_weights: Array) -> tuple[Arra
 
 
 def solve_dual(rewards: Tensor, beta: float, log_weights: Tensor | None = None) -> DualSolution:
-    """The exact optimum of population max-min with a KL penalty.
+    """Solve for the exact optimum of population max-min with a KL penalty.
 
     Exact where the responses are enumerated (``log_weights`` the reference's log-probabilities); an
     estimate, biased low, where they are samples.
