@@ -22,6 +22,7 @@ run = load_script("real_model/run.py")
 import chats  # noqa: E402
 import scores  # noqa: E402
 import smollm2  # noqa: E402
+from common import exit_code  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -356,7 +357,7 @@ def test_another_reading_would_be_seen(small_run):
 def test_a_folder_of_runs_that_is_not_empty_is_one_line(small_run, tiny_chat_model, monkeypatch, capsys):
     arguments = ["--model_name_or_path", str(tiny_chat_model), "--runs", str(small_run / "runs")]
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    assert run.main() == 2
+    assert exit_code("real_model", run.main) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
