@@ -22,13 +22,13 @@ from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_caus
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import penalise_missing_eos
 from torchrl_maxmin.modules.trunks import require_positions
+from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.preferences.loading import load_prompts
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
 from torchrl_maxmin.rollouts.certificate import log_prob_in_batches, policy_certificate
-from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
