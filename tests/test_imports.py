@@ -1,4 +1,4 @@
-"""Imports go one way: a room knows those below it, nothing knows the command line, no two files each other."""
+"""Imports go one way: a room knows those below it, and nothing knows the command line."""
 
 import ast
 from functools import cache
@@ -84,7 +84,9 @@ def test_no_room_imports_from_above():
 
 
 def test_the_kernels_know_nothing_of_the_package():
-    assert [name for name in graph() if name.startswith("maxmin_kernels") and any(map(room, graph()[name]))] == []
+    assert [
+        name for name in graph() if name.startswith("maxmin_kernels") and any(map(room, graph()[name]))
+    ] == []
 
 
 def test_no_two_files_import_each_other():

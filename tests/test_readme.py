@@ -85,3 +85,19 @@ def test_environment_block_trains(tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", re.findall(r"make ([a-z-]+)", README))
 def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_the_results_are_those_of_summary_json():
+    """The table prints ``low`` and ``high``, the interval to read."""
+    summary = json.loads((ROOT / "reproductions/demo-10-1/summary.json").read_text())
+    rows = re.findall(
+        r"^\| \**([\w ]*?)\** \| (\d\.\d+ \[.*?\]) \| (\d\.\d+ \[.*?\]) \|", README, re.MULTILINE
+    )
+    names = {"single reward": "single", "MaxMin": "maxmin", "MaxMin on the true utilities": "oracle"}
+    assert {name for name, *_ in rows} == set(names)
+    for name, *cells in rows:
+        rates = summary["policies"][names[name]]["win_rate_vs_sft"]
+        for cell, group in zip(cells, summary["groups"], strict=True):
+            rate = rates[group["name"]]
+            assert cell == f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+            assert rate["method"].startswith("t")

@@ -1,9 +1,11 @@
-"""Progress bars: drawn here, or sent to the process that draws them."""
+"""Draw progress bars, or send them to the process that draws them; turn libraries' notices off."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["bars", "console", "forward_to", "late_bar", "prefixed", "progress_bar"]
+__all__ = ["bars", "console", "forward_to", "late_bar", "prefixed", "progress_bar", "quiet"]
 
 console = Console(stderr=True)
 _PATIENCE_S = 2.0  # work that takes no longer gets no late bar
@@ -37,7 +39,7 @@ def prefixed(prefix: str) -> Iterator[None]:
 
 
 def bars() -> Progress:
-    """The one look that every bar has."""
+    """Make bars in the one look that they have."""
     return Progress(
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=28),
@@ -118,3 +120,17 @@ def late_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
                 shown = done
 
         yield reach
+
+
+def quiet() -> None:
+    """Turn libraries' notices off: what a user should read is what we print.
+
+    Libraries set their loggers when they are imported; environment variables reach those not yet imported.
+    """
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("RL_WARNINGS", "0")
+    os.environ.setdefault("RL_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchrl", "transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

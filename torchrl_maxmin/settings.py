@@ -1,15 +1,13 @@
-"""What the settings of all stages check alike."""
+"""Check settings of all stages alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
 
 from torchrl_maxmin.errors import UserError
 
-__all__ = ["ChatSettings", "CheckedSettings"]
+__all__ = ["CheckedSettings"]
 
 
 class CheckedSettings:
@@ -46,23 +44,3 @@ class CheckedSettings:
                 raise UserError(f"--{name} must be a finite number; it is {value}")
             if not holds(value):
                 raise UserError(f"--{name} must {bounds}; it is {value}")
-
-
-@dataclass(kw_only=True)
-class ChatSettings(CheckedSettings):
-    """How conversations become text.
-
-    Args:
-        chat_template: for prompts that are lists of messages; a Jinja template or the file of one, none
-            for plain transcripts, the tokenizer's own when left out.
-        system_prompt: opens every conversation that has no system message; saved with the tokenizer.
-    """
-
-    chat_template: str | None = None
-    system_prompt: str | None = None
-
-    def apply_chat(self, tokenizer: Any) -> Any:
-        """Give a tokenizer the template of these settings; returns it."""
-        from torchrl_maxmin.preferences.texts import set_chat_template
-
-        return set_chat_template(tokenizer, self.chat_template, self.system_prompt)

@@ -9,8 +9,7 @@ papers take: percentiles over seeds, and the bootstrap that counts comparisons o
 coverage.csv and results.md beside this file.
 """
 
-import argparse
-import csv
+import sys
 import warnings
 from collections.abc import Iterator
 from itertools import product
@@ -22,15 +21,14 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from torchrl_maxmin.evaluation.clustered import (
-    CoverageWarning,
-    Interval,
-    interval_over_seeds,
-    interval_over_users,
-    stack_intervals,
-)
-from torchrl_maxmin.evaluation.intervals import ClusterBootstrap
+from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.stats.clustered import ClusterBootstrap, interval_over_seeds, interval_over_users
+from torchrl_maxmin.stats.interval import CoverageWarning, Interval, stack_intervals
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import make_parser, run_main
 
 MEANS = (0.2, 0.35, 0.5, 0.65, 0.8)
 ANSWERS_A_PROMPT = 4
@@ -169,14 +167,11 @@ COLUMNS = FIELDS[8:]
 
 def write(folder: Path, rows: list[dict[str, Any]], studies: int) -> str:
     """Every cell as CSV, ranges by kind and count as Markdown."""
-    with (folder / "coverage.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.4f}" if isinstance(value, float) and key in COLUMNS else value
-             for key, value in row.items()}
-            for row in rows
-        )  # fmt: skip
+    cells = [
+        {key: f"{row[key]:.4f}" if key in COLUMNS and key in row else row.get(key) for key in FIELDS}
+        for row in rows
+    ]
+    write_csv(folder / "coverage.csv", cells)
     lines = [
         "| what | cells | " + " | ".join(COLUMNS) + " |",
         "|---|---:" + "|---:" * len(COLUMNS) + "|",
@@ -218,9 +213,7 @@ def write(folder: Path, rows: list[dict[str, Any]], studies: int) -> str:
 
 def main() -> None:
     """Simulate every cell and write the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--studies", type=int, default=2000)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     given = parser.parse_args()
@@ -229,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main("coverage", main)

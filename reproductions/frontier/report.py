@@ -1,10 +1,17 @@
 """``results.md``, the CSV files and the pictures."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from frontier import (
+    FrontierPoint,
+    best_mixture,
+    best_within,
+    compare_with_sweep,
+    frontier_rows,
+)
+from frontier_plots import plot_changes, plot_frontier, plot_series
 from plan import BY_SHARE, DEMO, NAMED, Sizes, beta_name, weight_name
 from tables import (
     assignment_rows,
@@ -16,15 +23,8 @@ from tables import (
 )
 from unseen import PAIRS
 
-from torchrl_maxmin.evaluation.clustered import Interval
-from torchrl_maxmin.evaluation.frontier import (
-    FrontierPoint,
-    best_mixture,
-    best_within,
-    compare_with_sweep,
-    frontier_rows,
-)
-from torchrl_maxmin.evaluation.frontier_plots import plot_changes, plot_frontier, plot_series
+from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.stats.interval import Interval
 
 #: Largest relative loss of the majority's win rate that is still small.
 COST = 0.05
@@ -35,7 +35,7 @@ def write_report(homes: Sequence[Path], sizes: Sizes, folder: Path, minutes: flo
     folder.mkdir(parents=True, exist_ok=True)
     lines, findings = _frontier(homes, sizes, folder)
     shares = share_rows(homes, sizes)
-    _write_csv(folder / "shares.csv", shares)
+    write_csv(folder / "shares.csv", shares, ".6g")
     gain = "worst group's gain, reference's sd"
     plot_series(
         shares,
@@ -46,8 +46,8 @@ def write_report(homes: Sequence[Path], sizes: Sizes, folder: Path, minutes: flo
         level={"worst": 0.5, "worst gain": 0.0},
     )
     robustness, assigned = robustness_rows(homes, sizes), assignment_rows(homes)
-    _write_csv(folder / "robustness.csv", robustness)
-    _write_csv(folder / "assignment.csv", assigned)
+    write_csv(folder / "robustness.csv", robustness, ".6g")
+    write_csv(folder / "assignment.csv", assigned, ".6g")
     plot_changes(
         robustness,
         folder / "robustness",
@@ -96,8 +96,8 @@ def _frontier(homes: Sequence[Path], sizes: Sizes, folder: Path) -> tuple[list[s
     points = points_of(homes, "frontier/evaluation")
     exact, exact_rows = exact_panel(homes)
     certificates = certificate_rows(homes, sizes)
-    _write_csv(folder / "exact.csv", exact_rows)
-    _write_csv(folder / "certificates.csv", certificates)
+    write_csv(folder / "exact.csv", exact_rows, ".6g")
+    write_csv(folder / "certificates.csv", certificates, ".6g")
     sweep = ["utilitarian", *(weight_name(weight) for weight in sizes.weights)]
     betas = {
         f"{kind}, larger beta": [kind, *(beta_name(kind, beta) for beta in sizes.betas)]
@@ -322,14 +322,3 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
 
 def _interval(interval: Interval) -> str:
     return f"{float(interval.mean):.3f} [{float(interval.low):.3f}, {float(interval.high):.3f}]"
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-            for row in rows
-        )

@@ -7,7 +7,6 @@ groups' true utilities, and writes results.md, CSV files and pictures. A run tha
 was; steps whose settings changed are done again. Remove runs/frontier to start over.
 """
 
-import argparse
 import sys
 import time
 import warnings
@@ -17,19 +16,19 @@ from plan import FULL, SMOKE, SeedPlan
 from report import write_report
 from steps import Plan
 
-from torchrl_maxmin.cli.main import quiet
-from torchrl_maxmin.cli.stages import run_tasks
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.evaluation.clustered import CoverageWarning
+from torchrl_maxmin.core.tasks import run_tasks
+from torchrl_maxmin.stats.interval import CoverageWarning
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import make_parser, run_main
 
 HERE = Path(__file__).parent
 
 
-def main() -> int:
+def main() -> None:
     """Run what is not done yet and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one whole run each")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--smoke", action="store_true", help="every step once, on next to nothing")
@@ -40,17 +39,12 @@ def main() -> int:
         parser.error("--workers must be at least 1, and --seeds distinct numbers, none below 0")
     runs = given.runs_dir or Path("runs/frontier-smoke" if given.smoke else "runs/frontier")
     output = given.output_dir or (runs / "results" if given.smoke else HERE)
-    quiet()
     sizes, plan = SMOKE if given.smoke else FULL, Plan()
     homes = [runs / f"seed-{seed}" for seed in given.seeds]
-    try:
-        for seed, home in zip(given.seeds, homes, strict=True):
-            SeedPlan(plan, sizes, home, seed)
-        start = time.perf_counter()
-        run_tasks(plan.tasks, given.workers, overall="frontier, shares, robustness")
-    except UserError as error:
-        sys.stderr.write(f"frontier: error: {error}\n")
-        return 2
+    for seed, home in zip(given.seeds, homes, strict=True):
+        SeedPlan(plan, sizes, home, seed)
+    start = time.perf_counter()
+    run_tasks(plan.tasks, given.workers, overall="frontier, shares, robustness")
     minutes = (time.perf_counter() - start) / 60
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)  # results.md says so
@@ -58,8 +52,7 @@ def main() -> int:
     for finding in findings:
         sys.stdout.write(f"{finding}\n")
     sys.stdout.write(f"frontier done in {minutes:.1f} min: {output / 'results.md'}\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main("frontier", main)

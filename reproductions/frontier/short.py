@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from frontier import exact_frontier
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchrl_maxmin.evaluation.exact import policy_utilities
-from torchrl_maxmin.evaluation.frontier import exact_frontier
+from torchrl_maxmin.diagnosis.exact import policy_utilities
 from torchrl_maxmin.modules.language import TokenPolicy, predicting_states
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts

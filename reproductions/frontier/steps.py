@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchrl_maxmin.cli.stages import Task
+from torchrl_maxmin.core.tasks import Task
 
 
 @dataclass(frozen=True)

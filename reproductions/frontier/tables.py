@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import BY_SHARE, SHORT_POLICIES, Sizes, beta_name, people_folder, policy_folder
-from unseen import KINDS
-from worlds import SHIFTS
-
-from torchrl_maxmin.evaluation.clustered import Interval, interval_over_seeds
-from torchrl_maxmin.evaluation.frontier import (
+from frontier import (
     FrontierPoint,
     frontier_points,
     verdict,
     worst_group_change,
 )
-from torchrl_maxmin.evaluation.frontier_plots import ExactPanel
-from torchrl_maxmin.evaluation.pairwise import paired_change
+from frontier_plots import ExactPanel
+from plan import BY_SHARE, SHORT_POLICIES, Sizes, beta_name, people_folder, policy_folder
+from unseen import KINDS
+from worlds import SHIFTS
+
 from torchrl_maxmin.evaluation.results import SeedResult
+from torchrl_maxmin.stats.clustered import interval_over_seeds
+from torchrl_maxmin.stats.interval import Interval
+from torchrl_maxmin.stats.rates import paired_change
 
 #: Shares of the minority that the population mean is looked at under, beside the trained one.
 TEST_SHARES = (0.25, 0.5, 10 / 11)

@@ -16,8 +16,8 @@ Each writes ``<name>.csv``, and all together ``results.md``; true groups are use
 where the row says so.
 """
 
-import argparse
 import csv
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-from torchrl_maxmin.cli.stages import Task, run_tasks
+from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
@@ -39,6 +40,10 @@ from torchrl_maxmin.trainers.reward import user_accuracy
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 from torchrl_maxmin.world import World, sample_prompts
 from torchrl_maxmin.world.files import RESPONSE_LENGTH, write_preferences, write_world
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import make_parser, run_main
 
 #: Table 1 of arXiv 2402.08925 (v2): total, majority and minority accuracy of a single reward on Tulu2-7B.
 PAPER_TABLE1 = {
@@ -64,10 +69,7 @@ def call(run: Run) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(EXPERIMENTS[run.experiment](Path(scratch), run.seed))
-    with run.file.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(run.file, rows)
 
 
 def prepare(folder: Path, seed: int) -> Path:
@@ -211,9 +213,7 @@ EXPERIMENTS: dict[str, Callable[[Path, int], Iterable[dict[str, Any]]]] = {
 
 def main() -> None:
     """Run the experiments that were asked for and write their tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("experiments", nargs="*", help=f"some of {', '.join(EXPERIMENTS)}; all by default")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2)
@@ -328,4 +328,4 @@ TABLES: dict[str, Callable[[list[dict[str, str]]], list[str]]] = {
 
 
 if __name__ == "__main__":
-    main()
+    run_main("groups", main)

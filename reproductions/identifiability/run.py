@@ -7,9 +7,8 @@ Users with orthogonal tastes of equal norm choose between feature vectors and ag
 misassignment at 5, 10 and 20. Writes results.csv and results.md beside this file.
 """
 
-import argparse
-import csv
 import os
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,12 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering import select_num_groups
 from torchrl_maxmin.clustering.identifiability import identifiability_report
+from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.progress import progress_bar
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import make_parser, run_main
 
 WORLDS = {"one group": (1,), "80:20": (80, 20), "10:1": (10, 1), "60:25:15": (60, 25, 15)}
 PAIRS = (5, 10, 20)
@@ -159,13 +163,14 @@ def identifiability_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def write(folder: Path, rows: list[dict[str, Any]], seeds: int) -> str:
     """Every figure as a line of results.csv; the tables as results.md."""
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["world", "pairs", "seed", "quantity", "value"])
-        for row in rows:
-            names = [name for name in row if name not in ("world", "pairs", "seed")]
-            for name in names:
-                writer.writerow([row["world"], row["pairs"], row["seed"], name, f"{row[name]:.6g}"])
+    run = ("world", "pairs", "seed")
+    figures = [
+        {**{key: row[key] for key in run}, "quantity": name, "value": f"{row[name]:.6g}"}
+        for row in rows
+        for name in row
+        if name not in run
+    ]
+    write_csv(folder / "results.csv", figures)
     text = "\n".join(
         [
             "# Planted groups: how many, and who is in which",
@@ -193,9 +198,7 @@ def write(folder: Path, rows: list[dict[str, Any]], seeds: int) -> str:
 
 def main() -> None:
     """Run every world and seed, and write the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     given = parser.parse_args()
@@ -216,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main("identifiability", main)

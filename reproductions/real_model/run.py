@@ -11,7 +11,6 @@ and by more than float32's rounding explains.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ from scores import Comparison, RecordedRewards, classifier_scores, write_scores
 from smollm2 import DEFAULT_FOLDER, make
 from tensordict import TensorDict
 
-from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
 from torchrl_maxmin.evaluation.results import SeedResult
@@ -40,6 +38,10 @@ from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import RewardConfig, run_reward
 from torchrl_maxmin.trainers.run import prepare_output_dir, seed_everything, write_json
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import make_parser, run_main
 
 HERE = Path(__file__).parent
 #: tokens of a response: enough for some to end, few enough that others are cut off
@@ -224,22 +226,16 @@ def write(folder: Path, comparisons: Sequence[Comparison], seconds: dict[str, fl
 
 def main() -> int:
     """Run the verbs, compare and write; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model_name_or_path", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--runs", type=Path, default=Path("runs/real_model"), help="new folder of the runs")
     parser.add_argument("--output_dir", type=Path, default=HERE, help="folder of the results")
     given = parser.parse_args()
-    try:
-        runs = prepare_output_dir(given.runs)
-        comparisons, seconds = run_all(make(given.model_name_or_path), runs)
-    except UserError as error:
-        print(f"real_model: error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-        return 2
+    runs = prepare_output_dir(given.runs)
+    comparisons, seconds = run_all(make(given.model_name_or_path), runs)
     print(write(given.output_dir, comparisons, seconds))  # noqa: T201
     return int(not all(comparison.alike(BAR) for comparison in comparisons))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main("real_model", main)

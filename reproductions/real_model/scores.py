@@ -8,7 +8,6 @@ reading.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.modules.loading import import_transformers
 
 __all__ = ["READERS", "Comparison", "RecordedRewards", "classifier_scores", "write_scores"]
@@ -142,7 +142,4 @@ class Comparison:
 def write_scores(path: Path, comparisons: Sequence[Comparison]) -> None:
     """Write every score of some comparisons."""
     rows = [row for comparison in comparisons for row in comparison.rows()]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)

@@ -10,7 +10,7 @@ import torch
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_maxmin.evaluation.plot_style import COLOURS, FONT, new_figure, write_figure
+from torchrl_maxmin.evaluation.plots import COLOURS, FONT, new_figure, write_figure
 from torchrl_maxmin.trainers.env_ppo import load_env_policy
 
 PANELS = (

@@ -9,8 +9,6 @@ its folder to repeat it. ``--frames`` shortens all runs, for a look whether ever
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import sys
 import time
@@ -25,13 +23,18 @@ from tables import write_results
 from tabular import play_random_processes
 from torchrl.envs import TransformedEnv
 
-from torchrl_maxmin.cli.stages import Task, run_tasks
 from torchrl_maxmin.collectors.episodes import episode_returns, episode_summary, exact_summary
+from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.envs import GroupReward
 from torchrl_maxmin.progress import console
 from torchrl_maxmin.trainers.env_ppo import load_env_policy, run_env_ppo
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.run import read_metrics, write_json
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import make_parser, run_main
 
 HERE = Path(__file__).parent
 
@@ -79,9 +82,7 @@ def train_plain(config: EnvPPOConfig) -> None:
 
 def main() -> None:
     """Train what is missing, then tables and pictures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     names = [experiment.name for experiment in EXPERIMENTS]
     parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; all when left out")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the tables and pictures")
@@ -103,10 +104,7 @@ def main() -> None:
     run_tasks(tasks, num_workers=2)
     rows = [row(one, given.runs, seed) for one in chosen for seed in range(one.seeds)]
     given.output.mkdir(parents=True, exist_ok=True)
-    with (given.output / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(given.output / "results.csv", rows)
     processes = play_random_processes(10 if given.frames else 200)
     total = given.runs / "total.json"
     if len(tasks) == len(rows):  # else what an earlier call measured, if it trained all
@@ -143,4 +141,4 @@ def row(one: Any, runs: Path, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main("rl", main)

@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 import numpy as np
+from game import play_game
 
 from torchrl_maxmin.envs import VectorMDP, solve_max_min
-from torchrl_maxmin.envs.game import play_game
 from torchrl_maxmin.progress import progress_bar
 
 BAR = 1e-2

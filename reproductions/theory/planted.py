@@ -7,9 +7,8 @@ and agree with their own utility 92% of the time. K is chosen, the penalty too, 
 planted.csv and planted.md beside this file.
 """
 
-import argparse
-import csv
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,15 @@ from scipy.special import expit, logit
 from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import fit_bradley_terry
-from torchrl_maxmin.evaluation import diagnose
-from torchrl_maxmin.evaluation.diagnosis_figures import calibrated_margins, pair_outcome
-from torchrl_maxmin.evaluation.theorem import diversity
+from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.diagnosis import diagnose
+from torchrl_maxmin.diagnosis.figures import calibrated_margins, pair_outcome
+from torchrl_maxmin.diagnosis.theorem import diversity
 from torchrl_maxmin.progress import progress_bar
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import make_parser, run_main
 
 WORLDS = {"80:20": (80, 20), "10:1": (10, 1), "one group": (1,)}
 AGREEMENT = 0.92
@@ -90,13 +94,7 @@ def compare(world: str, seed: int, **size: int) -> dict[str, Any]:
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> str:
     """Every run as CSV, the table as Markdown."""
-    with (folder / "planted.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-            for row in rows
-        )
+    write_csv(folder / "planted.csv", rows, ".6g")
     lines = [
         "| planted | K chosen right | figure | found, mean | exact, mean | difference, mean | largest | "
         "intervals that hold it |",
@@ -143,9 +141,7 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run every world and seed, and write the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     given = parser.parse_args()
@@ -162,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main("theory", main)

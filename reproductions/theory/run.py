@@ -9,16 +9,17 @@ closed form, and MaxMin's optimum is that of the dual. Writes worlds.csv, shares
 picture theory (.png, .svg, .csv) beside this file.
 """
 
-import argparse
-import csv
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from torchrl_maxmin.evaluation.exact import exact_outcome, pair_probabilities, single_reward
-from torchrl_maxmin.evaluation.plot_style import (
+from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.diagnosis.exact import exact_outcome, pair_probabilities, single_reward
+from torchrl_maxmin.diagnosis.theorem import distinctness, diversity, lemma1_bound, theorem1_bound
+from torchrl_maxmin.evaluation.plots import (
     COLOURS,
     DASHES,
     FONT,
@@ -28,8 +29,11 @@ from torchrl_maxmin.evaluation.plot_style import (
     tidy,
     write_figure,
 )
-from torchrl_maxmin.evaluation.theorem import distinctness, diversity, lemma1_bound, theorem1_bound
 from torchrl_maxmin.progress import progress_bar
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import make_parser, run_main
 
 BETA = 0.5
 SHARE = 0.2
@@ -218,13 +222,7 @@ def _scatter(axis: Any, x: np.ndarray, y: np.ndarray, style: int, label: str | N
 def write(folder: Path, found: dict[str, Any], shares: list[dict[str, Any]], size: str) -> str:
     """The figures as CSV and Markdown."""
     for name, rows in (("worlds.csv", found["fixed"] + found["varied"]), ("shares.csv", shares)):
-        with (folder / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(
-                {key: f"{value:.8g}" if isinstance(value, float) else value for key, value in row.items()}
-                for row in rows
-            )
+        write_csv(folder / name, rows, ".8g")
     lines = ["| figure | value |", "|---|---:|"]
     lines += [f"| {name} | {value:.4g} |" for name, value in figures(found).items()]
     text = "\n".join(
@@ -255,9 +253,7 @@ def write(folder: Path, found: dict[str, Any], shares: list[dict[str, Any]], siz
 
 def main() -> None:
     """Run the worlds and write tables and picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--worlds", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--responses", type=int, default=4)
@@ -273,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main("theory", main)

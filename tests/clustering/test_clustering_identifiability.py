@@ -1,16 +1,16 @@
 """The identifiability report, against planted groups and sums by hand."""
 
-import importlib.util
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import expit
+from scipy import stats
+from scipy.special import expit, logit
+from scripts import load_script
 
 from torchrl_maxmin.clustering import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.choices import PairChoices
@@ -23,16 +23,11 @@ from torchrl_maxmin.clustering.identifiability import (
     more_pairs_needed,
 )
 
-RUN = Path(__file__).parents[2] / "reproductions/identifiability/run.py"
-
 
 @pytest.fixture(scope="module")
 def reproduction():
     """The script that makes the ten-seed tables."""
-    spec = importlib.util.spec_from_file_location("identifiability_run", RUN)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("identifiability/run.py")
 
 
 def small(reproduction, shares, pairs, seed=0):
@@ -177,17 +172,18 @@ def test_group_accuracy_by_hand_and_its_interval():
     weight = torch.from_numpy(rng.normal(size=(2, 4)))
     x[:, 0] += 0.5 * weight[0, 0]
     known = LinearMixture(weight, torch.tensor([0.5, 0.5]).log().double(), responsibilities, 0.0)
-    found = group_accuracy(known, PairChoices(x, offsets), num_resamples=4000)
+    found = group_accuracy(known, PairChoices(x, offsets))
     for k, group in enumerate(found):
         rows = np.repeat(np.arange(60) % 2 == k, 10)
         right = (x.numpy()[rows] @ weight[k].numpy() > 0).reshape(30, 10).mean(-1)
         assert (group.users, group.pairs) == (30, 300)
         assert group.accuracy == pytest.approx(right.mean())
-        half = 1.96 * right.std() / 30**0.5
-        assert group.low == pytest.approx(right.mean() - half, abs=0.01)
-        assert group.high == pytest.approx(right.mean() + half, abs=0.01)
+        mean, half = right.mean(), stats.t.ppf(0.975, 29) * stats.sem(right)
+        width = half / (mean * (1 - mean))  # on the logit
+        assert group.low == pytest.approx(expit(logit(mean) - width))
+        assert group.high == pytest.approx(expit(logit(mean) + width))
     weighted = group_accuracy(known, PairChoices(x, offsets, torch.full((600,), 0.5)))
-    assert weighted[0].accuracy == found[0].accuracy
+    assert weighted[0].accuracy == pytest.approx(found[0].accuracy)
     assert weighted[0].pairs == 150
     lonely = LinearMixture(weight, known.log_prior, torch.tensor([[1.0, 0.0]] * 60), 0.0)
     assert group_accuracy(lonely, PairChoices(x, offsets))[1].accuracy is None

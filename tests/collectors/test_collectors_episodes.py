@@ -192,7 +192,7 @@ def test_one_episode_has_no_interval():
     with pytest.raises(ValueError, match="at least two episodes, got 1"):
         episode_summary(torch.ones(1, 2))
     told = episode_summary(torch.ones(2, 2))["utilities"]["1"]
-    assert told == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert told == {"mean": 1.0, "low": 1.0, "high": 1.0, "method": "t over episodes"}
 
 
 # -- exact -----------------------------------------------------------------------------------------

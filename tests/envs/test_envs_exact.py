@@ -9,7 +9,6 @@ from scipy.optimize import linprog
 from torchrl_maxmin.envs.exact import (
     VectorMDP,
     best_responses,
-    solve_leximin,
     solve_max_min,
     solve_weighted,
 )
@@ -86,35 +85,13 @@ def test_weighted_optima_are_those_of_policy_iteration(size):
         assert best.value == pytest.approx(max(returns_of(mdp, np.array(c))[k] for c in every), abs=1e-6)
 
 
-def test_leximin_raises_the_second_worst_too():
-    """Three arms: the worst group gets 1 from two of them, the others differ."""
-    rewards = np.array([[[1.0, 1.0, 5.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0]]])
-    mdp = VectorMDP(np.ones((1, 3, 1)), rewards, np.ones(1), gamma=0.0)
-    solution = solve_leximin(mdp)
-    assert solution.value == pytest.approx(1.0)
-    # min(J_1, J_2) is largest where they are equal at 2.5 (arms 1 and 2 alone), or with arm 0's mixture
-    grid = [
-        sorted(np.array(p) @ rewards[0])
-        for a in np.linspace(0, 1, 101)
-        for b in np.linspace(0, 1 - a, 101)
-        for p in [(a, b, 1 - a - b)]
-    ]
-    best = max(grid)
-    np.testing.assert_allclose(sorted(solution.utilities), best, atol=0.03)
-    assert sorted(solution.utilities)[1] >= best[1] - 1e-6
-
-
 @pytest.mark.parametrize("seed", range(10))
-def test_leximin_is_max_min_and_no_policy_is_above_it(seed):
+def test_no_policy_is_above_max_min(seed):
     mdp = VectorMDP.random(4, 3, 3, seed=seed)
-    solution, worst = solve_leximin(mdp), solve_max_min(mdp)
-    assert solution.utilities.min() == pytest.approx(worst.value, abs=1e-6)
-    rng, ours = np.random.default_rng(seed), sorted(solution.utilities)
+    worst, rng = solve_max_min(mdp), np.random.default_rng(seed)
+    assert worst.utilities.min() == pytest.approx(worst.value, abs=1e-6)
     for _ in range(300):
-        other = sorted(mdp.returns(rng.dirichlet(np.full(3, 0.3), size=4)))
-        assert other[0] <= ours[0] + 1e-6
-        if other[0] > ours[0] - 1e-6:
-            assert other[1] <= ours[1] + 1e-5
+        assert min(mdp.returns(rng.dirichlet(np.full(3, 0.3), size=4))) <= worst.value + 1e-6
 
 
 def test_returns_are_what_a_simulation_gives():

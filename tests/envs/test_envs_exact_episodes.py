@@ -11,7 +11,6 @@ from torchrl_maxmin.envs import (
     FishwoodEnv,
     FruitTreeEnv,
     VectorMDP,
-    solve_leximin,
     solve_max_min,
     solve_weighted,
 )
@@ -79,7 +78,6 @@ def test_optima_are_those_of_value_iteration_and_of_mixtures(size, seed, gamma):
     assert worst.value == pytest.approx(best_mixture_of_pure_policies(mdp), abs=1e-6)
     assert worst.utilities.min() == pytest.approx(worst.value, abs=1e-6)
     assert value_iteration(mdp, worst.weights) == pytest.approx(worst.value, abs=1e-6)
-    assert solve_leximin(mdp).utilities.min() == pytest.approx(worst.value, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ from scipy.special import expit
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation.endpoint import EndpointJudge
-from torchrl_maxmin.evaluation.group_rates import rates_by_group
 from torchrl_maxmin.evaluation.judges import judge_pairs, reward_judge, truth_judge
 from torchrl_maxmin.evaluation.judging import PairJudges, UtilityJudge, load_judge
-from torchrl_maxmin.evaluation.win_rates import win_matrix
+from torchrl_maxmin.stats.rates import rates_by_group, win_matrix
 
 
 def lengths(prompts, completions):

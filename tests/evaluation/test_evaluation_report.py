@@ -14,7 +14,7 @@ from rich.console import Console
 
 from torchrl_maxmin.evaluation import plot_training, plot_win_rates, rich_table, summarise, write_report
 
-MODULES = ["aggregate", "gap", "intervals", "plots", "policies", "report", "results", "summary", "win_rates"]
+MODULES = ["endpoint", "gap", "judges", "plots", "policies", "report", "results", "summary"]
 
 
 def test_report_holds_the_numbers(tmp_path, summary):
@@ -24,9 +24,9 @@ def test_report_holds_the_numbers(tmp_path, summary):
     for policy in summary["policies"].values():
         for group in NAMES:
             rate = policy["win_rate_vs_sft"][group]
-            assert f"{rate['mean']:.3f} [{rate['t_low']:.3f}, {rate['t_high']:.3f}]" in text
+            assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in text
             utility, ends = policy["utility"][group], policy["utility_interval"][group]
-            assert f"{utility:.3f} [{ends['t_low']:.3f}, {ends['t_high']:.3f}]" in text
+            assert f"{utility:.3f} [{ends['low']:.3f}, {ends['high']:.3f}]" in text
             length = policy["length_correlation"][group]
             assert f"{length['mean']:+.2f} [{length['low']:+.2f}, {length['high']:+.2f}]" in text
         assert f"{policy['worst_group_win_rate']:.3f}" in text
@@ -41,7 +41,7 @@ def test_report_holds_the_numbers(tmp_path, summary):
     assert "Uncalibrated" not in text
     for pair in summary["pairs"]:
         for rate in pair["win_rate"].values():
-            assert f"{rate['mean']:.3f} [{rate['t_low']:.3f}, {rate['t_high']:.3f}]" in text
+            assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in text
     for caveat in ("what the judge says", "biased low", "3 seeds are few", "single: a rate above 0.9"):
         assert caveat in text
     for name in ("win_rates", "training"):
@@ -56,7 +56,7 @@ def test_terminal_table(summary):
     Console(file=output, width=160).print(table)
     for policy in summary["policies"].values():
         rate = policy["win_rate_vs_sft"]["conciseness"]
-        assert f"{rate['mean']:.3f} [{rate['t_low']:.3f}, {rate['t_high']:.3f}]" in output.getvalue()
+        assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in output.getvalue()
 
 
 def test_win_rate_figure_and_its_numbers(tmp_path, summary):
@@ -71,8 +71,8 @@ def test_win_rate_figure_and_its_numbers(tmp_path, summary):
         rate = summary["policies"][row["policy"]]["win_rate_vs_sft"][row["group"]]
         assert [float(row[key]) for key in ("mean", "low", "high")] == [
             rate["mean"],
-            rate["t_low"],
-            rate["t_high"],
+            rate["low"],
+            rate["high"],
         ]
     again = plot_win_rates(summary, tmp_path / "again")
     assert again[1].read_bytes() == svg.read_bytes()

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from evaluation_results import NAMES, make_result, make_wins
 
-from torchrl_maxmin.evaluation import SeedResult, group_win_rates, summarise, write_report, write_summary
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.evaluation import (
+    SeedResult,
+    group_win_rates,
+    load_summary,
+    summarise,
+    write_report,
+    write_summary,
+)
+from torchrl_maxmin.evaluation.policies import NO_INTERVAL
+from torchrl_maxmin.stats import SCHEMA_VERSION
 
 
 def test_record_survives_saving(tmp_path, results):
@@ -80,7 +90,7 @@ def test_summary_schema(summary):
         assert (policy["kl"] is None) == (name == "sft")
     for key in ("worst_group_relative_gain", "average_relative_gain", "majority_relative_change"):
         assert isinstance(summary["comparison"][key], float)
-        assert set(summary["comparison"][f"{key}_interval"]) == {"low", "high", "t_low", "t_high"}
+        assert set(summary["comparison"][f"{key}_interval"]) == set(NO_INTERVAL)
         assert all(key in entry for entry in summary["comparison"]["per_seed"])
     assert set(summary["certificate"]) >= {"value", "low", "high", "reason"}
 
@@ -146,8 +156,8 @@ def test_worst_group_by_convention_is_read_off_utilities():
 
 
 def test_one_silent_certificate_silences_all(results):
-    mute = {"certificate": {"value": None, "low": None, "high": None, "reason": "effective sample size 4"}}
-    out = summarise([results[0], make_result(1, extra=mute)], num_resamples=20)["certificate"]
+    silent = {"certificate": {"value": None, "low": None, "high": None, "reason": "effective sample size 4"}}
+    out = summarise([results[0], make_result(1, extra=silent)], num_resamples=20)["certificate"]
     assert (out["value"], out["low"], out["high"]) == (None, None, None)
     assert "seed 1: effective sample size 4" in out["reason"]
 
@@ -157,7 +167,7 @@ def test_summary_is_deterministic_whatever_the_order_of_seeds(tmp_path, results,
     one = write_summary(tmp_path / "a", summary).read_bytes()
     two = write_summary(tmp_path / "b", again).read_bytes()
     assert one == two
-    assert json.loads(one) == summary
+    assert json.loads(one) == {"schema_version": SCHEMA_VERSION, **summary}
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):
@@ -184,7 +194,7 @@ def test_single_seed_and_bare_policies(tmp_path):
     assert "win_rate_vs_single" not in out["policies"]["maxmin"]
     assert out["policies"]["maxmin"]["worst_group_win_rate"] == 1.0
     rate = out["policies"]["maxmin"]["win_rate_vs_sft"]["sentiment"]
-    assert (rate["t_low"], rate["t_high"]) == (pytest.approx(1 - 0.5218, abs=1e-4), 1.0)  # 5 of 5, exact
+    assert (rate["low"], rate["high"]) == (pytest.approx(1 - 0.5218, abs=1e-4), 1.0)  # 5 of 5, exact
     assert out["em"]["user_accuracy"] is None
     assert out["certificate"]["reason"] == "not computed"
     text = write_report(tmp_path, out, figures=False).read_text()
@@ -210,7 +220,7 @@ def test_results_of_comparisons(tmp_path):
     for pair in out["pairs"]:
         expected = np.mean([r[pair["policy"], pair["other"]].mean(0) for r in rates], axis=0)
         np.testing.assert_allclose([pair["win_rate"][name]["mean"] for name in NAMES], expected)
-    assert out["policies"]["maxmin"]["utility_interval"]["sentiment"]["t_low"] is None
+    assert out["policies"]["maxmin"]["utility_interval"]["sentiment"]["low"] is None
     assert out["comparison"]["worst_group_relative_gain"] is not None
     assert "n/a" in write_report(tmp_path, out, figures=False).read_text()
     with pytest.raises(ValueError, match="judged in two ways"):
@@ -231,13 +241,8 @@ def test_every_two_policies_are_compared(summary, results):
             num_resamples=300,
         )
         for k, name in enumerate(NAMES):
-            told = pair["win_rate"][name]
-            assert told["mean"] == pytest.approx(rates.mean[k])
-            assert told["t_low"] == pytest.approx(rates.clustered.groups.low[k])
-            assert told["high"] == pytest.approx(rates.high[k])
-        assert pair["worst_group_win_rate_interval"]["t_high"] == pytest.approx(
-            rates.clustered.groups.high.min()
-        )
+            assert pair["win_rate"][name] == rates.groups.to_dict(k)
+        assert pair["worst_group_win_rate_interval"] == rates.worst_group.to_dict()
 
 
 def test_length_that_earns_the_utility_is_seen():
@@ -263,3 +268,51 @@ def test_seeds_that_do_not_belong_together_are_named(results):
     other = SeedResult(5, NAMES[::-1], [0.1, 0.9], results[1].utilities)
     with pytest.raises(ValueError, match="name other groups"):
         summarise([results[0], other])
+
+
+def test_an_older_summary_is_read_by_todays_names(tmp_path, summary):
+    """Version 1: ``low`` was the bootstrap's end, ``t_low`` the one to read, an interval had no mean."""
+
+    def old(value, key=""):
+        if isinstance(value, list):
+            return [old(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        out = {name: old(item, name) for name, item in value.items()}
+        if "bootstrap_low" in out and (out["method"] or "t")[0] == "t":
+            out |= {"t_low": out["low"], "t_high": out["high"]}
+            out |= {"low": out.pop("bootstrap_low"), "high": out.pop("bootstrap_high")}
+            del out["method"]
+        return out
+
+    before = old(json.loads(json.dumps(summary | {"pairs": []})))
+    for policy in before["policies"].values():
+        for key in ("kl", "length", "worst_group_win_rate", "average_win_rate"):
+            policy[f"{key}_interval"].pop("mean", None)
+        for interval in policy["utility_interval"].values():
+            del interval["mean"]
+    (tmp_path / "summary.json").write_text(json.dumps(before))
+    loaded = load_summary(tmp_path)
+    assert loaded["schema_version"] == SCHEMA_VERSION
+    maxmin, now = loaded["policies"]["maxmin"], summary["policies"]["maxmin"]
+    for name in NAMES:
+        assert maxmin["win_rate_vs_sft"][name] == {**now["win_rate_vs_sft"][name], "method": "t"}
+        assert maxmin["utility_interval"][name] == {**now["utility_interval"][name], "method": "t"}
+    assert maxmin["kl_interval"] == {**now["kl_interval"], "method": "t"}
+    gain = "worst_group_relative_gain_interval"
+    assert loaded["comparison"][gain] == {**summary["comparison"][gain], "method": "t"}
+    one, two = (
+        write_report(tmp_path / str(i), each, figures=False).read_text()
+        for i, each in enumerate([loaded, summary | {"pairs": []}])
+    )
+    assert one == two
+
+
+def test_a_summary_that_cannot_be_read_is_named(tmp_path, summary):
+    with pytest.raises(UserError, match=r"no summary\.json"):
+        load_summary(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(UserError, match="schema_version"):
+        load_summary(tmp_path)
+    write_summary(tmp_path, summary)
+    assert load_summary(tmp_path) == {"schema_version": SCHEMA_VERSION, **summary}

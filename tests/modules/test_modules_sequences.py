@@ -15,6 +15,7 @@ from torchrl_maxmin.modules.sequences import (
     mask_after_eos,
     pad_left,
     pad_right,
+    penalise_missing_eos,
 )
 
 ROWS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5)
@@ -67,6 +68,7 @@ def test_an_end_behind_the_response_does_not_end_it():
         {"action": torch.tensor([[5, 2, 2]]), "action_mask": torch.tensor([[True, False, False]])}, [1]
     )
     assert has_ended(responses, 2).tolist() == [[False]]
+    assert penalise_missing_eos(torch.ones(1, 2), responses, 2, 0.25).tolist() == [[0.75, 0.75]]
 
 
 def test_backbone_is_the_trunk(tiny_model):

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit
+from scripts import on_path
 
-from torchrl_maxmin.cli.stages import run_tasks
+from torchrl_maxmin.core.tasks import run_tasks
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.world import World, sample_prompts
 from torchrl_maxmin.world.files import write_rows
 
-FOLDER = Path(__file__).parents[2] / "reproductions" / "frontier"
-sys.path.append(str(FOLDER))
+FOLDER = on_path("frontier")
 
 from people import FILES, People, relabel  # noqa: E402
 from plan import FULL, SMOKE, SeedPlan  # noqa: E402

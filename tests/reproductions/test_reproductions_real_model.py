@@ -1,14 +1,13 @@
 """The real model's script: GGUF to float32, simulated people, and the four verbs on messages in small."""
 
 import csv
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scripts import load_script
 from tensordict import TensorDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -18,17 +17,12 @@ from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.io.files import load_prompts
 
-FOLDER = Path(__file__).parents[2] / "reproductions" / "real_model"
-sys.path.append(str(FOLDER))
+run = load_script("real_model/run.py")
 
 import chats  # noqa: E402
 import scores  # noqa: E402
 import smollm2  # noqa: E402
-
-# by its path: other reproductions have a run.py too
-_SPEC = importlib.util.spec_from_file_location("real_model_run", FOLDER / "run.py")
-run = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(run)
+from common import exit_code  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -363,7 +357,7 @@ def test_another_reading_would_be_seen(small_run):
 def test_a_folder_of_runs_that_is_not_empty_is_one_line(small_run, tiny_chat_model, monkeypatch, capsys):
     arguments = ["--model_name_or_path", str(tiny_chat_model), "--runs", str(small_run / "runs")]
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    assert run.main() == 2
+    assert exit_code("real_model", run.main) == 2
     assert "is not empty" in capsys.readouterr().err
 
 

@@ -3,11 +3,11 @@
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import REPRODUCTIONS
 
-FOLDER = Path(__file__).parents[2] / "reproductions/rl"
+FOLDER = REPRODUCTIONS / "rl"
 
 
 def run(tmp_path, *names):

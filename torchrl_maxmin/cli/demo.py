@@ -13,7 +13,7 @@ import yaml
 
 from torchrl_maxmin.cli.histories import training_histories
 from torchrl_maxmin.cli.parsing import config_from_mapping
-from torchrl_maxmin.cli.stages import Task, run_tasks
+from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
@@ -90,7 +90,7 @@ class DemoConfig:
 
 @dataclass
 class WorldSizes:
-    """How much of the embedded world a demo writes; the section ``world`` of a recipe.
+    """Size of the embedded world that a demo writes; the section ``world`` of a recipe.
 
     Args:
         num_texts: reviews that the reference policy is fine-tuned on.
@@ -145,7 +145,7 @@ def run_demo(config: DemoConfig) -> Path:
 
 
 def _read_recipe(path: str | None) -> dict[str, dict[str, Any]]:
-    """The shipped recipe, with what the one at ``path`` says otherwise."""
+    """Read the shipped recipe, and what the one at ``path`` sets otherwise."""
     shipped = yaml.safe_load((files("torchrl_maxmin") / "cli/configs/demo.yaml").read_text())
     if path is None:
         return shipped
@@ -164,7 +164,7 @@ def _read_recipe(path: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _stage(config_class: type, recipe: dict[str, dict[str, Any]], section: str, **fixed: Any) -> Any:
-    """A stage's config from its section of the recipe and what the demo itself says."""
+    """Build a stage's config from its section of the recipe and what the demo itself sets."""
     taken = [name for name in recipe[section] if name in fixed]
     if taken:
         raise UserError(f"recipe, section {section}: {taken[0]!r} is set by the demo; remove it")
@@ -180,7 +180,7 @@ def _first_free(folder: Path) -> Path:
 
 
 def _prepare(task: _Prepare) -> None:
-    """The world's files, the reference policy, and people's preferences over its responses."""
+    """Write the world's files, the reference policy, and people's preferences over its responses."""
     task.folder.mkdir(parents=True)
     sizes = task.sizes
     write_world(task.folder, task.seed, sizes.num_texts, sizes.num_prompts, sizes.num_test_prompts)

@@ -12,7 +12,7 @@ __all__ = ["training_histories"]
 
 
 def training_histories(folder: Path, summary: Mapping[str, Any]) -> dict[str, list[list[dict[str, float]]]]:
-    """Metrics by policy, then seed, then iteration; empty for a folder that no demo wrote.
+    """Read metrics by policy, then seed, then iteration; empty for a folder that no demo wrote.
 
     Rewards are the true utilities, less the reference's: every policy logs them beside its own
     rewards, which live on another scale for each.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from torchrl_maxmin.cli.parsing import mentions, parse_config
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.progress import quiet
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ STAGES = {
         "results by group, with intervals",
     ),
     "diagnose": (
-        "torchrl_maxmin.evaluation.diagnose_stage",
+        "torchrl_maxmin.diagnosis.stage",
         "DiagnoseConfig",
         "run_diagnose",
         "can one reward serve these users?",
@@ -88,26 +88,8 @@ def _run_stage(verb: str, arguments: list[str]) -> int:
     return 0
 
 
-def quiet() -> None:
-    """Libraries' notices off: what a user should read is what we print.
-
-    Libraries set their loggers when they are imported, so those not yet imported are told by
-    environment variables.
-    """
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("RL_WARNINGS", "0")
-    os.environ.setdefault("RL_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for name in ("torchrl", "transformers", "datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _usage() -> str:
-    verbs = {name: told[-1] for name, told in [*STAGES.items(), *OTHERS.items()]}
+    verbs = {name: row[-1] for name, row in [*STAGES.items(), *OTHERS.items()]}
     return "\n".join(
         [
             "usage: torchrl-maxmin VERB [--flags]     (torchrl-maxmin VERB --help lists them)",

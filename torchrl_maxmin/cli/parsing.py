@@ -28,7 +28,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_config(verb: str, line: str, config_class: type, arguments: Sequence[str]) -> Any:
-    """A stage's config from its flags and the YAML that ``--config`` names; flags win, wherever they stand.
+    """Parse a stage's config from its flags and the YAML that ``--config`` names; flags win, wherever.
 
     Args:
         verb: the stage.
@@ -55,7 +55,7 @@ def parse_config(verb: str, line: str, config_class: type, arguments: Sequence[s
 
 
 def mentions(arguments: Sequence[str], name: str) -> bool:
-    """Whether the flags, or the YAML files that ``--config`` names, set a field.
+    """Say whether the flags, or the YAML files that ``--config`` names, set a field.
 
     Args:
         arguments: words after the verb.
@@ -69,7 +69,7 @@ def mentions(arguments: Sequence[str], name: str) -> bool:
 
 
 def _keys_of(path: str) -> set[Any]:
-    """A YAML file's keys; none where it cannot be read, which the parser tells in its own words."""
+    """Read a YAML file's keys; none where it cannot be read, which the parser words."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -78,7 +78,7 @@ def _keys_of(path: str) -> set[Any]:
 
 
 def config_from_mapping(config_class: type, values: Mapping[str, Any], where: str) -> Any:
-    """A config from a mapping, checked as strictly as flags are.
+    """Build a config from a mapping, checked as strictly as flags are.
 
     Args:
         config_class: dataclass to build.
@@ -155,7 +155,7 @@ def _join_lists(config_class: type, arguments: Sequence[str]) -> list[str]:
 
 
 def _one_line(message: str, config_class: type, prefix: str) -> str:
-    """What the parser says about one flag or key, in a line of the user's words."""
+    """Word what the parser says of one flag or key in a line."""
     if required := re.search(r"arguments are required: (.*)", message):
         return "missing " + ", ".join(prefix + name for name in required[1].split(", "))
     if valueless := re.search(r"argument --(\S+): expected one argument", message):

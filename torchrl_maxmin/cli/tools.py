@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from functools import partial
 from importlib import metadata
@@ -93,13 +92,11 @@ def report(arguments: list[str]) -> int:
     parser = OneLineParser(prog="torchrl-maxmin report", description="Report of a run.")
     parser.add_argument("folder", help="folder with a summary.json")
     folder = Path(parser.parse_args(arguments).folder)
-    if not (folder / "summary.json").is_file():
-        raise UserError(f"no summary.json in {folder}; give the output folder of demo, evaluate or diagnose")
     from torchrl_maxmin.cli.histories import training_histories
-    from torchrl_maxmin.evaluation import rich_table, write_report
-    from torchrl_maxmin.evaluation.diagnosis_report import verdict_table, write_diagnosis
+    from torchrl_maxmin.diagnosis.report import verdict_table, write_diagnosis
+    from torchrl_maxmin.evaluation import load_summary, rich_table, write_report
 
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = load_summary(folder)
     if "proof_gaps" in summary:
         path, table = write_diagnosis(folder, summary), verdict_table(summary)
     elif "policies" in summary:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import PairChoices, expectation, sum_by_segment
+from torchrl_maxmin.clustering.choices import PairChoices, expectation
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
@@ -20,11 +20,11 @@ from torchrl_maxmin.clustering.selection import (
     user_folds,
 )
 from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.stats import accuracy_by_group
 
 __all__ = [
     "GroupAccuracy",
     "IdentifiabilityReport",
-    "accuracy_over_users",
     "balanced_misassignment_bound",
     "expected_misassignment",
     "group_accuracy",
@@ -46,8 +46,8 @@ class GroupAccuracy:
     Attributes:
         users: how many users with held-out pairs the group holds.
         pairs: how many such pairs, ties halved.
-        accuracy: share of pairs whose margin is positive; None without pairs.
-        low: lower end of the interval, percentiles of a bootstrap over users.
+        accuracy: share of pairs whose margin is positive, each user counted once; None without pairs.
+        low: lower end of the t interval over users; None with one user.
         high: upper end.
     """
 
@@ -126,9 +126,9 @@ class IdentifiabilityReport:
             ]
         for k, group in enumerate(self.group_accuracy):
             if group.accuracy is not None:
+                ends = "" if group.low is None else f" [{group.low:.3f}, {group.high:.3f}]"
                 lines.append(
-                    f"group {k}: {group.users} users, accuracy on held-out pairs {group.accuracy:.3f} "
-                    f"[{group.low:.3f}, {group.high:.3f}]"
+                    f"group {k}: {group.users} users, accuracy on held-out pairs {group.accuracy:.3f}{ends}"
                 )
             else:
                 lines.append(f"group {k}: no held-out pairs")
@@ -219,7 +219,7 @@ def identifiability_report(
         balanced_misassignment_high=high,
         identifiable=identifiable,
         more_pairs_per_user=more,
-        group_accuracy=group_accuracy(known, choices.keep_rows(held), seed=seed),
+        group_accuracy=group_accuracy(known, choices.keep_rows(held)),
         l2=best,
         mixture=mixture,
         posterior=posterior,
@@ -317,65 +317,29 @@ def _simulated_misassignment(margins: Tensor, pairs_per_user: Tensor, log_prior:
 
 
 def group_accuracy(
-    known: LinearMixture,
-    heldout: PairChoices,
-    *,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    known: LinearMixture, heldout: PairChoices, *, confidence: float = 0.95
 ) -> list[GroupAccuracy]:
-    """Accuracy of each head on further pairs of the users it was given, with intervals over users.
+    """Score each head on further pairs of the users it was given, with t intervals over users.
 
     Args:
         known: fitted on other pairs of the same users.
         heldout: their held-out pairs.
-        num_resamples: of the bootstrap.
-        confidence: of the intervals. Percentiles over few users are too narrow: a nominal 95%
-            covers about .90 to .95 with 30 users, .81 to .92 with 10.
-        seed: of the bootstrap.
-    """
-    groups = known.assignments
-    margins = (heldout.differences @ known.weight.T).gather(1, groups[heldout.row_users].unsqueeze(1))
-    weights = heldout.row_weights if heldout.row_weights is not None else torch.ones(len(margins))
-    right = (margins.squeeze(1) > 0).double() * weights
-    by_user = sum_by_segment(torch.stack([right, weights.double()], 1), heldout.user_offsets)
-    return accuracy_over_users(
-        by_user, groups, len(known.log_prior), num_resamples=num_resamples, confidence=confidence, seed=seed
-    )
-
-
-def accuracy_over_users(
-    by_user: Tensor,
-    groups: Tensor,
-    num_groups: int,
-    *,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> list[GroupAccuracy]:
-    """Accuracy by group with percentiles of a bootstrap over its users.
-
-    Args:
-        by_user: pairs that were right, and all pairs, of each user [U, 2]; users without pairs are left out.
-        groups: group of each user, int64 [U].
-        num_groups: K.
-        num_resamples: of the bootstrap.
         confidence: of the intervals.
-        seed: of the bootstrap.
     """
-    rng = np.random.default_rng(seed)
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    found = []
-    for k in range(num_groups):
-        mine = by_user[(groups == k) & (by_user[:, 1] > 0)].numpy()
-        if len(mine) == 0:
-            found.append(GroupAccuracy(0, 0.0, None, None, None))
-            continue
-        draws = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), num_resamples) @ mine
-        low, high = np.quantile(draws[:, 0] / draws[:, 1], tails).tolist()
-        right_sum, total = mine.sum(0).tolist()
-        found.append(GroupAccuracy(len(mine), total, right_sum / total, low, high))
-    return found
+    groups = known.assignments[heldout.row_users]
+    right = (heldout.differences @ known.weight.T).gather(1, groups.unsqueeze(1)).squeeze(1) > 0
+    weights = torch.ones(len(right)) if heldout.row_weights is None else heldout.row_weights
+    num_groups = len(known.log_prior)
+    found = accuracy_by_group(
+        right, heldout.row_users, known.assignments, num_groups,
+        row_weights=weights, confidence=confidence, num_resamples=0, warn=False,
+    )  # fmt: skip
+    pairs = groups.bincount(weights.double(), num_groups).tolist()
+    none = GroupAccuracy(0, 0.0, None, None, None)
+    return [
+        none if one is None else GroupAccuracy(one.clusters["users"], count, *one.to_list())
+        for one, count in zip(found, pairs, strict=True)
+    ]
 
 
 def _prompt_overlap(prompts: Sequence[Any], row_users: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Rollouts with group utilities and group weights."""
 
 from torchrl_maxmin.collectors.maxmin import MaxMinCollector
-from torchrl_maxmin.collectors.statistics import GroupStatistics
+from torchrl_maxmin.welfare.statistics import GroupStatistics
 
 __all__ = ["GroupStatistics", "MaxMinCollector"]

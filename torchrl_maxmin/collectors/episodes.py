@@ -1,4 +1,4 @@
-"""What a policy gives each group in an environment: sampled with intervals, and exactly where that can be."""
+"""Measure what a policy gives each group in an environment: sampled, and exactly where that can be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -17,6 +16,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_maxmin.envs.exact import VectorMDP, solve_max_min
 from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.stats.clustered import interval_over_users
+from torchrl_maxmin.stats.interval import Interval, stack_intervals, worst_of
 
 __all__ = ["episode_returns", "episode_summary", "exact_summary", "policy_table"]
 
@@ -25,7 +26,7 @@ __all__ = ["episode_returns", "episode_summary", "exact_summary", "policy_table"
 def episode_returns(
     env: EnvBase, policy: TensorDictModuleBase, num_episodes: int, *, max_steps: int | None = None
 ) -> Tensor:
-    """Returns of whole episodes under the stochastic policy.
+    """Sample the returns of whole episodes under the stochastic policy.
 
     Every copy of the environment gives its first ``ceil(num_episodes / N)`` episodes: those that end
     first would be the short ones.
@@ -64,16 +65,16 @@ def episode_returns(
 
 
 def episode_summary(returns: Tensor, confidence: float = 0.95) -> dict[str, Any]:
-    """Mean return of every group with its t interval, the worst group, and the mean of the episodes' minima.
+    """Estimate every group's mean return, the worst group's, and the mean of the episodes' minima.
 
     Args:
         returns: [E, K].
         confidence: of the intervals, each by itself.
 
     Returns:
-        ``episodes``; ``utilities`` {group: {mean, low, high}}; ``worst_group``, the least mean, which is
-        biased low; ``worst_group_interval``, least of the lows and least of the highs; ``mean_of_mins``
-        {mean, low, high}.
+        ``episodes``; ``utilities`` {group: {mean, low, high, method}}; ``worst_group``, the least mean, which
+        is biased low; ``worst_group_interval``, least of the lows and least of the highs; ``mean_of_mins``
+        {mean, low, high, method}.
 
     Raises:
         ValueError: for fewer than two episodes, which give no interval.
@@ -84,25 +85,25 @@ def episode_summary(returns: Tensor, confidence: float = 0.95) -> dict[str, Any]
     """
     if len(returns) < 2:
         raise ValueError(f"an interval needs at least two episodes, got {len(returns)}")
-    columns = {str(k): _interval(column.numpy(), confidence) for k, column in enumerate(returns.T)}
+
+    def interval(values: Tensor) -> Interval:
+        settings: dict[str, Any] = {"scale": "identity", "num_resamples": 0, "warn": False}
+        return interval_over_users(values.numpy(), unit="episodes", confidence=confidence, **settings)
+
+    groups = stack_intervals([interval(column) for column in returns.T])
+    worst = worst_of(groups)[1].to_dict()
     return {
         "episodes": len(returns),
-        "utilities": columns,
-        "worst_group": min(c["mean"] for c in columns.values()),
-        "worst_group_interval": [min(c[end] for c in columns.values()) for end in ("low", "high")],
-        "mean_of_mins": _interval(returns.amin(-1).numpy(), confidence),
+        "utilities": {str(k): groups.to_dict(k) for k in range(returns.shape[-1])},
+        "worst_group": worst["mean"],
+        "worst_group_interval": [worst["low"], worst["high"]],
+        "mean_of_mins": interval(returns.amin(-1)).to_dict(),
     }
-
-
-def _interval(values: np.ndarray, confidence: float) -> dict[str, float]:
-    mean, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
-    half = stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 @torch.no_grad()
 def policy_table(env: EnvBase, policy: TensorDictModuleBase) -> np.ndarray:
-    """The chance of every action in every state of the environment's process [S, A].
+    """Tabulate the chance of every action in every state of the environment's process [S, A].
 
     Args:
         env: with ``observations()`` [S, D], as the tabular environments have.
@@ -114,7 +115,7 @@ def policy_table(env: EnvBase, policy: TensorDictModuleBase) -> np.ndarray:
 
 
 def exact_summary(env: EnvBase, policy: TensorDictModuleBase, objective: str) -> dict[str, Any]:
-    """Exact utilities, and how far from the max-min optimum they are, where the process is known.
+    """Compute exact utilities, and how far from the max-min optimum they are, where the process is known.
 
     Args:
         env: the environment; its ``process()`` and ``observations()`` are used where it has them, and
@@ -138,7 +139,7 @@ def exact_summary(env: EnvBase, policy: TensorDictModuleBase, objective: str) ->
 
 
 def _why_unknown(env: EnvBase, process: VectorMDP | None) -> str | None:
-    """Why the process does not say what an episode's return is on average; None where it does."""
+    """Say why the process does not give an episode's mean return; None where it does."""
     if process is None:
         return "the environment's process is not known: there is nothing to compare with"
     if process.gamma < 1:

@@ -8,8 +8,8 @@ from typing import Any
 from tensordict.utils import NestedKey
 from torchrl.collectors import Collector
 
-from torchrl_maxmin.collectors.statistics import GroupStatistics
 from torchrl_maxmin.welfare import Adversary, Welfare
+from torchrl_maxmin.welfare.statistics import GroupStatistics
 
 __all__ = ["MaxMinCollector"]
 

@@ -8,7 +8,6 @@ from torchrl_maxmin.envs.exact import (
     ExactPolicy,
     VectorMDP,
     best_responses,
-    solve_leximin,
     solve_max_min,
     solve_weighted,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "VectorMDP",
     "best_responses",
     "make_env",
-    "solve_leximin",
     "solve_max_min",
     "solve_weighted",
 ]

@@ -2,7 +2,7 @@
 
 A stationary stochastic policy is a point of the occupancy polytope: ``mu(s, a)``, the discounted number of
 visits, with ``sum_a mu(s, a) = rho(s) + gamma sum_{s', a'} P(s | s', a') mu(s', a')``. Every group's return
-``J_k = sum mu r_k`` is linear in it, so max-min, utilitarian and leximin optima are linear programmes
+``J_k = sum mu r_k`` is linear in it, so max-min and utilitarian optima are linear programmes
 (Puterman, Markov Decision Processes, section 6.9; general utilities: Zhang et al., arXiv 2007.02151).
 The same holds without a discount where every episode ends: ``mu`` is then the expected number of visits.
 """
@@ -20,7 +20,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csc_array, csr_array, eye_array, hstack, issparse, kron
 from scipy.sparse.linalg import splu
 
-__all__ = ["ExactPolicy", "VectorMDP", "best_responses", "solve_leximin", "solve_max_min", "solve_weighted"]
+__all__ = ["ExactPolicy", "VectorMDP", "best_responses", "solve_max_min", "solve_weighted"]
 
 Array = NDArray[np.float64]
 ROUNDING = 1e-8  # of a sum of probabilities
@@ -111,7 +111,7 @@ class VectorMDP:
         horizon: int,
         gamma: float = 1.0,
     ) -> VectorMDP:
-        """The process that ends after ``horizon`` steps, with the time in its state.
+        """Make the process that ends after ``horizon`` steps, with the time in its state.
 
         Args:
             transition: of one step [S, A, S].
@@ -146,7 +146,7 @@ class VectorMDP:
         return csr_array(kron(eye_array(states), np.ones((1, actions))) - self.gamma * self.moves.T)
 
     def returns(self, policy: ArrayLike) -> Array:
-        """Every group's expected discounted return [K] under a policy [S, A]."""
+        """Compute every group's expected discounted return [K] under a policy [S, A]."""
         chance = np.asarray(policy, dtype=np.float64)
         states, actions = self.reward.shape[:2]
         if chance.shape != (states, actions):
@@ -176,7 +176,7 @@ class ExactPolicy:
 
 
 def solve_weighted(mdp: VectorMDP, weights: Sequence[float] | Array) -> ExactPolicy:
-    """The best policy for fixed group weights: ``max_pi sum_k w_k J_k``.
+    """Solve for the best policy for fixed group weights: ``max_pi sum_k w_k J_k``.
 
     Shares make it the utilitarian optimum, a one-hot vector a group's own best.
     """
@@ -189,12 +189,12 @@ def solve_weighted(mdp: VectorMDP, weights: Sequence[float] | Array) -> ExactPol
 
 
 def best_responses(mdp: VectorMDP) -> list[ExactPolicy]:
-    """Every group's own best policy."""
+    """Solve for every group's own best policy."""
     return [solve_weighted(mdp, one) for one in np.eye(mdp.num_groups)]
 
 
 def solve_max_min(mdp: VectorMDP) -> ExactPolicy:
-    """``max_pi min_k J_k`` over stationary stochastic policies.
+    """Solve ``max_pi min_k J_k`` over stationary stochastic policies.
 
     Example:
         >>> import numpy as np
@@ -204,60 +204,20 @@ def solve_max_min(mdp: VectorMDP) -> ExactPolicy:
         >>> solution.value, solution.policy.tolist(), solution.weights.tolist()
         (0.5, [[0.5, 0.5]], [0.5, 0.5])
     """
-    return _raise_floor(mdp, np.arange(mdp.num_groups), {})[0]
-
-
-def solve_leximin(mdp: VectorMDP, tolerance: float = 1e-9) -> ExactPolicy:
-    """The max-min policy that, among those, raises the second worst group most, and so on.
-
-    Args:
-        mdp: the process.
-        tolerance: what counts as standing at the floor.
-
-    Returns:
-        The policy; ``value`` is the smallest utility, ``weights`` those of the first programme.
-    """
-    free, floors = np.arange(mdp.num_groups), dict[int, float]()
-    first: ExactPolicy | None = None
-    while len(free):
-        solution, pushed = _raise_floor(mdp, free, floors)
-        first = solution if first is None else first
-        # a group whose constraint carries weight cannot do better while the others hold
-        stuck = free[pushed > tolerance]
-        if not len(stuck):
-            stuck = free[[int(solution.utilities[free].argmin())]]
-        floors |= {int(k): solution.value for k in stuck}
-        free = np.setdiff1d(free, stuck)
-    assert first is not None
-    return ExactPolicy(first.value, solution.utilities, solution.policy, first.weights)
-
-
-def _raise_floor(mdp: VectorMDP, free: NDArray[Any], floors: dict[int, float]) -> tuple[ExactPolicy, Array]:
-    """Maximise the least return of the free groups, the others held at their floors; and the multipliers."""
     rewards = mdp.reward.reshape(-1, mdp.num_groups)
     size = len(rewards)
-    objective = np.append(np.zeros(size), -1.0)
-    above = [np.append(-rewards[:, k], 1.0) for k in free]
-    held = [np.append(-rewards[:, k], 0.0) for k in floors]
-    slack = 1e-10
-    bounds = np.array(
-        [0.0] * len(above) + [-floor + slack * max(1.0, abs(floor)) for floor in floors.values()]
-    )
-    flow = hstack([mdp.flow(), csr_array((len(mdp.initial), 1))], format="csr")
     found = linprog(
-        objective,
-        A_ub=np.array(above + held),
-        b_ub=bounds,
-        A_eq=flow,
+        np.append(np.zeros(size), -1.0),
+        A_ub=np.array([np.append(-column, 1.0) for column in rewards.T]),
+        b_ub=np.zeros(mdp.num_groups),
+        A_eq=hstack([mdp.flow(), csr_array((len(mdp.initial), 1))], format="csr"),
         b_eq=mdp.initial,
         bounds=[(0, None)] * size + [(None, None)],
         method="highs",
     )
     _check(found)
-    multipliers = -found.ineqlin.marginals[: len(above)]
-    weights = np.zeros(mdp.num_groups)
-    weights[free] = multipliers / multipliers.sum()
-    return _solution(mdp, found, -found.fun, weights), multipliers
+    multipliers = -found.ineqlin.marginals
+    return _solution(mdp, found, -found.fun, multipliers / multipliers.sum())
 
 
 def _check(found: Any) -> None:

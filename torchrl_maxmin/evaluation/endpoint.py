@@ -39,7 +39,7 @@ _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 class _TryAgain(Exception):
-    """What the next attempt may mend."""
+    """A failure that the next attempt may mend."""
 
     def __init__(self, reason: str, wait: float = 0.0):
         super().__init__(reason)
@@ -94,7 +94,7 @@ class EndpointJudge:
 
     @property
     def url(self) -> str:
-        """Where requests go."""
+        """Address of the requests."""
         return self.base_url.rstrip("/") + "/chat/completions"
 
     def __call__(self, prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]) -> np.ndarray:
@@ -147,13 +147,13 @@ class EndpointJudge:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            told = error.read(300).decode(errors="replace").strip()
+            detail = error.read(300).decode(errors="replace").strip() or error.reason
             if error.code in _TRANSIENT:
                 after = error.headers.get("Retry-After", "")
                 wait = float(after) if after.isdigit() else 0.0
-                raise _TryAgain(f"status {error.code} ({told or error.reason})", wait) from error
+                raise _TryAgain(f"status {error.code} ({detail})", wait) from error
             raise UserError(
-                f"the judge at {self.url} refuses with status {error.code} ({told or error.reason}); see the "
+                f"the judge at {self.url} refuses with status {error.code} ({detail}); see the "
                 f"model's name {self.model!r}, the address and the key in ${self.api_key_variable}"
             ) from error
         except TimeoutError as error:
@@ -169,11 +169,11 @@ class EndpointJudge:
 def _verdict(answer: bytes) -> float:
     """1, 0 or one half from the body of an answer."""
     try:
-        said = json.loads(answer)["choices"][0]["message"]["content"]
+        content = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         start = answer[:80].decode(errors="replace")
         raise _TryAgain(f"the answer is no chat completion but {start!r}") from error
-    words = str(said).replace("*", " ").replace(".", " ").upper().split()
+    words = str(content).replace("*", " ").replace(".", " ").upper().split()
     if len(words) == 1 and words[0] in _VERDICTS:
         return _VERDICTS[words[0]]
-    raise _TryAgain(f"the verdict is {str(said)[:80]!r}")
+    raise _TryAgain(f"the verdict is {str(content)[:80]!r}")

@@ -26,7 +26,7 @@ class AlignmentGap:
 
 
 def alignment_gap(policy_utilities: ArrayLike, best_utilities: ArrayLike) -> AlignmentGap:
-    """Gap of each group to its own best policy, F_u(pi_u*) - F_u(pi) (arXiv 2402.08925, eq. 12).
+    """Compute the gap of each group to its own best policy, F_u(pi_u*) - F_u(pi) (arXiv 2402.08925, eq. 12).
 
     F_u is E[r_u(x, y)], less beta KL(pi || pi_ref) where the KL is part of the objective: give
     ``r_u - beta * (log pi - log pi_ref)`` as the utility then. Samples of a prompt are averaged first, and

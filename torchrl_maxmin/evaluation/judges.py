@@ -28,7 +28,7 @@ Score = Callable[[Sequence[Text], Sequence[Text]], Any]
 
 
 def truth_judge(utility: Score) -> Judge:
-    """A judge that knows the group's utility: 1, 0, or one half for equal utilities.
+    """Make a judge that knows the group's utility: 1, 0, or one half for equal utilities.
 
     Args:
         utility: ``f(prompts, completions)``, one number a completion.
@@ -46,7 +46,7 @@ def truth_judge(utility: Score) -> Judge:
 
 
 def reward_judge(score: Score, group: int | None = None) -> Judge:
-    """A reward head as a judge: sigmoid(r(a) - r(b)), the Bradley-Terry probability.
+    """Make a judge of a reward head: sigmoid(r(a) - r(b)), the Bradley-Terry probability.
 
     Args:
         score: ``f(prompts, completions)``, such as ``RewardMixture.score``; [N] or [N, K].
@@ -72,7 +72,7 @@ def reward_judge(score: Score, group: int | None = None) -> Judge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Judgements:
-    """What judges said of two policies' responses.
+    """Judgements of two policies' responses.
 
     Attributes:
         group_names: The G groups, one judge each.
@@ -105,7 +105,7 @@ def judge_pairs(
         both_orders: Ask (a, b) and (b, a) and average: language models favour a place. Costs twice.
 
     Returns:
-        :class:`Judgements`; ``wins`` goes to :func:`~torchrl_maxmin.evaluation.pairwise.rates_by_group`.
+        :class:`Judgements`; ``wins`` goes to :func:`~torchrl_maxmin.stats.rates.rates_by_group`.
 
     Raises:
         UserError: If lengths disagree, a prompt has no response, or a judge gives no probability for
@@ -123,20 +123,20 @@ def judge_pairs(
         raise UserError(f"{counts[0]} prompts, {counts[1]} and {counts[2]} lists of responses; give one each")
     if any(len(texts) == 0 for texts in (*responses, *others)):
         raise UserError("a prompt has no responses; leave it out of both policies")
-    asked, first, second, rows = [], [], [], []
+    repeated, first, second, rows = [], [], [], []
     for n, prompt in enumerate(prompts):
         for a, b in product(responses[n], others[n]):
-            asked.append(prompt)
+            repeated.append(prompt)
             first.append(a)
             second.append(b)
             rows.append(n)
     per_prompt = np.bincount(rows, minlength=len(prompts))
     wins, place = [], []
     for name, judge in judges.items():
-        forward = _ask(name, judge, asked, first, second)
+        forward = _ask(name, judge, repeated, first, second)
         probability, bias = forward, np.nan
         if both_orders:
-            backward = _ask(name, judge, asked, second, first)
+            backward = _ask(name, judge, repeated, second, first)
             probability = (forward + 1 - backward) / 2
             bias = float((forward + backward).mean() - 1)
         wins.append(np.bincount(rows, probability, len(prompts)) / per_prompt)

@@ -1,4 +1,4 @@
-"""Who judges at the evaluation stage: utilities of single responses, or comparisons of two."""
+"""Judges of the evaluation stage: utilities of single responses, or comparisons of two."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class PairJudges:
     def compare(
         self, prompts: Sequence[Text], responses: Mapping[str, Sequence[Sequence[Text]]]
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Every policy against every other, in both orders.
+        """Compare every policy with every other, in both orders.
 
         Args:
             prompts: N prompts.
@@ -120,9 +120,9 @@ class PairJudges:
         with progress_bar("judging pairs of policies", len(pairs)) as advance:
             for i, j in pairs:
                 one, other = names[i], names[j]
-                told = judge_pairs(self.judges, prompts, responses[one], responses[other])
-                wins[one][:, j], wins[other][:, i] = told.wins, 1 - told.wins
-                first_place.append(told.first_place)
+                found = judge_pairs(self.judges, prompts, responses[one], responses[other])
+                wins[one][:, j], wins[other][:, i] = found.wins, 1 - found.wins
+                first_place.append(found.first_place)
                 advance(note=f"{one} and {other}")
         bias = np.mean(first_place, axis=0) if first_place else np.zeros(len(self.judges))
         return wins, dict(zip(self.judges, bias.tolist(), strict=True))
@@ -136,7 +136,7 @@ def load_judge(
     criteria: Sequence[str] | None = None,
     table: Any = None,
 ) -> UtilityJudge | PairJudges:
-    """The judge that ``--judge`` names, asked once to see that it answers.
+    """Load the judge that ``--judge`` names, and ask it once to see that it answers.
 
     Args:
         spec: A world's json, a reward folder, an endpoint's address, or ``module:name`` of a function
@@ -152,7 +152,7 @@ def load_judge(
     """
     if spec.startswith(("http://", "https://")):
         judges = _endpoint_judges(spec, model, criteria)
-        return _asked(PairJudges("endpoint", judges), prompts[0])
+        return _answering(PairJudges("endpoint", judges), prompts[0])
     if model is not None or criteria is not None:
         raise UserError("--judge_model and --judge_criteria belong to a --judge that is an http address")
     if is_reward_model(spec):
@@ -167,9 +167,9 @@ def load_judge(
         return UtilityJudge("world", list(function.group_names), list(function.shares), function=function)
     if isinstance(function, Mapping):
         judges = {str(name): judge for name, judge in function.items()}
-        return _asked(PairJudges("comparisons", judges), prompts[0])
+        return _answering(PairJudges("comparisons", judges), prompts[0])
     if _takes_pairs(function, [] if table is None else table.column_names):
-        return _asked(PairJudges("comparisons", {"group 0": function}), prompts[0])
+        return _answering(PairJudges("comparisons", {"group 0": function}), prompts[0])
     count = count_columns(function, "judge", prompts, columns)
     names = [f"group {k}" for k in range(count)]
     return UtilityJudge("function", names, [1 / count] * count, function=function)
@@ -192,7 +192,7 @@ def _endpoint_judges(url: str, model: str | None, criteria: Sequence[str] | None
 
 
 def _takes_pairs(function: Any, columns: Sequence[str]) -> bool:
-    """Whether a callable takes prompts and two lists of responses, and not responses and a column."""
+    """Say whether a callable takes prompts and two lists of responses, and not responses and a column."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -204,8 +204,8 @@ def _takes_pairs(function: Any, columns: Sequence[str]) -> bool:
     return names[1] != "completions" and (names[2] not in columns or names[1] in columns)
 
 
-def _asked(judges: PairJudges, prompt: Text) -> PairJudges:
-    """The judges, once each has answered: before thousands of responses are sampled."""
+def _answering(judges: PairJudges, prompt: Text) -> PairJudges:
+    """Return the judges once each has answered: before thousands of responses are sampled."""
     one, other = (as_completion(text, prompt) for text in "bc")
     judge_pairs(judges.judges, [prompt], [[one]], [[other]], both_orders=False)
     return judges

@@ -1,4 +1,4 @@
-"""The evaluation stage: policies answer held-out prompts, a judge scores them for every group."""
+"""Run the evaluation stage: policies answer held-out prompts, a judge scores them for every group."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from torchrl_maxmin.modules.loading import (
     set_pad_token,
 )
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.modules.sequences import has_ended
+from torchrl_maxmin.modules.sequences import penalise_missing_eos
 from torchrl_maxmin.modules.trunks import require_positions
+from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.preferences.texts import Text, is_conversational
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
-from torchrl_maxmin.settings import ChatSettings
-from torchrl_maxmin.trainers.ppo_gap import log_prob_in_batches, policy_certificate
+from torchrl_maxmin.rollouts.certificate import log_prob_in_batches, policy_certificate
 from torchrl_maxmin.trainers.run import (
     leave_no_empty_output,
     prepare_output_dir,
@@ -274,7 +274,7 @@ def _mixture_figures(
     prompts: TensorDict,
     reference: TokenPolicy,
 ) -> dict[str, Any]:
-    """What the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
+    """Compute what the reward mixture adds: EM's figures, calibration sensitivity, certificate."""
     extra: dict[str, Any] = {}
     raw = scorers[REFERENCE].in_batches(responses[REFERENCE])
     extra["em"] = {
@@ -312,7 +312,7 @@ def _mixture_figures(
 def _by_convention(
     reference: torch.Tensor, target: torch.Tensor, names: dict[int, str]
 ) -> dict[str, dict[str, float]]:
-    """Utilities of a policy's raw rewards [N, K] under every calibration that [X, n, K] allow."""
+    """Average a policy's raw rewards [N, K] under every calibration that [X, n, K] allow."""
     conventions = {}
     for method in CALIBRATIONS:
         try:
@@ -328,14 +328,14 @@ _NOTHING: dict[str, Any] = {"value": None, "low": None, "high": None}
 
 
 def _read_summary(folder: str) -> dict[str, Any]:
-    """What a stage wrote of itself, where it did."""
+    """Read what a stage wrote of itself, where it did."""
     path = Path(folder) / "summary.json"
     with reading("summary.json", folder):
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _trained_with(folder: str) -> dict[str, Any]:
-    """The settings that a policy was trained with, and what came of them, where its folder says so."""
+    """Read the settings that a policy was trained with, and what came of them, where its folder has them."""
     settings = Path(folder) / "config.yaml"
     with reading("config.yaml", folder):
         given = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
@@ -349,7 +349,7 @@ def _certificate(
     prompts: TensorDict,
     reference: TokenPolicy,
 ) -> dict[str, Any]:
-    """Gap of the certified policy to the max-min optimum under the rewards that it was trained on."""
+    """Certify the gap of a policy to the max-min optimum under the rewards that it was trained on."""
     beta = config.beta if config.beta is not None else trained.get("kl_coef")
     if "calibration" not in trained:
         return {**_NOTHING, "reason": f"the folder of {config.certify} does not say how it was trained"}
@@ -363,11 +363,11 @@ def _certificate(
     device = next(reference.parameters()).device
     tokenizer = source.tokenizer
     policy = _load_policy(config.folders()[config.certify], tokenizer, config, device)
-    missing_eos_penalty = trained.get("missing_eos_penalty", 0.0)
+    penalty = trained.get("missing_eos_penalty", 0.0)
 
     def rewards(responses: TensorDict) -> torch.Tensor:
         calibrated = calibration.apply(source.in_batches(responses)).double()
-        return calibrated - missing_eos_penalty * ~has_ended(responses, source.eos_token_ids)
+        return penalise_missing_eos(calibrated, responses, source.eos_token_ids, penalty)
 
     certificate = policy_certificate(
         policy, reference, rewards, some, config.certificate_samples // 2 * 2, beta

@@ -1,4 +1,4 @@
-"""Figures: group utilities over training, and win rates by policy and group.
+"""Draw group utilities over training, and win rates by policy and group.
 
 Each figure is written as PNG and SVG, with the numbers it shows as CSV beside it. Matplotlib comes with
 the ``plot`` extra and is imported only when a figure is drawn; no backend and no global setting changes.
@@ -13,23 +13,69 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.evaluation.plot_style import (
-    COLOURS,
-    DASHES,
-    FONT,
-    MARKERS,
-    add_legend,
-    new_figure,
-    tidy,
-    write_figure,
-)
-from torchrl_maxmin.evaluation.policies import interval_to_read
+from torchrl_maxmin.core.tables import write_csv
 
-__all__ = ["plot_training", "plot_win_rates"]
+__all__ = [
+    "COLOURS",
+    "DASHES",
+    "FONT",
+    "MARKERS",
+    "add_legend",
+    "new_figure",
+    "plot_training",
+    "plot_win_rates",
+    "tidy",
+    "write_figure",
+]
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; yellow is left out, too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+FONT = 13
 
 _MEAN_KEY = re.compile(r"^rewards/(\d+)/mean$")
 
 History = Sequence[Mapping[str, float]]
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Make a figure of this size in inches, without global state; an error names the extra of Matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need Matplotlib: pip install 'torchrl-maxmin[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def add_legend(figure: Any, handles: list[Any], labels: list[str]) -> None:
+    """Put one legend above all panels, in as many columns as fit."""
+    # A letter is about 0.11 inch wide at this size, handle and gap about 1 inch.
+    columns = int(figure.get_size_inches()[0] / (1.0 + 0.11 * max(map(len, labels))))
+    columns = min(max(columns, 1), len(labels))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=FONT)
+
+
+def tidy(axis: Any) -> None:
+    """Draw a light horizontal grid behind the marks, no box."""
+    axis.tick_params(labelsize=FONT - 1)
+    axis.grid(axis="y", color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def write_figure(figure: Any, path: str | Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """Write .png, .svg and, with the numbers that it shows, .csv; the same numbers give the same files."""
+    import matplotlib
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png, svg, table = (path.with_name(path.name + suffix) for suffix in (".png", ".svg", ".csv"))
+    figure.savefig(png, dpi=150)
+    # A fixed salt and no date: the same numbers give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "torchrl-maxmin"}):
+        figure.savefig(svg, metadata={"Date": None})
+    return [png, svg, write_csv(table, rows)]
 
 
 def plot_training(
@@ -38,7 +84,7 @@ def plot_training(
     *,
     group_names: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Group utilities, and the group weights where there are any, over training.
+    """Draw group utilities, and the group weights where there are any, over training.
 
     One column a policy; every seed a thin line, their mean a thick one.
 
@@ -110,7 +156,7 @@ def plot_training(
 
 
 def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
-    """Win rates against the reference policy by policy and group, with intervals and the line at 1/2.
+    """Draw win rates against the reference policy by policy and group, with intervals and the line at 1/2.
 
     Args:
         summary: What :func:`summarise` returned.
@@ -144,7 +190,7 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
     for k, group in enumerate(groups):
         rates = [summary["policies"][policy]["win_rate_vs_sft"][group["name"]] for policy in policies]
         means = np.array([rate["mean"] for rate in rates])
-        ends = np.array([interval_to_read(rate) for rate in rates], dtype=float).T
+        ends = np.array([(rate["low"], rate["high"]) for rate in rates], dtype=float).T
         errors = np.clip([means - ends[0], ends[1] - means], 0, None)
         offset = step * (k - (len(groups) - 1) / 2)
         colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]

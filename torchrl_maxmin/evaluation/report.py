@@ -1,28 +1,19 @@
-"""``report.md`` and the terminal table, from a summary."""
+"""Write ``report.md`` and the terminal table from a summary."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchrl_maxmin.core.tables import markdown_table
 from torchrl_maxmin.evaluation.plots import plot_training, plot_win_rates
-from torchrl_maxmin.evaluation.report_tables import (
-    ends_text,
-    interval_text,
-    markdown_table,
-    number_text,
-    pairs_block,
-    policy_table,
-    rate_text,
-    size_block,
-)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["rich_table", "write_report"]
+__all__ = ["interval_text", "number_text", "rich_table", "write_report"]
 
 _ROWS = {
     "worst_group_relative_gain": "worst group",
@@ -68,10 +59,10 @@ def write_report(
     parts = [
         f"# {title}",
         _what_was_done(summary),
-        "## Win rates by group\n\n" + policy_table(summary),
+        "## Win rates by group\n\n" + _policy_table(summary),
         _comparison_block(summary),
-        *pairs_block(summary),
-        *size_block(summary),
+        *_pairs_block(summary),
+        *_size_block(summary),
     ]
     if figures is None:
         figures = find_spec("matplotlib") is not None
@@ -105,7 +96,7 @@ def write_report(
 
 
 def rich_table(summary: Mapping[str, Any]) -> Table:
-    """The policies x groups table for a terminal: win rate against sft with interval, worst, average, KL.
+    """Make the table of policies and groups for a terminal: win rates against sft, worst, average, KL.
 
     Args:
         summary: What :func:`summarise` returned.
@@ -132,7 +123,7 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
     for name, policy in summary["policies"].items():
         table.add_row(
             name,
-            *(rate_text(policy["win_rate_vs_sft"][group["name"]]) for group in summary["groups"]),
+            *(interval_text(policy["win_rate_vs_sft"][group["name"]]) for group in summary["groups"]),
             number_text(policy["worst_group_win_rate"], ".3f"),
             number_text(policy["average_win_rate"], ".3f"),
             number_text(policy["kl"], ".2f"),
@@ -141,8 +132,7 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _seeds(summary: Mapping[str, Any]) -> str:
-    count = len(summary["seeds"])
-    return "1 seed" if count == 1 else f"{count} seeds"
+    return "1 seed" if len(summary["seeds"]) == 1 else f"{len(summary['seeds'])} seeds"
 
 
 def _what_was_done(summary: Mapping[str, Any]) -> str:
@@ -150,13 +140,9 @@ def _what_was_done(summary: Mapping[str, Any]) -> str:
     policies = ", ".join(summary["policies"])
     wall = summary.get("wall_seconds")
     took = "" if wall is None else f" The whole run took {wall:.0f} s."
-    level = f"{summary['confidence']:.0%}"
     source = "t intervals over seeds with the component of the prompts that they share"
     if len(summary["seeds"]) == 1:
         source = "t intervals over prompts, as there is one seed"
-        ends = [policy["worst_group_win_rate_interval"] for policy in summary["policies"].values()]
-        if any(end.get("t_low") is None for end in ends):  # a summary that was written before these were
-            source = "bootstrap intervals over prompts, as there is one seed"
     who = "a group's own utility prefers"
     if _judge_kinds(summary) & {"endpoint", "comparisons"}:
         who = "a group's judge, asked in both orders, prefers"
@@ -165,8 +151,80 @@ def _what_was_done(summary: Mapping[str, Any]) -> str:
         f"({', '.join(map(str, summary['seeds']))}) for a population of {groups}, and each was sampled on "
         f"the same {summary['num_prompts']} held-out prompts. A win rate is how often {who} the policy's "
         "sample to the sft policy's on the same prompt, over all pairs of samples, ties counting one half. "
-        f"Intervals are {level} {source}.{took}"
+        f"Intervals are {summary['confidence']:.0%} {source}.{took}"
     )
+
+
+def number_text(value: float | None, spec: str) -> str:
+    """Format a number, or n/a; what rounds to zero gets no minus."""
+    return "n/a" if value is None else format(value, spec.replace(".", "z.", 1))
+
+
+def interval_text(interval: Mapping[str, Any], spec: str = ".3f") -> str:
+    """Format an interval's number and its ends, where there are any."""
+    ends = _ends_text(interval, spec)
+    return number_text(interval["mean"], spec) + (f" {ends}" if ends != "n/a" else "")
+
+
+def _ends_text(interval: Mapping[str, Any], spec: str, which: str = "") -> str:
+    low, high = interval[f"{which}low"], interval[f"{which}high"]
+    return "n/a" if low is None or high is None else f"[{number_text(low, spec)}, {number_text(high, spec)}]"
+
+
+def _rates(entry: Mapping[str, Any], rates: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Cells of win rates by group, of the worst group and on average."""
+    totals = [entry[f"{key}_win_rate_interval"] for key in ("worst_group", "average")]
+    return [interval_text(rate) for rate in (*(rates[group] for group in names), *totals)]
+
+
+def _policy_table(summary: Mapping[str, Any]) -> str:
+    """Tabulate win rates against sft by policy and group."""
+    names = [group["name"] for group in summary["groups"]]
+    header = ["policy", *names, "worst group (biased low)", "average", "KL (nats)", "length"]
+    rows = [
+        [name, *_rates(policy, policy["win_rate_vs_sft"], names), number_text(policy["kl"], ".2f"),
+         number_text(policy["length"], ".1f")]
+        for name, policy in summary["policies"].items()
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _pairs_block(summary: Mapping[str, Any]) -> list[str]:
+    """Compare every policy with every other but sft, whose table stands above."""
+    pairs = [pair for pair in summary.get("pairs", []) if pair["other"] != "sft"]
+    if not pairs:
+        return []
+    names = [group["name"] for group in summary["groups"]]
+    header = ["policy", "against", *names, "worst group (biased low)", "average"]
+    rows = [[pair["policy"], pair["other"], *_rates(pair, pair["win_rate"], names)] for pair in pairs]
+    return ["## Policies against each other\n\n" + markdown_table(header, rows)]
+
+
+def _size_block(summary: Mapping[str, Any]) -> list[str]:
+    """Tabulate utility, KL, length, and how far length explains utility."""
+    policies = summary["policies"]
+    if not all("length_correlation" in policy for policy in policies.values()):
+        return []
+    names = [group["name"] for group in summary["groups"]]
+    rows: list[list[str]] = []
+    reasons: dict[str, None] = {}
+    for name, policy in policies.items():
+        utilities = [policy["utility_interval"][group] for group in names]
+        correlations = [policy["length_correlation"][group] for group in names]
+        reasons |= dict.fromkeys(entry["reason"] for entry in correlations if entry["mean"] is None)
+        sizes = [interval_text(policy["kl_interval"], ".2f"), interval_text(policy["length_interval"], ".1f")]
+        utility = [interval_text(entry) for entry in utilities]
+        rows.append([name, *utility, *sizes, *(interval_text(entry, "+.2f") for entry in correlations)])
+    header = ["policy", *(f"utility, {group}" for group in names), "KL (nats)", "length"]
+    header += [f"length with utility, {group}" for group in names]
+    text = (
+        "## Utility, KL and length\n\nThe last columns are the correlation of length with utility within "
+        "prompts: near 1 or -1, length alone earns the utility. Their intervals are the bootstrap's.\n\n"
+        + markdown_table(header, rows)
+    )
+    if reasons:
+        text += "\n\nNo correlation: " + "; ".join(reasons) + "."
+    return [text]
 
 
 def _comparison_block(summary: Mapping[str, Any]) -> str:
@@ -175,33 +233,34 @@ def _comparison_block(summary: Mapping[str, Any]) -> str:
     heading = f"## {policy} against {baseline}\n\n"
     if compared["worst_group_relative_gain"] is None:
         return heading + f"Not compared: the results hold no {policy}, no {baseline}, or a win rate of zero."
-    several = len(summary["seeds"]) > 1
+    intervals = {key: compared[f"{key}_interval"] for key in _ROWS}
+    by_t = all(str(interval["method"])[0] == "t" for interval in intervals.values())
     header = ["relative change of the win rate against sft", "estimate"]
-    header += ["t over seeds"] if several else []
+    header += ["t over seeds"] if by_t else []
     header += ["bootstrap", "by seed"]
     rows = []
     for key, label in _ROWS.items():
-        interval = compared[f"{key}_interval"]
+        interval = intervals[key]
         if key == "majority_relative_change":
             label = f"{label} ({compared['majority_group']})"
         cells = [label, number_text(compared[key], "+.1%")]
-        cells += [ends_text(interval["t_low"], interval["t_high"], "+.1%")] if several else []
-        cells += [ends_text(interval["low"], interval["high"], "+.1%")]
+        cells += [_ends_text(interval, "+.1%")] if by_t else []
+        cells += [_ends_text(interval, "+.1%", "bootstrap_")]
         cells += [" ".join(number_text(entry[key], "+.0%") for entry in compared["per_seed"])]
         rows.append(cells)
     text = heading + markdown_table(header, rows)
     head_to_head = summary["policies"][policy].get("win_rate_vs_single")
     if head_to_head:
         text += "\n\nHead to head, each group prefers " + policy + " to " + baseline + " with win rate: "
-        text += ", ".join(f"{name} {rate_text(rate)}" for name, rate in head_to_head.items()) + "."
+        text += ", ".join(f"{name} {interval_text(rate)}" for name, rate in head_to_head.items()) + "."
         text += (
             " The baseline is trained for the majority, so the majority's preference for it is expected: "
             "what it gives up is the last row of the table."
         )
     if compared.get("oracle_ratio") is not None:
         text += (
-            f"\n\nWorst group relative to MaxMin on the true utilities: {compared['oracle_ratio']:.3f} "
-            f"{interval_text(compared['oracle_ratio_interval'], '.3f')}."
+            "\n\nWorst group relative to MaxMin on the true utilities: "
+            f"{interval_text(compared['oracle_ratio_interval'])}."
         )
     return text
 
@@ -223,22 +282,18 @@ def _em_block(summary: Mapping[str, Any]) -> str:
         lines.append(f"- Users: {users}")
     shown = {"user_accuracy", "num_groups_selected", "heldout_log_likelihood", "per_seed"}
     for key, value in em.items():
-        if key in shown or key.removesuffix("_min") in shown or value is None:
-            continue
-        if key.endswith("_min") and key.removesuffix("_min") in em:
-            continue
-        lines.append(f"- {key.replace('_', ' ')}: {_compact(value)}")
+        smallest = key.endswith("_min") and key.removesuffix("_min") in em
+        if not (key in shown or key.removesuffix("_min") in shown or smallest or value is None):
+            lines.append(f"- {key.replace('_', ' ')}: {_compact(value)}")
     return "\n".join(lines)
 
 
 def _compact(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_compact(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return " / ".join(_compact(item) for item in value)
-    return "n/a" if value is None else str(value)
+        return " / ".join(map(_compact, value))
+    return "n/a" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _certificate_block(summary: Mapping[str, Any]) -> str:
@@ -250,7 +305,7 @@ def _certificate_block(summary: Mapping[str, Any]) -> str:
     several = " (mean; smallest low and largest high over seeds)" if len(summary["seeds"]) > 1 else ""
     return heading + (
         f"The worst group's utility is within {certificate['value']:.3f} "
-        f"{interval_text(certificate, '.3f')} of the best that any policy can give its worst group{several}. "
+        f"{_ends_text(certificate, '.3f')} of the best that any policy can give its worst group{several}. "
         "Modes that nobody sampled are not certified."
     )
 
@@ -288,9 +343,10 @@ def _caveats(summary: Mapping[str, Any]) -> str:
     seeds = (
         "One seed: intervals hold prompts only, and say nothing about another training run."
         if count == 1
-        else f"{count} seeds are few: the bootstrap over few seeds (`low` and `high` in summary.json) is too "
-        "narrow: simulated, a nominal 95% covers .86 to .89 with 3 seeds, .92 to .94 with 6. The t intervals "
-        "(`t_low` and `t_high`), which stand in the tables, cover .95 to .97, for relative changes .93."
+        else f"{count} seeds are few: the bootstrap over few seeds (`bootstrap_low` and `bootstrap_high` in "
+        "summary.json) is too narrow: simulated, a nominal 95% covers .86 to .89 with 3 seeds, .92 to .94 "
+        "with 6. The t intervals (`low` and `high`), which stand in the tables, cover .95 to .97, for "
+        "relative changes .93."
         if count < 10
         else f"{count} seeds: chance in training is measured by these alone."
     )
@@ -308,7 +364,7 @@ def _caveats(summary: Mapping[str, Any]) -> str:
 
 
 def _about_rates(summary: Mapping[str, Any]) -> list[str]:
-    """Policies whose intervals may be too narrow, as their notes say."""
+    """List policies whose intervals may be too narrow, as their notes say."""
     noted: dict[str, list[str]] = {}
     for name, policy in summary["policies"].items():
         for note in policy.get("notes", []):
@@ -337,8 +393,8 @@ def _about_the_judge(summary: Mapping[str, Any]) -> list[str]:
     lines = ["- Win rates are what the judge says; they are as good as the judge."]
     for extra in summary.get("extra", []):
         if extra.get("judge_first_place"):
-            told = ", ".join(f"{name} {value:+.3f}" for name, value in extra["judge_first_place"].items())
+            bias = ", ".join(f"{name} {value:+.3f}" for name, value in extra["judge_first_place"].items())
             lines.append(
-                f"- Both orders were asked. What stood first won oftener by (seed {extra['seed']}): {told}."
+                f"- Both orders were asked. What stood first won oftener by (seed {extra['seed']}): {bias}."
             )
     return lines

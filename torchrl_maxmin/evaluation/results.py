@@ -1,4 +1,4 @@
-"""What one trained seed leaves behind for evaluation: utilities or wins, KL and length."""
+"""Record what one seed's policies got on held-out prompts: utilities or wins, KL and length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.evaluation.win_rates import win_matrix
+from torchrl_maxmin.stats.rates import win_matrix
 
 __all__ = ["REFERENCE", "SeedResult"]
 
@@ -122,7 +122,7 @@ class SeedResult:
         return self.wins or self.utilities
 
     def win_matrix(self, policy: str, other: str) -> np.ndarray:
-        """How often each group prefers one policy's responses to another's, prompt by prompt: [N, G]."""
+        """Compute how often each group prefers one policy to another, prompt by prompt: [N, G]."""
         if self.wins:
             return self.wins[policy][:, self.policies.index(other)]
         return win_matrix(self.utilities[policy], self.utilities[other])

@@ -1,34 +1,36 @@
-"""From one record a seed to ``summary.json``: results by group, with intervals, as plain data."""
+"""Summarise records of seeds as ``summary.json``: results by group, with intervals, as plain data."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.evaluation.aggregate import (
-    calibration_summary,
-    certificate_summary,
-    em_summary,
-    mean_tree,
-    plain,
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.evaluation.policies import (
+    BASELINE,
+    headline,
+    pairs_summary,
+    policy_summary,
+    win_matrices,
 )
-from torchrl_maxmin.evaluation.intervals import NUM_RESAMPLES, ClusterBootstrap, Estimate
-from torchrl_maxmin.evaluation.policies import BASELINE, pairs_summary, policy_summary, win_matrices
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
-from torchrl_maxmin.evaluation.win_rates import compare_win_matrices
+from torchrl_maxmin.stats.clustered import NUM_RESAMPLES
+from torchrl_maxmin.stats.interval import SCHEMA_VERSION
+from torchrl_maxmin.stats.rates import relative_change
 
-__all__ = ["BASELINE", "MAXMIN", "ORACLE", "summarise", "write_summary"]
+__all__ = ["BASELINE", "MAXMIN", "ORACLE", "load_summary", "plain", "summarise", "write_summary"]
 
 #: The policy that the headline is about.
 MAXMIN = "maxmin"
 #: MaxMin on the true utilities.
 ORACLE = "oracle"
-
-_COMPARISONS = ("worst_group_relative_gain", "average_relative_gain", "majority_relative_change")
 
 
 def summarise(
@@ -39,16 +41,18 @@ def summarise(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Content of ``summary.json``.
+    """Summarise the records of all seeds as the content of ``summary.json``.
 
-    Headline numbers are plain numbers; beside each stands ``<key>_interval`` with ``t_low``/``t_high``, the
-    interval to read (:func:`~torchrl_maxmin.evaluation.clustered.interval_over_seeds`: t over seeds and the
-    component of the prompts that they share; over prompts alone with one seed), and ``low``/``high``, the
-    percentile interval of the seeds-then-prompts bootstrap, which few seeds make too narrow. Relative changes
-    under ``comparison`` have the t interval of :func:`~torchrl_maxmin.evaluation.intervals.estimate`, null
-    with one seed. The worst group's interval is [smallest low, smallest high] over groups; its point estimate
-    is biased low, which ``notes`` say. ``pairs`` holds every policy against every other. ``per_seed`` lists
-    hold the same keys seed by seed. What cannot be computed is null. The same records give the same bytes.
+    Headline numbers are plain numbers; beside each stands ``<key>_interval``. Every interval is ``{mean,
+    low, high, bootstrap_low, bootstrap_high, method}``: ``low`` and ``high`` are the ones to read, by
+    ``method`` the t interval of :func:`~torchrl_maxmin.stats.interval_over_seeds` (over prompts alone with
+    one seed), for relative changes under ``comparison`` that of
+    :func:`~torchrl_maxmin.stats.interval_of_statistic`; ``bootstrap_low`` and ``bootstrap_high`` are
+    percentiles of the seeds-then-prompts bootstrap, which few seeds make too narrow. One seed's relative
+    changes, and ``length_correlation``, have the bootstrap alone. The worst group's interval is [smallest
+    low, smallest high] over groups; its point estimate is biased low, which ``notes`` say. ``pairs`` holds
+    every policy against every other. ``per_seed`` lists hold the same keys seed by seed. What cannot be
+    computed is null. The same records give the same bytes.
 
     A policy that only some seeds hold is summarised over those seeds, and compared over the seeds that
     hold both.
@@ -96,17 +100,7 @@ def summarise(
     names = list(first.group_names)
     shares = np.mean([result.group_shares for result in results], axis=0).tolist()
     seeds = [int(result.seed) for result in results]
-    bootstraps: dict[int, ClusterBootstrap] = {}
-
-    def bootstrap_for(count: int) -> ClusterBootstrap:
-        # One set of resamples a number of seeds: policies on the same seeds are compared paired.
-        if count not in bootstraps:
-            bootstraps[count] = ClusterBootstrap(
-                count, first.num_prompts, num_resamples=num_resamples, seed=seed
-            )
-        return bootstraps[count]
-
-    # The same seed, so the same resamples as the comparison's.
+    # One seed, so one set of resamples a number of seeds: policies on the same seeds are compared paired.
     settings = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
     ordered = _ordered_policies(results)
     policies = {policy: policy_summary(policy, results, names, settings) for policy in ordered}
@@ -122,13 +116,13 @@ def summarise(
             {"name": name, "share": shares[k], "users": None if users is None else int(users[k])}
             for k, name in enumerate(names)
         ],
-        "em": em_summary(results),
+        "em": _em_summary(results),
         "policies": policies,
         "pairs": pairs_summary(ordered, results, names, settings),
-        "comparison": _comparison(results, names, shares, bootstrap_for, confidence),
-        "certificate": certificate_summary(results),
-        "calibration": calibration_summary(results),
-        "timings": mean_tree([result.extra.get("timings", {}) for result in results]),
+        "comparison": _comparison(results, names, shares, settings),
+        "certificate": _certificate_summary(results),
+        "calibration": _calibration_summary(results),
+        "timings": _mean_tree([result.extra.get("timings", {}) for result in results]),
         "extra": [
             {"seed": int(result.seed), **{k: v for k, v in result.extra.items() if k not in known}}
             for result in results
@@ -141,9 +135,47 @@ def write_summary(folder: str | Path, summary: dict[str, Any]) -> Path:
     """Write ``summary.json`` into ``folder`` (made if missing) and return its path."""
     path = Path(folder) / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
+    content = {"schema_version": SCHEMA_VERSION} | plain(summary)
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def load_summary(folder: str | Path) -> dict[str, Any]:
+    """Read the ``summary.json`` of a folder, an older one by today's names.
+
+    Raises:
+        UserError: If there is none, or a newer version wrote it.
+    """
+    path = Path(folder) / "summary.json"
+    if not path.is_file():
+        raise UserError(f"no summary.json in {folder}; give the output folder of demo, evaluate or diagnose")
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    version = summary.setdefault("schema_version", 1)
+    if version > SCHEMA_VERSION:
+        raise UserError(f"{path} has schema_version {version}, this version reads {SCHEMA_VERSION}; upgrade")
+    return summary if version == SCHEMA_VERSION else _upgraded(summary) | {"schema_version": SCHEMA_VERSION}
+
+
+def _upgraded(value: Any) -> Any:
+    """Rename the ends of version 1, where ``low`` was the bootstrap's and ``t_low`` the one to read."""
+    if isinstance(value, list):
+        return [_upgraded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    out = {key: _upgraded(item) for key, item in value.items()}
+    if "t_low" in out:
+        low, high = out.pop("t_low"), out.pop("t_high")
+        out |= {"bootstrap_low": out["low"], "bootstrap_high": out["high"]}
+        if low is not None:
+            out |= {"low": low, "high": high}
+        out["method"] = "t" if low is not None else None if out["low"] is None else "bootstrap"
+    for key in [key for key in out if f"{key}_interval" in out]:
+        by_group = out[key] if isinstance(out[key], dict) else {None: out[key]}
+        for name, number in by_group.items():
+            interval = out[f"{key}_interval"]
+            (interval if name is None else interval[name])["mean"] = number
+    return out
 
 
 def _checked(results: Sequence[SeedResult]) -> list[SeedResult]:
@@ -179,64 +211,153 @@ def _ordered_policies(results: list[SeedResult]) -> list[str]:
     return sorted(found, key=lambda policy: rank.get(policy, 3))
 
 
-def _with_interval(key: str, value: Estimate) -> dict[str, Any]:
-    return {
-        key: value.mean,
-        f"{key}_interval": {
-            "low": value.low,
-            "high": value.high,
-            "t_low": value.t_low,
-            "t_high": value.t_high,
-        },
-    }
-
-
 def _comparison(
-    results: list[SeedResult],
-    names: list[str],
-    shares: list[float],
-    bootstrap_for: Callable[[int], ClusterBootstrap],
-    confidence: float,
+    results: list[SeedResult], names: list[str], shares: list[float], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    both = [r for r in results if MAXMIN in r.policies and BASELINE in r.policies]
-    out: dict[str, Any] = {
-        "policy": MAXMIN,
-        "baseline": BASELINE,
-        "majority_group": names[int(np.argmax(shares))],
+    """Compare MaxMin with the baseline, and with MaxMin on the true utilities, by win rates against sft."""
+    majority = int(np.argmax(shares))
+    statistic_of: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "worst_group_relative_gain": lambda means: means.min(axis=-1),
+        "average_relative_gain": lambda means: means.mean(axis=-1),
+        "majority_relative_change": lambda means: means[..., majority],
     }
-    if not both:
-        for key in _COMPARISONS:
-            out[key] = None
-            out[f"{key}_interval"] = dict.fromkeys(("low", "high", "t_low", "t_high"))
-        out["per_seed"] = []
-    else:
-        compared = compare_win_matrices(
-            win_matrices(both, MAXMIN, REFERENCE),
-            win_matrices(both, BASELINE, REFERENCE),
-            shares,
-            bootstrap_for(len(both)),
-            confidence=confidence,
-        )
-        for key in _COMPARISONS:
-            out.update(_with_interval(key, getattr(compared, key)))
-        out["per_seed"] = [
-            {"seed": result.seed, **{key: getattr(compared, key).per_seed[s] for key in _COMPARISONS}}
-            for s, result in enumerate(both)
-        ]
-    with_oracle = [r for r in results if MAXMIN in r.policies and ORACLE in r.policies]
-    if with_oracle:
-        gain = compare_win_matrices(
-            win_matrices(with_oracle, MAXMIN, REFERENCE),
-            win_matrices(with_oracle, ORACLE, REFERENCE),
-            shares,
-            bootstrap_for(len(with_oracle)),
-            confidence=confidence,
-        ).worst_group_relative_gain
-        ratio = Estimate(
-            *(getattr(gain, end) + 1 for end in ("mean", "low", "high", "t_low", "t_high", "per_seed"))
-        )
-        out.update(_with_interval("oracle_ratio", ratio))
+
+    def against(other: str, key: str) -> tuple[list[SeedResult], Any]:
+        both = [r for r in results if MAXMIN in r.policies and other in r.policies]
+        if not both:
+            return [], None
+        maxmin, others = (win_matrices(both, policy, REFERENCE) for policy in (MAXMIN, other))
+        return both, relative_change(maxmin, others, statistic_of[key], **settings)
+
+    out: dict[str, Any] = {"policy": MAXMIN, "baseline": BASELINE, "majority_group": names[majority]}
+    rows: dict[int, dict[str, Any]] = {}
+    for key in statistic_of:
+        both, change = against(BASELINE, key)
+        out |= headline(key, change)
+        for s, result in enumerate(both):
+            rows.setdefault(result.seed, {"seed": result.seed})[key] = change.per_seed[s]
+    out["per_seed"] = list(rows.values())
+    both, gain = against(ORACLE, "worst_group_relative_gain")
+    if gain is not None:
+        ends = ("estimate", "low", "high", "bootstrap_low", "bootstrap_high", "per_seed")
+        ratio = dataclasses.replace(gain, **{end: getattr(gain, end) + 1 for end in ends})
+        out |= headline("oracle_ratio", ratio)
         out["oracle_ratio_per_seed"] = [
-            {"seed": result.seed, "oracle_ratio": ratio.per_seed[s]} for s, result in enumerate(with_oracle)
+            {"seed": result.seed, "oracle_ratio": ratio.per_seed[s]} for s, result in enumerate(both)
         ]
     return out
+
+
+def _em_summary(results: list[SeedResult]) -> dict[str, Any]:
+    """Summarise ``extra["em"]`` over seeds: means, smallest values as ``<key>_min``, every seed's own."""
+    per_seed = [{"seed": result.seed, **result.extra.get("em", {})} for result in results]
+    entries = [result.extra["em"] for result in results if result.extra.get("em")]
+    out: dict[str, Any] = {
+        "user_accuracy": None,
+        "num_groups_selected": None,
+        "heldout_log_likelihood": None,
+        **_mean_tree(entries),
+    }
+    for key in [key for key, value in out.items() if _is_number(value) and key != "num_groups_selected"]:
+        # A mean hides the seed that failed: its neighbour is the smallest.
+        out[f"{key}_min"] = min(entry[key] for entry in entries if _is_number(entry.get(key)))
+    chosen = [e["num_groups_selected"] for e in entries if _is_number(e.get("num_groups_selected"))]
+    if chosen:
+        out["num_groups_selected"] = statistics.mode(sorted(chosen))
+    out["per_seed"] = per_seed
+    return out
+
+
+def _certificate_summary(results: list[SeedResult]) -> dict[str, Any]:
+    """Summarise ``extra["certificate"]`` over seeds: mean value, smallest low, largest high.
+
+    One seed without a number makes the whole null: a certificate holds for all seeds or for none.
+    """
+    given = [(result.seed, result.extra.get("certificate")) for result in results]
+    empty: dict[str, Any] = {"value": None, "low": None, "high": None}
+    if all(certificate is None for _, certificate in given):
+        return {**empty, "reason": "not computed", "per_seed": []}
+    per_seed: list[dict[str, Any]] = [
+        {"seed": seed, **{key: (certificate or {}).get(key) for key in ("value", "low", "high", "reason")}}
+        for seed, certificate in given
+    ]
+    silent = [entry for entry in per_seed if not all(_is_number(entry[key]) for key in empty)]
+    if silent:
+        first = f"seed {silent[0]['seed']}: {silent[0]['reason'] or 'not computed'}"
+        reason = first if len(silent) == 1 else f"{len(silent)} of {len(per_seed)} seeds have none ({first})"
+        return {**empty, "reason": reason, "per_seed": per_seed}
+    return {
+        "value": float(np.mean([entry["value"] for entry in per_seed])),
+        "low": min(entry["low"] for entry in per_seed),
+        "high": max(entry["high"] for entry in per_seed),
+        "reason": None,
+        "per_seed": per_seed,
+    }
+
+
+def _calibration_summary(results: list[SeedResult]) -> dict[str, Any] | None:
+    """Summarise ``extra["calibration"]`` over seeds: in how many which group is the worst, by convention."""
+    per_seed = [
+        {"seed": result.seed, **result.extra["calibration"]}
+        for result in results
+        if result.extra.get("calibration")
+    ]
+    if not per_seed:
+        return None
+    for entry in per_seed:
+        if "worst_group" not in entry and "utilities" in entry:
+            entry["worst_group"] = {
+                convention: min(by_group, key=by_group.get)
+                for convention, by_group in entry["utilities"].items()
+            }
+    worst: dict[str, dict[str, int]] = {}
+    for entry in per_seed:
+        for convention, group in entry.get("worst_group", {}).items():
+            counts = worst.setdefault(convention, {})
+            counts[group] = counts.get(group, 0) + 1
+    changing = [e["seed"] for e in per_seed if len(set(e.get("worst_group", {}).values())) > 1]
+    return {
+        "used": per_seed[0].get("used"),
+        "worst_group": worst,
+        "worst_group_changes": bool(changing),
+        "seeds_where_it_changes": changing,
+        "per_seed": per_seed,
+    }
+
+
+def _is_number(value: Any) -> bool:
+    """Say whether ``value`` is a finite number (a bool is not)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    return math.isfinite(value)
+
+
+def _mean_tree(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Average over seeds nested dicts and equally long lists of numbers; text stays where all agree."""
+
+    def mean(values: list[Any]) -> Any:
+        if all(_is_number(value) for value in values):
+            return float(np.mean(values))
+        if all(isinstance(value, dict) for value in values):
+            return _mean_tree(values)
+        if all(isinstance(value, (list, tuple)) for value in values) and len({len(v) for v in values}) == 1:
+            return [mean(list(column)) for column in zip(*values, strict=True)]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    keys = dict.fromkeys(key for entry in entries for key in entry)
+    return {key: mean([entry[key] for entry in entries if key in entry]) for key in keys}
+
+
+def plain(value: Any) -> Any:
+    """Make plain JSON: numpy to Python, NaN and infinity to null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -26,6 +26,7 @@ __all__ = [
     "pack_left",
     "pad_left",
     "pad_right",
+    "penalise_missing_eos",
     "position_ids",
     "segment_ids",
     "takes",
@@ -76,6 +77,13 @@ def has_ended(responses: TensorDictBase, eos_ids: int | Sequence[int]) -> Tensor
         eos_ids: the token, or the several tokens, that end a response.
     """
     return (_is_end(responses["action"], eos_ids) & responses["action_mask"]).any(-1, keepdim=True)
+
+
+def penalise_missing_eos(
+    rewards: Tensor, responses: TensorDictBase, eos_ids: int | Sequence[int], penalty: float
+) -> Tensor:
+    """Take ``penalty`` from every reward [B, K] of the responses that do not end."""
+    return rewards - penalty * ~has_ended(responses, eos_ids)
 
 
 def last_index(mask: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.envs.transforms import Transform
 
-from torchrl_maxmin.collectors.statistics import GroupStatistics
 from torchrl_maxmin.objectives.scalarise import scalarise_advantage
 from torchrl_maxmin.welfare import Adversary
+from torchrl_maxmin.welfare.statistics import GroupStatistics
 
 __all__ = ["MaxMinAdvantage"]
 

@@ -19,7 +19,6 @@ from torchrl_maxmin.clustering.choices import PairChoices, posterior, row_weight
 from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, run_em
 from torchrl_maxmin.clustering.identifiability import (
     IdentifiabilityReport,
-    accuracy_over_users,
     identifiability_report,
 )
 from torchrl_maxmin.clustering.linear import fit_choices
@@ -32,6 +31,7 @@ from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.pairs import PairTokens, feature_differences
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
+from torchrl_maxmin.stats import accuracy_by_group
 
 __all__ = ["REPORT_USERS", "MixtureFit", "WarmStart", "fit_mixture", "heldout_figures"]
 
@@ -89,8 +89,9 @@ class MixtureFit:
         for k, (share, count, accuracy) in enumerate(zip(shares, users, accuracies, strict=True)):
             told = ""
             if accuracy is not None:
-                low, high = intervals[k]
-                told = f", held-out accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]"
+                told = f", held-out accuracy {accuracy:.3f}"
+                if None not in intervals[k]:
+                    told += " [{:.3f}, {:.3f}]".format(*intervals[k])
             lines.append(f"  group {k}: {count} users, mixing weight {share:.3f}{told}")
         if "log_likelihood" in self.heldout:
             lines.append(f"held-out log-likelihood {self.heldout['log_likelihood']:.4f} nats a pair")
@@ -235,7 +236,7 @@ def heldout_figures(
 ) -> dict[str, Any]:
     """Predictive log-likelihood a pair, and each head's accuracy on the users it was given.
 
-    The intervals are percentiles of a bootstrap over those users, 95%.
+    Each user counts once; the intervals are t over those users, 95%, and null with one.
     """
     unknown = mixture.log_prior.exp().cpu()
     known = torch.stack([responsibilities.get(user, unknown) for user in user_ids])
@@ -244,12 +245,14 @@ def heldout_figures(
     predictive = posterior(by_user, known.double().log()).log_likelihood.sum().item() / len(pairs)
     groups = known.argmax(-1)
     right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
-    counts = sum_by_segment(torch.cat([right, torch.ones_like(right)], 1), pairs.user_offsets)
-    accuracy = accuracy_over_users(counts, groups, mixture.num_groups)
+    found = accuracy_by_group(
+        right.squeeze(1), pairs.row_users, groups, mixture.num_groups, num_resamples=0, warn=False
+    )
+    accuracy = [[None] * 3 if interval is None else interval.to_list() for interval in found]
     return {
         "log_likelihood": predictive,
-        "head_accuracy": [group.accuracy for group in accuracy],
-        "head_accuracy_interval": [[group.low, group.high] for group in accuracy],
+        "head_accuracy": [estimate for estimate, *_ in accuracy],
+        "head_accuracy_interval": [ends for _, *ends in accuracy],
         "pairs": len(pairs),
     }
 

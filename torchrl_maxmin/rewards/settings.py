@@ -7,9 +7,9 @@ from typing import Any
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.rewards.pairs import drop_pairs_cut_alike
 from torchrl_maxmin.rewards.reader import LAYOUTS, POOLINGS, load_reader
-from torchrl_maxmin.settings import ChatSettings
 
 __all__ = ["MixtureSettings"]
 

@@ -20,7 +20,7 @@ from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
 from torchrl_maxmin.modules.checks import check_first_rollout
 from torchrl_maxmin.modules.loading import load_tokenizer, require_causal_lm
 from torchrl_maxmin.modules.sampling import encode_prompts
-from torchrl_maxmin.modules.sequences import backbone_of, has_ended
+from torchrl_maxmin.modules.sequences import backbone_of, penalise_missing_eos
 from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
@@ -38,9 +38,9 @@ from torchrl_maxmin.rewards.source import (
     load_functions,
     reference_rewards,
 )
+from torchrl_maxmin.rollouts.certificate import policy_certificate
 from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
-from torchrl_maxmin.trainers.ppo_gap import policy_certificate
 from torchrl_maxmin.trainers.ppo_loop import PPOLoop
 from torchrl_maxmin.trainers.ppo_metrics import rollout_metrics
 from torchrl_maxmin.trainers.run import (
@@ -223,7 +223,8 @@ class PPOTrainer(PPOLoop):
                 soft_wrap=True,
             )
         rewards = fill_absent(rewards, self.neutral)
-        return rewards - self.config.missing_eos_penalty * ~has_ended(responses, self.policy.eos_token_ids)
+        penalty = self.config.missing_eos_penalty
+        return penalise_missing_eos(rewards, responses, self.policy.eos_token_ids, penalty)
 
     # -- an iteration ---------------------------------------------------------------------------
 

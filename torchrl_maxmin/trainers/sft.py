@@ -21,11 +21,11 @@ from torchrl_maxmin.modules.loading import (
 from torchrl_maxmin.modules.sequences import pad_right
 from torchrl_maxmin.modules.trunks import max_positions
 from torchrl_maxmin.preferences import load_table
+from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational, read_texts
 from torchrl_maxmin.preferences.transcripts import speaker_of, split_prompt
 from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import (
     leave_no_empty_output,
     prepare_output_dir,

@@ -12,12 +12,12 @@ from torchrl_maxmin.welfare.adversaries import (
     make_adversary,
 )
 from torchrl_maxmin.welfare.certificate import Certificate, certify
-from torchrl_maxmin.welfare.dual import DualSolution, dual_objective, solve_dual
+from torchrl_maxmin.welfare.dual import DualSolution, solve_dual
 from torchrl_maxmin.welfare.fair import AlphaFair, GeneralizedGini, Nash, Regret
 from torchrl_maxmin.welfare.functions import Egalitarian, SoftMin, Utilitarian, Welfare
-from torchrl_maxmin.welfare.gap import DualityGap, duality_gap
 from torchrl_maxmin.welfare.names import WELFARES, make_welfare
 from torchrl_maxmin.welfare.robust import Chi2Ball, CVaR, KLBall
+from torchrl_maxmin.welfare.statistics import GroupStatistics
 
 __all__ = [
     "ADVERSARIES",
@@ -28,12 +28,12 @@ __all__ = [
     "Certificate",
     "Chi2Ball",
     "DualSolution",
-    "DualityGap",
     "Egalitarian",
     "EntropyRegularized",
     "ExponentiatedGradient",
     "FixedWeights",
     "GeneralizedGini",
+    "GroupStatistics",
     "HardMin",
     "KLBall",
     "Nash",
@@ -44,8 +44,6 @@ __all__ = [
     "Welfare",
     "WelfareAdversary",
     "certify",
-    "dual_objective",
-    "duality_gap",
     "make_adversary",
     "make_welfare",
     "solve_dual",

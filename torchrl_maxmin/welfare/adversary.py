@@ -1,4 +1,4 @@
-"""What every adversary shares: its state, its options, and how they change what it sees."""
+"""Share what every adversary has: its state, its options, and how they change what it sees."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Adversary(nn.Module, ABC):
         return utilities
 
     def _decay(self) -> float:
-        """What the next step is multiplied by."""
+        """Factor of the next step."""
         return (1.0 + self.step_decay * int(self.num_updates)) ** -0.5
 
     def forward(self, utilities: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DualSolution:
-    """What :func:`solve_dual` found.
+    """Solution of :func:`solve_dual`.
 
     Attributes:
         weights: the optimal group weights ``[K]``, float64, on the simplex.
@@ -41,7 +41,7 @@ class DualSolution:
     slack: float
 
     def gap(self, utilities: Tensor, kl: float | Tensor) -> float:
-        """How far a policy is from the optimum: ``value - (min_u utilities_u - beta * kl)``.
+        """Compute how far a policy is from the optimum: ``value - (min_u utilities_u - beta * kl)``.
 
         Args:
             utilities: ``[K]``, the policy's ``E[r_u]`` *without* the KL term.
@@ -93,7 +93,7 @@ def check_samples(rewards: Tensor, log_weights: Tensor | None, beta: float) -> t
 
 
 def dual_terms(weights: Array, rewards: Array, beta: float, log_weights: Array) -> tuple[Array, Array]:
-    """The terms of ``g`` by prompt, and their gradients.
+    """Compute the terms of ``g`` by prompt, and their gradients.
 
     Args:
         weights: ``[K]``.
@@ -108,36 +108,6 @@ def dual_terms(weights: Array, rewards: Array, beta: float, log_weights: Array) 
     tilted = log_weights + rewards @ weights / beta
     gradients = np.einsum("xn,xnk->xk", softmax(tilted, axis=1), rewards)
     return beta * logsumexp(tilted, axis=1), gradients
-
-
-def dual_objective(
-    weights: Tensor, rewards: Tensor, beta: float, log_weights: Tensor | None = None
-) -> tuple[float, Tensor]:
-    """``g(w)`` and its gradient: an upper bound on every policy's worst-group utility.
-
-    Args:
-        weights: ``[K]``, a point of the simplex.
-        rewards: ``[X, n, K]``, rewards of n responses to each of X prompts.
-        beta: the KL coefficient, positive.
-        log_weights: ``[X, n]`` such that ``sum_i exp(log_weights_i) f(y_i)`` is ``E_ref f``; None
-            means ``-log n``.
-
-    Returns:
-        ``g(w)``, and its gradient ``[K]``: the utilities ``E[r_u]`` of the policy that belongs to ``w``.
-
-    Raises:
-        ValueError: as :func:`solve_dual`.
-
-    Example:
-        >>> import torch
-        >>> from torchrl_maxmin.welfare import dual_objective
-        >>> value, gradient = dual_objective(torch.tensor([0.5, 0.5]), torch.ones(1, 3, 2), beta=0.1)
-        >>> round(value, 6), gradient.tolist()
-        (1.0, [1.0, 1.0])
-    """
-    values, logs = check_samples(rewards, log_weights, beta)
-    terms, gradients = dual_terms(weights.detach().cpu().to(torch.float64).numpy(), values, beta, logs)
-    return float(terms.mean()), torch.from_numpy(gradients.mean(0))
 
 
 def minimise_dual(rewards: Array, beta: float, log_weights: Array) -> tuple[Array, float, float]:
@@ -189,7 +159,7 @@ def minimise_dual(rewards: Array, beta: float, log_weights: Array) -> tuple[Arra
 
 
 def solve_dual(rewards: Tensor, beta: float, log_weights: Tensor | None = None) -> DualSolution:
-    """The exact optimum of population max-min with a KL penalty.
+    """Solve for the exact optimum of population max-min with a KL penalty.
 
     Exact where the responses are enumerated (``log_weights`` the reference's log-probabilities); an
     estimate, biased low, where they are samples.

@@ -57,7 +57,7 @@ class AlphaFair(Welfare):
         return False
 
     def _surplus(self, utilities: Tensor) -> tuple[Tensor, Tensor]:
-        """What each group has above the disagreement point, and the shares, both ``[..., K]``."""
+        """Return each group's gain above the disagreement point, and the shares, both ``[..., K]``."""
         check_utilities(utilities, None if self.shares is None else self.shares.numel())
         surplus = utilities - self.disagreement.to(utilities)
         if not bool((surplus > 0).all()):

@@ -99,7 +99,7 @@ class _Ball(RobustWelfare):
 
     @abstractmethod
     def _divergence(self, weights: Tensor, shares: Tensor) -> Tensor:
-        """How far the weights are from the shares ``[..., 1]``."""
+        """Compute how far the weights are from the shares ``[..., 1]``."""
 
 
 class KLBall(_Ball):

@@ -1,0 +1,37 @@
+"""Share what the reproductions' scripts do alike: arguments, exit codes and mistakes in one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.progress import quiet
+
+__all__ = ["exit_code", "make_parser", "run_main"]
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose help is a script's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def exit_code(name: str, main: Callable[[], int | None]) -> int:
+    """Run a script: 0 or what it returns, 2 and one line for a mistake of the user's.
+
+    Args:
+        name: Of the reproduction, which opens the line.
+        main: Parses its arguments and runs.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
+        return 2
+
+
+def run_main(name: str, main: Callable[[], int | None]) -> None:
+    """Run a script without libraries' notices and exit by :func:`exit_code`, whose arguments it takes."""
+    quiet()
+    sys.exit(exit_code(name, main))

@@ -1,0 +1,214 @@
+"""The diagnose stage on arrays and on texts, and what it says of bad input."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import yaml
+from scipy.special import expit
+
+from torchrl_maxmin.cli.main import main
+from torchrl_maxmin.cli.parsing import parse_config
+from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
+from torchrl_maxmin.errors import UserError
+
+QUICK = {"l2": [1e-3], "num_jackknife": 2, "num_bootstrap": 2, "max_groups": 2, "device": "cpu"}
+
+
+def planted(users=40, pairs=12, features=4, minority=10):
+    rng = np.random.default_rng(0)
+    groups = np.where(np.arange(users) < minority, 1, 0)
+    x = rng.normal(size=(users * pairs, features))
+    row_user = rng.permutation(np.repeat(np.arange(users), pairs))  # rows in any order
+    margin = 4 * x[np.arange(len(x)), groups[row_user]]
+    x *= np.where(rng.random(len(x)) < expit(margin), 1, -1)[:, None]
+    return x, row_user, groups
+
+
+def read(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    x, users, groups = planted()
+    names = np.array([f"user {u}" for u in range(40)])
+    return {"differences": x, "users": names[users], "groups": groups[users]}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(content=None, name="pairs.npz", **settings):
+        path = tmp_path / name
+        if content is not None:
+            np.savez(path, **content)
+        fields = {"dataset_name": str(path), "output_dir": str(tmp_path / "out"), **QUICK, **settings}
+        return DiagnoseConfig(**fields)
+
+    return make
+
+
+def test_arrays_to_a_report(make, arrays):
+    config = make(arrays)
+    folder = run_diagnose(config)
+    summary = read(folder)
+    assert summary["num_groups"] == 2
+    assert [group["users"] for group in summary["groups"]] == [30, 10]
+    assert summary["recovery"] == {"true_groups": {"0": 30, "1": 10}, "adjusted_rand_index": 1.0}
+    assert summary["verdict"] in (folder / "report.md").read_text()
+    assert "of utility against its own best policy" in summary["verdict"]
+    users = {row["user"]: row for row in csv.DictReader((folder / "users.csv").open())}
+    assert {user for user, row in users.items() if row["group"] == "1"} == {f"user {u}" for u in range(10)}
+    for row in users.values():
+        assert float(row["responsibility_0"]) + float(row["responsibility_1"]) == pytest.approx(1, abs=1e-5)
+    for name in ("diagnosis.png", "diagnosis.svg", "diagnosis.csv"):
+        assert (folder / "figures" / name).stat().st_size > 0
+    assert (folder / "groups.csv").is_file()
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == dataclasses.asdict(config)
+
+
+def test_chosen_and_rejected_say_the_same(make, arrays, tmp_path):
+    noise = np.random.default_rng(1).normal(size=arrays["differences"].shape)
+    both = {"chosen": arrays["differences"] + noise, "rejected": noise, "users": arrays["users"]}
+    one = read(run_diagnose(make(arrays, output_dir=str(tmp_path / "one"))))
+    other = read(run_diagnose(make(both, output_dir=str(tmp_path / "other"))))
+    assert other["recovery"] is None
+    assert other["diversity"]["largest"] == pytest.approx(one["diversity"]["largest"], abs=1e-6)
+
+
+def test_one_taste_for_all_says_one_reward_serves(make):
+    x, users, _ = planted(minority=0)
+    summary = read(run_diagnose(make({"differences": x, "users": users})))
+    assert (summary["num_groups"], summary["diversity"]["largest"]) == (1, 0.0)
+    assert summary["verdict"].startswith("One reward serves")
+
+
+def test_the_report_verb_writes_a_diagnosis_again(make, arrays, capsys):
+    folder = run_diagnose(make(arrays, num_groups=2))
+    text = (folder / "report.md").read_text()
+    (folder / "report.md").unlink()
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.md").read_text() == text
+    out = capsys.readouterr().out
+    assert "gap, one reward" in out
+    assert out.endswith(f"report: {folder / 'report.md'}\n")
+
+
+def test_the_verb_prints_its_verdict_and_where_it_wrote(make, arrays, capsys):
+    config = make(arrays)
+    words = ["--dataset_name", config.dataset_name, "--output_dir", config.output_dir, "--l2", "1e-3"]
+    quick = ["--num_jackknife", "0", "--num_bootstrap", "0", "--num_groups", "2"]
+    assert main(["diagnose", *words, *quick]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"diagnose done: {config.output_dir}\n"
+    assert "gap, one reward" in err
+
+
+def test_weights_reach_the_fit(make, arrays):
+    """Every pair in both directions at one half says nothing of anybody."""
+    doubled = {
+        "differences": np.concatenate([arrays["differences"], -arrays["differences"]]),
+        "users": np.concatenate([arrays["users"]] * 2),
+        "weights": np.full(2 * len(arrays["users"]), 0.5),
+    }
+    summary = read(run_diagnose(make(doubled, num_groups=1)))
+    assert summary["num_pairs"] == len(arrays["users"])
+    gap = summary["groups"][0]["alignment_gap"]["single"]["mean"]
+    assert gap == pytest.approx(0, abs=1e-9)
+    assert summary["maxmin"]["utilities"] == pytest.approx([0.0], abs=1e-6)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """20 users want the longer text, 10 the shorter one."""
+    rng = np.random.default_rng(2)
+    words = ["the", "film", "was", "good", "and", "very", "long", "but", "also", "bad", "end"]
+    rows = []
+    for user in range(30):
+        for _ in range(8):
+            long, short = (" ".join(rng.choice(words, n)) for n in (10, 2))
+            chosen, rejected = (short, long) if user < 10 else (long, short)
+            group = "short" if user < 10 else "long"
+            row = {"prompt": "a film", "chosen": chosen, "rejected": rejected}
+            rows.append(row | {"user_id": f"u{user}", "group": group})
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_texts_by_a_frozen_model(make, texts, tiny_model):
+    folder = run_diagnose(make(dataset_name=texts, model_name_or_path=tiny_model))
+    summary = read(folder)
+    assert summary["num_features"] == 48
+    assert summary["num_groups"] == 2
+    assert summary["recovery"]["adjusted_rand_index"] > 0.9
+    assert summary["groups"][1]["accuracy"]["mixture"]["mean"] > 0.9
+
+
+def test_the_config_is_what_flags_say():
+    flags = "--dataset_name d --output_dir o --user_column who --num_groups 3 --l2 1e-3 2e-3"
+    config = parse_config("diagnose", "", DiagnoseConfig, flags.split())
+    assert (config.user_column, config.groups(), config.l2) == ("who", 3, [1e-3, 2e-3])
+    assert DiagnoseConfig("d", "o").groups() is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset_name": "x.jsonl"}, "texts need features"),
+        ({"num_groups": "many"}, "--num_groups is a positive number or auto"),
+        ({"beta": 0.0}, "--beta must be positive"),
+        ({"num_jackknife": 1}, "--num_jackknife must be 0 or at least 2"),
+        ({"num_bootstrap": -1}, "--num_bootstrap must be 0 or at least 2"),
+        ({"num_folds": 1}, "--num_folds"),
+        ({"heldout_fraction": 1.0}, "--heldout_fraction"),
+        ({"l2": []}, "--l2 takes positive"),
+        ({"ties": "keep"}, "--ties 'keep'"),
+        ({"pooling": "max"}, "--pooling 'max'"),
+        ({"text_layout": "upside down"}, "--text_layout"),
+        ({"max_groups": 0}, "--max_groups must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named_before_work(make, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        run_diagnose(make(**settings))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"features": np.zeros((4, 2))}, "holds features; it needs differences"),
+        ({"differences": np.zeros((4, 2))}, "it needs users"),
+        ({"differences": np.zeros(4), "users": np.arange(4)}, r"must be \[pairs, features\]"),
+        ({"differences": np.zeros((4, 2), int), "users": np.arange(4)}, "of floats"),
+        ({"differences": np.zeros((4, 2)), "users": np.arange(3)}, r"users must be \[4\]"),
+        ({"chosen": np.zeros((4, 2)), "rejected": np.zeros((4, 3)), "users": np.arange(4)}, "one shape"),
+        ({"differences": np.zeros((4, 2)), "users": np.array([None] * 4)}, r"numpy\.savez"),
+        (
+            {"differences": np.zeros((4, 2)), "users": np.zeros(4), "groups": np.arange(4)},
+            "some user has two groups",
+        ),
+        ({"differences": np.zeros((2, 2)), "users": np.arange(2), "weights": np.zeros(2)}, "positive"),
+    ],
+)
+def test_bad_arrays_are_named(make, content, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run_diagnose(make(content))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_and_a_full_folder_are_named(make, arrays, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        run_diagnose(make())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        run_diagnose(make(arrays))
+    for content in (b"not a zip", b"PK\x03\x04 half a zip"):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(UserError, match="cannot read features"):
+            run_diagnose(make(name="broken.npz"))

@@ -1,0 +1,1 @@
+"""The ground floor: settings, errors, progress, runs, tables and tasks."""

@@ -1,0 +1,40 @@
+"""Tables as CSV files and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["markdown_table", "write_csv"]
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], spec: str = "") -> Path:
+    """Write rows as CSV, a column for every key in order of first appearance; returns the path.
+
+    Args:
+        path: Where to write.
+        rows: One mapping a line; None and keys that a row lacks become empty cells.
+        spec: Format of floats, such as ``.6g``; in full if empty.
+    """
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: format(v, spec) if isinstance(v, float) else v for k, v in row.items()})
+    return Path(path)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "|---:") -> str:
+    """Make a Markdown table; ``rule`` aligns all columns but the first.
+
+    Example:
+        >>> print(markdown_table(["policy", "rate"], [["maxmin", "0.8"]]))
+        | policy | rate |
+        |---|---:|
+        | maxmin | 0.8 |
+    """
+    lines = ["| " + " | ".join(header) + " |", "|---" + rule * (len(header) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,0 +1,238 @@
+"""Does one reward serve these users? Groups, how far apart they are, and what one reward costs each.
+
+Everything is computed on linear Bradley-Terry mixtures over given features: seconds, and no policy trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.selection import (
+    L2_CANDIDATES,
+    NumGroupsChoice,
+    adjusted_rand_index,
+    select_l2,
+    select_num_groups,
+)
+from torchrl_maxmin.diagnosis.assumptions import check_assumptions, feature_constants
+from torchrl_maxmin.diagnosis.figures import PairFigures, corrected, interval_ends, margins_of, pair_outcome
+from torchrl_maxmin.diagnosis.refits import (
+    Fitter,
+    bias_of_fit,
+    heldout_accuracy,
+    jackknife_error,
+    misassignment,
+)
+from torchrl_maxmin.diagnosis.summary import Evidence, summarise_evidence
+from torchrl_maxmin.diagnosis.theorem import PROOF_GAPS
+from torchrl_maxmin.errors import UserError
+
+__all__ = ["Diagnosis", "check_pairs", "diagnose"]
+
+#: Exact M-steps invert a D x D matrix; above so many features a few Adam steps a round are taken instead.
+WIDEST_EXACT = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """Findings of :func:`diagnose`.
+
+    Attributes:
+        num_groups: K.
+        choice: How K was chosen; None where it was given.
+        mixture: The fit to all users, the largest group first.
+        single: The one reward for all.
+        differences: Standardised feature differences that both were fitted on [P, D].
+        summary: All figures as plain JSON; what could not be computed is null, with a ``reason``.
+    """
+
+    num_groups: int
+    choice: NumGroupsChoice | None
+    mixture: LinearMixture
+    single: LinearMixture
+    differences: Tensor
+    summary: dict[str, Any]
+
+
+def diagnose(
+    differences: Tensor,
+    user_offsets: Tensor,
+    *,
+    num_groups: int | None = None,
+    max_groups: int = 3,
+    beta: float = 0.5,
+    row_weights: Tensor | None = None,
+    judgements: Sequence[int] | np.ndarray | None = None,
+    true_groups: Sequence[Any] | None = None,
+    l2_candidates: Sequence[float] = L2_CANDIDATES,
+    heldout_fraction: float = 0.2,
+    num_folds: int = 4,
+    num_jackknife: int = 10,
+    num_bootstrap: int = 20,
+    confidence: float = 0.95,
+    seed: int = 0,
+    **fit: Any,
+) -> Diagnosis:
+    """Find the groups and say how far apart they are, and what one reward for all costs each of them.
+
+    Diversity is Definition 1 of arXiv 2402.08925, total variation of the fitted preference probabilities,
+    averaged over the data's pairs. The alignment gap (eq. 12) is exact for policies that choose between the
+    two responses of a pair, reference uniform, under the fitted rewards, each on the convention ``sft_std``
+    (:class:`~torchrl_maxmin.rewards.Calibration`): it needs no trained policy, and says nothing of responses
+    that nobody compared. Where K = 1 is chosen, all of this is 0, and one reward serves as far as these data
+    can tell.
+
+    A penalty shrinks rewards, and diversity with them. ``mean`` is the fit's figure less the bias that fits
+    to the fit's own simulated choices show (parametric bootstrap; the fit's own is ``fitted``); shares stay
+    as fitted. Intervals are t over parts of the users, each left out once and all fitted again (grouped
+    jackknife), at this K and penalty.
+
+    On planted worlds (300 users, 20 pairs, 64 features, orthogonal tastes, 10 seeds) diversity came out
+    within .014 of the exact value on the same pairs at 80:20 and within .023 at 10:1 (as fitted .021 and
+    .029, .008 too low on average), the worst group's gap within .036 of .37 and .43. Nominal 95% intervals
+    held the exact diversity in 18 of 20 and the exact gap in 20 of 20. In log odds (``theorem1``,
+    ``measured``) the gap is a quarter to a third too low: users who nearly always agree with their utility
+    leave its length open, and the penalty fills that in.
+
+    Args:
+        differences: features(chosen) - features(rejected) [P, D], rows sorted by user. Divided by their
+            standard deviations here.
+        user_offsets: int64 [U + 1].
+        num_groups: K; None chooses it by left-out users.
+        max_groups: Largest K that is tried.
+        beta: KL weight of the alignment gap.
+        row_weights: How much each pair counts [P]; a tie is both directions at one half. The alignment gap
+            counts both.
+        judgements: What each pair follows from [P]; pairs of one judgement are held out together.
+        true_groups: Group of every user [U], if known; only compared with.
+        l2_candidates: Penalties to choose among, by the likelihood of left-out users.
+        heldout_fraction: Share of every user's pairs that accuracy is measured on.
+        num_folds: Parts that the users are cut into for the choices.
+        num_jackknife: Parts that the users are cut into for the intervals; under 2 gives none.
+        num_bootstrap: Simulations behind the correction for bias; under 2 leaves the fit as it is.
+        confidence: Coverage asked for.
+        seed: Of folds, starts and held-out pairs.
+        **fit: Passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
+
+    Returns:
+        :class:`Diagnosis`.
+
+    Raises:
+        UserError: For data that cannot be used: one user, NaN, no pairs.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(800, 4, generator=generator)  # 40 users with 20 pairs each
+        >>> taste = torch.eye(4)[torch.arange(800) // 600]  # 30 want one thing, 10 another
+        >>> chosen = torch.rand(800, generator=generator) < torch.sigmoid(8 * (x * taste).sum(-1))
+        >>> x = torch.where(chosen.unsqueeze(-1), x, -x)
+        >>> found = diagnose(x, torch.arange(41) * 20, max_groups=2, l2_candidates=(1e-3,))
+        >>> found.num_groups, [group["users"] for group in found.summary["groups"]]
+        (2, [30, 10])
+    """
+    check_pairs(differences, user_offsets, num_groups, beta, true_groups)
+    x = differences.float() if differences.dtype == torch.float16 else differences
+    # A feature that hardly moves is divided by next to nothing: leave it small.
+    x = x / x.std(0).clamp_min(1e-6)
+    settings = _fit_settings(x.shape[1]) | fit
+    choices = PairChoices(x, user_offsets, row_weights)
+    choice = None
+    if num_groups is None:
+        choice = select_num_groups(
+            x, user_offsets, max_groups, num_folds=num_folds, seed=seed, row_weights=row_weights,
+            l2_candidates=l2_candidates, **settings,
+        )  # fmt: skip
+        num_groups, l2 = choice.num_groups, {1: choice.l2[1], choice.num_groups: choice.l2[choice.num_groups]}
+    else:
+        l2 = {
+            k: select_l2(
+                x, user_offsets, k, candidates=l2_candidates, num_folds=num_folds, seed=seed,
+                row_weights=row_weights, **settings,
+            )
+            for k in {1, num_groups}
+        }  # fmt: skip
+    fitter = Fitter(l2, seed, settings)
+    single = fitter(choices, 1)
+    mixture = fitter(choices, num_groups)
+    measure = PairFigures(beta)
+    fitted, outcome = measure(choices, mixture, single)
+    refit = choices, mixture, fitter, lambda *fits: measure(*fits)[0]
+    bias, bias_error = bias_of_fit(*refit, fitted, num_bootstrap) or (None, None)
+    found = corrected(fitted, bias)
+    errors = jackknife_error(*refit, num_jackknife)
+    ends = interval_ends(found, errors, bias_error, min(num_jackknife, len(user_offsets) - 1), confidence)
+    accuracy = heldout_accuracy(choices, mixture, fitter, judgements, heldout_fraction, confidence)
+    misassigned = misassignment(choices, num_groups, fitter, num_folds)
+    constants = feature_constants(x)
+    raw = pair_outcome(margins_of(choices, mixture), margins_of(choices, single), beta)
+    evidence = Evidence(
+        choices=choices,
+        mixture=mixture,
+        single=single,
+        choice=choice,
+        fitted=fitted,
+        found=found,
+        ends=ends,
+        outcome=outcome,
+        raw=raw,
+        constants=constants,
+        accuracy=accuracy["groups"],
+        beta=beta,
+    )
+    summary = summarise_evidence(evidence) | {
+        "l2": {str(k): value for k, value in l2.items()},
+        "misassignment": misassigned,
+        "recovery": None if true_groups is None else _recovery(mixture, true_groups),
+        "assumptions": check_assumptions(
+            choices, mixture, found, raw, constants, misassigned, accuracy["calibration"]
+        ),
+        "proof_gaps": list(PROOF_GAPS),
+    }
+    return Diagnosis(num_groups, choice, mixture, single, x, summary)
+
+
+def _fit_settings(num_features: int) -> dict[str, Any]:
+    if num_features <= WIDEST_EXACT:
+        return {"m_step": "exact", "convergence_tolerance": 1e-4, "num_rounds": 100, "num_restarts": 2}
+    return {"m_step": "adam", "num_rounds": 50, "num_restarts": 4}
+
+
+def _recovery(mixture: LinearMixture, true_groups: Sequence[Any]) -> dict[str, Any]:
+    names = list(dict.fromkeys(true_groups))
+    truth = torch.tensor([names.index(group) for group in true_groups])
+    return {
+        "true_groups": {str(name): int((truth == i).sum()) for i, name in enumerate(names)},
+        "adjusted_rand_index": adjusted_rand_index(mixture.assignments, truth),
+    }
+
+
+def check_pairs(
+    differences: Tensor, user_offsets: Tensor, num_groups: int | None, beta: float, true_groups: Any
+) -> None:
+    """Raise :class:`UserError` for what :func:`diagnose` cannot use; its arguments."""
+    if differences.ndim != 2 or 0 in differences.shape:
+        raise UserError(f"differences must be [pairs, features] and not empty, got {list(differences.shape)}")
+    if len(differences) < 2:
+        raise UserError("one pair alone says nothing of several users; give more pairs")
+    if not bool(torch.isfinite(differences).all()):
+        raise UserError("the features hold NaN or infinity; drop those pairs or repair the features")
+    num_users = len(user_offsets) - 1
+    if num_users < 2:
+        raise UserError("all pairs come from one user, so groups cannot be told apart; check --user_column")
+    if int(user_offsets[-1]) != len(differences) or bool((user_offsets.diff() < 0).any()):
+        raise UserError(f"user_offsets must rise from 0 to the {len(differences)} pairs")
+    if num_groups is not None and not 1 <= num_groups <= num_users:
+        raise UserError(f"num_groups must lie between 1 and the {num_users} users, not {num_groups}")
+    if not beta > 0:
+        raise UserError(f"beta must be positive, got {beta}")
+    if true_groups is not None and len(true_groups) != num_users:
+        raise UserError(f"{len(true_groups)} true groups for {num_users} users")

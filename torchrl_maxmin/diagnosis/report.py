@@ -1,0 +1,339 @@
+"""``report.md``, the table of groups and the figure of a diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchrl_maxmin.core.tables import markdown_table, write_csv
+from torchrl_maxmin.evaluation.plots import (
+    COLOURS,
+    FONT,
+    MARKERS,
+    add_legend,
+    new_figure,
+    tidy,
+    write_figure,
+)
+from torchrl_maxmin.evaluation.report import interval_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["plot_diagnosis", "verdict", "verdict_table", "write_diagnosis"]
+
+_HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """Answer in one sentence: does one reward serve?"""
+    if summary["one_reward_serves"]:
+        sentence = (
+            "One reward serves: the users do not differ as far as these data can tell, and diversity, "
+            "epsilon and alignment gap are 0."
+        )
+        accuracy = summary["groups"][0]["accuracy"]["single"] or {"low": None}
+        if accuracy["low"] is None or not accuracy["low"] > 0.5:  # NaN with one user
+            sentence += " That is little: the reward is not seen to rank held-out pairs better than chance."
+        return sentence
+    if summary["one_reward_serves"] is None:
+        why = "one group was asked for" if summary["choice"] is None else "too few users to look for more"
+        return f"Whether one reward serves was not asked: {why}."
+    worst = max(summary["groups"], key=lambda group: group["alignment_gap"]["single"]["mean"])
+    given = " (asked for, not chosen)" if summary["choice"] is None else ""
+    single, maxmin = (interval_text(worst["alignment_gap"][name]) for name in ("single", "maxmin"))
+    share = f"{worst['share']['mean']:.0%}"
+    return (
+        f"{summary['num_groups']} groups{given}, diversity up to {summary['diversity']['largest']:.3f}. One "
+        f"reward for all costs {worst['name']} ({share} of the users) {single} of utility "
+        f"against its own best policy, in deviations of its reward; MaxMin costs it {maxmin}."
+    )
+
+
+def verdict_table(summary: Mapping[str, Any]) -> Table:
+    """Make a table of the verdict and a column a group, for a terminal.
+
+    Args:
+        summary: What ``diagnose`` found.
+
+    Returns:
+        A ``rich.table.Table``.
+    """
+    from rich.table import Table
+
+    groups = summary["groups"]
+    table = Table(title=verdict(summary), title_justify="left", title_style="bold")
+    table.add_column("")
+    for group in groups:
+        table.add_column(f"{group['name']}\n{group['users']} users", justify="right", no_wrap=True)
+    rows = {
+        "share": [group["share"] for group in groups],
+        "accuracy, one reward": [group["accuracy"]["single"] for group in groups],
+        "accuracy, own reward": [group["accuracy"]["mixture"] for group in groups],
+        "epsilon": [group["epsilon"] for group in groups],
+        "gap, one reward": [group["alignment_gap"]["single"] for group in groups],
+        "gap, MaxMin": [group["alignment_gap"]["maxmin"] for group in groups],
+    }
+    for name, points in rows.items():
+        table.add_row(name, *("n/a" if point is None else interval_text(point, ".2f") for point in points))
+    return table
+
+
+def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: bool | None = None) -> Path:
+    """Write ``report.md``, ``groups.csv`` and the figure into ``folder``; returns the report.
+
+    Args:
+        folder: Output folder, made if missing.
+        summary: What :func:`~torchrl_maxmin.diagnosis.analysis.diagnose` found, ``.summary``.
+        figures: Draw the figure; None draws it if Matplotlib is there, and says so in the report if not.
+
+    Raises:
+        ImportError: If ``figures`` is True and Matplotlib is missing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_groups(folder / "groups.csv", summary)
+    parts = ["# What one reward costs these users", verdict(summary), _data(summary)]
+    if figures is None:
+        figures = find_spec("matplotlib") is not None
+        if not figures:
+            parts.append("No figure: Matplotlib is missing (`pip install 'torchrl-maxmin[plot]'`).")
+    if figures:
+        plot_diagnosis(summary, folder / "figures" / "diagnosis")
+        parts.append(
+            "![Accuracy and alignment gap by group](figures/diagnosis.png)\n\n"
+            "Numbers: [figures/diagnosis.csv](figures/diagnosis.csv)"
+        )
+    parts += [
+        "## Groups\n\n" + _group_table(summary),
+        "## Diversity between groups\n\n" + _diversity_table(summary),
+        "## Accuracy on held-out pairs\n\n" + _accuracy_table(summary),
+        "## Lemma 1 and Theorem 1\n\n" + _bounds(summary),
+        "## Assumptions\n\n" + _assumptions(summary),
+        "## Known gaps of the printed proof\n\n" + "\n".join(f"- {gap}" for gap in summary["proof_gaps"]),
+        "## How to read this\n\n" + _caveats(summary),
+    ]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def plot_diagnosis(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
+    """Draw accuracy of the single reward and of the mixture by group, and the alignment gap of both policies.
+
+    Args:
+        summary: What ``diagnose`` found.
+        path: Where to write, without suffix: .png, .svg and .csv are added.
+
+    Returns:
+        The three paths.
+
+    Raises:
+        ImportError: If Matplotlib is missing.
+    """
+    groups = summary["groups"]
+    figure = new_figure(max(2 * (0.9 * len(groups) + 2.0), 8.4), 4.2)
+    left, right = figure.subplots(1, 2)
+    rows: list[dict[str, Any]] = []
+    series = [
+        (left, "accuracy on held-out pairs", "accuracy", (("single", 0), ("mixture", 1))),
+        (right, "alignment gap (less is better)", "alignment_gap", (("single", 0), ("maxmin", 1))),
+    ]
+    labels = {"single": "one reward for all", "mixture": "a reward a group / MaxMin"}
+    for axis, title, key, sides in series:
+        for name, side in sides:
+            points = [(k, group[key].get(name)) for k, group in enumerate(groups)]
+            points = [(k, point) for k, point in points if point is not None]
+            if not points:
+                continue
+            where = np.array([k for k, _ in points]) + (0.13 if side else -0.13)
+            means = np.array([point["mean"] for _, point in points])
+            low, high = (
+                np.array([point[e] if point[e] is not None else point["mean"] for _, point in points])
+                for e in ("low", "high")
+            )
+            axis.errorbar(
+                where, means, yerr=np.clip([means - low, high - means], 0, None), fmt=MARKERS[side],
+                color=COLOURS[side], markersize=7, capsize=6, capthick=2, elinewidth=2.2,
+                label=labels.get(name),
+            )  # fmt: skip
+            rows += [
+                {"figure": key, "group": groups[k]["name"], "model": name,
+                 **{end: point[end] for end in ("mean", "low", "high")}}
+                for k, point in points
+            ]  # fmt: skip
+        axis.set_xticks(
+            range(len(groups)), [f"{group['name']}\n({group['share']['mean']:.0%})" for group in groups]
+        )
+        axis.set_xlim(-0.6, len(groups) - 0.4)
+        axis.set_title(title, fontsize=FONT + 1)
+        tidy(axis)
+        axis.tick_params(axis="x", labelsize=FONT)
+    if not any(row["figure"] == "accuracy" for row in rows):
+        left.text(0.5, 0.5, "no held-out pairs", ha="center", color="0.4", transform=left.transAxes)
+    else:
+        left.axhline(0.5, color="0.35", linewidth=1.4, linestyle="--", zorder=0)
+        left.set_ylim(min(0.45, left.get_ylim()[0]), 1.0)
+        left.text(0.99, 0.505, "chance", transform=left.get_yaxis_transform(), ha="right", va="bottom",
+                  color="0.35", fontsize=FONT - 2)  # fmt: skip
+    low, high = right.get_ylim()
+    right.set_ylim(min(0.0, low), 1.0 if summary["one_reward_serves"] else high)
+    handles, names = left.get_legend_handles_labels()
+    if handles:
+        add_legend(figure, handles, names)
+    return write_figure(figure, path, rows)
+
+
+def _data(summary: Mapping[str, Any]) -> str:
+    text = (
+        f"{summary['num_users']} users, {summary['num_pairs']:g} choices, {summary['num_features']} "
+        f"features. KL weight {summary['beta']:g}. Penalty by left-out users: "
+        + ", ".join(f"{value:g} at K={k}" for k, value in sorted(summary["l2"].items()))
+        + ". "
+    )
+    if summary["choice"] is None:
+        return text + "The number of groups was given."
+    return text + "The number of groups was chosen:\n\n```\n" + summary["choice"]["report"] + "\n```"
+
+
+def _group_table(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for group in summary["groups"]:
+        figures = [group[key] for key in ("share", "epsilon", "distance_to_mixture")]
+        figures += [group["alignment_gap"][name] for name in ("single", "maxmin")]
+        rows.append([group["name"], str(group["users"]), *map(interval_text, figures)])
+    header = ["group", "users", "share", "epsilon", "distance to the mixture", "alignment gap, one reward"]
+    text = markdown_table([*header, "alignment gap, MaxMin"], rows)
+    maxmin = summary["maxmin"]
+    return text + (
+        f"\n\nThe worst-off group's utility is {min(maxmin['single_utilities']):.4f} under one reward and "
+        f"{min(maxmin['utilities']):.4f} under MaxMin, whose optimum by the dual is "
+        f"{maxmin['dual_value']:.4f} (weights {', '.join(f'{w:.3f}' for w in maxmin['weights'])}). "
+        f"Intervals: {summary['intervals']}."
+    )
+
+
+def _diversity_table(summary: Mapping[str, Any]) -> str:
+    names = [group["name"] for group in summary["groups"]]
+    if len(names) == 1:
+        return "0: there is one group."
+    found = summary["diversity"]
+
+    def cell(i: int, j: int) -> str:
+        ends = {end: None if found[end] is None else found[end][i][j] for end in ("low", "high")}
+        return "0" if i == j else interval_text({"mean": found["mean"][i][j], **ends})
+
+    rows = [[name, *(cell(i, j) for j in range(len(names)))] for i, name in enumerate(names)]
+    return (
+        "Total variation of the groups' preference probabilities (Definition 1), averaged over the pairs.\n\n"
+        + markdown_table(["", *names], rows)
+    )
+
+
+def _accuracy_table(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for group in summary["groups"]:
+        found = group["accuracy"]
+        if found["single"] is None:
+            rows.append([group["name"], found["reason"], "", "", ""])
+            continue
+        cells = [interval_text(found[name]) for name in ("single", "mixture", "difference")]
+        rows.append([group["name"], str(found["users"]), *cells])
+    text = markdown_table(["group", "users", "one reward", "a reward a group", "difference"], rows)
+    notes = {
+        f"- {group['name']}: {note}."
+        for group in summary["groups"]
+        for note in group["accuracy"].get("notes", [])
+    }
+    return text + ("\n\n" + "\n".join(sorted(notes)) if notes else "")
+
+
+def _bounds(summary: Mapping[str, Any]) -> str:
+    constants = summary["constants"]
+    rows = []
+    for group in summary["groups"]:
+        lemma, theorem = group["lemma1"], group["theorem1"]
+        rows.append(
+            [
+                group["name"], f"{lemma['bound']:.3g}", f"{lemma['measured']:.3g}",
+                f"{theorem['printed']:.3g}", f"{theorem['squared']:.3g}",
+                f"{theorem['measured']:.3g}", theorem["reason"] or "",
+            ]
+        )  # fmt: skip
+    lipschitz = constants["lipschitz"]
+    return (
+        "As printed: parameters are at least epsilon (1 - share) / (4 D) apart, and the alignment gap is at "
+        "least lambda / (64 beta^2 L) epsilon (1 - share) / D^2. Here D = "
+        f"{constants['feature_bound']:.3g}, lambda = {constants['smallest_eigenvalue']:.3g}, L = 1 / c = "
+        + ("infinite" if lipschitz is None else f"{lipschitz:.3g}")
+        + ".\n\n"
+        + markdown_table(
+            [
+                "group",
+                "Lemma 1, bound",
+                "parameters apart, measured",
+                "Theorem 1, printed",
+                "Theorem 1, squared",
+                "alignment gap in log odds, measured",
+                "note",
+            ],
+            rows,
+        )
+    )
+
+
+def _assumptions(summary: Mapping[str, Any]) -> str:
+    rows = [[item["assumption"], _HOLDS[item["holds"]], item["told"]] for item in summary["assumptions"]]
+    return markdown_table(["assumption", "here", "because"], rows, rule="|---")
+
+
+def _caveats(summary: Mapping[str, Any]) -> str:
+    lines = [
+        "The alignment gap is exact for policies that choose between the two responses of a pair, reference "
+        "uniform, under the fitted rewards, each scaled to deviation 1 within pairs (`sft_std`, as the `ppo` "
+        "verb has it). It says nothing of responses that nobody compared, and it is not the gap of a trained "
+        "language model. A group whose choices say little gets a reward of the same size as the others.",
+        "The bounds are a diagnostic and no certificate: see the assumptions and the gaps of the proof. The "
+        "gap that stands beside them is in log odds, where the penalty makes it too small.",
+        "Rewards are linear in frozen features and shrunk by a penalty. Diversity, epsilon, distance and gap "
+        "are the fit's less the bias that fits to simulated choices show (`fitted` in summary.json has them "
+        "as they were). Intervals hold the chance of the users, not that of K and the penalty.",
+    ]
+    misassigned = summary["misassignment"]["balanced"]
+    if misassigned > 0:
+        lines.append(
+            f"{misassigned:.1%} of the users (averaged over groups) are expected in a wrong group; accuracy "
+            "by group is by the group that was found."
+        )
+    if summary.get("recovery"):
+        lines.append(
+            "Against the groups that the data name: adjusted Rand index "
+            f"{summary['recovery']['adjusted_rand_index']:.3f} (1 is the same partition, 0 chance)."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _write_groups(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write one line a group."""
+    rows = []
+    for group in summary["groups"]:
+        row = {"group": group["name"], "users": group["users"]}
+        for key in ("share", "epsilon", "distance_to_mixture"):
+            row |= {
+                key: group[key]["mean"],
+                f"{key}_low": group[key]["low"],
+                f"{key}_high": group[key]["high"],
+            }
+        for name in ("single", "mixture"):
+            found = group["accuracy"][name]
+            row[f"accuracy_{name}"] = None if found is None else found["mean"]
+        for name in ("single", "maxmin"):
+            row[f"alignment_gap_{name}"] = group["alignment_gap"][name]["mean"]
+        row |= {f"lemma1_{name}": value for name, value in group["lemma1"].items()}
+        row |= {f"theorem1_{name}": group["theorem1"][name] for name in ("printed", "squared")}
+        rows.append(row)
+    write_csv(path, rows)

@@ -1,0 +1,224 @@
+"""Run the diagnose stage: does one reward serve the people behind these preferences?"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrl_maxmin.clustering.selection import L2_CANDIDATES
+from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.diagnosis.analysis import Diagnosis, check_pairs, diagnose
+from torchrl_maxmin.diagnosis.report import verdict, verdict_table, write_diagnosis
+from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.evaluation.summary import write_summary
+from torchrl_maxmin.modules.loading import require_model
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.progress import console
+from torchrl_maxmin.rewards.settings import MixtureSettings
+from torchrl_maxmin.trainers.run import (
+    leave_no_empty_output,
+    prepare_output_dir,
+    resolve_device,
+    seed_everything,
+    write_config,
+)
+
+__all__ = ["DiagnoseConfig", "run_diagnose"]
+
+
+@dataclass
+class DiagnoseConfig(MixtureSettings):
+    """What one reward for all costs the groups among the users.
+
+    Args:
+        dataset_name: pairs; json, jsonl, csv or parquet file, saved dataset or hub name with columns
+            prompt, chosen, rejected and a user; or an npz file of features, with arrays differences [P, D]
+            (or chosen and rejected [P, D]) and users [P], and groups [P] and weights [P] where there are any.
+        output_dir: folder for the results; must be empty or absent.
+        model_name_or_path: frozen encoder or language model that gives the features of texts; an npz file
+            needs none.
+        beta: KL weight of the alignment gap, rewards calibrated as sft_std has it.
+        l2: penalties to choose among by left-out users; as many as there are cost as many times the fits.
+        num_folds: parts that the users are cut into for the choices.
+        num_jackknife: parts that the users are cut into for the intervals; 0 gives none.
+        num_bootstrap: simulated choices that the bias of the fit is measured on; 0 leaves it in.
+    """
+
+    dataset_name: str
+    output_dir: str
+    model_name_or_path: str | None = None
+    beta: float = 0.5
+    heldout_fraction: float = field(default=0.2, kw_only=True)
+    l2: list[float] | None = None
+    num_folds: int = 4
+    num_jackknife: int = 10
+    num_bootstrap: int = 20
+
+    @property
+    def is_array_file(self) -> bool:
+        """Whether the data are features already."""
+        return self.dataset_name.endswith(".npz")
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for settings that cannot work."""
+        super().check()
+        if not self.is_array_file and self.model_name_or_path is None:
+            raise UserError(
+                "texts need features: name a frozen encoder by --model_name_or_path, or give an .npz file of "
+                "features as --dataset_name"
+            )
+        self.require_at_least(2, "num_folds")
+        self.require_positive("beta")
+        for name in ("num_jackknife", "num_bootstrap"):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                raise UserError(f"--{name} must be 0 or at least 2")
+        if self.l2 is not None and not (self.l2 and all(0 < value < math.inf for value in self.l2)):
+            raise UserError("--l2 takes positive penalties")
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Features of pairs, rows sorted by user."""
+
+    differences: Tensor
+    user_offsets: Tensor
+    user_ids: list[str]
+    row_weights: Tensor | None = None
+    judgements: np.ndarray | None = None
+    groups: list[str] | None = None
+
+
+@leave_no_empty_output
+def run_diagnose(config: DiagnoseConfig) -> Path:
+    """Diagnose preference data; returns the folder.
+
+    The folder holds ``summary.json``, ``report.md``, ``groups.csv`` (a line a group), ``users.csv``
+    (responsibilities by user), ``figures/diagnosis`` as .png, .svg and .csv, and ``config.yaml``.
+
+    Raises:
+        UserError: before any work, for data, models or folders that cannot be used.
+    """
+    config.check()
+    num_groups = config.groups()
+    if config.is_array_file:
+        pairs = _from_arrays(Path(config.dataset_name))
+        check_pairs(pairs.differences, pairs.user_offsets, num_groups, config.beta, pairs.groups)
+        folder = prepare_output_dir(config.output_dir)
+    else:
+        device = resolve_device(config.device)
+        require_model(str(config.model_name_or_path))
+        data = config.load_pairs(config.dataset_name, config.model_name_or_path)
+        if data.num_users < 2:
+            raise UserError(
+                "all pairs come from one user, so groups cannot be told apart; check --user_column"
+            )
+        data.require_users(num_groups or 2)
+        folder = prepare_output_dir(config.output_dir)
+        pairs = _from_texts(config, data, device)
+    seed_everything(config.seed)
+    found = diagnose(
+        pairs.differences,
+        pairs.user_offsets,
+        num_groups=num_groups,
+        max_groups=config.max_groups,
+        beta=config.beta,
+        row_weights=pairs.row_weights,
+        judgements=pairs.judgements,
+        true_groups=pairs.groups,
+        l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
+        heldout_fraction=config.heldout_fraction,
+        num_folds=config.num_folds,
+        num_jackknife=config.num_jackknife,
+        num_bootstrap=config.num_bootstrap,
+        seed=config.seed,
+    )
+    write_summary(folder, {**found.summary, "verdict": verdict(found.summary)})
+    write_diagnosis(folder, found.summary)
+    _write_users(folder / "users.csv", pairs.user_ids, found)
+    write_config(folder, config)
+    console.print(verdict_table(found.summary))
+    return folder
+
+
+def _from_texts(config: DiagnoseConfig, data: PreferenceDataset, device: torch.device) -> _Pairs:
+    from torchrl_maxmin.rewards.pairs import feature_differences
+
+    model = str(config.model_name_or_path)
+    differences = feature_differences(data, model, config.max_length, device, **config.reading_options())
+    weights = None if bool((data.weights == 1).all()) else data.weights.float()
+    return _Pairs(differences, data.user_offsets, data.user_ids, weights, data.ranking_ids, data.groups)
+
+
+def _from_arrays(path: Path) -> _Pairs:
+    """Read features from an npz file, rows sorted by user in order of first appearance."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise UserError(f"cannot read features from {str(path)!r}: there is no such file") from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot read features from {str(path)!r}: {error}; write it by numpy.savez, without objects"
+        ) from error
+    there = ", ".join(arrays) or "nothing"
+    if "differences" in arrays:
+        differences = arrays["differences"]
+    elif {"chosen", "rejected"} <= set(arrays):
+        if arrays["chosen"].shape != arrays["rejected"].shape:
+            shapes = f"{list(arrays['chosen'].shape)} and {list(arrays['rejected'].shape)}"
+            raise UserError(f"{path}: chosen and rejected must be of one shape, got {shapes}")
+        differences = arrays["chosen"] - arrays["rejected"]
+    else:
+        raise UserError(
+            f"{path} holds {there}; it needs differences, or chosen and rejected [pairs, features]"
+        )
+    if "users" not in arrays:
+        raise UserError(f"{path} holds {there}; it needs users, one id a pair")
+    if differences.ndim != 2 or not np.issubdtype(differences.dtype, np.floating):
+        raise UserError(
+            f"{path}: features must be [pairs, features] of floats, got {list(differences.shape)} of "
+            f"{differences.dtype}"
+        )
+    for name in ("users", "groups", "weights"):
+        if name in arrays and arrays[name].shape != (len(differences),):
+            raise UserError(f"{path}: {name} must be [{len(differences)}], one a pair")
+    codes, first, which = np.unique(arrays["users"], return_index=True, return_inverse=True)
+    appearance = np.argsort(first)
+    row_user = np.argsort(appearance)[which]
+    order = np.argsort(row_user, kind="stable")
+    counts = torch.from_numpy(np.bincount(row_user))
+    groups = None
+    if "groups" in arrays:
+        owners = set(zip(row_user.tolist(), arrays["groups"].tolist(), strict=True))
+        if len(owners) > len(codes):
+            raise UserError(f"{path}: some user has two groups; give each user one")
+        groups = [str(arrays["groups"][i]) for i in first[appearance]]
+    weights = torch.from_numpy(arrays["weights"][order]).float() if "weights" in arrays else None
+    if weights is not None and not bool((weights > 0).all()):
+        raise UserError(f"{path}: weights must be positive; leave out pairs that do not count")
+    return _Pairs(
+        torch.from_numpy(differences[order]),
+        torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+        [str(code) for code in codes[appearance]],
+        weights,
+        groups=groups,
+    )
+
+
+def _write_users(path: Path, user_ids: list[str], found: Diagnosis) -> None:
+    """Write likeliest group and responsibilities of every user."""
+    responsibilities = found.mixture.responsibilities
+    groups = responsibilities.argmax(-1).tolist()
+    rows = [
+        {"user": user, "group": group}
+        | {f"responsibility_{k}": f"{value:.6f}" for k, value in enumerate(row)}
+        for user, group, row in zip(user_ids, groups, responsibilities.tolist(), strict=True)
+    ]
+    write_csv(path, rows)

@@ -1,0 +1,1 @@
+"""Samples of policies, and what can be certified from them."""

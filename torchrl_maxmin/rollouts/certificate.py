@@ -1,0 +1,62 @@
+"""Certify a language model's policy: samples of it and of the reference, scored by both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from torchrl_maxmin.modules.language import TokenPolicy
+from torchrl_maxmin.modules.sampling import sample_responses
+from torchrl_maxmin.welfare import Certificate, certify
+
+__all__ = ["log_prob_in_batches", "policy_certificate"]
+
+
+@torch.no_grad()
+def log_prob_in_batches(policy: TokenPolicy, responses: TensorDict, batch_size: int = 512) -> Tensor:
+    """Compute log-probabilities [N, R] on the CPU."""
+    device = next(policy.parameters()).device
+    return torch.cat([policy.log_prob(part.to(device)).cpu() for part in responses.split(batch_size)])
+
+
+@torch.no_grad()
+def policy_certificate(
+    policy: TokenPolicy,
+    reference: TokenPolicy,
+    rewards: Callable[[TensorDict], Tensor],
+    prompts: TensorDict,
+    num_samples: int,
+    beta: float,
+) -> Certificate:
+    """Certify how far a policy is from the max-min optimum of ``F_u = E[r_u] - beta KL``, from fresh samples.
+
+    Args:
+        policy: the policy.
+        reference: the reference policy.
+        rewards: gives the rewards [N, K] that the policy was trained on to responses of batch size [N].
+        prompts: what :func:`~torchrl_maxmin.modules.sampling.encode_prompts` gives, batch size [X].
+        num_samples: responses a prompt, a multiple of 4; half are the policy's, half the reference's.
+        beta: weight of the KL penalty, positive.
+
+    Returns:
+        See :func:`~torchrl_maxmin.welfare.certify`; null, with the reason, where it cannot say.
+    """
+    half, shape = num_samples // 2, (len(prompts), num_samples)
+    drawn = [sample_responses(who, prompts, half).reshape(len(prompts), half) for who in (policy, reference)]
+    both = torch.cat(drawn, 1).reshape(-1)
+    log_policy, log_reference = (
+        log_prob_in_batches(who, both).double().sum(-1).reshape(shape) for who in (policy, reference)
+    )
+    group_rewards = rewards(both).cpu().double().reshape(*shape, -1)
+    log_mixture = torch.logaddexp(log_policy, log_reference) - math.log(2)
+    penalty = beta * (log_policy - log_reference)[:, :half, None]
+    return certify(
+        group_rewards,
+        log_reference - log_mixture - math.log(num_samples),
+        (group_rewards[:, :half] - penalty).mean(1),
+        beta,
+    )

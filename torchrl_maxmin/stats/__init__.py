@@ -1,0 +1,44 @@
+"""Estimates with intervals: over users, over seeds and prompts, by group.
+
+``low`` and ``high`` are the interval to read, ``method`` says which; the bootstrap has its own names.
+"""
+
+from torchrl_maxmin.stats.clustered import (
+    NUM_RESAMPLES,
+    ClusterBootstrap,
+    interval_of_statistic,
+    interval_over_seeds,
+    interval_over_users,
+)
+from torchrl_maxmin.stats.interval import SCHEMA_VERSION, CoverageWarning, Interval, stack_intervals, worst_of
+from torchrl_maxmin.stats.rates import (
+    GroupWinRates,
+    accuracy_by_group,
+    group_win_rates,
+    paired_change,
+    rates_by_group,
+    relative_change,
+    user_win_rates,
+    win_matrix,
+)
+
+__all__ = [
+    "NUM_RESAMPLES",
+    "SCHEMA_VERSION",
+    "ClusterBootstrap",
+    "CoverageWarning",
+    "GroupWinRates",
+    "Interval",
+    "accuracy_by_group",
+    "group_win_rates",
+    "interval_of_statistic",
+    "interval_over_seeds",
+    "interval_over_users",
+    "paired_change",
+    "rates_by_group",
+    "relative_change",
+    "stack_intervals",
+    "user_win_rates",
+    "win_matrix",
+    "worst_of",
+]
