@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.progress import quiet
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import quiet
 
 __all__ = ["exit_code", "make_parser", "run_main"]
 

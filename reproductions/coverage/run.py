@@ -21,8 +21,8 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import expit
 
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.tables import write_csv
-from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.stats.clustered import ClusterBootstrap, interval_over_seeds, interval_over_users
 from torchrl_maxmin.stats.interval import CoverageWarning, Interval, stack_intervals
 

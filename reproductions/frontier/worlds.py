@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards import select_num_groups
 from torchrl_maxmin.rewards.pairs import feature_differences
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering import select_num_groups
 from torchrl_maxmin.clustering.identifiability import identifiability_report
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.tables import write_csv
-from torchrl_maxmin.progress import progress_bar
 
 sys.path.append(str(Path(__file__).parents[1]))
 

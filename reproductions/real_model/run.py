@@ -23,6 +23,8 @@ from scores import Comparison, RecordedRewards, classifier_scores, write_scores
 from smollm2 import DEFAULT_FOLDER, make
 from tensordict import TensorDict
 
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run import prepare_output_dir, seed_everything, write_json
 from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
 from torchrl_maxmin.evaluation.results import SeedResult
@@ -30,13 +32,11 @@ from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.preferences.io.files import load_prompts
-from torchrl_maxmin.progress import console
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.trainers.ppo import PPOTrainer
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import RewardConfig, run_reward
-from torchrl_maxmin.trainers.run import prepare_output_dir, seed_everything, write_json
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -24,13 +24,13 @@ from tabular import play_random_processes
 from torchrl.envs import TransformedEnv
 
 from torchrl_maxmin.collectors.episodes import episode_returns, episode_summary, exact_summary
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run import read_metrics, write_json
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.envs import GroupReward
-from torchrl_maxmin.progress import console
 from torchrl_maxmin.trainers.env_ppo import load_env_policy, run_env_ppo
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
-from torchrl_maxmin.trainers.run import read_metrics, write_json
 
 sys.path.append(str(Path(__file__).parents[1]))
 

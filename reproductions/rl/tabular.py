@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from game import play_game
 
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.envs import VectorMDP, solve_max_min
-from torchrl_maxmin.progress import progress_bar
 
 BAR = 1e-2
 

@@ -20,11 +20,11 @@ from scipy.special import expit, logit
 from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import fit_bradley_terry
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.diagnosis import diagnose
 from torchrl_maxmin.diagnosis.figures import calibrated_margins, pair_outcome
 from torchrl_maxmin.diagnosis.theorem import diversity
-from torchrl_maxmin.progress import progress_bar
 
 sys.path.append(str(Path(__file__).parents[1]))
 

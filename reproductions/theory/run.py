@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.diagnosis.exact import exact_outcome, pair_probabilities, single_reward
 from torchrl_maxmin.diagnosis.theorem import distinctness, diversity, lemma1_bound, theorem1_bound
@@ -29,7 +30,6 @@ from torchrl_maxmin.evaluation.plots import (
     tidy,
     write_figure,
 )
-from torchrl_maxmin.progress import progress_bar
 
 sys.path.append(str(Path(__file__).parents[1]))
 

@@ -9,10 +9,10 @@ from cli_forms import FORMS, IN_ENV, config_class
 
 from torchrl_maxmin.cli.main import OTHERS, STAGES, main
 from torchrl_maxmin.cli.parsing import config_from_mapping, mentions, parse_config
+from torchrl_maxmin.core.run import write_config
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import RewardConfig
-from torchrl_maxmin.trainers.run import write_config
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from cli_forms import IN_ENV, config_class
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 
 COMMON = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
 #: what each stage needs besides, for its other settings to be looked at

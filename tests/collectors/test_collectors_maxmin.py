@@ -9,7 +9,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
 
 from torchrl_maxmin.collectors import GroupStatistics, MaxMinCollector
-from torchrl_maxmin.distributed import mean_over_ranks
+from torchrl_maxmin.core.distributed import mean_over_ranks
 from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.welfare import EntropyRegularized, ExponentiatedGradient, HardMin
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.tasks import Task, run_tasks
-from torchrl_maxmin.errors import UserError
 
 
 def test_a_task_waits_for_what_it_needs(tmp_path):

@@ -11,8 +11,8 @@ from scipy.special import expit
 
 from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.cli.parsing import parse_config
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
-from torchrl_maxmin.errors import UserError
 
 QUICK = {"l2": [1e-3], "num_jackknife": 2, "num_bootstrap": 2, "max_groups": 2, "device": "cpu"}
 

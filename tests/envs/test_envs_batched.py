@@ -9,6 +9,7 @@ import torch
 from torchrl.envs import ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs import (
     BatchedEnv,
     FishwoodEnv,
@@ -18,7 +19,6 @@ from torchrl_maxmin.envs import (
     TabularEnv,
     VectorMDP,
 )
-from torchrl_maxmin.errors import UserError
 
 FULL = VectorMDP.random(4, 3, 2)
 

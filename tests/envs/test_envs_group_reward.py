@@ -6,8 +6,8 @@ import torch
 from torchrl.envs import Compose, ParallelEnv, RewardSum, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs import FishwoodEnv, FruitTreeEnv, GroupReward, TabularEnv, VectorMDP
-from torchrl_maxmin.errors import UserError
 
 MATRIX = [[1.0, 0.0], [0.25, 0.75], [0.0, 2.0]]
 CALIBRATED = {"matrix": MATRIX, "scale": [1.0, 2.0, 0.5], "shift": [0.5, 0.0, -1.0]}

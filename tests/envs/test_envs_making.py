@@ -9,9 +9,9 @@ from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, Unbound
 from torchrl.envs import SerialEnv, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs import FishwoodEnv, FruitTreeEnv, GridworldEnv, GroupReward, make_env
 from torchrl_maxmin.envs.gym import FlatObservation
-from torchrl_maxmin.errors import UserError
 
 # name, columns of the observation, groups
 LIGHT = [

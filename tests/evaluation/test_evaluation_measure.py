@@ -15,7 +15,7 @@ from judge_server import Server, ok, shorter
 from rounding import TINY_MODEL, log_prob_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
 from torchrl_maxmin.modules import TokenPolicy

@@ -11,7 +11,7 @@ from evaluation_results import CALIBRATION, LENGTH
 from rounding import TINY_MODEL, log_prob_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.evaluation.measure import measure_policies
 from torchrl_maxmin.modules import TokenPolicy

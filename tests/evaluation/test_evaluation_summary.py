@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from evaluation_results import NAMES, make_result, make_wins
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.evaluation import (
     SeedResult,
     group_win_rates,

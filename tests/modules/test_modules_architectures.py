@@ -9,13 +9,13 @@ import pytest
 import torch
 from architectures import REFUSED, SERVED, write
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.trainers.ppo import PPOTrainer
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
-from torchrl_maxmin.trainers.run import read_metrics
 
 PROMPTS = ["the film", "i finished this", "its", "a tender villain had a long story", "its cast was"]
 EPS = torch.finfo(torch.float32).eps

@@ -7,7 +7,7 @@ import torch
 from architectures import build
 from transformers import GPT2LMHeadModel, OPTForCausalLM
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.checks import check_model, deviation, rounding_bound
 from torchrl_maxmin.modules.loading import load_causal_lm

@@ -8,8 +8,8 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategoric
 from torchrl.envs import EnvBase
 from torchrl.modules import OneHotCategorical, TanhNormal
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs import GroupReward, TabularEnv, VectorMDP, make_env
-from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.mlp import make_actor, make_critic
 
 

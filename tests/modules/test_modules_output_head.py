@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules import TokenPolicy, TokenScorer
 from torchrl_maxmin.modules.output_head import OutputHead
 from torchrl_maxmin.modules.sequences import pad_left, pad_right

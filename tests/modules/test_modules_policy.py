@@ -348,7 +348,7 @@ def test_ensure_pad_token_makes_one_of_its_own(make_model, pad_token):
 def test_ensure_pad_token_needs_an_eos(tiny_model):
     from transformers import AutoTokenizer
 
-    from torchrl_maxmin.errors import UserError
+    from torchrl_maxmin.core.errors import UserError
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.eos_token = None
@@ -357,7 +357,7 @@ def test_ensure_pad_token_needs_an_eos(tiny_model):
 
 
 def test_missing_models(tmp_path):
-    from torchrl_maxmin.errors import UserError
+    from torchrl_maxmin.core.errors import UserError
 
     with pytest.raises(UserError, match=r"folder without config.json"):
         load_causal_lm(str(tmp_path))

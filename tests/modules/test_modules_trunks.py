@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import build, write
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules import TokenCritic, TokenPolicy
 from torchrl_maxmin.modules.loading import load_causal_lm, load_tokenizer, require_causal_lm
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchrl_maxmin.cli.main import main
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r", "user_id": "u"}

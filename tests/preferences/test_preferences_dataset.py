@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset, load_table
 from torchrl_maxmin.preferences.dataset import USER_ALIASES
 

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
 
 HUMAN, BOT = "\n\nHuman: ", "\n\nAssistant:"

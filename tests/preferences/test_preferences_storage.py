@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.preferences.io.columns import ArrowColumn, spill
-from torchrl_maxmin.progress import late_bar
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,7 +74,7 @@ def test_a_full_disk_is_said(monkeypatch):
 
 
 def test_a_bar_shows_only_when_work_takes_long(monkeypatch):
-    from torchrl_maxmin import progress as module
+    from torchrl_maxmin.core import progress as module
 
     shown = []
 

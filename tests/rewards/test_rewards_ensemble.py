@@ -7,7 +7,7 @@ import torch
 from rewards_models import COMPLETIONS, PROMPTS, bert_tokenizer, chat_tokenizer, save_decoder, save_encoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.classifier import SequenceClassifier
 from torchrl_maxmin.rewards.ensemble import RewardEnsemble, load_reward_model

@@ -11,7 +11,7 @@ from scipy.special import log_expit, logsumexp
 from transformers import AutoModelForSequenceClassification
 
 from torchrl_maxmin.clustering.em import EMSettings, converged, repair_empty_groups, run_em
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.rewards import RewardMixture, fit_mixture
 from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings

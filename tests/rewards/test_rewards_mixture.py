@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules.sequences import pad_left, pad_right
 from torchrl_maxmin.preferences import encode
 from torchrl_maxmin.rewards import Calibration, RewardMixture

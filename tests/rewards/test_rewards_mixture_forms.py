@@ -9,7 +9,7 @@ from rewards_models import COMPLETIONS, PROMPTS, chat_tokenizer, save_decoder, s
 from torch import nn
 from transformers import AutoModel
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules.loading import load_config
 from torchrl_maxmin.modules.sequences import pad_left, pad_right
 from torchrl_maxmin.rewards import Calibration, RewardMixture

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rewards_models import COMPLETIONS, PROMPTS, chat_tokenizer, save_decoder, save_encoder
 from transformers import AutoModel, AutoModelForCausalLM
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules.loading import is_encoder, load_config, load_trunk
 from torchrl_maxmin.modules.sequences import keep_last, pack_left, pad_left, pad_right, segment_ids
 from torchrl_maxmin.rewards.heads import has_linear_score

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from tensordict import TensorDict
 from transformers import GenerationConfig
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer, same_vocabulary
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses

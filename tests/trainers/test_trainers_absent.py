@@ -4,10 +4,10 @@ import pytest
 import torch
 import trainers_rewards
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.trainers import ppo
 from torchrl_maxmin.trainers.ppo import run_ppo
-from torchrl_maxmin.trainers.run import read_metrics
 
 ROLLOUT, SILENT = 8, [1, 3]  # responses of a rollout; the rollouts without an answer
 calls = []

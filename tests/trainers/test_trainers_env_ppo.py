@@ -12,11 +12,11 @@ import yaml
 from rounding import float32_bound
 from torchrl.modules import OneHotCategorical
 
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.envs import solve_max_min
-from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.trainers.env_ppo import EnvPPOTrainer, load_env_policy, run_env_ppo
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
-from torchrl_maxmin.trainers.run import read_metrics
 from torchrl_maxmin.welfare import EntropyRegularized, FixedWeights, HardMin
 
 ARMS = {

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.trainers.checkpoint import find_checkpoint
+from torchrl_maxmin.core.checkpoint import find_checkpoint
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.trainers.env_ppo import EnvPPOTrainer
-from torchrl_maxmin.trainers.run import read_metrics
 
 GYM = {
     "env_id": "fishwood-v0",

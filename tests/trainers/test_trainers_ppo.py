@@ -9,12 +9,12 @@ import trainers_rewards
 from rounding import SAMPLER, TINY_MODEL, float32_bound, log_prob_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.modules.output_head import OutputHead
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.trainers.ppo import PPOTrainer, run_ppo
-from torchrl_maxmin.trainers.run import read_metrics
 
 BREVITY, LETTERS, PLUS_FIVE = (f"trainers_rewards:{n}" for n in ("brevity", "letters", "letters_plus_five"))
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.trainers import run as run_module
-from torchrl_maxmin.trainers.checkpoint import find_checkpoint, save_checkpoint
+from torchrl_maxmin.core import run as run_module
+from torchrl_maxmin.core.checkpoint import find_checkpoint, save_checkpoint
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.trainers.ppo import PPOTrainer
-from torchrl_maxmin.trainers.run import read_metrics
 
 
 def trained(config):

@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.trainers import sft as sft_module
 from torchrl_maxmin.trainers.reward import RewardConfig, run_reward, user_accuracy

@@ -13,16 +13,16 @@ import yaml
 
 from torchrl_maxmin.cli.histories import training_histories
 from torchrl_maxmin.cli.parsing import config_from_mapping
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run import prepare_output_dir, resolve_device, write_config
 from torchrl_maxmin.core.tasks import Task, run_tasks
-from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
-from torchrl_maxmin.progress import console
 from torchrl_maxmin.trainers.ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import run_reward
 from torchrl_maxmin.trainers.reward_config import RewardConfig
-from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, write_config
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 from torchrl_maxmin.world import World
 from torchrl_maxmin.world.files import write_preferences, write_world

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchrl_maxmin.trainers.run import read_metrics
+from torchrl_maxmin.core.run import read_metrics
 
 __all__ = ["training_histories"]
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from torchrl_maxmin.cli.parsing import mentions, parse_config
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.progress import quiet
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import quiet
 
 __all__ = ["main"]
 

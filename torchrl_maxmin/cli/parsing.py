@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 
 __all__ = ["OneLineParser", "config_from_mapping", "mentions", "parse_config"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from torchrl_maxmin.cli.parsing import OneLineParser
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 
 __all__ = ["data", "env", "report"]
 

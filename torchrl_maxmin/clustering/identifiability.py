@@ -19,7 +19,7 @@ from torchrl_maxmin.clustering.selection import (
     match_groups,
     user_folds,
 )
-from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.stats import accuracy_by_group
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import PairChoices, sum_by_segment
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
-from torchrl_maxmin.progress import progress_bar
+from torchrl_maxmin.core.progress import progress_bar
 
 __all__ = [
     "L2_CANDIDATES",

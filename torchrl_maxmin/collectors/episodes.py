@@ -14,8 +14,8 @@ from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs.exact import VectorMDP, solve_max_min
-from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.stats.clustered import interval_over_users
 from torchrl_maxmin.stats.interval import Interval, stack_intervals, worst_of
 

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_maxmin.progress import bars, forward_to, prefixed, quiet
+from torchrl_maxmin.core.progress import bars, forward_to, prefixed, quiet
 
 __all__ = ["Task", "run_tasks"]
 

@@ -22,6 +22,7 @@ from torchrl_maxmin.clustering.selection import (
     select_l2,
     select_num_groups,
 )
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.assumptions import check_assumptions, feature_constants
 from torchrl_maxmin.diagnosis.figures import PairFigures, corrected, interval_ends, margins_of, pair_outcome
 from torchrl_maxmin.diagnosis.refits import (
@@ -33,7 +34,6 @@ from torchrl_maxmin.diagnosis.refits import (
 )
 from torchrl_maxmin.diagnosis.summary import Evidence, summarise_evidence
 from torchrl_maxmin.diagnosis.theorem import PROOF_GAPS
-from torchrl_maxmin.errors import UserError
 
 __all__ = ["Diagnosis", "check_pairs", "diagnose"]
 

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.clustering.selection import L2_CANDIDATES
-from torchrl_maxmin.core.tables import write_csv
-from torchrl_maxmin.diagnosis.analysis import Diagnosis, check_pairs, diagnose
-from torchrl_maxmin.diagnosis.report import verdict, verdict_table, write_diagnosis
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.evaluation.summary import write_summary
-from torchrl_maxmin.modules.loading import require_model
-from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.progress import console
-from torchrl_maxmin.rewards.settings import MixtureSettings
-from torchrl_maxmin.trainers.run import (
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run import (
     leave_no_empty_output,
     prepare_output_dir,
     resolve_device,
     seed_everything,
     write_config,
 )
+from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.diagnosis.analysis import Diagnosis, check_pairs, diagnose
+from torchrl_maxmin.diagnosis.report import verdict, verdict_table, write_diagnosis
+from torchrl_maxmin.evaluation.summary import write_summary
+from torchrl_maxmin.modules.loading import require_model
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.rewards.settings import MixtureSettings
 
 __all__ = ["DiagnoseConfig", "run_diagnose"]
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs.batched import BatchedEnv
 from torchrl_maxmin.envs.exact import VectorMDP
-from torchrl_maxmin.errors import UserError
 
 __all__ = ["FishwoodEnv"]
 

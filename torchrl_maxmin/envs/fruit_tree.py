@@ -7,10 +7,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs.batched import BatchedEnv
 from torchrl_maxmin.envs.exact import VectorMDP
 from torchrl_maxmin.envs.optional import require_mo_gymnasium
-from torchrl_maxmin.errors import UserError
 
 __all__ = ["FruitTreeEnv"]
 

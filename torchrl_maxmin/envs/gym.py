@@ -25,8 +25,8 @@ from torchrl.envs import EnvBase, MOGymEnv, ParallelEnv, SerialEnv, TransformedE
 from torchrl.envs.transforms import ObservationTransform
 from torchrl.envs.transforms.utils import _set_missing_tolerance
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs.optional import require_mo_gymnasium
-from torchrl_maxmin.errors import UserError
 
 __all__ = ["FlatObservation", "make_gym_env"]
 

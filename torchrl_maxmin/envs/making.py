@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.importing import import_named
 from torchrl_maxmin.envs.fishwood import FishwoodEnv
 from torchrl_maxmin.envs.fruit_tree import FruitTreeEnv
 from torchrl_maxmin.envs.gridworld import GridworldEnv
 from torchrl_maxmin.envs.optional import require_mo_gymnasium
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.importing import import_named
 
 __all__ = ["BATCHED", "make_env"]
 

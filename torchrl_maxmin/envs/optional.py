@@ -6,7 +6,7 @@ import importlib
 import os
 from typing import Any
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 
 __all__ = ["require_mo_gymnasium"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.texts import Text, plain_text
 
 __all__ = ["EndpointJudge"]

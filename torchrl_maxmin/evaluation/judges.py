@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.texts import Text
 
 __all__ = ["Judge", "Judgements", "judge_pairs", "reward_judge", "truth_judge"]

@@ -13,7 +13,15 @@ import torch
 import yaml
 from tensordict import TensorDict
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import console, progress_bar
+from torchrl_maxmin.core.run import (
+    leave_no_empty_output,
+    prepare_output_dir,
+    resolve_device,
+    seed_everything,
+    write_config,
+)
 from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
@@ -33,18 +41,10 @@ from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.preferences.texts import Text, is_conversational
-from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
 from torchrl_maxmin.rollouts.certificate import log_prob_in_batches, policy_certificate
-from torchrl_maxmin.trainers.run import (
-    leave_no_empty_output,
-    prepare_output_dir,
-    resolve_device,
-    seed_everything,
-    write_config,
-)
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
 

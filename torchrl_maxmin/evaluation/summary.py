@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.evaluation.policies import (
     BASELINE,
     headline,

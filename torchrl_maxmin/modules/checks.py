@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from torchrl_maxmin.errors import UnservedModelError, UserError
+from torchrl_maxmin.core.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.sequences import pad_left, position_ids, takes
 from torchrl_maxmin.modules.trunks import answering, max_positions, undisturbed
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules.trunks import text_config
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from maxmin_kernels import token_log_probs
 from torch import Tensor, nn
 
-from torchrl_maxmin.errors import UnservedModelError, UserError
+from torchrl_maxmin.core.errors import UnservedModelError, UserError
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states
 from torchrl_maxmin.modules.trunks import answering, max_positions, undisturbed
 

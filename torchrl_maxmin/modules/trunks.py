@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states
 
 __all__ = [

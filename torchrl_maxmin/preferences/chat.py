@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torchrl_maxmin.core.settings import CheckedSettings
 from torchrl_maxmin.preferences.texts import set_chat_template
-from torchrl_maxmin.settings import CheckedSettings
 
 __all__ = ["ChatSettings"]
 

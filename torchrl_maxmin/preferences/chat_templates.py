@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.transcripts import Message, Text, ends_within_turn, turns_of
 
 __all__ = ["ChatTemplate", "SplitText", "set_chat_template"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.io.columns import PROMPT_ALIASES, USER_ALIASES, ArrowColumn
 from torchrl_maxmin.preferences.io.files import load_table, mixed_columns
 from torchrl_maxmin.preferences.report import DataReport, check_pairs

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.preferences.schemas.pairs import Origin
-from torchrl_maxmin.progress import late_bar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat_templates import ChatTemplate, SplitText, set_chat_template
 from torchrl_maxmin.preferences.transcripts import (
     Message,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 
 __all__ = [
     "ASSISTANT_TURN",

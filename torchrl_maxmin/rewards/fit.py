@@ -23,10 +23,10 @@ from torchrl_maxmin.clustering.identifiability import (
 )
 from torchrl_maxmin.clustering.linear import fit_choices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, select_num_groups
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
-from torchrl_maxmin.progress import progress_bar
 from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.pairs import PairTokens, feature_differences

@@ -11,7 +11,7 @@ import torch
 from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.modules.loading import (
     ensure_pad_token,
     is_encoder,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import UserRows, row_weights_of
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.modules.loading import (
     ensure_pad_token,
     import_transformers,
@@ -24,7 +25,6 @@ from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_in
 from torchrl_maxmin.modules.trunks import states_width
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, is_conversational, set_chat_template
-from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, TextReader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.rewards.pairs import drop_pairs_cut_alike

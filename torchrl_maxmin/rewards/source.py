@@ -13,8 +13,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.importing import import_named
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.importing import import_named
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
 from torchrl_maxmin.modules.sequences import has_ended

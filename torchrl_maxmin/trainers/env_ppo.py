@@ -16,21 +16,21 @@ from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from torchrl_maxmin.collectors import MaxMinCollector
 from torchrl_maxmin.collectors.episodes import episode_returns, episode_summary, exact_summary
-from torchrl_maxmin.envs import GroupReward, make_env
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.modules.mlp import make_actor, make_critic
-from torchrl_maxmin.objectives import VectorGAE, whiten
-from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
-from torchrl_maxmin.trainers.ppo_adversary import adversary_of
-from torchrl_maxmin.trainers.ppo_loop import PPOLoop
-from torchrl_maxmin.trainers.ppo_metrics import update_metrics
-from torchrl_maxmin.trainers.run import (
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run import (
     leave_no_empty_output,
     require_finite,
     seed_everything,
     write_config,
     write_json,
 )
+from torchrl_maxmin.envs import GroupReward, make_env
+from torchrl_maxmin.modules.mlp import make_actor, make_critic
+from torchrl_maxmin.objectives import VectorGAE, whiten
+from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
+from torchrl_maxmin.trainers.ppo_adversary import adversary_of
+from torchrl_maxmin.trainers.ppo_loop import PPOLoop
+from torchrl_maxmin.trainers.ppo_metrics import update_metrics
 
 __all__ = ["EnvPPOTrainer", "load_env_policy", "run_env_ppo"]
 

@@ -14,8 +14,16 @@ from torch import Tensor
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
 from torchrl_maxmin.collectors import MaxMinCollector
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run import (
+    leave_no_empty_output,
+    nonfinite_batch,
+    seed_everything,
+    write_config,
+    write_json,
+)
 from torchrl_maxmin.envs import TokenEnv
-from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
 from torchrl_maxmin.modules.checks import check_first_rollout
 from torchrl_maxmin.modules.loading import load_tokenizer, require_causal_lm
@@ -25,7 +33,6 @@ from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.objectives import VectorGAE, whiten
 from torchrl_maxmin.objectives.token_rewards import token_steps
 from torchrl_maxmin.preferences.io.files import load_prompts
-from torchrl_maxmin.progress import console
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import mean_of_present
 from torchrl_maxmin.rewards.source import (
@@ -43,13 +50,6 @@ from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_loop import PPOLoop
 from torchrl_maxmin.trainers.ppo_metrics import rollout_metrics
-from torchrl_maxmin.trainers.run import (
-    leave_no_empty_output,
-    nonfinite_batch,
-    seed_everything,
-    write_config,
-    write_json,
-)
 from torchrl_maxmin.welfare import Egalitarian
 
 __all__ = ["PPOTrainer", "run_ppo"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 from torchrl_maxmin.welfare import (
     Adversary,

@@ -16,17 +16,17 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE
-from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.trainers.checkpoint import (
+from torchrl_maxmin.core.checkpoint import (
     find_checkpoint,
     random_state,
     restore_random_state,
     save_checkpoint,
 )
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import progress_bar
+from torchrl_maxmin.core.run import MetricsLog, prepare_output_dir, require_finite, resolve_device
+from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
-from torchrl_maxmin.trainers.run import MetricsLog, prepare_output_dir, require_finite, resolve_device
 from torchrl_maxmin.welfare import Adversary
 
 __all__ = ["PPOLoop"]

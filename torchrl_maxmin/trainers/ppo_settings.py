@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.settings import CheckedSettings
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.settings import CheckedSettings
 
 __all__ = ["PPOSettings"]
 

@@ -10,20 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchrl_maxmin.errors import UnservedModelError, UserError
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import is_encoder, load_tokenizer, require_trunk
-from torchrl_maxmin.modules.sampling import encode_prompts
-from torchrl_maxmin.modules.trunks import max_positions
-from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
-from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
-from torchrl_maxmin.rewards.adapters import require_adaptable
-from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
-from torchrl_maxmin.trainers.checkpoint import find_checkpoint, save_checkpoint
-from torchrl_maxmin.trainers.reward_config import RewardConfig
-from torchrl_maxmin.trainers.run import (
+from torchrl_maxmin.core.checkpoint import find_checkpoint, save_checkpoint
+from torchrl_maxmin.core.errors import UnservedModelError, UserError
+from torchrl_maxmin.core.progress import progress_bar
+from torchrl_maxmin.core.run import (
     leave_no_empty_output,
     prepare_output_dir,
     resolve_device,
@@ -31,6 +21,16 @@ from torchrl_maxmin.trainers.run import (
     write_config,
     write_json,
 )
+from torchrl_maxmin.modules.language import TokenPolicy
+from torchrl_maxmin.modules.loading import is_encoder, load_tokenizer, require_trunk
+from torchrl_maxmin.modules.sampling import encode_prompts
+from torchrl_maxmin.modules.trunks import max_positions
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
+from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
+from torchrl_maxmin.rewards.adapters import require_adaptable
+from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
+from torchrl_maxmin.trainers.reward_config import RewardConfig
 
 __all__ = ["RewardConfig", "run_reward", "user_accuracy"]
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import progress_bar
+from torchrl_maxmin.core.run import (
+    leave_no_empty_output,
+    prepare_output_dir,
+    resolve_device,
+    seed_everything,
+    write_config,
+    write_json,
+)
 from torchrl_maxmin.modules.loading import (
     ensure_pad_token,
     load_causal_lm,
@@ -25,15 +34,6 @@ from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational, read_texts
 from torchrl_maxmin.preferences.transcripts import speaker_of, split_prompt
-from torchrl_maxmin.progress import progress_bar
-from torchrl_maxmin.trainers.run import (
-    leave_no_empty_output,
-    prepare_output_dir,
-    resolve_device,
-    seed_everything,
-    write_config,
-    write_json,
-)
 
 __all__ = ["SFTConfig", "run_sft"]
 

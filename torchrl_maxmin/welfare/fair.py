@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.welfare.functions import Welfare, check_simplex, check_utilities
 
 __all__ = ["AlphaFair", "GeneralizedGini", "Nash", "Regret"]

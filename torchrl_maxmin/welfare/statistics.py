@@ -7,7 +7,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from torchrl_maxmin.distributed import mean_over_ranks
+from torchrl_maxmin.core.distributed import mean_over_ranks
 from torchrl_maxmin.masks import expand_mask, validity_mask
 from torchrl_maxmin.welfare.adversary import Adversary
 from torchrl_maxmin.welfare.functions import Welfare

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.world.grammar import COMPLAINT, PRAISE, WORDS, sample_review
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.preferences.io.columns import in_batches, spill
 from torchrl_maxmin.preferences.texts import Text, read_texts
-from torchrl_maxmin.progress import late_bar
 
 with suppress(ImportError):  # it comes with datasets, and load_table says where that is missing
     import pyarrow as pa

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.preferences.io.columns import (
     EACH_ROW,
     GROUP_ALIASES,
@@ -26,7 +27,6 @@ from torchrl_maxmin.preferences.io.columns import (
 )
 from torchrl_maxmin.preferences.texts import Text
 from torchrl_maxmin.preferences.transcripts import as_transcript
-from torchrl_maxmin.progress import late_bar
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.io.columns import Roles, cell, labels_of, read_column, rows_of, shown
 from torchrl_maxmin.preferences.schemas.pairs import Comparison, Judgement, LoadOptions
 from torchrl_maxmin.preferences.transcripts import split_prompt

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.trainers.run import replace_folder
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run import replace_folder
 
 __all__ = ["find_checkpoint", "random_state", "restore_random_state", "save_checkpoint"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 
 __all__ = ["CheckedSettings"]
 

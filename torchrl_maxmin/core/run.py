@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 
-from torchrl_maxmin.errors import UserError
+from torchrl_maxmin.core.errors import UserError
 
 Stage = TypeVar("Stage", bound=Callable[[Any], Any])
 
