@@ -124,7 +124,7 @@ def random_processes(found: dict[str, Any]) -> str:
     sizes = "2 to 6 states, actions and groups, gamma .95"
     return (
         f"{found['count']} random tabular processes ({sizes}), {found['iterations']:,} iterations of "
-        "`torchrl_maxmin.envs.game.play_game`: relative duality gap of the averaged play at most 1% in "
+        "`game.play_game`: relative duality gap of the averaged play at most 1% in "
         f"{found['within']} of them, largest {found['largest']:.1e}, smallest {found['smallest']:.1e}; "
         f"distance to the linear programme's value at most {found['farthest']:.1e}; that value and its "
         f"own policy's return agree to {found['programmes']:.0e}; {found['seconds']:.0f} seconds.\n"
