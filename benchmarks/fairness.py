@@ -22,6 +22,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
+from torchrl_maxmin.objectives.token_rewards import token_steps
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from torchrl_maxmin.collectors import MaxMinCollector
@@ -29,7 +30,6 @@ from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
 from torchrl_maxmin.modules.sequences import backbone_of
 from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE, whiten
-from torchrl_maxmin.objectives.token_rewards import token_steps
 from torchrl_maxmin.welfare import EntropyRegularized
 
 VOCABULARY, PROMPT, RESPONSE = 512, 16, 32

@@ -97,7 +97,6 @@ def test_values_behind_the_end_move_nothing():
 def test_equals_vector_gae_on_the_steps_of_the_language_rooms():
     tensordict = pytest.importorskip("tensordict")
     from maxmin_kernels import vector_gae
-
     from torchrl_maxmin.objectives.token_rewards import token_steps
 
     reward, value, mask, options = make(5, 14, 3, True)

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-
 from torchrl_maxmin.objectives.token_rewards import place_at_last_token, token_steps
 
 

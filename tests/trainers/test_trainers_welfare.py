@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 
 from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.trainers.ppo import PPOTrainer
-from torchrl_maxmin.trainers.ppo_adversary import adversary_of
 from torchrl_maxmin.trainers.run import read_metrics
 from torchrl_maxmin.welfare import AlphaFair, CVaR, GeneralizedGini, KLBall, Nash, ProjectedGradient, SoftMin
 

@@ -20,15 +20,15 @@ from torchrl_maxmin.evaluation.summary import summarise, write_summary
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer, reading, require_causal_lm
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.modules.sequences import has_ended
 from torchrl_maxmin.modules.trunks import require_positions
 from torchrl_maxmin.preferences.loading import load_prompts
 from torchrl_maxmin.progress import console, progress_bar
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
+from torchrl_maxmin.rollouts.certificate import policy_certificate, score_responses
+from torchrl_maxmin.rollouts.rewards import penalise_missing_eos
 from torchrl_maxmin.settings import ChatSettings
-from torchrl_maxmin.trainers.ppo_gap import log_prob_in_batches, policy_certificate
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
@@ -168,7 +168,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             if isinstance(judge, UtilityJudge):
                 found = judge(sampled, tokenizer, texts, columns, policy.eos_token_ids)
                 utilities[name] = found.reshape(*shape, -1)
-            ratio = sampled["sample_log_prob"] - log_prob_in_batches(reference, sampled)
+            ratio = sampled["sample_log_prob"] - score_responses(reference, sampled)
             kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
             length[name] = sampled["action_mask"].sum(-1).double().numpy().reshape(shape)
             advance(note=name)
@@ -316,7 +316,7 @@ def _certificate(
 
     def rewards(responses: TensorDict) -> torch.Tensor:
         calibrated = calibration.apply(source.in_batches(responses)).double()
-        return calibrated - missing_eos_penalty * ~has_ended(responses, policy.eos_token_ids)
+        return penalise_missing_eos(calibrated, responses, policy.eos_token_ids, missing_eos_penalty)
 
     certificate = policy_certificate(
         policy, reference, rewards, some, config.certificate_samples // 2 * 2, beta

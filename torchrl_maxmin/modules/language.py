@@ -19,7 +19,7 @@ from torchrl_maxmin.modules.loading import (
 )
 from torchrl_maxmin.modules.output_head import OutputHead
 from torchrl_maxmin.modules.sampled_log_probs import SampledLogProbs
-from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, mask_after_eos
+from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, in_batches, mask_after_eos
 from torchrl_maxmin.modules.trunks import states_width
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
@@ -71,6 +71,7 @@ class TokenPolicy(TensorDictModuleBase):
         pad_token_id: what fills the columns after it; must differ from all of them.
         max_new_tokens: columns R of a response.
         temperature: softmax temperature, at sampling and at scoring.
+        generation_batch_size: most prompts answered at once; None for all of a call.
 
     Reads ``prompt_tokens`` [B, P] int64 and ``prompt_mask`` [B, P] bool, padded left; writes
     ``action`` [B, R] int64, ``action_mask`` [B, R] bool and ``sample_log_prob`` [B, R] fp32
@@ -105,6 +106,7 @@ class TokenPolicy(TensorDictModuleBase):
         pad_token_id: int,
         max_new_tokens: int,
         temperature: float = 1.0,
+        generation_batch_size: int | None = None,
     ):
         eos_token_ids = end_tokens(model, eos_token_id)
         if pad_token_id in eos_token_ids:
@@ -120,6 +122,7 @@ class TokenPolicy(TensorDictModuleBase):
         self.head = OutputHead.read(model)
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.generation_batch_size = generation_batch_size
 
     @classmethod
     def from_pretrained(
@@ -129,6 +132,7 @@ class TokenPolicy(TensorDictModuleBase):
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
+        generation_batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> TokenPolicy:
         """Load a Hugging Face model, and check that what it samples is what it is trained on.
@@ -146,6 +150,7 @@ class TokenPolicy(TensorDictModuleBase):
             pad_token_id=tokenizer.pad_token_id,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            generation_batch_size=generation_batch_size,
         )
         check_model(policy)
         return policy
@@ -156,7 +161,8 @@ class TokenPolicy(TensorDictModuleBase):
         Raises:
             ValueError: for a prompt without tokens.
         """
-        return self.sample(tensordict, self.max_new_tokens)
+        size = self.generation_batch_size or len(tensordict)
+        return in_batches(lambda part: self.sample(part, self.max_new_tokens), tensordict, size)
 
     @torch.no_grad()
     def sample(self, tensordict: TensorDictBase, max_new_tokens: int) -> TensorDictBase:
@@ -234,9 +240,13 @@ class TokenCritic(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``state_value`` [B, R, num_columns]."""
-        states = predicting_states(self.backbone, tensordict)
-        tensordict["state_value"] = self.head(states.to(self.head.weight.dtype)).float()
+        tensordict["state_value"] = self.values(tensordict)
         return tensordict
+
+    def values(self, tensordict: TensorDictBase) -> Tensor:
+        """Values [B, R, num_columns] in fp32."""
+        states = predicting_states(self.backbone, tensordict)
+        return self.head(states.to(self.head.weight.dtype)).float()
 
 
 class TokenScorer(TensorDictModuleBase):

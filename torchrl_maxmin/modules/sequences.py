@@ -20,6 +20,7 @@ __all__ = [
     "backbone_of",
     "has_ended",
     "hidden_states",
+    "in_batches",
     "keep_last",
     "last_index",
     "mask_after_eos",
@@ -76,6 +77,24 @@ def has_ended(responses: TensorDictBase, eos_ids: int | Sequence[int]) -> Tensor
         eos_ids: the token, or the several tokens, that end a response.
     """
     return (_is_end(responses["action"], eos_ids) & responses["action_mask"]).any(-1, keepdim=True)
+
+
+def in_batches(function: Callable[[Any], Any], rows: TensorDictBase, batch_size: int) -> Any:
+    """Apply a function to ``batch_size`` rows at a time; the parts of its result are put together again.
+
+    Args:
+        function: maps a tensordict [B] to a tensor or tensordict of as many rows.
+        rows: batch size [N].
+        batch_size: most rows at once.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> in_batches(lambda part: part["x"] * 2, TensorDict({"x": torch.arange(5)}, [5]), 2).tolist()
+        [0, 2, 4, 6, 8]
+    """
+    if len(rows) <= batch_size:
+        return function(rows)
+    return torch.cat([function(part) for part in rows.split(batch_size)])
 
 
 def last_index(mask: Tensor) -> Tensor:

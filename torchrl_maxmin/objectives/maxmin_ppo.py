@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams, is_tensor_collection
-from tensordict.nn import (
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-    dispatch,
-)
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.modules import ValueNorm
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.ppo import _broadcast_advantage_to_log_weight, _check_advantage_broadcast
-from torchrl.objectives.utils import _maybe_add_or_extend_key, _sum_td_features
+from torchrl.objectives.utils import _clip_value_loss, _sum_td_features, distance_loss
 
-from torchrl_maxmin.objectives.critic import VectorCriticMixin
-from torchrl_maxmin.objectives.kl import KL_ESTIMATORS, kl_estimate
-from torchrl_maxmin.objectives.loss_advantage import VectorAdvantageMixin
-from torchrl_maxmin.objectives.masked import masked_mean, ratio_statistics
-from torchrl_maxmin.objectives.scoring import ScoredActions, ScoringActorMixin
+from torchrl_maxmin.masks import (
+    expand_mask,
+    fill_masked,
+    masked_explained_variance,
+    masked_mean,
+    ratio_statistics,
+    validity_mask,
+    whiten,
+)
+from torchrl_maxmin.objectives.kl import KL_ESTIMATORS
+from torchrl_maxmin.objectives.loss_contract import VectorLossMixin
+from torchrl_maxmin.objectives.scalarise import scalarise_advantage
 
 
-class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, ClipPPOLoss):
+class MaxMinPPOLoss(VectorLossMixin, ClipPPOLoss):
     """Clipped PPO whose advantage, value target and critic have one column per group.
 
     In MaxMin-RLHF (https://arxiv.org/abs/2402.08925) the policy climbs ``sum_k w_k F_k`` for group
@@ -49,6 +53,8 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
        :func:`~torchrl_maxmin.objectives.kl_estimate`.
     5. The critic's loss can be taken in units of every column's own spread (``value_norm``), so that a
        group with large returns does not take the critic for itself.
+    6. A minibatch can be dealt in micro-batches whose gradients add up to its own, see
+       :meth:`micro_batches`.
 
     With one group, no mask and the same advantage, losses and gradients equal the parent's to the bit.
 
@@ -138,12 +144,15 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
             log_prob (NestedKey): Where an actor that scores actions itself writes the log-probability.
                 Defaults to ``"log_prob"``.
             entropy (NestedKey): Where such an actor writes the entropy. Defaults to ``"entropy"``.
+            num_valid (NestedKey): The number of steps that count in the minibatch of which the data are a
+                part, as :meth:`micro_batches` writes it. Defaults to ``"num_valid"``.
         """
 
         group_weights: NestedKey = "group_weights"
         ref_log_prob: NestedKey = "ref_log_prob"
         log_prob: NestedKey = "log_prob"
         entropy: NestedKey = "entropy"
+        num_valid: NestedKey = "num_valid"
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
@@ -193,68 +202,7 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
         if not self._is_probabilistic:
             self.set_keys(sample_log_prob="sample_log_prob")
 
-    # -- keys -----------------------------------------------------------------------------------------
-
-    def _set_in_keys(self) -> None:
-        super()._set_in_keys()
-        keys: list[NestedKey] = sorted(self._in_keys or (), key=str)
-        optional = ("advantage", "value_target", "value", "group_weights", "ref_log_prob")
-        for name in optional:
-            _maybe_add_or_extend_key(keys, getattr(self.tensor_keys, name))
-        _maybe_add_or_extend_key(keys, list(self._loss_mask_keys()))
-        self._in_keys = list(dict.fromkeys(keys))
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """What ``forward`` returns, in the order of a keyword call."""
-        if self._out_keys is None:
-            keys: list[NestedKey] = ["loss_objective", "clip_fraction"]
-            if self.entropy_bonus:
-                keys += ["entropy", "loss_entropy"]
-            if self.kl_to_ref_coeff is not None:
-                keys += ["kl_to_ref", "loss_kl_to_ref"]
-            if self._has_critic:
-                keys.append("loss_critic")
-                if self.clip_value is not None:
-                    keys.append("value_clip_fraction")
-                if self.log_explained_variance:
-                    keys.append("explained_variance")
-            self._out_keys = [*keys, "ESS", "kl_approx", "max_ratio", "mean_ratio"]
-        return self._out_keys
-
-    @out_keys.setter
-    def out_keys(self, values: list[NestedKey]) -> None:
-        self._out_keys = values
-
-    # -- the reference --------------------------------------------------------------------------------
-
-    def _kl_to_ref(self, scored: ScoredActions, tensordict: TensorDictBase, mask: Tensor | None) -> Tensor:
-        """The estimate of every step, ``[*B, 1]``."""
-        ref_log_prob = tensordict.get(self.tensor_keys.ref_log_prob, None)
-        log_prob = scored.log_prob
-        if ref_log_prob is None:
-            raise KeyError(
-                "kl_to_ref_coeff needs the reference's log-probabilities of the actions in "
-                f"{self.tensor_keys.ref_log_prob!r}."
-            )
-        if is_tensor_collection(log_prob):
-            log_prob = _sum_td_features(log_prob)
-        if ref_log_prob.shape != log_prob.shape:
-            raise ValueError(
-                f"{self.tensor_keys.ref_log_prob!r} has shape {tuple(ref_log_prob.shape)}, the policy's "
-                f"log-probability {tuple(log_prob.shape)}."
-            )
-        log_ratio = (log_prob - ref_log_prob).unsqueeze(-1)
-        if mask is not None:
-            log_ratio = torch.where(mask, log_ratio, 0.0)
-        return kl_estimate(log_ratio, self.kl_estimator)
-
     # -- the loss -------------------------------------------------------------------------------------
-
-    def _reduce_loss(self, loss: Tensor, tensordict: TensorDictBase | None = None, **kwargs: Any) -> Tensor:
-        if not loss.numel() and self.reduction == "mean":
-            return loss.sum()  # of an empty minibatch: 0, with a gradient of zeros
-        return super()._reduce_loss(loss, tensordict, **kwargs)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -266,38 +214,43 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
 
         Returns:
             A tensordict with the entries of :attr:`out_keys` (and ``composite_entropy`` for composite
-            actions).
+            actions). For a micro-batch the statistics of the whole are left out, and ``log_ratio`` and
+            ``value`` of every step put in, for :meth:`merge`.
         """
+        keys = self.tensor_keys
         tensordict = tensordict.clone(False)
-        fresh = tensordict.get(self.tensor_keys.advantage, None) is None
+        fresh = tensordict.get(keys.advantage, None) is None
         if fresh:
             self._estimate_advantage(tensordict)
         tensordict = self._finite_actor_inputs(tensordict)
+        count = tensordict.get(keys.num_valid, None)
+        if count is not None:
+            count = count.flatten()[0]
         advantage = self._scalar_advantage(tensordict)
         log_weight, scored, kl_approx, log_is_weight = self._log_weight(
             tensordict, adv_shape=advantage.shape[:-1]
         )
         advantage = _broadcast_advantage_to_log_weight(advantage, log_weight)
         _check_advantage_broadcast(advantage, log_weight)
-        mask = self._mask(tensordict, log_weight)
+        mask = validity_mask(tensordict, self.loss_mask_key)
         advantage = self._normalise(advantage, tensordict, mask, fresh=fresh)
         if mask is not None:
             # Select before the exponential: padding may hold anything.
-            advantage = torch.where(mask, advantage, 0.0)
-            log_weight = torch.where(mask, log_weight, 0.0)
-            kl_approx = torch.where(mask, kl_approx, 0.0)
-            log_is_weight = None if log_is_weight is None else torch.where(mask, log_is_weight, 0.0)
+            valid = expand_mask(mask, log_weight)
+            advantage, log_weight, kl_approx = (
+                torch.where(valid, x, 0.0) for x in (advantage, log_weight, kl_approx)
+            )
+            log_is_weight = None if log_is_weight is None else torch.where(valid, log_is_weight, 0.0)
 
         # The clip acts on pi / pi_prox, the surrogate is weighted by pi / pi_behaviour; the two are one
         # unless the proximal policy is delayed or the ratio capped.
         log_behaviour = log_weight if log_is_weight is None else log_weight + log_is_weight
         clipped = log_weight.clamp(*self._clip_bounds)
-        clip_fraction = masked_mean((clipped != log_weight).to(log_weight.dtype), mask)
         log_clipped = clipped if log_is_weight is None else clipped + log_is_weight
         gains = torch.stack([log_behaviour.exp() * advantage, log_clipped.exp() * advantage], -1)
         out = TensorDict({"loss_objective": -gains.min(dim=-1).values})
-        out.set("clip_fraction", clip_fraction)
-        out.set("kl_approx", masked_mean(kl_approx.detach(), mask))
+        out.set("clip_fraction", masked_mean((clipped != log_weight).to(log_weight.dtype), mask, count))
+        out.set("kl_approx", masked_mean(kl_approx.detach(), mask, count))
 
         if self.entropy_bonus:
             entropy = self._get_entropy(scored, adv_shape=advantage.shape[:-1])
@@ -305,25 +258,26 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
             if is_tensor_collection(entropy):
                 out.set("composite_entropy", entropy.detach())
                 total = _sum_td_features(entropy)
-            out.set("entropy", masked_mean(total.detach(), mask))
+            out.set("entropy", masked_mean(total.detach(), mask, count))
             out.set("loss_entropy", self._weighted_loss_entropy(entropy))
         if self.kl_to_ref_coeff is not None:
             kl_to_ref = self._kl_to_ref(scored, tensordict, mask)
-            out.set("kl_to_ref", masked_mean(kl_to_ref.detach(), mask))
+            out.set("kl_to_ref", masked_mean(kl_to_ref.detach(), mask, count))
             out.set("loss_kl_to_ref", self.kl_to_ref_coeff * kl_to_ref)
         if self._has_critic:
-            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict)
+            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict, count)
             out.set("loss_critic", loss_critic)
             if value_clip_fraction is not None:
                 out.set("value_clip_fraction", value_clip_fraction)
             if explained_variance is not None:
-                out.set("explained_variance", explained_variance)
-        out.update(ratio_statistics(log_behaviour.detach(), mask))
-        out = out.named_apply(
-            lambda name, value: (
-                self._reduce_loss(value, tensordict).squeeze(-1) if name.startswith("loss_") else value
-            )
-        )
+                out.set("explained_variance" if count is None else "value", explained_variance)
+        for name in [name for name, _ in out.items() if name.startswith("loss_")]:
+            if self.reduction == "mean":
+                out.set(name, masked_mean(out[name], mask, count))
+            else:
+                out.set(name, self._reduce_loss(out[name], tensordict).squeeze(-1))
+        log_ratio = log_behaviour.detach()
+        out.update(ratio_statistics(log_ratio, mask) if count is None else {"log_ratio": log_ratio})
         self._clear_weakrefs(
             tensordict,
             out,
@@ -333,3 +287,102 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
             "target_critic_network_params",
         )
         return out
+
+    def loss_critic(
+        self, tensordict: TensorDictBase, count: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The critic's loss, times ``critic_coeff``, and its masked metrics.
+
+        Args:
+            tensordict: the data, with ``value_target`` and what the critic reads.
+            count: steps that count in the minibatch of which the data are a part; None where they are all.
+
+        Returns:
+            The loss of every step and column ``[*B, C]``, the fraction of clipped values or None, the
+            explained variance of every column ``[C]`` (of a part the values ``[*B, C]``) or None.
+        """
+        keys = self.tensor_keys
+        if self.separate_losses:
+            tensordict = tensordict.detach()
+        target = tensordict.get(keys.value_target, None)
+        if target is None:
+            raise KeyError(
+                f"The value target {keys.value_target!r} is not in the data: compute it with VectorGAE, "
+                "or leave the advantage out for the loss to compute both."
+            )
+        old_value = tensordict.get(keys.value, None) if self.clip_value is not None else None
+        if self.clip_value is not None and old_value is None:
+            raise KeyError(f"clip_value needs the values {keys.value!r} of the rollout in the data.")
+        mask = validity_mask(tensordict, self.loss_mask_key)
+        tensordict = fill_masked(tensordict, self.critic_network.in_keys, mask)
+        with (
+            self.critic_network_params.to_module(self.critic_network, preserve_module_state=False)
+            if self.functional
+            else contextlib.nullcontext()
+        ):
+            value = self.critic_network(tensordict).get(keys.value)
+        if value is None or value.shape != target.shape:
+            raise ValueError(
+                f"The critic's {keys.value!r} has shape {None if value is None else tuple(value.shape)}, "
+                f"but {keys.value_target!r} has {tuple(target.shape)}: they need one column per group each, "
+                "and one more each if the KL penalty has its own."
+            )
+        if mask is not None:
+            # Padding may hold NaN, which would survive a multiplication by 0 in the backward pass.
+            valid = expand_mask(mask, value)
+            target, value = torch.where(valid, target, 0.0), torch.where(valid, value, 0.0)
+            old_value = None if old_value is None else torch.where(valid, old_value, 0.0)
+        if self.value_norm is not None:
+            rows = target if mask is None else target[valid.all(-1)]
+            if rows.numel():  # statistics of nothing would be NaN for good
+                self.value_norm.update(rows)
+            target, value = self.value_norm.normalize(target), self.value_norm.normalize(value)
+            old_value = None if old_value is None else self.value_norm.normalize(old_value)
+        loss = distance_loss(target, value, loss_function=self.loss_critic_type)
+        clip_fraction = None
+        if old_value is not None:
+            loss, _ = _clip_value_loss(old_value, value, self.clip_value, target, loss, self.loss_critic_type)
+            clipped = (value - old_value).detach().abs() > self.clip_value
+            clip_fraction = masked_mean(clipped.to(value.dtype), mask, count)
+        explained_variance = value.detach() if self.log_explained_variance else None
+        if explained_variance is not None and count is None:
+            explained_variance = masked_explained_variance(target.detach(), explained_variance, mask)
+        return (self.critic_coeff * loss if self._has_critic else loss), clip_fraction, explained_variance
+
+    def _scalar_advantage(self, tensordict: TensorDictBase) -> Tensor:
+        """The advantage ``[*B, 1]``; a K-column one is weighted."""
+        keys = self.tensor_keys
+        advantage = tensordict.get(keys.advantage)
+        if advantage.shape == tensordict.batch_size and advantage.shape[-1:] != (1,):
+            raise ValueError(
+                f"The advantage has shape {tuple(advantage.shape)}, that of the batch: it misses its last "
+                "dimension, one column per group or a single one (advantage.unsqueeze(-1))."
+            )
+        if advantage.shape[-1] == 1:
+            return advantage
+        weights = tensordict.get(keys.group_weights, None)
+        if weights is None:
+            raise ValueError(
+                f"The advantage has {advantage.shape[-1]} columns (shape {tuple(advantage.shape)}) and the "
+                f"data hold no {keys.group_weights!r} to weigh them. Set the group weights, or scalarise the "
+                "advantage; if it has one value a step, it misses its last dimension (unsqueeze(-1))."
+            )
+        return scalarise_advantage(advantage, weights)
+
+    def _normalise(
+        self, advantage: Tensor, tensordict: TensorDictBase, mask: Tensor | None, fresh: bool
+    ) -> Tensor:
+        if self.advantage_norm is not None:
+            shape = advantage.shape
+            # Statistics of nothing would be NaN for good.
+            known = advantage.numel() > 0 and (mask is None or bool(mask.any()))
+            advantage = self._scale_advantage(advantage, tensordict, update=fresh and known)
+            if advantage.shape != shape:
+                raise ValueError(
+                    "advantage_norm has a scale for every column of the value target, but the advantage is "
+                    "scalarised before it is normalised. Use normalize_advantage=True, or a ValueNorm of "
+                    "shape 1."
+                )
+        elif self.normalize_advantage:
+            advantage = whiten(advantage, mask, exclude_dims=self.normalize_advantage_exclude_dims)
+        return advantage
