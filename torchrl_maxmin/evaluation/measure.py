@@ -27,7 +27,7 @@ from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
 from torchrl_maxmin.rollouts.certificate import policy_certificate, score_responses
-from torchrl_maxmin.rollouts.rewards import penalise_missing_eos
+from torchrl_maxmin.rollouts.language import penalise_missing_eos
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.run import prepare_output_dir, resolve_device, seed_everything, write_config
 

@@ -49,7 +49,7 @@ class FullCopies(Networks):
         self.tokenizer, self.scoring_batch_size = tokenizer, scoring_batch_size
 
     def generate(self, prompts: TensorDictBase) -> TensorDictBase:
-        """Sample a response of the policy to every prompt, see :class:`~torchrl_maxmin.modules.TokenPolicy`."""
+        """Sample a response of the policy to every prompt."""
         return self.policy(prompts)
 
     @torch.no_grad()
@@ -65,7 +65,8 @@ class FullCopies(Networks):
     @torch.no_grad()
     def values(self, responses: TensorDictBase) -> Tensor:
         """Values [B, R, num_columns] of the tokens."""
-        return in_batches(self.critic.values, responses, self.scoring_batch_size)
+        rows = responses.select(*self.critic.in_keys)
+        return in_batches(self.critic, rows, self.scoring_batch_size)["state_value"]
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer in the format of Hugging Face."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from maxmin_kernels import token_log_probs
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -18,7 +22,6 @@ from torchrl_maxmin.modules.loading import (
     plain_generation,
 )
 from torchrl_maxmin.modules.output_head import OutputHead
-from torchrl_maxmin.modules.sampled_log_probs import SampledLogProbs
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, in_batches, mask_after_eos
 from torchrl_maxmin.modules.trunks import states_width
 
@@ -53,6 +56,40 @@ def _require_prompts(shortest: int) -> None:
             "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
             "scored from padding; give it the tokenizer's BOS token, or leave it out"
         )
+
+
+@dataclass
+class SampledLogProbs:
+    """A logits processor that changes nothing and remembers how likely each sampled token was.
+
+    A token is known one call after its scores: only one step's scores are held, never [B, R, V].
+
+    Args:
+        temperature: of the sampling; processors of the caller's see scores that are not divided yet.
+    """
+
+    temperature: float = 1.0
+    columns: list[Tensor] = field(default_factory=list)
+    scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
+        """Take the scores [B, V] of the next token, given all tokens [B, T] until now."""
+        if self.scores is not None:
+            last = self.scores.float()
+            if self.temperature != 1.0:
+                last = last / self.temperature
+            self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
+        self.scores = scores
+        return scores
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Return the log-probabilities [B, R] in fp32, given all tokens [B, T]."""
+        self(tokens, None)
+        return torch.stack(self.columns, -1)
+
+
+# generate() asks for it at every token, and working it out takes longer than the log-probability.
+SampledLogProbs.__call__.__signature__ = inspect.signature(SampledLogProbs.__call__)  # type: ignore[attr-defined]
 
 
 class TokenPolicy(TensorDictModuleBase):
@@ -162,7 +199,7 @@ class TokenPolicy(TensorDictModuleBase):
             ValueError: for a prompt without tokens.
         """
         size = self.generation_batch_size or len(tensordict)
-        return in_batches(lambda part: self.sample(part, self.max_new_tokens), tensordict, size)
+        return in_batches(partial(self.sample, max_new_tokens=self.max_new_tokens), tensordict, size)
 
     @torch.no_grad()
     def sample(self, tensordict: TensorDictBase, max_new_tokens: int) -> TensorDictBase:
@@ -182,7 +219,7 @@ class TokenPolicy(TensorDictModuleBase):
             pad_token_id=self.pad_token_id,
             logits_processor=[sampled],
         )[:, prompt.shape[-1] :]
-        log_prob = sampled.finish(generated[:, -1])
+        log_prob = sampled.finish(generated)
         # generate() returns early only when every row has ended: what is missing is padding
         short = max_new_tokens - generated.shape[-1]
         action = nn.functional.pad(generated, (0, short), value=self.pad_token_id)
@@ -203,12 +240,19 @@ class TokenPolicy(TensorDictModuleBase):
         """Log-probabilities and token entropies, both [B, R] and zero where masked."""
         action, mask = tensordict["action"], tensordict["action_mask"]
         states = predicting_states(backbone_of(self.model), tensordict)
-        log_prob, token_entropy = self.head.log_probs(
-            self.model.get_output_embeddings(),
+        output = self.model.get_output_embeddings()
+        bias = getattr(output, "bias", None)
+        if bias is not None and self.head.bias_scale != 1.0:
+            bias = bias * self.head.bias_scale
+        log_prob, token_entropy = token_log_probs(
             states[mask],
+            output.weight,
             action[mask],
             temperature=self.temperature,
             entropy=entropy,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+            bias=bias,
         )
         blank = torch.zeros(action.shape, dtype=log_prob.dtype, device=action.device)
         scattered = blank.masked_scatter(mask, log_prob)
@@ -240,13 +284,9 @@ class TokenCritic(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``state_value`` [B, R, num_columns]."""
-        tensordict["state_value"] = self.values(tensordict)
-        return tensordict
-
-    def values(self, tensordict: TensorDictBase) -> Tensor:
-        """Values [B, R, num_columns] in fp32."""
         states = predicting_states(self.backbone, tensordict)
-        return self.head(states.to(self.head.weight.dtype)).float()
+        tensordict["state_value"] = self.head(states.to(self.head.weight.dtype)).float()
+        return tensordict
 
 
 class TokenScorer(TensorDictModuleBase):

@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torchrl.envs.transforms import Transform
 
 from torchrl_maxmin.collectors.statistics import GroupStatistics
-from torchrl_maxmin.objectives.scalarise import scalarise_advantage
+from torchrl_maxmin.objectives.functional import scalarise_advantage
 from torchrl_maxmin.welfare import Adversary
 
 __all__ = ["MaxMinAdvantage"]

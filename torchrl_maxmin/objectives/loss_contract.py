@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+import inspect
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase, TensorDictParams, is_tensor_collection
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.objectives import LossModule, ValueEstimators
+from torchrl.modules import ValueNorm
+from torchrl.objectives import ClipPPOLoss, LossModule, PPOLoss, ValueEstimators
 from torchrl.objectives.utils import (
     _coerce_value_type,
     _maybe_add_or_extend_key,
@@ -20,20 +21,13 @@ from torchrl.objectives.utils import (
 )
 from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator, VTrace
 
-from torchrl_maxmin.masks import (
-    expand_mask,
-    fill_masked,
-    mask_keys,
-    masked_explained_variance,
-    ratio_statistics,
-    validity_mask,
-)
-from torchrl_maxmin.objectives.kl import kl_estimate
+from torchrl_maxmin.masks import expand_mask, mask_keys, validity_mask, whiten
+from torchrl_maxmin.objectives.functional import KL_ESTIMATORS, kl_estimate, scalarise_advantage
 from torchrl_maxmin.objectives.vector_estimator import VectorEstimator
 from torchrl_maxmin.objectives.vector_gae import VectorGAE
 from torchrl_maxmin.objectives.vector_td import VectorTD0, VectorTD1, VectorTDLambda, VectorVTrace
 
-__all__ = ["ScoredActions", "VectorLossMixin"]
+__all__ = ["ScoredActions", "VectorPPOLoss"]
 
 _BY_NAME: dict[ValueEstimators, type[VectorEstimator]] = {
     ValueEstimators.GAE: VectorGAE,
@@ -53,43 +47,82 @@ class ScoredActions(NamedTuple):
     dist: Any  # the distribution, from a probabilistic actor
 
 
-class VectorLossMixin:
-    """Keys, masks and value estimators of a PPO loss with a column for every group.
+class VectorPPOLoss(ClipPPOLoss):
+    """The contract of :class:`~torchrl_maxmin.objectives.MaxMinPPOLoss`, where it is described."""
 
-    To be put before :class:`~torchrl.objectives.PPOLoss` among the bases. The actor may be one that writes
-    log-probabilities, besides a probabilistic one; the contract is described in
-    :class:`~torchrl_maxmin.objectives.MaxMinPPOLoss`.
-    """
+    @dataclass
+    class _AcceptedKeys(ClipPPOLoss._AcceptedKeys):
+        """The entries that :meth:`set_keys` can rename, besides those of PPO.
 
-    actor_network: Any
-    actor_network_params: Any
-    advantage_norm: Any
-    functional: bool
-    kl_estimator: str
-    normalize_advantage: bool
-    value_norm: Any
-    critic_network: Any
-    tensor_keys: Any
-    target_critic_network_params: Any
-    _cached_critic_network_params_detached: Any
-    _default_device: Any
-    _log_weight: Any
-    _value_estimator: Any
-    _loss_mask_key: Any
+        Attributes:
+            group_weights (NestedKey): The group weights ``[*B, K]``. Defaults to ``"group_weights"``.
+            ref_log_prob (NestedKey): The reference policy's log-probability of the action.
+                Defaults to ``"ref_log_prob"``.
+            log_prob (NestedKey): Where an actor that scores actions itself writes the log-probability.
+                Defaults to ``"log_prob"``.
+            entropy (NestedKey): Where such an actor writes the entropy. Defaults to ``"entropy"``.
+            num_valid (NestedKey): The number of steps that count in the minibatch of which the data are a
+                part, as :meth:`micro_batches` writes it. Defaults to ``"num_valid"``.
+        """
+
+        group_weights: NestedKey = "group_weights"
+        ref_log_prob: NestedKey = "ref_log_prob"
+        log_prob: NestedKey = "log_prob"
+        entropy: NestedKey = "entropy"
+        num_valid: NestedKey = "num_valid"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
     _in_keys: list[NestedKey] | None
     _out_keys: list[NestedKey] | None
-    entropy_bonus: bool
-    kl_to_ref_coeff: Any
-    clip_value: Any
-    log_explained_variance: bool
-    _has_critic: bool
-    value_estimator: Any
-    value_type: Any
+    _schedulable_buffers = frozenset({"kl_to_ref_coeff"})
+
+    actor_network: TensorDictModule
+    critic_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    critic_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    target_critic_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential | TensorDictModule | None = None,
+        critic_network: TensorDictModule | None = None,
+        *,
+        kl_to_ref_coeff: float = 0.0,
+        kl_estimator: str = "k3",
+        value_norm: ValueNorm | None = None,
+        loss_mask_key: NestedKey | None = "auto",
+        **kwargs: Any,
+    ) -> None:
+        # The parent swallows unknown arguments, and with them typing errors.
+        known = {*inspect.signature(ClipPPOLoss).parameters, *inspect.signature(PPOLoss).parameters}
+        unknown = sorted(set(kwargs) - known - {"critic_coef", "entropy_coef"})
+        if unknown:
+            raise TypeError(f"MaxMinPPOLoss got unknown arguments: {', '.join(unknown)}.")
+        # The parent looks at pairs only; above 1 its lower bound, log(1 - clip_epsilon), is NaN.
+        clip = kwargs.get("clip_epsilon", 0.2)
+        if isinstance(clip, int | float) and not 0 <= clip <= 1:
+            raise ValueError(f"clip_epsilon must be between 0 and 1, or a pair, got {clip}.")
+        kwargs["clip_value"] = kwargs.get("clip_value") or None  # False and 0 mean no clipping
+        super().__init__(actor_network, critic_network, **kwargs)
+        if kl_to_ref_coeff < 0:
+            raise ValueError(f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}.")
+        if kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator is one of {', '.join(KL_ESTIMATORS)}, not {kl_estimator!r}.")
+        self.kl_estimator = kl_estimator
+        self.value_norm = value_norm
+        self.register_coeff_buffer(
+            "kl_to_ref_coeff", float(kl_to_ref_coeff) or None, device=self.entropy_coeff.device
+        )
+        self.loss_mask_key = loss_mask_key
+        if not self._is_probabilistic:
+            self.set_keys(sample_log_prob="sample_log_prob")
 
     # -- keys and masks -------------------------------------------------------------------------------
 
     def _set_in_keys(self) -> None:
-        super()._set_in_keys()  # type: ignore[misc]
+        super()._set_in_keys()
         keys: list[NestedKey] = sorted(self._in_keys or (), key=str)
         optional = ("advantage", "value_target", "value", "group_weights", "ref_log_prob", "num_valid")
         for name in optional:
@@ -140,23 +173,10 @@ class VectorLossMixin:
     def _loss_mask_keys(self) -> tuple[NestedKey, ...]:
         return mask_keys(self._loss_mask_key)
 
-    def _finite_actor_inputs(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The data with boolean masks, and without NaN in what the actor reads of masked steps."""
-        mask = validity_mask(tensordict, self._loss_mask_key)
-        if mask is None:
-            return tensordict
-        keys = list(getattr(self.actor_network, "in_keys", ()))
-        _maybe_add_or_extend_key(keys, self.tensor_keys.action)
-        tensordict = fill_masked(tensordict, keys, mask)
-        for key in self._loss_mask_keys():
-            if tensordict.get(key, None) is not None:
-                tensordict.set(key, tensordict.get(key).to(torch.bool))
-        return tensordict
-
     # -- the estimator --------------------------------------------------------------------------------
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        super()._forward_value_estimator_keys(**kwargs)  # type: ignore[misc]
+        super()._forward_value_estimator_keys(**kwargs)
         if isinstance(self._value_estimator, VectorEstimator):
             self._value_estimator.set_keys(group_weights=self.tensor_keys.group_weights)
 
@@ -188,7 +208,7 @@ class VectorLossMixin:
                 defaults["log_ratio"] = self._behaviour_log_ratio
             self._value_estimator = _BY_NAME[value_type](**{**defaults, **hyperparams})
         else:
-            super().make_value_estimator(value_type, **hyperparams)  # type: ignore[misc]
+            super().make_value_estimator(value_type, **hyperparams)
         estimator = self._value_estimator
         unnamed = isinstance(estimator, VectorEstimator) and estimator.mask_key == "auto"
         if unnamed and "mask_key" not in hyperparams:
@@ -232,46 +252,9 @@ class VectorLossMixin:
 
     # -- actors ---------------------------------------------------------------------------------------
 
-    @property
-    def _is_probabilistic(self) -> bool:
-        actor = self.actor_network
-        if isinstance(actor, (ProbabilisticTensorDictSequential, ProbabilisticTensorDictModule)):
-            return True
-        return self.tensor_keys.log_prob not in getattr(actor, "out_keys", ()) and hasattr(actor, "get_dist")
-
-    def _get_cur_log_prob(
-        self, tensordict: TensorDictBase, params: TensorDictParams | None = None
-    ) -> tuple[Any, ScoredActions, bool]:
-        if self._is_probabilistic:
-            log_prob, dist, is_composite = super()._get_cur_log_prob(tensordict, params)  # type: ignore[misc]
-            return log_prob, ScoredActions(log_prob, None, dist), is_composite
-        actor, keys = self.actor_network, self.tensor_keys
-        if keys.log_prob not in getattr(actor, "out_keys", ()):
-            raise TypeError(
-                "The actor must be a probabilistic TensorDict module, or a TensorDict module that writes "
-                f"the log-probability of the given action under {keys.log_prob!r} (set_keys(log_prob=...)); "
-                f"got {type(actor).__name__} with out_keys {getattr(actor, 'out_keys', None)}."
-            )
-        params = self.actor_network_params if params is None else params
-        with (
-            params.to_module(actor, preserve_module_state=False)
-            if self.functional
-            else contextlib.nullcontext()
-        ):
-            # A selection, so that the actor's entries do not end up in the caller's data.
-            scored = actor(tensordict.select(*actor.in_keys, strict=False))
-        log_prob = scored.get(keys.log_prob)
-        expected = tensordict.get(keys.sample_log_prob).shape
-        if log_prob.shape != expected:
-            raise ValueError(
-                f"The actor's {keys.log_prob!r} has shape {tuple(log_prob.shape)}, but "
-                f"{keys.sample_log_prob!r} has {tuple(expected)}."
-            )
-        return log_prob, ScoredActions(log_prob, scored.get(keys.entropy, None), None), False
-
     def _get_entropy(self, dist: ScoredActions, adv_shape: torch.Size) -> Tensor | TensorDictBase:
         if dist.dist is not None:
-            return super()._get_entropy(dist.dist, adv_shape)  # type: ignore[misc]
+            return super()._get_entropy(dist.dist, adv_shape)
         if dist.entropy is None:
             raise ValueError(
                 f"The actor writes no {self.tensor_keys.entropy!r}: let it, or pass entropy_bonus=False."
@@ -301,52 +284,39 @@ class VectorLossMixin:
             log_ratio = torch.where(expand_mask(mask, log_ratio), log_ratio, 0.0)
         return kl_estimate(log_ratio, self.kl_estimator)
 
-    # -- micro-batches --------------------------------------------------------------------------------
+    # -- weights and scale ----------------------------------------------------------------------------
 
-    def micro_batches(self, minibatch: TensorDictBase, size: int) -> Sequence[TensorDictBase]:
-        """Deal a minibatch in parts whose losses, and gradients, add up to those of the whole.
-
-        Every part knows how many steps count in the whole, so that a step weighs the same in whichever part.
-        Whiten the advantage before: a part does not know the statistics of the others.
-
-        Args:
-            minibatch: the data, of batch size ``[B, ...]``.
-            size: most rows a part.
-
-        Returns:
-            The parts; the minibatch itself, as it is, where it has no more rows than that.
-
-        Raises:
-            ValueError: if the loss itself standardises the advantage or the value target.
-        """
-        if len(minibatch) <= size:
-            return [minibatch]
-        if self.normalize_advantage or self.advantage_norm is not None or self.value_norm is not None:
+    def _scalar_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """An advantage of K columns, weighted: ``[*B, 1]``."""
+        keys = self.tensor_keys
+        if advantage.shape == tensordict.batch_size:
             raise ValueError(
-                "Statistics of a minibatch cannot be had from its parts: leave normalize_advantage, "
-                "advantage_norm and value_norm out, and whiten the advantage of the whole rollout."
+                f"The advantage has shape {tuple(advantage.shape)}, that of the batch: it misses its last "
+                "dimension, one column per group or a single one (advantage.unsqueeze(-1))."
             )
-        mask = validity_mask(minibatch, self.loss_mask_key)
-        steps = minibatch.get(self.tensor_keys.advantage)[..., 0] if mask is None else mask
-        count = steps.new_tensor(steps.numel() if mask is None else int(mask.sum()), dtype=torch.int64)
-        minibatch = minibatch.copy()
-        return minibatch.set(self.tensor_keys.num_valid, count.expand(minibatch.batch_size)).split(size)
+        weights = tensordict.get(keys.group_weights, None)
+        if weights is None:
+            raise ValueError(
+                f"The advantage has {advantage.shape[-1]} columns (shape {tuple(advantage.shape)}) and the "
+                f"data hold no {keys.group_weights!r} to weigh them. Set the group weights, or scalarise the "
+                "advantage; if it has one value a step, it misses its last dimension (unsqueeze(-1))."
+            )
+        return scalarise_advantage(advantage, weights)
 
-    def merge(self, outputs: Sequence[TensorDictBase], minibatch: TensorDictBase) -> TensorDictBase:
-        """Put the outputs of all micro-batches together; returns those of the whole minibatch.
-
-        Args:
-            outputs: what :meth:`forward` returned for the parts, in their order.
-            minibatch: the whole.
-        """
-        if len(outputs) == 1:
-            return outputs[0]
-        means = [output.exclude("log_ratio", "value", "composite_entropy") for output in outputs]
-        log_ratio = torch.cat([output["log_ratio"] for output in outputs])
-        mask = validity_mask(minibatch, self.loss_mask_key)
-        whole = torch.stack(means).sum(0).update(ratio_statistics(log_ratio, mask))
-        if outputs[0].get("value", None) is not None:
-            target = minibatch.get(self.tensor_keys.value_target)
-            value = torch.cat([output["value"] for output in outputs])
-            whole.set("explained_variance", masked_explained_variance(target, value, mask))
-        return whole
+    def _normalise(
+        self, advantage: Tensor, tensordict: TensorDictBase, mask: Tensor | None, fresh: bool
+    ) -> Tensor:
+        """The advantage on the scale that the loss was asked for."""
+        if self.advantage_norm is not None:
+            shape = advantage.shape
+            # Statistics of nothing would be NaN for good.
+            known = advantage.numel() > 0 and (mask is None or bool(mask.any()))
+            advantage = self._scale_advantage(advantage, tensordict, update=fresh and known)
+            if advantage.shape != shape:
+                raise ValueError(
+                    "advantage_norm has a scale for every column of the value target, but the advantage is "
+                    "scalarised before it is normalised. Use normalize_advantage=True, or a ValueNorm of "
+                    "shape 1."
+                )
+            return advantage
+        return whiten(advantage, mask, exclude_dims=self.normalize_advantage_exclude_dims)

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams, is_tensor_collection
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
-from tensordict.utils import NestedKey
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    dispatch,
+)
 from torch import Tensor
-from torchrl.modules import ValueNorm
-from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.ppo import _broadcast_advantage_to_log_weight, _check_advantage_broadcast
-from torchrl.objectives.utils import _clip_value_loss, _sum_td_features, distance_loss
+from torchrl.objectives.utils import (
+    _clip_value_loss,
+    _maybe_add_or_extend_key,
+    _sum_td_features,
+    distance_loss,
+)
 
 from torchrl_maxmin.masks import (
     expand_mask,
     fill_masked,
+    mask_keys,
     masked_explained_variance,
     masked_mean,
     ratio_statistics,
     validity_mask,
-    whiten,
 )
-from torchrl_maxmin.objectives.kl import KL_ESTIMATORS
-from torchrl_maxmin.objectives.loss_contract import VectorLossMixin
-from torchrl_maxmin.objectives.scalarise import scalarise_advantage
+from torchrl_maxmin.objectives.loss_contract import ScoredActions, VectorPPOLoss
 
 
-class MaxMinPPOLoss(VectorLossMixin, ClipPPOLoss):
+class MaxMinPPOLoss(VectorPPOLoss):
     """Clipped PPO whose advantage, value target and critic have one column per group.
 
     In MaxMin-RLHF (https://arxiv.org/abs/2402.08925) the policy climbs ``sum_k w_k F_k`` for group
@@ -133,74 +136,48 @@ class MaxMinPPOLoss(VectorLossMixin, ClipPPOLoss):
         ... )
     """
 
-    @dataclass
-    class _AcceptedKeys(ClipPPOLoss._AcceptedKeys):
-        """The entries that :meth:`set_keys` can rename, besides those of PPO.
+    # -- micro-batches --------------------------------------------------------------------------------
 
-        Attributes:
-            group_weights (NestedKey): The group weights ``[*B, K]``. Defaults to ``"group_weights"``.
-            ref_log_prob (NestedKey): The reference policy's log-probability of the action.
-                Defaults to ``"ref_log_prob"``.
-            log_prob (NestedKey): Where an actor that scores actions itself writes the log-probability.
-                Defaults to ``"log_prob"``.
-            entropy (NestedKey): Where such an actor writes the entropy. Defaults to ``"entropy"``.
-            num_valid (NestedKey): The number of steps that count in the minibatch of which the data are a
-                part, as :meth:`micro_batches` writes it. Defaults to ``"num_valid"``.
+    def micro_batches(self, minibatch: TensorDictBase, size: int) -> Sequence[TensorDictBase]:
+        """Deal a minibatch in parts whose losses, and gradients, add up to those of the whole.
+
+        Every part knows how many steps count in the whole, so that a step weighs the same in whichever part.
+        Whiten the advantage before: a part does not know the statistics of the others.
+
+        Args:
+            minibatch: the data, of batch size ``[B, ...]``.
+            size: most rows a part.
+
+        Raises:
+            ValueError: if the loss itself standardises the advantage or the value target.
         """
+        if self.normalize_advantage or self.advantage_norm is not None or self.value_norm is not None:
+            raise ValueError(
+                "Statistics of a minibatch cannot be had from its parts: leave normalize_advantage, "
+                "advantage_norm and value_norm out, and whiten the advantage of the whole rollout."
+            )
+        mask = validity_mask(minibatch, self._loss_mask_key)
+        steps = minibatch.get(self.tensor_keys.advantage)[..., 0] if mask is None else mask
+        count = steps.new_tensor(steps.numel() if mask is None else int(mask.sum()), dtype=torch.int64)
+        minibatch = minibatch.copy()
+        return minibatch.set(self.tensor_keys.num_valid, count.expand(minibatch.batch_size)).split(size)
 
-        group_weights: NestedKey = "group_weights"
-        ref_log_prob: NestedKey = "ref_log_prob"
-        log_prob: NestedKey = "log_prob"
-        entropy: NestedKey = "entropy"
-        num_valid: NestedKey = "num_valid"
+    def merge(self, outputs: Sequence[TensorDictBase], minibatch: TensorDictBase) -> TensorDictBase:
+        """Put the outputs of all micro-batches together; returns those of the whole minibatch.
 
-    default_keys = _AcceptedKeys
-    tensor_keys: _AcceptedKeys
-    _in_keys: list[NestedKey] | None
-    _out_keys: list[NestedKey] | None
-    _schedulable_buffers = frozenset({"kl_to_ref_coeff"})
-
-    actor_network: TensorDictModule
-    critic_network: TensorDictModule
-    actor_network_params: TensorDictParams
-    critic_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    target_critic_network_params: TensorDictParams
-
-    def __init__(
-        self,
-        actor_network: ProbabilisticTensorDictSequential | TensorDictModule | None = None,
-        critic_network: TensorDictModule | None = None,
-        *,
-        kl_to_ref_coeff: float = 0.0,
-        kl_estimator: str = "k3",
-        value_norm: ValueNorm | None = None,
-        loss_mask_key: NestedKey | None = "auto",
-        **kwargs: Any,
-    ) -> None:
-        # The parent swallows unknown arguments, and with them typing errors.
-        known = {*inspect.signature(ClipPPOLoss).parameters, *inspect.signature(PPOLoss).parameters}
-        unknown = sorted(set(kwargs) - known - {"critic_coef", "entropy_coef"})
-        if unknown:
-            raise TypeError(f"MaxMinPPOLoss got unknown arguments: {', '.join(unknown)}.")
-        # The parent looks at pairs only; above 1 its lower bound, log(1 - clip_epsilon), is NaN.
-        clip = kwargs.get("clip_epsilon", 0.2)
-        if isinstance(clip, int | float) and not 0 <= clip <= 1:
-            raise ValueError(f"clip_epsilon must be between 0 and 1, or a pair, got {clip}.")
-        kwargs["clip_value"] = kwargs.get("clip_value") or None  # False and 0 mean no clipping
-        super().__init__(actor_network, critic_network, **kwargs)
-        if kl_to_ref_coeff < 0:
-            raise ValueError(f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}.")
-        if kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"kl_estimator is one of {', '.join(KL_ESTIMATORS)}, not {kl_estimator!r}.")
-        self.kl_estimator = kl_estimator
-        self.value_norm = value_norm
-        self.register_coeff_buffer(
-            "kl_to_ref_coeff", float(kl_to_ref_coeff) or None, device=self.entropy_coeff.device
-        )
-        self.loss_mask_key = loss_mask_key
-        if not self._is_probabilistic:
-            self.set_keys(sample_log_prob="sample_log_prob")
+        Args:
+            outputs: what :meth:`forward` returned for the parts, in their order.
+            minibatch: the whole.
+        """
+        means = [output.exclude("log_ratio", "value", "composite_entropy") for output in outputs]
+        log_ratio = torch.cat([output["log_ratio"] for output in outputs])
+        mask = validity_mask(minibatch, self._loss_mask_key)
+        whole = torch.stack(means).sum(0).update(ratio_statistics(log_ratio, mask))
+        if outputs[0].get("value", None) is not None:
+            target = minibatch.get(self.tensor_keys.value_target)
+            value = torch.cat([output["value"] for output in outputs])
+            whole.set("explained_variance", masked_explained_variance(target, value, mask))
+        return whole
 
     # -- the loss -------------------------------------------------------------------------------------
 
@@ -226,14 +203,17 @@ class MaxMinPPOLoss(VectorLossMixin, ClipPPOLoss):
         count = tensordict.get(keys.num_valid, None)
         if count is not None:
             count = count.flatten()[0]
-        advantage = self._scalar_advantage(tensordict)
+        advantage = tensordict.get(keys.advantage)
+        if advantage.shape[-1:] != (1,):
+            advantage = self._scalar_advantage(advantage, tensordict)
         log_weight, scored, kl_approx, log_is_weight = self._log_weight(
             tensordict, adv_shape=advantage.shape[:-1]
         )
         advantage = _broadcast_advantage_to_log_weight(advantage, log_weight)
         _check_advantage_broadcast(advantage, log_weight)
-        mask = validity_mask(tensordict, self.loss_mask_key)
-        advantage = self._normalise(advantage, tensordict, mask, fresh=fresh)
+        mask = validity_mask(tensordict, self._loss_mask_key)
+        if self.normalize_advantage or self.advantage_norm is not None:
+            advantage = self._normalise(advantage, tensordict, mask, fresh=fresh)
         if mask is not None:
             # Select before the exponential: padding may hold anything.
             valid = expand_mask(mask, log_weight)
@@ -313,7 +293,7 @@ class MaxMinPPOLoss(VectorLossMixin, ClipPPOLoss):
         old_value = tensordict.get(keys.value, None) if self.clip_value is not None else None
         if self.clip_value is not None and old_value is None:
             raise KeyError(f"clip_value needs the values {keys.value!r} of the rollout in the data.")
-        mask = validity_mask(tensordict, self.loss_mask_key)
+        mask = validity_mask(tensordict, self._loss_mask_key)
         tensordict = fill_masked(tensordict, self.critic_network.in_keys, mask)
         with (
             self.critic_network_params.to_module(self.critic_network, preserve_module_state=False)
@@ -349,40 +329,54 @@ class MaxMinPPOLoss(VectorLossMixin, ClipPPOLoss):
             explained_variance = masked_explained_variance(target.detach(), explained_variance, mask)
         return (self.critic_coeff * loss if self._has_critic else loss), clip_fraction, explained_variance
 
-    def _scalar_advantage(self, tensordict: TensorDictBase) -> Tensor:
-        """The advantage ``[*B, 1]``; a K-column one is weighted."""
-        keys = self.tensor_keys
-        advantage = tensordict.get(keys.advantage)
-        if advantage.shape == tensordict.batch_size and advantage.shape[-1:] != (1,):
-            raise ValueError(
-                f"The advantage has shape {tuple(advantage.shape)}, that of the batch: it misses its last "
-                "dimension, one column per group or a single one (advantage.unsqueeze(-1))."
-            )
-        if advantage.shape[-1] == 1:
-            return advantage
-        weights = tensordict.get(keys.group_weights, None)
-        if weights is None:
-            raise ValueError(
-                f"The advantage has {advantage.shape[-1]} columns (shape {tuple(advantage.shape)}) and the "
-                f"data hold no {keys.group_weights!r} to weigh them. Set the group weights, or scalarise the "
-                "advantage; if it has one value a step, it misses its last dimension (unsqueeze(-1))."
-            )
-        return scalarise_advantage(advantage, weights)
+    # -- the actor ------------------------------------------------------------------------------------
 
-    def _normalise(
-        self, advantage: Tensor, tensordict: TensorDictBase, mask: Tensor | None, fresh: bool
-    ) -> Tensor:
-        if self.advantage_norm is not None:
-            shape = advantage.shape
-            # Statistics of nothing would be NaN for good.
-            known = advantage.numel() > 0 and (mask is None or bool(mask.any()))
-            advantage = self._scale_advantage(advantage, tensordict, update=fresh and known)
-            if advantage.shape != shape:
-                raise ValueError(
-                    "advantage_norm has a scale for every column of the value target, but the advantage is "
-                    "scalarised before it is normalised. Use normalize_advantage=True, or a ValueNorm of "
-                    "shape 1."
-                )
-        elif self.normalize_advantage:
-            advantage = whiten(advantage, mask, exclude_dims=self.normalize_advantage_exclude_dims)
-        return advantage
+    @property
+    def _is_probabilistic(self) -> bool:
+        actor = self.actor_network
+        if isinstance(actor, (ProbabilisticTensorDictSequential, ProbabilisticTensorDictModule)):
+            return True
+        return self.tensor_keys.log_prob not in getattr(actor, "out_keys", ()) and hasattr(actor, "get_dist")
+
+    def _finite_actor_inputs(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The data with boolean masks, and without NaN in what the actor reads of masked steps."""
+        mask = validity_mask(tensordict, self._loss_mask_key)
+        if mask is None:
+            return tensordict
+        keys = list(getattr(self.actor_network, "in_keys", ()))
+        _maybe_add_or_extend_key(keys, self.tensor_keys.action)
+        tensordict = fill_masked(tensordict, keys, mask)
+        for key in mask_keys(self._loss_mask_key):
+            if tensordict.get(key, None) is not None:
+                tensordict.set(key, tensordict.get(key).to(torch.bool))
+        return tensordict
+
+    def _get_cur_log_prob(
+        self, tensordict: TensorDictBase, params: TensorDictParams | None = None
+    ) -> tuple[Any, ScoredActions, bool]:
+        if self._is_probabilistic:
+            log_prob, dist, is_composite = super()._get_cur_log_prob(tensordict, params)
+            return log_prob, ScoredActions(log_prob, None, dist), is_composite
+        actor, keys = self.actor_network, self.tensor_keys
+        if keys.log_prob not in getattr(actor, "out_keys", ()):
+            raise TypeError(
+                "The actor must be a probabilistic TensorDict module, or a TensorDict module that writes "
+                f"the log-probability of the given action under {keys.log_prob!r} (set_keys(log_prob=...)); "
+                f"got {type(actor).__name__} with out_keys {getattr(actor, 'out_keys', None)}."
+            )
+        params = self.actor_network_params if params is None else params
+        with (
+            params.to_module(actor, preserve_module_state=False)
+            if self.functional
+            else contextlib.nullcontext()
+        ):
+            # A selection, so that the actor's entries do not end up in the caller's data.
+            scored = actor(tensordict.select(*actor.in_keys, strict=False))
+        log_prob = scored.get(keys.log_prob)
+        expected = tensordict.get(keys.sample_log_prob).shape
+        if log_prob.shape != expected:
+            raise ValueError(
+                f"The actor's {keys.log_prob!r} has shape {tuple(log_prob.shape)}, but "
+                f"{keys.sample_log_prob!r} has {tuple(expected)}."
+            )
+        return log_prob, ScoredActions(log_prob, scored.get(keys.entropy, None), None), False

@@ -16,7 +16,7 @@ from torchrl.objectives.value import GAE, ValueEstimatorBase
 from torchrl.objectives.value.advantages import _self_set_grad_enabled, _self_set_skip_existing
 
 from torchrl_maxmin.masks import SHIFTED_VALID, all_equal, expand_mask, fill_masked, mask_keys, validity_mask
-from torchrl_maxmin.objectives.scalarise import scalarise_advantage
+from torchrl_maxmin.objectives.functional import scalarise_advantage
 
 __all__ = ["Signals", "VectorEstimator"]
 

@@ -1,18 +1,132 @@
-"""Rollouts of a language model: responses sampled with ``generate`` of Hugging Face, and their group rewards."""
+"""Rollouts of a language model: responses by ``generate`` of Hugging Face, and their group rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.collectors import Collector
 
 from torchrl_maxmin.envs import TokenEnv
+from torchrl_maxmin.errors import UserError
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.rollouts.rewards import CalibratedRewards
+from torchrl_maxmin.modules.sequences import has_ended, in_batches
+from torchrl_maxmin.rewards import Calibration
+from torchrl_maxmin.rewards.calibration import mean_of_present
+from torchrl_maxmin.rewards.source import NonFiniteRewards, fill_absent, reference_rewards
+from torchrl_maxmin.trainers.run import nonfinite_batch
 
-__all__ = ["LanguageRollouts"]
+__all__ = ["CalibratedRewards", "LanguageRollouts", "penalise_missing_eos"]
+
+
+def penalise_missing_eos(
+    rewards: Tensor, responses: TensorDictBase, eos_token_ids: int | Sequence[int], penalty: float
+) -> Tensor:
+    """Take ``penalty`` from every group's reward of a response that does not end.
+
+    Args:
+        rewards: [B, K].
+        responses: with ``action`` and ``action_mask`` [B, R].
+        eos_token_ids: the token, or the several tokens, that end a response.
+        penalty: what is taken.
+    """
+    return rewards - penalty * ~has_ended(responses, eos_token_ids)
+
+
+class CalibratedRewards:
+    """Group rewards [B, K] of responses, on the scale on which groups are compared.
+
+    Args:
+        source: gives raw rewards [B, K]; NaN where there is none.
+        eos_token_ids: tokens that end a response.
+        missing_eos_penalty: see :func:`penalise_missing_eos`.
+        scoring_batch_size: most responses scored at once.
+        folder: where a batch with a NaN goes.
+
+    Attributes:
+        calibration: what raw rewards are mapped by.
+        baseline: the reference's mean calibrated reward [N, K] for every prompt, subtracted; or None.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        eos_token_ids: Sequence[int],
+        missing_eos_penalty: float = 0.0,
+        scoring_batch_size: int = 512,
+        folder: Path,
+    ):
+        self.source, self.eos_token_ids = source, eos_token_ids
+        self.missing_eos_penalty, self.scoring_batch_size = missing_eos_penalty, scoring_batch_size
+        self.folder = folder
+        self.calibration = Calibration.identity(source.num_groups)
+        self.baseline: Tensor | None = None
+
+    def fit(
+        self,
+        reference: TokenPolicy,
+        prompts: TensorDict,
+        method: str,
+        *,
+        num_prompts: int,
+        num_samples: int,
+        by_prompt: bool,
+    ) -> None:
+        """Fit the calibration on samples of the reference policy; the raw rewards are kept in the folder.
+
+        A minimum taken response by response compares groups within one prompt, where a Bradley-Terry reward
+        may have any offset: ``by_prompt`` takes the reference's mean at every prompt from it.
+
+        Raises:
+            UserError: where the method cannot be had from the samples.
+        """
+
+        def sampled(some: TensorDict) -> Tensor:
+            return reference_rewards(reference, some, self.source, num_samples, self.scoring_batch_size)
+
+        raw = sampled(prompts[torch.randperm(len(prompts))[:num_prompts]])
+        self.calibration = Calibration.fit(raw, method)
+        torch.save(raw, self.folder / "reference_rewards.pt")
+        if by_prompt:
+            device = next(reference.parameters()).device
+            self.baseline = mean_of_present(self.calibration.apply(sampled(prompts)), 1).to(device)
+
+    def __call__(self, responses: TensorDictBase) -> Tensor:
+        """Score responses.
+
+        Raises:
+            FloatingPointError: for a reward that is NaN or infinite; the batch is saved.
+        """
+        try:
+            rewards = self.calibration.apply(in_batches(self.source, responses, self.scoring_batch_size))
+        except NonFiniteRewards as error:
+            raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
+        if self.baseline is not None:
+            rewards = rewards - self.baseline[responses["prompt_index"]]
+        rewards = fill_absent(rewards)
+        return penalise_missing_eos(rewards, responses, self.eos_token_ids, self.missing_eos_penalty)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs: the calibration, and the baseline."""
+        return {"calibration": self.calibration.to_dict(), "baseline": self.baseline}
+
+    def load_state_dict(self, state: dict[str, Any], method: str) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            UserError: where the rewards were calibrated by another method.
+        """
+        self.calibration, self.baseline = Calibration.from_dict(state["calibration"]), state["baseline"]
+        if self.calibration.method != method:
+            raise UserError(
+                f"the checkpoint's rewards are calibrated by {self.calibration.method}: resume with "
+                f"--calibration {self.calibration.method}, or start another run for {method}"
+            )
 
 
 class LanguageRollouts:

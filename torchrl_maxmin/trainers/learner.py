@@ -22,8 +22,8 @@ __all__ = ["Learner", "make_learner"]
 class Learner:
     """Takes AdamW steps on minibatches of a rollout, in memory for one micro-batch.
 
-    A minibatch is dealt in micro-batches, whose gradients add up to its own. Each role's gradient is clipped by
-    itself.
+    A minibatch is dealt in micro-batches, whose gradients add up to its own. Each role's gradient is clipped
+    by itself.
 
     Args:
         loss: the clipped loss.
@@ -103,13 +103,14 @@ class Learner:
 
     def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
         """Add the gradient of a minibatch up; returns the loss's outputs, and ``loss``, their sum."""
+        whole = len(minibatch) <= self.micro_batch_size
         outputs = []
-        for part in self.loss.micro_batches(minibatch, self.micro_batch_size):
+        for part in [minibatch] if whole else self.loss.micro_batches(minibatch, self.micro_batch_size):
             losses = self.loss(part)
             losses["loss"] = sum(value for name, value in losses.items() if name.startswith("loss_"))
             losses["loss"].backward()
             outputs.append(losses.detach())
-        return self.loss.merge(outputs, minibatch)
+        return outputs[0] if whole else self.loss.merge(outputs, minibatch)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of optimizer and schedule."""

@@ -25,8 +25,7 @@ from torchrl_maxmin.preferences.texts import distinct_texts
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, extra_columns, load_functions
 from torchrl_maxmin.rollouts.certificate import policy_certificate
-from torchrl_maxmin.rollouts.language import LanguageRollouts
-from torchrl_maxmin.rollouts.rewards import CalibratedRewards
+from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
 from torchrl_maxmin.trainers.learner import make_learner
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_config import PPOConfig

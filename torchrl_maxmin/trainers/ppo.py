@@ -65,18 +65,7 @@ class Advantages(Protocol):
 
 @dataclass
 class PPOParts:
-    """What :func:`train` puts together.
-
-    Attributes:
-        models: the networks; it alone knows how many there are.
-        rollouts: gives a batch an iteration; it alone knows where responses come from.
-        statistics: utilities of the groups in a batch, and the adversary that answers with their weights.
-        advantages: scores a batch.
-        learner: takes the optimizer steps.
-        monitors: further metrics of an iteration.
-        start: iterations that were done before.
-        stop_at_gap: the run ends once ``maxmin/duality_gap_high`` is at most this.
-    """
+    """What :func:`train` takes beside the settings, where each is described."""
 
     models: Networks
     rollouts: Rollouts
@@ -102,7 +91,16 @@ def train(
     """Train a policy for the group that is worst off; returns whether the run is at its end.
 
     Args:
-        config: where to log, when to save and where to stop; the others are those of :class:`PPOParts`.
+        config: where to log, when to save and where to stop.
+        models: the networks; it alone knows how many there are.
+        rollouts: gives a batch an iteration; it alone knows where responses come from.
+        statistics: utilities of the groups in a batch, and the adversary that answers with their weights.
+        advantages: what a batch teaches.
+        learner: takes the optimizer steps.
+        monitors: further metrics of an iteration, of which they are given the number (from 1), the batch and
+            the metrics until then.
+        start: iterations that were done before.
+        stop_at_gap: the run ends once ``maxmin/duality_gap_high`` is at most this.
     """
     folder, stop = Path(config.output_dir), config.stop_at_iteration or learner.num_iterations
     log, finished = MetricsLog(folder, config.report_to, keep=start), False

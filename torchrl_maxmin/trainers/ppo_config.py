@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchrl_maxmin.errors import UserError
-from torchrl_maxmin.objectives.kl import KL_ESTIMATORS
+from torchrl_maxmin.objectives.functional import KL_ESTIMATORS
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.settings import ChatSettings
 from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
