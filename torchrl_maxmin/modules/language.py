@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +21,15 @@ from torchrl_maxmin.modules.loading import (
     plain_generation,
 )
 from torchrl_maxmin.modules.output_head import OutputHead
-from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, in_batches, mask_after_eos
+from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, mask_after_eos
 from torchrl_maxmin.modules.trunks import states_width
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
+
+_NO_TOKENS = (
+    "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
+    "scored from padding; give it the tokenizer's BOS token, or leave it out"
+)
 
 
 def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor:
@@ -42,20 +46,13 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     prompt_mask, action_mask = tensordict["prompt_mask"], tensordict["action_mask"]
     extremes = torch.stack([action_mask.sum(-1).max(), prompt_mask.sum(-1).min()])
     longest, shortest_prompt = extremes.tolist()  # one wait for the device
-    _require_prompts(shortest_prompt)
+    if shortest_prompt < 1:
+        raise ValueError(_NO_TOKENS)
     longest = max(longest, 1)
     tokens = torch.cat([prompt, action[:, : longest - 1]], -1)
     mask = torch.cat([prompt_mask, action_mask[:, : longest - 1]], -1)
     states = hidden_states(backbone, tokens, mask)[:, prompt.shape[-1] - 1 :]
     return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))
-
-
-def _require_prompts(shortest: int) -> None:
-    if shortest < 1:
-        raise ValueError(
-            "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
-            "scored from padding; give it the tokenizer's BOS token, or leave it out"
-        )
 
 
 @dataclass
@@ -64,8 +61,10 @@ class SampledLogProbs:
 
     A token is known one call after its scores: only one step's scores are held, never [B, R, V].
 
-    Args:
+    Attributes:
         temperature: of the sampling; processors of the caller's see scores that are not divided yet.
+        columns: the log-probabilities [B] in fp32 of every column but the last, which a last call adds.
+        scores: those of the last call.
     """
 
     temperature: float = 1.0
@@ -73,7 +72,7 @@ class SampledLogProbs:
     scores: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
-        """Take the scores [B, V] of the next token, given all tokens [B, T] until now."""
+        """Take the scores [B, V] of the next token, None after the last, given all tokens [B, T]."""
         if self.scores is not None:
             last = self.scores.float()
             if self.temperature != 1.0:
@@ -81,11 +80,6 @@ class SampledLogProbs:
             self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
         self.scores = scores
         return scores
-
-    def finish(self, tokens: Tensor) -> Tensor:
-        """Return the log-probabilities [B, R] in fp32, given all tokens [B, T]."""
-        self(tokens, None)
-        return torch.stack(self.columns, -1)
 
 
 # generate() asks for it at every token, and working it out takes longer than the log-probability.
@@ -192,20 +186,24 @@ class TokenPolicy(TensorDictModuleBase):
         check_model(policy)
         return policy
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase, max_new_tokens: int | None = None) -> TensorDictBase:
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
+
+        Args:
+            tensordict: prompts [B].
+            max_new_tokens: columns of a response, where not those of the policy.
 
         Raises:
             ValueError: for a prompt without tokens.
         """
+        max_new_tokens = max_new_tokens or self.max_new_tokens
         size = self.generation_batch_size or len(tensordict)
-        return in_batches(partial(self.sample, max_new_tokens=self.max_new_tokens), tensordict, size)
-
-    @torch.no_grad()
-    def sample(self, tensordict: TensorDictBase, max_new_tokens: int) -> TensorDictBase:
-        """What calling the policy does, with responses of at most so many columns."""
+        if len(tensordict) > size:
+            return torch.cat([self(part, max_new_tokens) for part in tensordict.split(size)])
         prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
-        _require_prompts(int(prompt_mask.sum(-1).min()))
+        if int(prompt_mask.sum(-1).min()) < 1:
+            raise ValueError(_NO_TOKENS)
         sampled = SampledLogProbs(self.temperature)
         generated = self.model.generate(
             input_ids=prompt,
@@ -219,7 +217,8 @@ class TokenPolicy(TensorDictModuleBase):
             pad_token_id=self.pad_token_id,
             logits_processor=[sampled],
         )[:, prompt.shape[-1] :]
-        log_prob = sampled.finish(generated)
+        sampled(generated, None)
+        log_prob = torch.stack(sampled.columns, -1)
         # generate() returns early only when every row has ended: what is missing is padding
         short = max_new_tokens - generated.shape[-1]
         action = nn.functional.pad(generated, (0, short), value=self.pad_token_id)

@@ -132,9 +132,10 @@ def hidden_states(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     that takes none (ALiBi, recurrent ones) finds its positions in the mask, or has none.
     """
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask.long()}
-    if takes(backbone, "position_ids"):
+    taken = _parameters_of(type(backbone).forward)
+    if "position_ids" in taken:
         inputs["position_ids"] = position_ids(mask)
-    if takes(backbone, "use_cache"):
+    if "use_cache" in taken:
         inputs["use_cache"] = False
     return backbone(**inputs).last_hidden_state
 

@@ -21,7 +21,7 @@ from torchrl.objectives.utils import (
 )
 from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator, VTrace
 
-from torchrl_maxmin.masks import expand_mask, mask_keys, validity_mask, whiten
+from torchrl_maxmin.masks import expand_mask, fill_masked, mask_keys, validity_mask, whiten
 from torchrl_maxmin.objectives.functional import KL_ESTIMATORS, kl_estimate, scalarise_advantage
 from torchrl_maxmin.objectives.vector_estimator import VectorEstimator
 from torchrl_maxmin.objectives.vector_gae import VectorGAE
@@ -173,6 +173,14 @@ class VectorPPOLoss(ClipPPOLoss):
     def _loss_mask_keys(self) -> tuple[NestedKey, ...]:
         return mask_keys(self._loss_mask_key)
 
+    def _with_bool_masks(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The data as the parent's reductions take them."""
+        data = tensordict.copy()
+        for key in self._loss_mask_keys():
+            if data.get(key, None) is not None:
+                data.set(key, data.get(key).to(torch.bool))
+        return data
+
     # -- the estimator --------------------------------------------------------------------------------
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
@@ -217,9 +225,11 @@ class VectorPPOLoss(ClipPPOLoss):
 
     def _behaviour_log_ratio(self, tensordict: TensorDictBase, shape: torch.Size) -> Tensor:
         """``log pi - log mu`` of the actions, ``[*B, 1]``."""
-        log_weight, _, _, log_is_weight = self._log_weight(
-            self._finite_actor_inputs(tensordict), adv_shape=shape
-        )
+        mask = validity_mask(tensordict, self._loss_mask_key)
+        read = list(self.actor_network.in_keys)
+        _maybe_add_or_extend_key(read, self.tensor_keys.action)
+        data = fill_masked(tensordict, read, mask)
+        log_weight, _, _, log_is_weight = self._log_weight(data, adv_shape=shape)
         return log_weight if log_is_weight is None else log_weight + log_is_weight
 
     def _estimate_advantage(self, tensordict: TensorDictBase) -> None:

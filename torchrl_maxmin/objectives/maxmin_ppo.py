@@ -25,7 +25,6 @@ from torchrl.objectives.utils import (
 from torchrl_maxmin.masks import (
     expand_mask,
     fill_masked,
-    mask_keys,
     masked_explained_variance,
     masked_mean,
     ratio_statistics,
@@ -199,7 +198,10 @@ class MaxMinPPOLoss(VectorPPOLoss):
         fresh = tensordict.get(keys.advantage, None) is None
         if fresh:
             self._estimate_advantage(tensordict)
-        tensordict = self._finite_actor_inputs(tensordict)
+        mask = validity_mask(tensordict, self._loss_mask_key)
+        read = list(getattr(self.actor_network, "in_keys", ()))
+        _maybe_add_or_extend_key(read, keys.action)
+        tensordict = fill_masked(tensordict, read, mask)
         count = tensordict.get(keys.num_valid, None)
         if count is not None:
             count = count.flatten()[0]
@@ -211,7 +213,6 @@ class MaxMinPPOLoss(VectorPPOLoss):
         )
         advantage = _broadcast_advantage_to_log_weight(advantage, log_weight)
         _check_advantage_broadcast(advantage, log_weight)
-        mask = validity_mask(tensordict, self._loss_mask_key)
         if self.normalize_advantage or self.advantage_norm is not None:
             advantage = self._normalise(advantage, tensordict, mask, fresh=fresh)
         if mask is not None:
@@ -255,7 +256,7 @@ class MaxMinPPOLoss(VectorPPOLoss):
             if self.reduction == "mean":
                 out.set(name, masked_mean(out[name], mask, count))
             else:
-                out.set(name, self._reduce_loss(out[name], tensordict).squeeze(-1))
+                out.set(name, self._reduce_loss(out[name], self._with_bool_masks(tensordict)).squeeze(-1))
         log_ratio = log_behaviour.detach()
         out.update(ratio_statistics(log_ratio, mask) if count is None else {"log_ratio": log_ratio})
         self._clear_weakrefs(
@@ -337,19 +338,6 @@ class MaxMinPPOLoss(VectorPPOLoss):
         if isinstance(actor, (ProbabilisticTensorDictSequential, ProbabilisticTensorDictModule)):
             return True
         return self.tensor_keys.log_prob not in getattr(actor, "out_keys", ()) and hasattr(actor, "get_dist")
-
-    def _finite_actor_inputs(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The data with boolean masks, and without NaN in what the actor reads of masked steps."""
-        mask = validity_mask(tensordict, self._loss_mask_key)
-        if mask is None:
-            return tensordict
-        keys = list(getattr(self.actor_network, "in_keys", ()))
-        _maybe_add_or_extend_key(keys, self.tensor_keys.action)
-        tensordict = fill_masked(tensordict, keys, mask)
-        for key in mask_keys(self._loss_mask_key):
-            if tensordict.get(key, None) is not None:
-                tensordict.set(key, tensordict.get(key).to(torch.bool))
-        return tensordict
 
     def _get_cur_log_prob(
         self, tensordict: TensorDictBase, params: TensorDictParams | None = None
