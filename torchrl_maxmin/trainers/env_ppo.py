@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ from torchrl_maxmin.trainers.ppo import Metrics, PPOParts, find_state, restore, 
 from torchrl_maxmin.trainers.ppo_settings import adversary_of
 from torchrl_maxmin.trainers.run import resolve_device, seed_everything, write_config, write_json
 
-__all__ = ["StepAdvantages", "build_env_ppo", "load_env_policy", "run_env_ppo", "train_env_policy"]
+__all__ = [
+    "EnvParts",
+    "StepAdvantages",
+    "build_env_ppo",
+    "load_env_policy",
+    "run_env_ppo",
+    "train_env_policy",
+]
 
 POLICY_FILE = "policy.pt"
 
@@ -69,6 +77,14 @@ def make_group_env(config: EnvPPOConfig, seed: int) -> TransformedEnv:
     return TransformedEnv(env, Compose(*cut, GroupReward(minimum=config.objective == "mean_of_mins")))
 
 
+@dataclass
+class EnvParts(PPOParts):
+    """The parts of a run in an environment."""
+
+    rollouts: EnvRollouts
+    advantages: StepAdvantages
+
+
 def run_env_ppo(config: EnvPPOConfig) -> Path:
     """Train a policy in an environment and save it; returns its folder.
 
@@ -78,7 +94,7 @@ def run_env_ppo(config: EnvPPOConfig) -> Path:
     return train_env_policy(config, build_env_ppo(config))
 
 
-def build_env_ppo(config: EnvPPOConfig) -> PPOParts:
+def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
     """Build the parts of a run, and take back the state of the checkpoint that it goes on from.
 
     Raises:
@@ -99,7 +115,7 @@ def build_env_ppo(config: EnvPPOConfig) -> PPOParts:
     shares = torch.tensor(config.shares) / sum(config.shares) if config.shares else None
     adversary = adversary_of(config, num_groups, shares, scale=scale)
     start = 0 if state is None else state["iteration"]
-    parts = PPOParts(
+    parts = EnvParts(
         models=models,
         learner=make_learner(config, models, config.num_iterations, config.frames_per_batch),
         rollouts=EnvRollouts(
@@ -120,7 +136,7 @@ def build_env_ppo(config: EnvPPOConfig) -> PPOParts:
     return parts
 
 
-def train_env_policy(config: EnvPPOConfig, parts: PPOParts) -> Path:
+def train_env_policy(config: EnvPPOConfig, parts: EnvParts) -> Path:
     """Train what :func:`build_env_ppo` built; returns the policy's folder."""
     started, folder = time.perf_counter(), Path(config.output_dir)
     if train(config, **vars(parts)):

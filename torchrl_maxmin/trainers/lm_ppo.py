@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,16 @@ from torchrl_maxmin.trainers.ppo_settings import adversary_of
 from torchrl_maxmin.trainers.run import resolve_device, seed_everything, write_config, write_json
 from torchrl_maxmin.welfare import Egalitarian
 
-__all__ = ["TokenAdvantages", "build_ppo", "run_ppo", "train_policy"]
+__all__ = ["LanguageParts", "TokenAdvantages", "build_ppo", "run_ppo", "train_policy"]
+
+
+@dataclass
+class LanguageParts(PPOParts):
+    """The parts of a language model's run."""
+
+    models: FullCopies
+    rollouts: LanguageRollouts
+    advantages: TokenAdvantages
 
 
 def run_ppo(config: PPOConfig) -> Path:
@@ -45,7 +55,7 @@ def run_ppo(config: PPOConfig) -> Path:
     return train_policy(config, build_ppo(config))
 
 
-def train_policy(config: PPOConfig, parts: PPOParts) -> Path:
+def train_policy(config: PPOConfig, parts: LanguageParts) -> Path:
     """Train what :func:`build_ppo` built; returns the policy's folder."""
     folder = Path(config.output_dir)
     if train(config, **vars(parts)):
@@ -59,7 +69,7 @@ def train_policy(config: PPOConfig, parts: PPOParts) -> Path:
     return folder
 
 
-def build_ppo(config: PPOConfig) -> PPOParts:
+def build_ppo(config: PPOConfig) -> LanguageParts:
     """Build the parts of a run, and take back the state of the checkpoint that it goes on from.
 
     Raises:
@@ -137,7 +147,7 @@ def build_ppo(config: PPOConfig) -> PPOParts:
     if config.gap_steps:
         monitors.append(GapMonitor(config, models, rewards, prompts))
     start = 0 if state is None else state["iteration"]
-    parts = PPOParts(
+    parts = LanguageParts(
         models=models,
         rollouts=LanguageRollouts(
             models.policy,

@@ -175,7 +175,7 @@ def find_state(config: PPOSettings, num_iterations: int, flag: str) -> dict[str,
     return state
 
 
-def restore(state: Mapping[str, Any] | None, parts: PPOParts, folder: Path) -> None:
+def restore(state: dict[str, Any] | None, parts: PPOParts, folder: Path) -> None:
     """Load a checkpoint, its random generators last; nothing where there is none.
 
     Raises:
