@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.full import FullCopies
-from torchrl_maxmin.trainers.learner import make_learner
+from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 BAR, GROUPS = 0.35, 2
@@ -62,7 +62,7 @@ def parts(given: argparse.Namespace, micro: int, folder: str) -> tuple[Any, Tens
     settings = PPOConfig(
         "", "", output_dir=folder, num_ppo_epochs=1, mini_batch_size=rows, per_device_train_batch_size=micro
     )
-    return make_learner(settings, models, 1, rows, loss_mask_key="action_mask"), batch
+    return Learner(settings, models, 1, rows, loss_mask_key="action_mask"), batch
 
 
 def peak(given: argparse.Namespace, micro: int) -> float:

@@ -9,11 +9,11 @@ from torch import nn
 from trainers_runs import PPORun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from torchrl_maxmin.modules import TokenPolicy, TokenScorer
+from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.full import FullCopies
-from torchrl_maxmin.objectives import MaxMinPPOLoss
 from torchrl_maxmin.preferences.world import sample_reviews
 from torchrl_maxmin.trainers.learner import Learner
+from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.run import read_metrics
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 
@@ -42,26 +42,11 @@ def language_parts(tiny_model, dtype, tmp_path, micro):
     torch.manual_seed(0)
     nn.init.normal_(models.critic.head.weight, std=0.3)
     models.critic.to(dtype)
-    loss = MaxMinPPOLoss(
-        TokenScorer(models.policy, entropy=True),
-        models.critic,
-        functional=False,
-        loss_mask_key="action_mask",
-        entropy_bonus=True,
-        entropy_coeff=0.1,
-        kl_to_ref_coeff=0.2,
-        clip_value=0.1,
-    )
-    learner = Learner(
-        loss,
-        models.parameters(),
-        {"policy": 0.0, "critic": 0.0},
-        num_iterations=1,
-        rollout_size=ROWS,
-        mini_batch_size=ROWS,
-        micro_batch_size=micro,
-        folder=tmp_path,
-    )
+    config = PPOConfig(
+        "", "", output_dir=str(tmp_path), mini_batch_size=ROWS, per_device_train_batch_size=micro,
+        entropy_coeff=0.1, cliprange_value=0.1,
+    )  # fmt: skip
+    learner = Learner(config, models, 1, ROWS, loss_mask_key="action_mask", kl_to_ref_coeff=0.2)
     lengths = torch.tensor([1, 6, 2, 2, 5, 3, 6, 1, 1, 4, 6])
     batch = TensorDict(
         {
@@ -96,7 +81,7 @@ def assert_same_gradients(found, expected, bar):
 
 @pytest.mark.parametrize("micro", [1, 3, 7])
 def test_a_language_models_gradient_is_that_of_the_minibatch(tiny_model, dtype, tmp_path, micro):
-    outputs, expected = accumulated(*language_parts(tiny_model, dtype, tmp_path, None))
+    outputs, expected = accumulated(*language_parts(tiny_model, dtype, tmp_path, 0))
     parts, found = accumulated(*language_parts(tiny_model, dtype, tmp_path, micro))
     assert_same_gradients(found, expected, BARS[dtype])
     assert set(parts.keys()) == set(outputs.keys())
@@ -108,7 +93,7 @@ def test_a_language_models_gradient_is_that_of_the_minibatch(tiny_model, dtype, 
 
 def test_a_part_that_counts_itself_alone_would_be_wrong(tiny_model, tmp_path):
     """The masks are ragged enough for the bar to see it."""
-    models, learner, batch = language_parts(tiny_model, torch.float64, tmp_path, None)
+    models, learner, batch = language_parts(tiny_model, torch.float64, tmp_path, 0)
     _, expected = accumulated(models, learner, batch)
     learner.optimizer.zero_grad()
     for part in batch.split(3):

@@ -24,7 +24,7 @@ from torchrl_maxmin.modules.networks import Networks
 from torchrl_maxmin.objectives import VectorGAE
 from torchrl_maxmin.rollouts.environment import EnvRollouts
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
-from torchrl_maxmin.trainers.learner import make_learner
+from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo import Metrics, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_settings import adversary_of
 from torchrl_maxmin.trainers.run import resolve_device, seed_everything, write_config, write_json
@@ -117,7 +117,7 @@ def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
     start = 0 if state is None else state["iteration"]
     parts = EnvParts(
         models=models,
-        learner=make_learner(config, models, config.num_iterations, config.frames_per_batch),
+        learner=Learner(config, models, config.num_iterations, config.frames_per_batch),
         rollouts=EnvRollouts(
             env,
             actor,

@@ -27,7 +27,7 @@ from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, extra_columns, load_functions
 from torchrl_maxmin.rollouts.certificate import policy_certificate
 from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
-from torchrl_maxmin.trainers.learner import make_learner
+from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_settings import adversary_of
@@ -93,7 +93,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         source = MixtureRewards(mixture.to(device), tokenizer, texts)
     monitors: list[Monitor] = []
     if monitor_functions:
-        monitors.append(RewardMonitor(FunctionRewards(monitor_functions, tokenizer, texts, columns)))
+        monitors.append(monitor_rewards(FunctionRewards(monitor_functions, tokenizer, texts, columns)))
     state = find_state(config, config.num_iterations, "--num_iterations")
 
     seed_everything(config.seed)
@@ -145,7 +145,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     if state is not None:
         kl.coef = state["kl_coef"]
     if config.gap_steps:
-        monitors.append(GapMonitor(config, models, rewards, prompts))
+        monitors.append(monitor_gap(config, models, rewards, prompts))
     start = 0 if state is None else state["iteration"]
     parts = LanguageParts(
         models=models,
@@ -167,7 +167,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         advantages=TokenAdvantages(
             models, kl, config.kl_estimator, gamma=config.gamma, lmbda=config.lam, fresh=state is None
         ),
-        learner=make_learner(
+        learner=Learner(
             config, models, config.num_iterations, config.rollout_batch_size, loss_mask_key="action_mask"
         ),
         monitors=monitors,
@@ -267,55 +267,41 @@ def rollout_metrics(batch: TensorDictBase, ref_log_prob: torch.Tensor, kl_coef: 
     return {name: float(value) for name, value in metrics.items()}
 
 
-class RewardMonitor:
-    """Means of rewards that are logged and never trained on.
+def monitor_rewards(rewards: FunctionRewards) -> Monitor:
+    """Log the means of rewards that are never trained on, as ``monitor/{k}/mean``."""
 
-    Args:
-        rewards: the functions.
-    """
-
-    def __init__(self, rewards: FunctionRewards):
-        self.rewards = rewards
-
-    def __call__(self, iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
-        """Return ``monitor/{k}/mean``."""
-        means = self.rewards(batch.cpu()).nanmean(0)
+    def monitor(iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
+        means = rewards(batch.cpu()).nanmean(0)
         return {f"monitor/{k}/mean": value for k, value in enumerate(means.tolist())}
 
+    return monitor
 
-class GapMonitor:
-    """The certified distance to the optimum, every ``gap_steps`` iterations.
 
-    Args:
-        config: the stage's settings.
-        models: policy and reference.
-        rewards: what the policy is trained on.
-        prompts: those of the run.
+def monitor_gap(
+    config: PPOConfig, models: FullCopies, rewards: CalibratedRewards, prompts: TensorDict
+) -> Monitor:
+    """Log the certified distance to the optimum, every ``gap_steps`` iterations, where the samples can say.
+
+    Its names are ``maxmin/duality_gap``, and with ``_low`` and ``_high`` the ends of its interval.
     """
+    device = next(models.policy.parameters()).device
 
-    def __init__(
-        self, config: PPOConfig, models: FullCopies, rewards: CalibratedRewards, prompts: TensorDict
-    ):
-        self.config, self.models, self.rewards = config, models, rewards
-        self.prompts = prompts[: config.certificate_prompts]
-
-    def __call__(self, iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
-        """Return ``maxmin/duality_gap``, its ``_low`` and ``_high``; none where the samples cannot say."""
-        config = self.config
+    def monitor(iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
         if iteration % config.gap_steps:
             return {}
-        device = next(self.models.policy.parameters()).device
         # its samples must not move the run's own random numbers
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             certificate = policy_certificate(
-                self.models.policy,
-                self.models.reference,
-                lambda responses: self.rewards(responses.to(device)),
-                self.prompts,
+                models.policy,
+                models.reference,
+                lambda responses: rewards(responses.to(device)),
+                prompts[: config.certificate_prompts],
                 config.certificate_samples,
                 metrics["objective/kl_coef"],
                 scoring_batch_size=config.scoring_batch_size,
             )
         parts = {"": certificate.value, "_low": certificate.low, "_high": certificate.high}
         return {f"maxmin/duality_gap{end}": value for end, value in parts.items() if value is not None}
+
+    return monitor

@@ -41,23 +41,23 @@ Monitor = Callable[[int, TensorDictBase, Metrics], Metrics]
 
 
 class Rollouts(Protocol):
-    """Where data come from: rollouts by the policy as it is when they are asked for."""
+    """Iterates over batches by the policy as it is when they are asked for."""
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         """Yield batches."""
 
     def checkpoint(self, iteration: int) -> dict[str, Any]:
-        """The state to go on from after so many rollouts."""
+        """The state to go on from after so many batches."""
 
     def close(self) -> None:
         """Free what is held."""
 
 
 class Advantages(Protocol):
-    """What a rollout with group weights teaches."""
+    """Maps a batch with group weights to the rows that the loss reads, and to the batch's metrics."""
 
     def __call__(self, batch: TensorDictBase) -> tuple[TensorDictBase, Metrics]:
-        """The rows that the loss reads, ``advantage`` weighted and whitened; and the rollout's metrics."""
+        """Return rows with ``advantage`` weighted and whitened, and metrics."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
