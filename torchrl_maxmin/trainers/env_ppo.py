@@ -91,7 +91,8 @@ def run_env_ppo(config: EnvPPOConfig) -> Path:
     Raises:
         UserError: before any work, for settings, environments or folders that cannot be used.
     """
-    return train_env_policy(config, build_env_ppo(config))
+    started = time.perf_counter()
+    return train_env_policy(config, build_env_ppo(config), started)
 
 
 def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
@@ -136,9 +137,15 @@ def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
     return parts
 
 
-def train_env_policy(config: EnvPPOConfig, parts: EnvParts) -> Path:
-    """Train what :func:`build_env_ppo` built; returns the policy's folder."""
-    started, folder = time.perf_counter(), Path(config.output_dir)
+def train_env_policy(config: EnvPPOConfig, parts: EnvParts, started: float | None = None) -> Path:
+    """Train what :func:`build_env_ppo` built; returns the policy's folder.
+
+    Args:
+        config: the stage's settings.
+        parts: what was built.
+        started: when, by ``time.perf_counter``, the run began; now, if None.
+    """
+    started, folder = started or time.perf_counter(), Path(config.output_dir)
     if train(config, **vars(parts)):
         actor = parts.models.policy
         partial = folder / f".{POLICY_FILE}.partial"

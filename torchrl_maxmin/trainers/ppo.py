@@ -106,19 +106,24 @@ def train(
     log, finished = MetricsLog(folder, config.report_to, keep=start), False
     with progress_bar(f"ppo ({folder.name})", stop - start) as advance:
         for done, rollout in zip(range(start + 1, stop + 1), rollouts, strict=False):
-            batch = statistics(rollout)  # utilities of the groups; the adversary moves their weights
-            rows, metrics = advantages(batch)  # of every group, then their weighted sum
-            losses = learner.update(rows)  # clipped PPO
+            # 1. Utilities of the groups under the policy; the adversary moves their weights.
+            batch = statistics(rollout)
+            # 2. Advantages of every group, then their weighted sum.
+            rows, metrics = advantages(batch)
+            # 3. Clipped PPO, in minibatches of the rollout.
+            losses = learner.update(rows)
+            # 4. Log.
             metrics |= update_metrics(losses, batch["group_weights"])
             for monitor in monitors:
                 metrics |= monitor(done, batch, metrics)
             log.write(done - 1, metrics | {"lr": learner.schedule.get_last_lr()[0]})
             learner.schedule.step()
+            # 5. Checkpoint; the random numbers last, since new episodes draw some.
             if (config.save_steps and done % config.save_steps == 0) or done == config.stop_at_iteration:
                 state = {"iteration": done, "adversary": statistics.adversary.state_dict()}
                 for part in (models, learner, advantages):
                     state |= part.state_dict()
-                state |= rollouts.checkpoint(done)  # before the random numbers: it may draw some
+                state |= rollouts.checkpoint(done)
                 save_checkpoint(folder, done, state | {"random": random_state()})
             worst, kl = (metrics.get(f"objective/{name}") for name in ("welfare", "kl"))
             note = "no episode ended" if worst is None else f"worst group {worst:+.2f}"
