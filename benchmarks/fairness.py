@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from kernel_bench.device import Cpu, cpu_name
 from kernel_bench.report import folder_name
+from maxmin_kernels import token_gae
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -28,8 +29,7 @@ from torchrl_maxmin.collectors import MaxMinCollector
 from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
 from torchrl_maxmin.modules.sequences import backbone_of
-from torchrl_maxmin.objectives import MaxMinPPOLoss, VectorGAE, whiten
-from torchrl_maxmin.objectives.token_rewards import token_steps
+from torchrl_maxmin.objectives import MaxMinPPOLoss, scalarise_advantage, whiten
 from torchrl_maxmin.welfare import EntropyRegularized
 
 VOCABULARY, PROMPT, RESPONSE = 512, 16, 32
@@ -83,7 +83,6 @@ def token_update(groups: int, responses: int = 64) -> Callable[[], None]:
         TokenScorer(policy), critic, functional=False, entropy_bonus=False, loss_mask_key="action_mask"
     )
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-5)
-    gae = VectorGAE(gamma=1.0, lmbda=0.95, value_network=None, mask_key="mask")
     batch = policy(prompts(responses))
     batch["ref_log_prob"] = batch["sample_log_prob"] + 0.1
     batch["next"] = TensorDict({"reward": torch.randn(responses, groups)}, [responses])
@@ -92,11 +91,18 @@ def token_update(groups: int, responses: int = 64) -> Callable[[], None]:
     def update() -> None:
         with torch.no_grad():
             critic(batch)
-            steps = token_steps(batch, 0.05)
-            steps["group_weights"] = batch["group_weights"][:, None].expand(*steps.shape, -1)
-            gae(steps)
-            batch["advantage"] = whiten(steps["advantage"], steps["mask"])
-            batch["value_target"] = steps["value_target"]
+            columns, batch["value_target"] = token_gae(
+                batch["next", "reward"],
+                batch["state_value"],
+                batch["action_mask"],
+                gamma=1.0,
+                lmbda=0.95,
+                sample_log_prob=batch["sample_log_prob"],
+                ref_log_prob=batch["ref_log_prob"],
+                kl_coef=0.05,
+            )
+            weighted = scalarise_advantage(columns, batch["group_weights"])
+            batch["advantage"] = whiten(weighted, batch["action_mask"])
         step(loss, optimizer, batch, responses // 2)
 
     return update

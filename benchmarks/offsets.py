@@ -20,7 +20,7 @@ import yaml
 from torchrl_maxmin.evaluation import SeedResult, summarise, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
 from torchrl_maxmin.rewards.source import MixtureRewards
-from torchrl_maxmin.trainers.ppo import run_ppo
+from torchrl_maxmin.trainers.lm_ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 
@@ -53,7 +53,7 @@ def train_and_measure(seed_folder: Path, folder: Path) -> SeedResult:
             name = f"{calibration}, {kind}"
             output = folder / name.replace(", ", "-").replace(" ", "_")
             changed = dataclasses.replace(config, output_dir=str(output), calibration=calibration)
-            with mock.patch("torchrl_maxmin.trainers.ppo.MixtureRewards", offset_rewards(kind)):
+            with mock.patch("torchrl_maxmin.trainers.lm_ppo.MixtureRewards", offset_rewards(kind)):
                 run_ppo(changed)
             policies[name] = str(output)
             outcome = json.loads((output / "summary.json").read_text())["calibration"]

@@ -14,7 +14,7 @@ from unseen import Unseen, measure_unseen
 from worlds import SHIFTS, WORLD, CountGroups, Prepare, Prompts, count_groups, prepare, write_prompts
 
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
-from torchrl_maxmin.trainers.ppo import run_ppo
+from torchrl_maxmin.trainers.lm_ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import run_reward
 from torchrl_maxmin.trainers.reward_config import RewardConfig

@@ -34,7 +34,7 @@ from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.source import MixtureRewards
-from torchrl_maxmin.trainers.ppo import PPOTrainer
+from torchrl_maxmin.trainers.lm_ppo import build_ppo, train_policy
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import RewardConfig, run_reward
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
@@ -86,10 +86,10 @@ def settings(model: Path, files: dict[str, Path], runs: Path) -> dict[str, Any]:
 
 def run_recorded_ppo(config: PPOConfig) -> tuple[TensorDict, torch.Tensor]:
     """Run the policy stage; returns its responses [N] and the raw scores [N, K] that it gave them."""
-    trainer = PPOTrainer(config)
-    recorded = RecordedRewards(trainer.rewards)
-    trainer.rewards = recorded
-    trainer.train()
+    parts = build_ppo(config)
+    rewards = parts.rollouts.rewards
+    rewards.source = recorded = RecordedRewards(rewards.source)
+    train_policy(config, parts)
     return recorded.record()
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, PROPERTY, rms_error
-from maxmin_kernels import token_gae
+from maxmin_kernels import token_gae, vector_gae
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAN = float("nan")
@@ -94,27 +94,14 @@ def test_values_behind_the_end_move_nothing():
     assert torch.equal(clean[3], dirty[3])
 
 
-def test_equals_vector_gae_on_the_steps_of_the_language_rooms():
-    tensordict = pytest.importorskip("tensordict")
-    from maxmin_kernels import vector_gae
-
-    from torchrl_maxmin.objectives.token_rewards import token_steps
-
+def test_equals_vector_gae_on_the_steps_of_the_responses():
     reward, value, mask, options = make(5, 14, 3, True)
-    batch = tensordict.TensorDict(
-        {
-            "action_mask": mask,
-            "sample_log_prob": options["sample_log_prob"].nan_to_num(0.0),
-            "ref_log_prob": options["ref_log_prob"].nan_to_num(0.0),
-            "state_value": value,
-            "next": {"reward": reward},
-        },
-        [5],
-    )
-    steps = token_steps(batch, 0.3)
-    ends = steps["next", "done"], steps["next", "terminated"]
-    signals = steps["next", "reward"], steps["state_value"], steps["next", "state_value"], *ends
-    expected = vector_gae(*signals, **SETTINGS, mask=mask)
+    penalty = -0.3 * (options["sample_log_prob"] - options["ref_log_prob"]).nan_to_num(0.0)
+    last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    paid = torch.cat([last[..., None] * reward[:, None], penalty[..., None]], -1)
+    following = torch.nn.functional.pad(value[:, 1:], (0, 0, 0, 1))
+    ends = last[..., None], last[..., None]
+    expected = vector_gae(paid, value, following, *ends, **SETTINGS, mask=mask)
     for actual, reference in zip(
         token_gae(reward, value, mask, **SETTINGS, **options), expected, strict=False
     ):

@@ -14,7 +14,7 @@ from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.modules import TokenPolicy
 from torchrl_maxmin.modules.loading import load_tokenizer
 from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
-from torchrl_maxmin.trainers.ppo import PPOTrainer
+from torchrl_maxmin.trainers.lm_ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 PROMPTS = ["the film", "i finished this", "its", "a tender villain had a long story", "its cast was"]
@@ -45,7 +45,7 @@ def ppo_row(folder, tmp_path):
         response_length=6,
         device="cpu",
     )
-    PPOTrainer(config).train()
+    run_ppo(config)
     (row,) = read_metrics(config.output_dir)
     return row
 

@@ -7,7 +7,7 @@ import trainers_rewards
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.trainers import ppo
-from torchrl_maxmin.trainers.ppo import run_ppo
+from torchrl_maxmin.trainers.lm_ppo import run_ppo
 
 ROLLOUT, SILENT = 8, [1, 3]  # responses of a rollout; the rollouts without an answer
 calls = []

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from chat_tokenizers import CHATML, make_tokenizer, save_chat_model
+from trainers_runs import PPORun
 from transformers import AutoTokenizer, GenerationConfig
 
 from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.evaluation.results import SeedResult
 from torchrl_maxmin.preferences.texts import TextEncoder
 from torchrl_maxmin.rewards import RewardMixture
-from torchrl_maxmin.trainers.ppo import PPOConfig, PPOTrainer
+from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 ASKED = ["a b", "hello c", "d", "c a a"]
 received = []
@@ -117,18 +118,18 @@ def test_ppo_and_evaluate_score_a_response_alike(stages, tmp_path):
         response_length=8,
         **base,
     )
-    trainer = PPOTrainer(config)
+    trainer = PPORun(config)
     torch.manual_seed(0)
     from torchrl_maxmin.modules.sampling import sample_responses
 
-    sampled = sample_responses(trainer.policy, trainer.prompts, 2)
+    sampled = sample_responses(trainer.policy, trainer.rollouts.prompts, 2)
     mixture = RewardMixture.from_pretrained(stages / "reward")
-    scored = mixture.calibration.apply(trainer.rewards(sampled)).detach().reshape(4, 2, 2)
+    scored = mixture.calibration.apply(trainer.rollouts.rewards.source(sampled)).detach().reshape(4, 2, 2)
     np.testing.assert_allclose(result.utilities["maxmin"], scored.numpy(), atol=1e-5)
     rows = [torch.cat([r["prompt_tokens"][r["prompt_mask"]], r["action"][r["action_mask"]]]) for r in sampled]
     with torch.no_grad():
         alone = torch.cat([mixture(row[None], torch.ones(1, len(row), dtype=torch.bool)) for row in rows])
-    torch.testing.assert_close(trainer.rewards(sampled), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(trainer.rollouts.rewards.source(sampled), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_reward_functions_get_what_trl_gives(stages, tmp_path):

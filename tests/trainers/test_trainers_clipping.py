@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-
-from torchrl_maxmin.trainers.env_ppo import EnvPPOTrainer
-from torchrl_maxmin.trainers.ppo import PPOTrainer
+from trainers_runs import EnvPPORun, PPORun
 
 # AdamW takes steps of lr * g / (|g| + 1e-8): a gradient of norm 1e-12 moves nothing by more than lr / 10,000.
 TINY = 1e-12
@@ -34,8 +32,8 @@ def test_a_clipped_gradient_moves_neither_policy_nor_critic(kind, make_config, m
         torch.manual_seed(0)
         settings = {"max_grad_norm": limit, "learning_rate": rate}
         if kind == "language":
-            return moved(PPOTrainer(make_config(f"clipped {limit}", num_iterations=2, **settings)))
-        return moved(EnvPPOTrainer(make_env_config(f"clipped {limit}", **settings)))
+            return moved(PPORun(make_config(f"clipped {limit}", num_iterations=2, **settings)))
+        return moved(EnvPPORun(make_env_config(f"clipped {limit}", **settings)))
 
     free, clipped = run(math.inf), run(TINY)
     for name in ("policy", "critic"):

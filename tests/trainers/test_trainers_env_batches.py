@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 import trainers_envs
-
-from torchrl_maxmin.trainers.env_ppo import EnvPPOTrainer
+from trainers_runs import EnvPPORun
 
 
 def first_batch(config):
     """The first rollout of a run, with its advantages."""
-    trainer = EnvPPOTrainer(config)
-    return trainer, trainer._prepare(next(iter(trainer.collector)))
+    trainer = EnvPPORun(config)
+    return trainer, trainer.first_batch()
 
 
 def numbers(batch, *key):
@@ -109,13 +108,13 @@ def test_mean_of_mins_pays_the_least_return_when_the_episode_ends(make_env_confi
 
 
 def test_returns_are_measured_in_deviations_of_the_first_policy(make_env_config):
-    trainer = EnvPPOTrainer(
+    trainer = EnvPPORun(
         make_env_config(env_id="trainers_envs:arms", num_envs=4096, frames_per_batch=4096, total_frames=4096)
     )
     # the first policy is near uniform over the arms
     assert trainer.utility_scale == pytest.approx(trainers_envs.ARMS.std(0).mean(), rel=0.06)
     assert trainer.adversary.scale == trainer.utility_scale
-    given = EnvPPOTrainer(make_env_config("given", utility_scale=7.0))
+    given = EnvPPORun(make_env_config("given", utility_scale=7.0))
     assert (given.utility_scale, given.adversary.scale) == (7.0, 7.0)
 
 

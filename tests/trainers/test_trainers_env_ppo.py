@@ -11,11 +11,12 @@ import trainers_envs
 import yaml
 from rounding import float32_bound
 from torchrl.modules import OneHotCategorical
+from trainers_runs import EnvPPORun
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.envs import solve_max_min
-from torchrl_maxmin.trainers.env_ppo import EnvPPOTrainer, load_env_policy, run_env_ppo
+from torchrl_maxmin.trainers.env_ppo import load_env_policy, run_env_ppo
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.welfare import EntropyRegularized, FixedWeights, HardMin
 
@@ -94,7 +95,7 @@ def test_bounded_numbers_are_learned(make_env_config):
     ],
 )
 def test_settings_choose_who_moves_the_weights(make_env_config, settings, kind):
-    trainer = EnvPPOTrainer(make_env_config(**settings))
+    trainer = EnvPPORun(make_env_config(**settings))
     assert type(trainer.adversary) is kind
     columns = 1 if "objective" in settings else 3
     looks = trainer.env.reset()["observation"]
@@ -198,7 +199,7 @@ def test_the_config_reads_back(finished):
 
 
 def test_a_loaded_policy_is_the_one_that_was_trained(make_env_config):
-    trainer = EnvPPOTrainer(make_env_config())
+    trainer = EnvPPORun(make_env_config())
     trainer.train()
     policy, env = load_env_policy(trainer.folder)
     looks = env.reset()
@@ -260,7 +261,7 @@ def test_one_hot_actions_train(make_env_config):
     config = make_env_config(
         env_id="trainers_envs:one_hot_fishwood", num_envs=2, max_episode_steps=8, total_frames=128
     )
-    trainer = EnvPPOTrainer(config)
+    trainer = EnvPPORun(config)
     assert trainer.policy.get_dist(trainer.env.reset()).__class__ is OneHotCategorical
     before = copy.deepcopy(trainer.policy.state_dict())
     trainer.train()
@@ -275,7 +276,7 @@ def test_one_hot_actions_train(make_env_config):
 @pytest.mark.parametrize(("steps", "calls"), [(0, 0), (11, 1)])
 def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_env_config, monkeypatch, steps, calls):
     monkeypatch.setattr(trainers_envs.Poisoned, "steps_left", 10**9)
-    trainer = EnvPPOTrainer(make_env_config(env_id="trainers_envs:poisoned"))
+    trainer = EnvPPORun(make_env_config(env_id="trainers_envs:poisoned"))
     monkeypatch.setattr(trainers_envs.Poisoned, "steps_left", steps)
     with pytest.raises(FloatingPointError, match="a reward is nan; the batch that gave it is in"):
         trainer.train()
@@ -324,13 +325,13 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_env_config, monkey
 def test_mistakes_are_told_before_any_work(make_env_config, settings, message):
     config = make_env_config(**settings)
     with pytest.raises(UserError, match=message):
-        EnvPPOTrainer(config)
+        EnvPPORun(config)
     folder = Path(config.output_dir)
     assert not folder.exists() or not any(folder.iterdir())  # so that the mended command can run
 
 
 def test_a_policy_that_learns_never_to_end_is_told_after_it_is_saved(make_env_config, monkeypatch):
-    trainer = EnvPPOTrainer(make_env_config())
+    trainer = EnvPPORun(make_env_config())
     monkeypatch.setattr(trainer.config, "env_id", "trainers_envs:endless")
     with pytest.raises(UserError, match="an episode did not end in 80 steps"):
         trainer.train()
@@ -338,7 +339,7 @@ def test_a_policy_that_learns_never_to_end_is_told_after_it_is_saved(make_env_co
 
 
 def test_utilities_that_leave_where_nash_is_defined_are_told_in_a_line(make_env_config):
-    trainer = EnvPPOTrainer(make_env_config(env_id="trainers_envs:arms", welfare="nash"))
+    trainer = EnvPPORun(make_env_config(env_id="trainers_envs:arms", welfare="nash"))
     trainer.adversary.welfare.disagreement += 10.0  # as if returns had fallen by as much
     with pytest.raises(UserError, match=r"Nash needs utilities above the disagreement point, got .*soft_min"):
         trainer.train()

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from trainers_runs import EnvPPORun
 
 from torchrl_maxmin.core.checkpoint import find_checkpoint
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
-from torchrl_maxmin.trainers.env_ppo import EnvPPOTrainer
 
 GYM = {
     "env_id": "fishwood-v0",
@@ -37,7 +37,7 @@ def settings(request):
 
 
 def trained(config):
-    trainer = EnvPPOTrainer(config)
+    trainer = EnvPPORun(config)
     trainer.train()
     return trainer
 
@@ -47,7 +47,7 @@ def everything(trainer):
     tensors = {f"file/{n}": v for n, v in torch.load(trainer.folder / "policy.pt").items()}
     tensors |= {f"critic/{n}": v for n, v in trainer.critic.state_dict().items()}
     tensors |= {f"adversary/{n}": v for n, v in trainer.adversary.state_dict().items()}
-    for i, state in trainer.optimizer.state_dict()["state"].items():
+    for i, state in trainer.learner.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{n}": torch.as_tensor(v) for n, v in state.items()}
     summary = json.loads((trainer.folder / "summary.json").read_text())
     clock = ("wall_seconds", "frames_per_second")
@@ -77,8 +77,8 @@ def test_the_seed_decides_everything(make_env_config, settings):
 def test_seed_and_iteration_decide_the_episodes(make_env_config):
     looks = []
     for name, seed, iteration in (("a", 1, 0), ("b", 1, 0), ("c", 1, 1), ("d", 2, 0), ("e", 2, 1)):
-        trainer = EnvPPOTrainer(make_env_config(name, seed=seed))
-        trainer._start_episodes(iteration)
+        trainer = EnvPPORun(make_env_config(name, seed=seed))
+        trainer.rollouts.start_episodes(iteration)
         looks.append(tuple(trainer.env.reset()["state"].flatten().tolist()))
     assert looks[0] == looks[1]
     assert len(set(looks)) == 4
@@ -111,7 +111,7 @@ def test_a_checkpoint_starts_episodes_anew_and_restarts_nothing_else(make_env_co
 
 def test_the_scale_of_a_resumed_run_is_the_first_policy_s(make_env_config):
     first = trained(make_env_config("run", stop_at_iteration=1))
-    resumed = EnvPPOTrainer(make_env_config("run", resume_from_checkpoint="last", utility_scale=99.0))
+    resumed = EnvPPORun(make_env_config("run", resume_from_checkpoint="last", utility_scale=99.0))
     assert resumed.utility_scale == first.utility_scale != 99.0
     assert resumed.adversary.scale == first.utility_scale
 
@@ -138,7 +138,7 @@ def crash_on(monkeypatch, name):
 
 
 def test_a_crash_while_writing_a_checkpoint_leaves_the_older_ones(make_env_config, monkeypatch):
-    trainer = EnvPPOTrainer(make_env_config("run", save_steps=1))
+    trainer = EnvPPORun(make_env_config("run", save_steps=1))
     crash_on(monkeypatch, "checkpoint-3")
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
@@ -150,7 +150,7 @@ def test_a_crash_while_writing_a_checkpoint_leaves_the_older_ones(make_env_confi
 
 
 def test_a_crash_while_writing_the_policy_leaves_none(make_env_config, monkeypatch):
-    trainer = EnvPPOTrainer(make_env_config("run", save_steps=3))
+    trainer = EnvPPORun(make_env_config("run", save_steps=3))
     crash_on(monkeypatch, "policy.pt")
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
@@ -167,7 +167,7 @@ def test_checkpoints_that_do_not_fit(make_env_config):
         with pytest.raises(
             UserError, match=r"checkpoint is of other settings.*resume with those of .*config"
         ):
-            EnvPPOTrainer(make_env_config("run", resume_from_checkpoint="last", **changes))
+            EnvPPORun(make_env_config("run", resume_from_checkpoint="last", **changes))
     trained(make_env_config("done", total_frames=64, stop_at_iteration=1))
     with pytest.raises(UserError, match="at iteration 1 already; raise --total_frames"):
-        EnvPPOTrainer(make_env_config("done", total_frames=64, resume_from_checkpoint="last"))
+        EnvPPORun(make_env_config("done", total_frames=64, resume_from_checkpoint="last"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import trainers_rewards
 from rounding import SAMPLER, TINY_MODEL, float32_bound, log_prob_bar
+from trainers_runs import PPORun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.core.errors import UserError
@@ -14,7 +15,7 @@ from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.modules.output_head import OutputHead
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.source import MixtureRewards
-from torchrl_maxmin.trainers.ppo import PPOTrainer, run_ppo
+from torchrl_maxmin.trainers.lm_ppo import run_ppo
 
 BREVITY, LETTERS, PLUS_FIVE = (f"trainers_rewards:{n}" for n in ("brevity", "letters", "letters_plus_five"))
 
@@ -26,15 +27,15 @@ def parameters(trainer):
 
 
 def trained(config):
-    trainer = PPOTrainer(config)
+    trainer = PPORun(config)
     trainer.train()
     return trainer
 
 
 def first_batch(config):
     """The first rollout of a run, with its advantages."""
-    trainer = PPOTrainer(config)
-    batch = trainer._prepare(next(iter(trainer.collector))[:, 0])
+    trainer = PPORun(config)
+    batch = trainer.first_batch()
     return trainer, batch
 
 
@@ -43,17 +44,17 @@ def first_batch(config):
 
 @torch.no_grad()
 def largest_logit(trainer):
-    prompts = trainer.prompts["prompt_tokens"][trainer.prompts["prompt_mask"].all(-1)]
+    prompts = trainer.rollouts.prompts["prompt_tokens"][trainer.rollouts.prompts["prompt_mask"].all(-1)]
     return float(trainer.policy.model(prompts).logits.abs().max())
 
 
 def test_without_learning_nothing_moves(make_config):
     """KL 0 and ratio 1, the first statements a PPO must satisfy."""
     config = make_config(learning_rate=0.0, critic_learning_rate=1e-3, temperature=0.7, entropy_coeff=0.01)
-    trainer = PPOTrainer(config)
+    trainer = PPORun(config)
     # in float64, so that of all roundings only the sampler's are left, whose scores are float32
     trainer.policy.double()
-    trainer.reference.double()
+    trainer.models.reference.double()
     trainer.train()
     bar = log_prob_bar(trainer.policy.model, SAMPLER, config.temperature)
     for row in read_metrics(config.output_dir):
@@ -63,7 +64,7 @@ def test_without_learning_nothing_moves(make_config):
         assert row["policy/approxkl_avg"] == pytest.approx(0.0, abs=bar)
         assert row["objective/entropy"] > 0
     for (name, now), before in zip(
-        trainer.policy.named_parameters(), trainer.reference.parameters(), strict=True
+        trainer.policy.named_parameters(), trainer.models.reference.parameters(), strict=True
     ):
         assert torch.equal(now, before), name
     assert trainer.critic.head.weight.abs().sum() > 0
@@ -78,7 +79,7 @@ def test_without_learning_nothing_moves(make_config):
     ],
 )
 def test_a_first_step_that_cannot_be_right_stops_before_any_update(make_config, tamper, message):
-    trainer = PPOTrainer(make_config(num_iterations=1))
+    trainer = PPORun(make_config(num_iterations=1))
     tamper(trainer)
     before = copy.deepcopy(trainer.policy.state_dict())
     with pytest.raises(UserError, match=f"before the first update .*{message}.*likely cause"):
@@ -91,7 +92,7 @@ def test_the_first_minibatch_has_ratio_one_and_zero_kl(make_config):
     # sampled with cached keys, scored in one pass: the rounding of float32 apart
     bar = log_prob_bar(trainer.policy.model, TINY_MODEL)
     torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=bar, rtol=0)
-    losses = trainer.loss(batch.exclude("next", "group_utilities"))
+    losses = trainer.learner.loss(batch.exclude("next", "group_utilities"))
     assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=bar)
     assert losses["max_ratio"].item() == pytest.approx(1.0, abs=bar)
     assert losses["clip_fraction"] == 0
@@ -111,7 +112,7 @@ def test_the_policy_moves_towards_its_reward_and_dropout_stays_off(make_config):
     assert gain / 3 > 0.5  # standard deviations of the reference
     assert rows[-1]["objective/kl"] > 0.1
     assert not any(m.training for m in trainer.policy.model.modules())
-    assert not any(p.requires_grad for p in trainer.reference.parameters())
+    assert not any(p.requires_grad for p in trainer.models.reference.parameters())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_learning_rate_warms_up_and_decays_to_zero(make_config, warmup, expected
     trainer = trained(config)
     rates = [row["lr"] for row in read_metrics(config.output_dir)]
     assert rates == pytest.approx([1e-3 * factor for factor in expected])
-    assert trainer.schedule.get_last_lr() == [0.0, 0.0]
+    assert trainer.learner.schedule.get_last_lr() == [0.0, 0.0]
 
 
 # -- invariances -----------------------------------------------------------------------------------
@@ -145,9 +146,9 @@ def test_two_identical_groups_train_the_policy_of_one(make_config):
     two = trained(make_config("two", reward_funcs=[LETTERS] * 2, num_iterations=1, warmup_iterations=0))
     assert (one.adversary.num_groups, two.adversary.num_groups) == (1, 2)
     torch.manual_seed(0)
-    batch = one.policy(one.prompts.clone())
+    batch = one.policy(one.rollouts.prompts.clone())
     with torch.no_grad():
-        before = one.reference.log_prob(batch)
+        before = one.models.reference.log_prob(batch)
         after, same = one.policy.log_prob(batch), two.policy.log_prob(batch)
     assert (after - before).abs().max() > 1e-3
     # one group's advantage is the sum of two halves: after one step of Adam the weights are apart by
@@ -177,7 +178,7 @@ def test_missing_eos_is_paid_by_every_group(make_config):
     _, free = first_batch(make_config("free", missing_eos_penalty=0.0, **longer))
     trainer, paid = first_batch(make_config("paid", missing_eos_penalty=3.0, **longer))
     assert torch.equal(free["action"], paid["action"])
-    ended = ((paid["action"] == trainer.tokenizer.eos_token_id) & paid["action_mask"]).any(-1)
+    ended = ((paid["action"] == trainer.models.tokenizer.eos_token_id) & paid["action_mask"]).any(-1)
     assert ended.any()
     assert not ended.all()
     expected = free["next", "reward"] - 3.0 * (~ended).float()[:, None]
@@ -222,7 +223,7 @@ def test_utilitarian_weights_are_population_shares(make_config, reward_folder):
 
 
 def test_utilitarian_weights_of_functions_are_equal(make_config):
-    trainer = PPOTrainer(make_config(welfare="utilitarian"))
+    trainer = PPORun(make_config(welfare="utilitarian"))
     assert trainer.adversary.weights.tolist() == [0.5, 0.5]
 
 
@@ -250,7 +251,7 @@ def test_rewards_are_the_mixtures_calibrated_on_the_reference(make_config, rewar
     assert raw.shape == (12, 2, 2)
     calibration = Calibration.fit(raw)
     mixture = RewardMixture.from_pretrained(reward_folder)
-    expected = calibration.apply(MixtureRewards(mixture, trainer.tokenizer)(batch))
+    expected = calibration.apply(MixtureRewards(mixture, trainer.models.tokenizer)(batch))
     torch.testing.assert_close(batch["next", "group_reward"], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -270,7 +271,7 @@ def test_the_saved_policy_is_a_causal_language_model(make_config):
     again = AutoModelForCausalLM.from_pretrained(trainer.folder)
     for name, value in trainer.policy.model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    assert AutoTokenizer.from_pretrained(trainer.folder).get_vocab() == trainer.tokenizer.get_vocab()
+    assert AutoTokenizer.from_pretrained(trainer.folder).get_vocab() == trainer.models.tokenizer.get_vocab()
     assert {p.name for p in trainer.folder.iterdir()} >= {"config.yaml", "summary.json", "metrics.jsonl"}
 
 
@@ -281,12 +282,12 @@ def test_a_tokenizer_without_pad_token_starts_at_kl_zero(make_config, make_model
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
     trainer, batch = first_batch(make_config(model_name_or_path=folder))
-    assert trainer.tokenizer.pad_token_id == len(tokenizer)
+    assert trainer.models.tokenizer.pad_token_id == len(tokenizer)
     # sampled with cached keys, scored in one pass: the rounding of float32 apart
     bar = log_prob_bar(trainer.policy.model, TINY_MODEL)
     torch.testing.assert_close(batch["sample_log_prob"], batch["ref_log_prob"], atol=bar, rtol=0)
-    tokens, mask = trainer.prompts["prompt_tokens"], trainer.prompts["prompt_mask"]
-    assert (tokens[~mask] == trainer.tokenizer.pad_token_id).all()
+    tokens, mask = trainer.rollouts.prompts["prompt_tokens"], trainer.rollouts.prompts["prompt_mask"]
+    assert (tokens[~mask] == trainer.models.tokenizer.pad_token_id).all()
 
 
 # -- adaptive KL -----------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ def test_adaptive_kl_follows_ziegler(make_config):
 def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_config, monkeypatch, calls):
     monkeypatch.setattr(trainers_rewards.poisoned, "calls_left", 10**9)
     config = make_config(reward_funcs=["trainers_rewards:poisoned", LETTERS])
-    trainer = PPOTrainer(config)
+    trainer = PPORun(config)
     trainers_rewards.poisoned.calls_left = calls
     with pytest.raises(FloatingPointError, match="a reward is nan; the batch that gave it is in"):
         trainer.train()
@@ -353,7 +354,7 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_config, monkeypatc
 def test_mistakes_are_told_before_any_work(make_config, settings, message):
     config = make_config(**settings)
     with pytest.raises(UserError, match=message):
-        PPOTrainer(config)
+        PPORun(config)
     folder = Path(config.output_dir)
     assert not folder.exists() or not any(folder.iterdir())  # so that the mended command can run
 
@@ -361,13 +362,13 @@ def test_mistakes_are_told_before_any_work(make_config, settings, message):
 def test_empty_prompts(make_config, tmp_path):
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(UserError, match=r"none.jsonl has no prompts"):
-        PPOTrainer(make_config(dataset_name=str(tmp_path / "none.jsonl")))
+        PPORun(make_config(dataset_name=str(tmp_path / "none.jsonl")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(make_config):
     with pytest.raises(UserError, match=r"--device cuda.*no GPU"):
-        PPOTrainer(make_config(device="cuda"))
+        PPORun(make_config(device="cuda"))
 
 
 def test_a_folder_that_holds_something_is_left_as_it_is(make_config):

@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
+from trainers_runs import PPORun
 
 from torchrl_maxmin.core import run as run_module
 from torchrl_maxmin.core.checkpoint import find_checkpoint, save_checkpoint
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
-from torchrl_maxmin.trainers.ppo import PPOTrainer
 
 
 def trained(config):
-    trainer = PPOTrainer(config)
+    trainer = PPORun(config)
     trainer.train()
     return trainer
 
@@ -23,7 +23,7 @@ def everything(trainer):
     tensors = {f"policy/{n}": v for n, v in trainer.policy.state_dict().items()}
     tensors |= {f"critic/{n}": v for n, v in trainer.critic.state_dict().items()}
     tensors |= {f"adversary/{n}": v for n, v in trainer.adversary.state_dict().items()}
-    for i, state in trainer.optimizer.state_dict()["state"].items():
+    for i, state in trainer.learner.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{n}": torch.as_tensor(v) for n, v in state.items()}
     texts = {name: (trainer.folder / name).read_text() for name in ("metrics.jsonl", "summary.json")}
     return tensors, texts
@@ -73,7 +73,7 @@ def test_metrics_past_the_checkpoint_are_dropped_on_resume(make_config):
 
 def test_a_crash_while_writing_leaves_older_checkpoints(make_config, monkeypatch):
     config = make_config("run", save_steps=1)
-    trainer = PPOTrainer(config)
+    trainer = PPORun(config)
     whole_save, done = torch.save, []
 
     def crash_on_third(state, path):
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
 def test_another_calibration_is_not_resumed_with(make_config):
     trained(make_config("run", calibration="sft_mean", stop_at_iteration=1))
     with pytest.raises(UserError, match="resume with --calibration sft_mean, or start another run for none"):
-        PPOTrainer(make_config("run", calibration="none", resume_from_checkpoint="last"))
+        PPORun(make_config("run", calibration="none", resume_from_checkpoint="last"))
 
 
 def test_missing_checkpoints(make_config, tmp_path):
@@ -121,7 +121,7 @@ def test_missing_checkpoints(make_config, tmp_path):
         find_checkpoint(tmp_path, "checkpoint-7")
     trained(make_config("run", num_iterations=1, stop_at_iteration=1))
     with pytest.raises(UserError, match="at iteration 1 already; raise --num_iterations"):
-        PPOTrainer(make_config("run", num_iterations=1, resume_from_checkpoint="last"))
+        PPORun(make_config("run", num_iterations=1, resume_from_checkpoint="last"))
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

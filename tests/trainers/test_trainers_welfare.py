@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from trainers_runs import PPORun
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
-from torchrl_maxmin.trainers.ppo import PPOTrainer
-from torchrl_maxmin.trainers.ppo_adversary import adversary_of
+from torchrl_maxmin.trainers.ppo_settings import adversary_of
 from torchrl_maxmin.welfare import AlphaFair, CVaR, GeneralizedGini, KLBall, Nash, ProjectedGradient, SoftMin
 
 SHARES = torch.tensor([0.8, 0.2])
@@ -15,7 +15,7 @@ WIN_RATE = {"calibration": "win_rate"}
 
 
 def trained(config):
-    trainer = PPOTrainer(config)
+    trainer = PPORun(config)
     trainer.train()
     return trainer
 
@@ -52,7 +52,7 @@ def test_fixed_weights_are_one_a_group(make_config):
     config = make_config(welfare="fixed", group_weights=[0.2, 0.3, 0.5])
     config.check()
     with pytest.raises(UserError, match="gives 3 weights, but the reward has 2 groups; give one a group"):
-        PPOTrainer(config)
+        PPORun(config)
 
 
 def test_projected_gradient_with_its_options(make_config):
@@ -153,8 +153,8 @@ def test_mistakes(make_config, settings, message):
 
 def test_every_prompt_is_weighed_by_its_own_worst_group(make_config):
     config = make_config(objective="mean_of_prompt_mins", num_generations=4, learning_rate=0.0)
-    trainer = PPOTrainer(config)
-    batch = next(iter(trainer.collector))[:, 0]
+    trainer = PPORun(config)
+    batch = trainer.first_batch()
     index, rewards = batch["prompt_index"], batch["next", "reward"]
     assert index.view(2, 4).eq(index.view(2, 4)[:, :1]).all()
     for rows in (slice(0, 4), slice(4, 8)):

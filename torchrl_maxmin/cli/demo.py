@@ -19,7 +19,7 @@ from torchrl_maxmin.core.run import prepare_output_dir, resolve_device, write_co
 from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
-from torchrl_maxmin.trainers.ppo import run_ppo
+from torchrl_maxmin.trainers.lm_ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import run_reward
 from torchrl_maxmin.trainers.reward_config import RewardConfig

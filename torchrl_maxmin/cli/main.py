@@ -18,7 +18,7 @@ STAGES = {
     "sft": ("torchrl_maxmin.trainers.sft", "SFTConfig", "run_sft", "fine-tune the reference policy"),
     "reward": ("torchrl_maxmin.trainers.reward", "RewardConfig", "run_reward", "groups and their rewards"),
     "ppo": (
-        "torchrl_maxmin.trainers.ppo",
+        "torchrl_maxmin.trainers.lm_ppo",
         "PPOConfig",
         "run_ppo",
         "train for the worst-off group; in an environment with --env_id (ppo --env_id ID --help)",

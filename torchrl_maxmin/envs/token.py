@@ -88,20 +88,16 @@ class TokenEnv(EnvBase):
             shape=(size,),
         )
 
-    def _indices(self) -> Tensor:
-        """Prompts of the current batch: slices of one permutation an epoch."""
+    def _observe(self, group_reward: Tensor | None = None) -> TensorDict:
+        """The prompts of the current batch."""
         total, size = len(self.prompts), self.batch_size[0] // self.num_generations
-        start = self.batch_index * size
-        rows = []
-        for epoch in range(start // total, (start + size - 1) // total + 1):
+        start, rows = self.batch_index * size, []
+        for epoch in range(start // total, (start + size - 1) // total + 1):  # one permutation each
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             order = torch.randperm(total, generator=generator)
             first = max(start - epoch * total, 0)
             rows.append(order[first : min(start + size - epoch * total, total)])
-        return torch.cat(rows).repeat_interleave(self.num_generations).to(self.device)
-
-    def _observe(self, group_reward: Tensor | None = None) -> TensorDict:
-        index = self._indices()
+        index = torch.cat(rows).repeat_interleave(self.num_generations).to(self.device)
         if group_reward is None:
             group_reward = self.observation_spec["group_reward"].zero()
         chosen = self.prompts[index]

@@ -44,7 +44,7 @@ from torchrl_maxmin.preferences.texts import Text, is_conversational
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
-from torchrl_maxmin.rollouts.certificate import log_prob_in_batches, policy_certificate
+from torchrl_maxmin.rollouts.certificate import policy_certificate, score_responses
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
 
@@ -187,7 +187,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             if isinstance(judge, UtilityJudge):
                 found = judge(sampled, tokenizer, texts, columns, policy.eos_token_ids)
                 utilities[name] = found.reshape(*shape, -1)
-            ratio = sampled["sample_log_prob"] - log_prob_in_batches(reference, sampled)
+            ratio = sampled["sample_log_prob"] - score_responses(reference, sampled)
             kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
             length[name] = sampled["action_mask"].sum(-1).double().numpy().reshape(shape)
             advance(note=name)

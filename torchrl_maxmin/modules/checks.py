@@ -86,7 +86,7 @@ def check_model(policy: TokenPolicy) -> None:
             "it does not respect the mask of left padding, or counts positions from the padding on",
         )
         prompts = batch.select("prompt_tokens", "prompt_mask")
-        sampled = policy.sample(prompts.clone(), batch["action"].shape[-1])
+        sampled = policy(prompts.clone(), batch["action"].shape[-1])
         _require_equal(
             policy,
             policy.log_prob(sampled),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from maxmin_kernels import token_log_probs
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -18,11 +21,15 @@ from torchrl_maxmin.modules.loading import (
     plain_generation,
 )
 from torchrl_maxmin.modules.output_head import OutputHead
-from torchrl_maxmin.modules.sampled_log_probs import SampledLogProbs
 from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, mask_after_eos
 from torchrl_maxmin.modules.trunks import states_width
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
+
+_NO_TOKENS = (
+    "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
+    "scored from padding; give it the tokenizer's BOS token, or leave it out"
+)
 
 
 def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor:
@@ -39,7 +46,8 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     prompt_mask, action_mask = tensordict["prompt_mask"], tensordict["action_mask"]
     extremes = torch.stack([action_mask.sum(-1).max(), prompt_mask.sum(-1).min()])
     longest, shortest_prompt = extremes.tolist()  # one wait for the device
-    _require_prompts(shortest_prompt)
+    if shortest_prompt < 1:
+        raise ValueError(_NO_TOKENS)
     longest = max(longest, 1)
     tokens = torch.cat([prompt, action[:, : longest - 1]], -1)
     mask = torch.cat([prompt_mask, action_mask[:, : longest - 1]], -1)
@@ -47,12 +55,35 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))
 
 
-def _require_prompts(shortest: int) -> None:
-    if shortest < 1:
-        raise ValueError(
-            "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
-            "scored from padding; give it the tokenizer's BOS token, or leave it out"
-        )
+@dataclass
+class SampledLogProbs:
+    """A logits processor that changes nothing and remembers how likely each sampled token was.
+
+    A token is known one call after its scores: only one step's scores are held, never [B, R, V].
+
+    Attributes:
+        temperature: of the sampling; processors of the caller's see scores that are not divided yet.
+        columns: the log-probabilities [B] in fp32 of every column but the last, which a last call adds.
+        scores: those of the last call.
+    """
+
+    temperature: float = 1.0
+    columns: list[Tensor] = field(default_factory=list)
+    scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
+        """Take the scores [B, V] of the next token, None after the last, given all tokens [B, T]."""
+        if self.scores is not None:
+            last = self.scores.float()
+            if self.temperature != 1.0:
+                last = last / self.temperature
+            self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
+        self.scores = scores
+        return scores
+
+
+# generate() asks for it at every token, and working it out takes longer than the log-probability.
+SampledLogProbs.__call__.__signature__ = inspect.signature(SampledLogProbs.__call__)  # type: ignore[attr-defined]
 
 
 class TokenPolicy(TensorDictModuleBase):
@@ -71,6 +102,7 @@ class TokenPolicy(TensorDictModuleBase):
         pad_token_id: what fills the columns after it; must differ from all of them.
         max_new_tokens: columns R of a response.
         temperature: softmax temperature, at sampling and at scoring.
+        generation_batch_size: most prompts answered at once; None for all of a call.
 
     Reads ``prompt_tokens`` [B, P] int64 and ``prompt_mask`` [B, P] bool, padded left; writes
     ``action`` [B, R] int64, ``action_mask`` [B, R] bool and ``sample_log_prob`` [B, R] fp32
@@ -105,6 +137,7 @@ class TokenPolicy(TensorDictModuleBase):
         pad_token_id: int,
         max_new_tokens: int,
         temperature: float = 1.0,
+        generation_batch_size: int | None = None,
     ):
         eos_token_ids = end_tokens(model, eos_token_id)
         if pad_token_id in eos_token_ids:
@@ -120,6 +153,7 @@ class TokenPolicy(TensorDictModuleBase):
         self.head = OutputHead.read(model)
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.generation_batch_size = generation_batch_size
 
     @classmethod
     def from_pretrained(
@@ -129,6 +163,7 @@ class TokenPolicy(TensorDictModuleBase):
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
+        generation_batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> TokenPolicy:
         """Load a Hugging Face model, and check that what it samples is what it is trained on.
@@ -146,23 +181,29 @@ class TokenPolicy(TensorDictModuleBase):
             pad_token_id=tokenizer.pad_token_id,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            generation_batch_size=generation_batch_size,
         )
         check_model(policy)
         return policy
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase, max_new_tokens: int | None = None) -> TensorDictBase:
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
+
+        Args:
+            tensordict: prompts [B].
+            max_new_tokens: columns of a response, where not those of the policy.
 
         Raises:
             ValueError: for a prompt without tokens.
         """
-        return self.sample(tensordict, self.max_new_tokens)
-
-    @torch.no_grad()
-    def sample(self, tensordict: TensorDictBase, max_new_tokens: int) -> TensorDictBase:
-        """What calling the policy does, with responses of at most so many columns."""
+        max_new_tokens = max_new_tokens or self.max_new_tokens
+        size = self.generation_batch_size or len(tensordict)
+        if len(tensordict) > size:
+            return torch.cat([self(part, max_new_tokens) for part in tensordict.split(size)])
         prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
-        _require_prompts(int(prompt_mask.sum(-1).min()))
+        if int(prompt_mask.sum(-1).min()) < 1:
+            raise ValueError(_NO_TOKENS)
         sampled = SampledLogProbs(self.temperature)
         generated = self.model.generate(
             input_ids=prompt,
@@ -176,7 +217,8 @@ class TokenPolicy(TensorDictModuleBase):
             pad_token_id=self.pad_token_id,
             logits_processor=[sampled],
         )[:, prompt.shape[-1] :]
-        log_prob = sampled.finish(generated[:, -1])
+        sampled(generated, None)
+        log_prob = torch.stack(sampled.columns, -1)
         # generate() returns early only when every row has ended: what is missing is padding
         short = max_new_tokens - generated.shape[-1]
         action = nn.functional.pad(generated, (0, short), value=self.pad_token_id)
@@ -197,12 +239,19 @@ class TokenPolicy(TensorDictModuleBase):
         """Log-probabilities and token entropies, both [B, R] and zero where masked."""
         action, mask = tensordict["action"], tensordict["action_mask"]
         states = predicting_states(backbone_of(self.model), tensordict)
-        log_prob, token_entropy = self.head.log_probs(
-            self.model.get_output_embeddings(),
+        output = self.model.get_output_embeddings()
+        bias = getattr(output, "bias", None)
+        if bias is not None and self.head.bias_scale != 1.0:
+            bias = bias * self.head.bias_scale
+        log_prob, token_entropy = token_log_probs(
             states[mask],
+            output.weight,
             action[mask],
             temperature=self.temperature,
             entropy=entropy,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+            bias=bias,
         )
         blank = torch.zeros(action.shape, dtype=log_prob.dtype, device=action.device)
         scattered = blank.masked_scatter(mask, log_prob)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from maxmin_kernels import token_log_probs
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
@@ -65,38 +64,6 @@ class OutputHead:
             raise _refusal(model, "changes its logits by more than a scale and a soft cap")
         scale, softcap = form
         return cls(scale * hidden_scale, scale, softcap)
-
-    def log_probs(
-        self,
-        head: nn.Module,
-        states: Tensor,
-        targets: Tensor,
-        *,
-        temperature: float = 1.0,
-        entropy: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [N] of targets [N] and, if asked, entropies [N], without the logits.
-
-        Args:
-            head: the model's output embeddings.
-            states: the trunk's hidden states [N, H].
-            targets: token ids [N].
-            temperature: softmax temperature.
-            entropy: also give the entropies.
-        """
-        bias = getattr(head, "bias", None)
-        if bias is not None and self.bias_scale != 1.0:
-            bias = bias * self.bias_scale
-        return token_log_probs(
-            states,
-            head.weight,
-            targets,
-            temperature=temperature,
-            entropy=entropy,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            bias=bias,
-        )
 
 
 class _Trial:

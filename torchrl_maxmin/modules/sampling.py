@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.sequences import pad_left
+from torchrl_maxmin.modules.sequences import in_batches, pad_left
 from torchrl_maxmin.preferences.texts import Text, TextEncoder
 
 __all__ = ["encode_prompts", "sample_responses", "to_texts"]
@@ -38,7 +38,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Text], max_length: int | No
 
 @torch.no_grad()
 def sample_responses(
-    policy: TokenPolicy, prompts: TensorDict, num_samples: int = 1, batch_size: int = 512
+    policy: TokenPolicy, prompts: TensorDict, num_samples: int = 1, batch_size: int | None = None
 ) -> TensorDict:
     """Sample responses to every prompt.
 
@@ -46,7 +46,7 @@ def sample_responses(
         policy: who answers.
         prompts: what :func:`encode_prompts` gives, batch size [N].
         num_samples: responses a prompt, n.
-        batch_size: responses sampled at once.
+        batch_size: most responses sampled at once; by default the policy's ``generation_batch_size``, or 512.
 
     Returns:
         The prompts with ``action``, ``action_mask`` and ``sample_log_prob``, batch size [N * n];
@@ -54,8 +54,8 @@ def sample_responses(
     """
     device = next(policy.parameters()).device
     repeated = prompts[torch.arange(len(prompts)).repeat_interleave(num_samples)]
-    parts = [policy(part.to(device)).cpu() for part in repeated.split(batch_size)]
-    return torch.cat(parts)
+    size = batch_size or policy.generation_batch_size or 512
+    return in_batches(lambda part: policy(part.to(device)).cpu(), repeated, size)
 
 
 def to_texts(

@@ -20,6 +20,7 @@ __all__ = [
     "backbone_of",
     "has_ended",
     "hidden_states",
+    "in_batches",
     "keep_last",
     "last_index",
     "mask_after_eos",
@@ -86,6 +87,24 @@ def penalise_missing_eos(
     return rewards - penalty * ~has_ended(responses, eos_ids)
 
 
+def in_batches(function: Callable[[Any], Any], rows: TensorDictBase, batch_size: int) -> Any:
+    """Apply a function to ``batch_size`` rows at a time; the parts of its result are put together again.
+
+    Args:
+        function: maps a tensordict [B] to a tensor or tensordict of as many rows.
+        rows: batch size [N].
+        batch_size: most rows at once.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> in_batches(lambda part: part["x"] * 2, TensorDict({"x": torch.arange(5)}, [5]), 2).tolist()
+        [0, 2, 4, 6, 8]
+    """
+    if len(rows) <= batch_size:
+        return function(rows)
+    return torch.cat([function(part) for part in rows.split(batch_size)])
+
+
 def last_index(mask: Tensor) -> Tensor:
     """Index [B] of the last real token of each row, whichever side is padded."""
     positions = torch.arange(mask.shape[-1], device=mask.device)
@@ -121,9 +140,10 @@ def hidden_states(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     that takes none (ALiBi, recurrent ones) finds its positions in the mask, or has none.
     """
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask.long()}
-    if takes(backbone, "position_ids"):
+    taken = _parameters_of(type(backbone).forward)
+    if "position_ids" in taken:
         inputs["position_ids"] = position_ids(mask)
-    if takes(backbone, "use_cache"):
+    if "use_cache" in taken:
         inputs["use_cache"] = False
     return backbone(**inputs).last_hidden_state
 

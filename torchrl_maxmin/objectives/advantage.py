@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.envs.transforms import Transform
 
-from torchrl_maxmin.objectives.scalarise import scalarise_advantage
+from torchrl_maxmin.objectives.functional import scalarise_advantage
 from torchrl_maxmin.welfare import Adversary
 from torchrl_maxmin.welfare.statistics import GroupStatistics
 

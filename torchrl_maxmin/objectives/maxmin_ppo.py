@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams, is_tensor_collection
 from tensordict.nn import (
+    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
-    TensorDictModule,
     dispatch,
 )
-from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.modules import ValueNorm
-from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.ppo import _broadcast_advantage_to_log_weight, _check_advantage_broadcast
-from torchrl.objectives.utils import _maybe_add_or_extend_key, _sum_td_features
+from torchrl.objectives.utils import (
+    _clip_value_loss,
+    _maybe_add_or_extend_key,
+    _sum_td_features,
+    distance_loss,
+)
 
-from torchrl_maxmin.objectives.critic import VectorCriticMixin
-from torchrl_maxmin.objectives.kl import KL_ESTIMATORS, kl_estimate
-from torchrl_maxmin.objectives.loss_advantage import VectorAdvantageMixin
-from torchrl_maxmin.objectives.masked import masked_mean, ratio_statistics
-from torchrl_maxmin.objectives.scoring import ScoredActions, ScoringActorMixin
+from torchrl_maxmin.masks import (
+    expand_mask,
+    fill_masked,
+    masked_explained_variance,
+    masked_mean,
+    ratio_statistics,
+    validity_mask,
+)
+from torchrl_maxmin.objectives.loss_contract import ScoredActions, VectorPPOLoss
 
 
-class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, ClipPPOLoss):
+class MaxMinPPOLoss(VectorPPOLoss):
     """Clipped PPO whose advantage, value target and critic have one column per group.
 
     In MaxMin-RLHF (https://arxiv.org/abs/2402.08925) the policy climbs ``sum_k w_k F_k`` for group
@@ -49,6 +55,8 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
        :func:`~torchrl_maxmin.objectives.kl_estimate`.
     5. The critic's loss can be taken in units of every column's own spread (``value_norm``), so that a
        group with large returns does not take the critic for itself.
+    6. A minibatch can be dealt in micro-batches whose gradients add up to its own, see
+       :meth:`micro_batches`.
 
     With one group, no mask and the same advantage, losses and gradients equal the parent's to the bit.
 
@@ -127,134 +135,50 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
         ... )
     """
 
-    @dataclass
-    class _AcceptedKeys(ClipPPOLoss._AcceptedKeys):
-        """The entries that :meth:`set_keys` can rename, besides those of PPO.
+    # -- micro-batches --------------------------------------------------------------------------------
 
-        Attributes:
-            group_weights (NestedKey): The group weights ``[*B, K]``. Defaults to ``"group_weights"``.
-            ref_log_prob (NestedKey): The reference policy's log-probability of the action.
-                Defaults to ``"ref_log_prob"``.
-            log_prob (NestedKey): Where an actor that scores actions itself writes the log-probability.
-                Defaults to ``"log_prob"``.
-            entropy (NestedKey): Where such an actor writes the entropy. Defaults to ``"entropy"``.
+    def micro_batches(self, minibatch: TensorDictBase, size: int) -> Sequence[TensorDictBase]:
+        """Deal a minibatch in parts whose losses, and gradients, add up to those of the whole.
+
+        Every part knows how many steps count in the whole, so that a step weighs the same in whichever part.
+        Whiten the advantage before: a part does not know the statistics of the others.
+
+        Args:
+            minibatch: the data, of batch size ``[B, ...]``.
+            size: most rows a part.
+
+        Raises:
+            ValueError: if the loss itself standardises the advantage or the value target.
         """
-
-        group_weights: NestedKey = "group_weights"
-        ref_log_prob: NestedKey = "ref_log_prob"
-        log_prob: NestedKey = "log_prob"
-        entropy: NestedKey = "entropy"
-
-    default_keys = _AcceptedKeys
-    tensor_keys: _AcceptedKeys
-    _in_keys: list[NestedKey] | None
-    _out_keys: list[NestedKey] | None
-    _schedulable_buffers = frozenset({"kl_to_ref_coeff"})
-
-    actor_network: TensorDictModule
-    critic_network: TensorDictModule
-    actor_network_params: TensorDictParams
-    critic_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    target_critic_network_params: TensorDictParams
-
-    def __init__(
-        self,
-        actor_network: ProbabilisticTensorDictSequential | TensorDictModule | None = None,
-        critic_network: TensorDictModule | None = None,
-        *,
-        kl_to_ref_coeff: float = 0.0,
-        kl_estimator: str = "k3",
-        value_norm: ValueNorm | None = None,
-        loss_mask_key: NestedKey | None = "auto",
-        **kwargs: Any,
-    ) -> None:
-        # The parent swallows unknown arguments, and with them typing errors.
-        known = {*inspect.signature(ClipPPOLoss).parameters, *inspect.signature(PPOLoss).parameters}
-        unknown = sorted(set(kwargs) - known - {"critic_coef", "entropy_coef"})
-        if unknown:
-            raise TypeError(f"MaxMinPPOLoss got unknown arguments: {', '.join(unknown)}.")
-        # The parent looks at pairs only; above 1 its lower bound, log(1 - clip_epsilon), is NaN.
-        clip = kwargs.get("clip_epsilon", 0.2)
-        if isinstance(clip, int | float) and not 0 <= clip <= 1:
-            raise ValueError(f"clip_epsilon must be between 0 and 1, or a pair, got {clip}.")
-        kwargs["clip_value"] = kwargs.get("clip_value") or None  # False and 0 mean no clipping
-        super().__init__(actor_network, critic_network, **kwargs)
-        if kl_to_ref_coeff < 0:
-            raise ValueError(f"kl_to_ref_coeff must not be negative, got {kl_to_ref_coeff}.")
-        if kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"kl_estimator is one of {', '.join(KL_ESTIMATORS)}, not {kl_estimator!r}.")
-        self.kl_estimator = kl_estimator
-        self.value_norm = value_norm
-        self.register_coeff_buffer(
-            "kl_to_ref_coeff", float(kl_to_ref_coeff) or None, device=self.entropy_coeff.device
-        )
-        self.loss_mask_key = loss_mask_key
-        if not self._is_probabilistic:
-            self.set_keys(sample_log_prob="sample_log_prob")
-
-    # -- keys -----------------------------------------------------------------------------------------
-
-    def _set_in_keys(self) -> None:
-        super()._set_in_keys()
-        keys: list[NestedKey] = sorted(self._in_keys or (), key=str)
-        optional = ("advantage", "value_target", "value", "group_weights", "ref_log_prob")
-        for name in optional:
-            _maybe_add_or_extend_key(keys, getattr(self.tensor_keys, name))
-        _maybe_add_or_extend_key(keys, list(self._loss_mask_keys()))
-        self._in_keys = list(dict.fromkeys(keys))
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """What ``forward`` returns, in the order of a keyword call."""
-        if self._out_keys is None:
-            keys: list[NestedKey] = ["loss_objective", "clip_fraction"]
-            if self.entropy_bonus:
-                keys += ["entropy", "loss_entropy"]
-            if self.kl_to_ref_coeff is not None:
-                keys += ["kl_to_ref", "loss_kl_to_ref"]
-            if self._has_critic:
-                keys.append("loss_critic")
-                if self.clip_value is not None:
-                    keys.append("value_clip_fraction")
-                if self.log_explained_variance:
-                    keys.append("explained_variance")
-            self._out_keys = [*keys, "ESS", "kl_approx", "max_ratio", "mean_ratio"]
-        return self._out_keys
-
-    @out_keys.setter
-    def out_keys(self, values: list[NestedKey]) -> None:
-        self._out_keys = values
-
-    # -- the reference --------------------------------------------------------------------------------
-
-    def _kl_to_ref(self, scored: ScoredActions, tensordict: TensorDictBase, mask: Tensor | None) -> Tensor:
-        """The estimate of every step, ``[*B, 1]``."""
-        ref_log_prob = tensordict.get(self.tensor_keys.ref_log_prob, None)
-        log_prob = scored.log_prob
-        if ref_log_prob is None:
-            raise KeyError(
-                "kl_to_ref_coeff needs the reference's log-probabilities of the actions in "
-                f"{self.tensor_keys.ref_log_prob!r}."
-            )
-        if is_tensor_collection(log_prob):
-            log_prob = _sum_td_features(log_prob)
-        if ref_log_prob.shape != log_prob.shape:
+        if self.normalize_advantage or self.advantage_norm is not None or self.value_norm is not None:
             raise ValueError(
-                f"{self.tensor_keys.ref_log_prob!r} has shape {tuple(ref_log_prob.shape)}, the policy's "
-                f"log-probability {tuple(log_prob.shape)}."
+                "Statistics of a minibatch cannot be had from its parts: leave normalize_advantage, "
+                "advantage_norm and value_norm out, and whiten the advantage of the whole rollout."
             )
-        log_ratio = (log_prob - ref_log_prob).unsqueeze(-1)
-        if mask is not None:
-            log_ratio = torch.where(mask, log_ratio, 0.0)
-        return kl_estimate(log_ratio, self.kl_estimator)
+        mask = validity_mask(minibatch, self._loss_mask_key)
+        steps = minibatch.get(self.tensor_keys.advantage)[..., 0] if mask is None else mask
+        count = steps.new_tensor(steps.numel() if mask is None else int(mask.sum()), dtype=torch.int64)
+        minibatch = minibatch.copy()
+        return minibatch.set(self.tensor_keys.num_valid, count.expand(minibatch.batch_size)).split(size)
+
+    def merge(self, outputs: Sequence[TensorDictBase], minibatch: TensorDictBase) -> TensorDictBase:
+        """Put the outputs of all micro-batches together; returns those of the whole minibatch.
+
+        Args:
+            outputs: what :meth:`forward` returned for the parts, in their order.
+            minibatch: the whole.
+        """
+        means = [output.exclude("log_ratio", "value", "composite_entropy") for output in outputs]
+        log_ratio = torch.cat([output["log_ratio"] for output in outputs])
+        mask = validity_mask(minibatch, self._loss_mask_key)
+        whole = torch.stack(means).sum(0).update(ratio_statistics(log_ratio, mask))
+        if outputs[0].get("value", None) is not None:
+            target = minibatch.get(self.tensor_keys.value_target)
+            value = torch.cat([output["value"] for output in outputs])
+            whole.set("explained_variance", masked_explained_variance(target, value, mask))
+        return whole
 
     # -- the loss -------------------------------------------------------------------------------------
-
-    def _reduce_loss(self, loss: Tensor, tensordict: TensorDictBase | None = None, **kwargs: Any) -> Tensor:
-        if not loss.numel() and self.reduction == "mean":
-            return loss.sum()  # of an empty minibatch: 0, with a gradient of zeros
-        return super()._reduce_loss(loss, tensordict, **kwargs)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -266,38 +190,48 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
 
         Returns:
             A tensordict with the entries of :attr:`out_keys` (and ``composite_entropy`` for composite
-            actions).
+            actions). For a micro-batch the statistics of the whole are left out, and ``log_ratio`` and
+            ``value`` of every step put in, for :meth:`merge`.
         """
+        keys = self.tensor_keys
         tensordict = tensordict.clone(False)
-        fresh = tensordict.get(self.tensor_keys.advantage, None) is None
+        fresh = tensordict.get(keys.advantage, None) is None
         if fresh:
             self._estimate_advantage(tensordict)
-        tensordict = self._finite_actor_inputs(tensordict)
-        advantage = self._scalar_advantage(tensordict)
+        mask = validity_mask(tensordict, self._loss_mask_key)
+        read = list(getattr(self.actor_network, "in_keys", ()))
+        _maybe_add_or_extend_key(read, keys.action)
+        tensordict = fill_masked(tensordict, read, mask)
+        count = tensordict.get(keys.num_valid, None)
+        if count is not None:
+            count = count.flatten()[0]
+        advantage = tensordict.get(keys.advantage)
+        if advantage.shape[-1:] != (1,):
+            advantage = self._scalar_advantage(advantage, tensordict)
         log_weight, scored, kl_approx, log_is_weight = self._log_weight(
             tensordict, adv_shape=advantage.shape[:-1]
         )
         advantage = _broadcast_advantage_to_log_weight(advantage, log_weight)
         _check_advantage_broadcast(advantage, log_weight)
-        mask = self._mask(tensordict, log_weight)
-        advantage = self._normalise(advantage, tensordict, mask, fresh=fresh)
+        if self.normalize_advantage or self.advantage_norm is not None:
+            advantage = self._normalise(advantage, tensordict, mask, fresh=fresh)
         if mask is not None:
             # Select before the exponential: padding may hold anything.
-            advantage = torch.where(mask, advantage, 0.0)
-            log_weight = torch.where(mask, log_weight, 0.0)
-            kl_approx = torch.where(mask, kl_approx, 0.0)
-            log_is_weight = None if log_is_weight is None else torch.where(mask, log_is_weight, 0.0)
+            valid = expand_mask(mask, log_weight)
+            advantage, log_weight, kl_approx = (
+                torch.where(valid, x, 0.0) for x in (advantage, log_weight, kl_approx)
+            )
+            log_is_weight = None if log_is_weight is None else torch.where(valid, log_is_weight, 0.0)
 
         # The clip acts on pi / pi_prox, the surrogate is weighted by pi / pi_behaviour; the two are one
         # unless the proximal policy is delayed or the ratio capped.
         log_behaviour = log_weight if log_is_weight is None else log_weight + log_is_weight
         clipped = log_weight.clamp(*self._clip_bounds)
-        clip_fraction = masked_mean((clipped != log_weight).to(log_weight.dtype), mask)
         log_clipped = clipped if log_is_weight is None else clipped + log_is_weight
         gains = torch.stack([log_behaviour.exp() * advantage, log_clipped.exp() * advantage], -1)
         out = TensorDict({"loss_objective": -gains.min(dim=-1).values})
-        out.set("clip_fraction", clip_fraction)
-        out.set("kl_approx", masked_mean(kl_approx.detach(), mask))
+        out.set("clip_fraction", masked_mean((clipped != log_weight).to(log_weight.dtype), mask, count))
+        out.set("kl_approx", masked_mean(kl_approx.detach(), mask, count))
 
         if self.entropy_bonus:
             entropy = self._get_entropy(scored, adv_shape=advantage.shape[:-1])
@@ -305,25 +239,26 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
             if is_tensor_collection(entropy):
                 out.set("composite_entropy", entropy.detach())
                 total = _sum_td_features(entropy)
-            out.set("entropy", masked_mean(total.detach(), mask))
+            out.set("entropy", masked_mean(total.detach(), mask, count))
             out.set("loss_entropy", self._weighted_loss_entropy(entropy))
         if self.kl_to_ref_coeff is not None:
             kl_to_ref = self._kl_to_ref(scored, tensordict, mask)
-            out.set("kl_to_ref", masked_mean(kl_to_ref.detach(), mask))
+            out.set("kl_to_ref", masked_mean(kl_to_ref.detach(), mask, count))
             out.set("loss_kl_to_ref", self.kl_to_ref_coeff * kl_to_ref)
         if self._has_critic:
-            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict)
+            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict, count)
             out.set("loss_critic", loss_critic)
             if value_clip_fraction is not None:
                 out.set("value_clip_fraction", value_clip_fraction)
             if explained_variance is not None:
-                out.set("explained_variance", explained_variance)
-        out.update(ratio_statistics(log_behaviour.detach(), mask))
-        out = out.named_apply(
-            lambda name, value: (
-                self._reduce_loss(value, tensordict).squeeze(-1) if name.startswith("loss_") else value
-            )
-        )
+                out.set("explained_variance" if count is None else "value", explained_variance)
+        for name in [name for name, _ in out.items() if name.startswith("loss_")]:
+            if self.reduction == "mean":
+                out.set(name, masked_mean(out[name], mask, count))
+            else:
+                out.set(name, self._reduce_loss(out[name], self._with_bool_masks(tensordict)).squeeze(-1))
+        log_ratio = log_behaviour.detach()
+        out.update(ratio_statistics(log_ratio, mask) if count is None else {"log_ratio": log_ratio})
         self._clear_weakrefs(
             tensordict,
             out,
@@ -333,3 +268,103 @@ class MaxMinPPOLoss(ScoringActorMixin, VectorAdvantageMixin, VectorCriticMixin, 
             "target_critic_network_params",
         )
         return out
+
+    def loss_critic(
+        self, tensordict: TensorDictBase, count: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The critic's loss, times ``critic_coeff``, and its masked metrics.
+
+        Args:
+            tensordict: the data, with ``value_target`` and what the critic reads.
+            count: steps that count in the minibatch of which the data are a part; None where they are all.
+
+        Returns:
+            The loss of every step and column ``[*B, C]``, the fraction of clipped values or None, the
+            explained variance of every column ``[C]`` (of a part the values ``[*B, C]``) or None.
+        """
+        keys = self.tensor_keys
+        if self.separate_losses:
+            tensordict = tensordict.detach()
+        target = tensordict.get(keys.value_target, None)
+        if target is None:
+            raise KeyError(
+                f"The value target {keys.value_target!r} is not in the data: compute it with VectorGAE, "
+                "or leave the advantage out for the loss to compute both."
+            )
+        old_value = tensordict.get(keys.value, None) if self.clip_value is not None else None
+        if self.clip_value is not None and old_value is None:
+            raise KeyError(f"clip_value needs the values {keys.value!r} of the rollout in the data.")
+        mask = validity_mask(tensordict, self._loss_mask_key)
+        tensordict = fill_masked(tensordict, self.critic_network.in_keys, mask)
+        with (
+            self.critic_network_params.to_module(self.critic_network, preserve_module_state=False)
+            if self.functional
+            else contextlib.nullcontext()
+        ):
+            value = self.critic_network(tensordict).get(keys.value)
+        if value is None or value.shape != target.shape:
+            raise ValueError(
+                f"The critic's {keys.value!r} has shape {None if value is None else tuple(value.shape)}, "
+                f"but {keys.value_target!r} has {tuple(target.shape)}: they need one column per group each, "
+                "and one more each if the KL penalty has its own."
+            )
+        if mask is not None:
+            # Padding may hold NaN, which would survive a multiplication by 0 in the backward pass.
+            valid = expand_mask(mask, value)
+            target, value = torch.where(valid, target, 0.0), torch.where(valid, value, 0.0)
+            old_value = None if old_value is None else torch.where(valid, old_value, 0.0)
+        if self.value_norm is not None:
+            rows = target if mask is None else target[valid.all(-1)]
+            if rows.numel():  # statistics of nothing would be NaN for good
+                self.value_norm.update(rows)
+            target, value = self.value_norm.normalize(target), self.value_norm.normalize(value)
+            old_value = None if old_value is None else self.value_norm.normalize(old_value)
+        loss = distance_loss(target, value, loss_function=self.loss_critic_type)
+        clip_fraction = None
+        if old_value is not None:
+            loss, _ = _clip_value_loss(old_value, value, self.clip_value, target, loss, self.loss_critic_type)
+            clipped = (value - old_value).detach().abs() > self.clip_value
+            clip_fraction = masked_mean(clipped.to(value.dtype), mask, count)
+        explained_variance = value.detach() if self.log_explained_variance else None
+        if explained_variance is not None and count is None:
+            explained_variance = masked_explained_variance(target.detach(), explained_variance, mask)
+        return (self.critic_coeff * loss if self._has_critic else loss), clip_fraction, explained_variance
+
+    # -- the actor ------------------------------------------------------------------------------------
+
+    @property
+    def _is_probabilistic(self) -> bool:
+        actor = self.actor_network
+        if isinstance(actor, (ProbabilisticTensorDictSequential, ProbabilisticTensorDictModule)):
+            return True
+        return self.tensor_keys.log_prob not in getattr(actor, "out_keys", ()) and hasattr(actor, "get_dist")
+
+    def _get_cur_log_prob(
+        self, tensordict: TensorDictBase, params: TensorDictParams | None = None
+    ) -> tuple[Any, ScoredActions, bool]:
+        if self._is_probabilistic:
+            log_prob, dist, is_composite = super()._get_cur_log_prob(tensordict, params)
+            return log_prob, ScoredActions(log_prob, None, dist), is_composite
+        actor, keys = self.actor_network, self.tensor_keys
+        if keys.log_prob not in getattr(actor, "out_keys", ()):
+            raise TypeError(
+                "The actor must be a probabilistic TensorDict module, or a TensorDict module that writes "
+                f"the log-probability of the given action under {keys.log_prob!r} (set_keys(log_prob=...)); "
+                f"got {type(actor).__name__} with out_keys {getattr(actor, 'out_keys', None)}."
+            )
+        params = self.actor_network_params if params is None else params
+        with (
+            params.to_module(actor, preserve_module_state=False)
+            if self.functional
+            else contextlib.nullcontext()
+        ):
+            # A selection, so that the actor's entries do not end up in the caller's data.
+            scored = actor(tensordict.select(*actor.in_keys, strict=False))
+        log_prob = scored.get(keys.log_prob)
+        expected = tensordict.get(keys.sample_log_prob).shape
+        if log_prob.shape != expected:
+            raise ValueError(
+                f"The actor's {keys.log_prob!r} has shape {tuple(log_prob.shape)}, but "
+                f"{keys.sample_log_prob!r} has {tuple(expected)}."
+            )
+        return log_prob, ScoredActions(log_prob, scored.get(keys.entropy, None), None), False

@@ -15,9 +15,8 @@ from torchrl.objectives.utils import hold_out_net
 from torchrl.objectives.value import GAE, ValueEstimatorBase
 from torchrl.objectives.value.advantages import _self_set_grad_enabled, _self_set_skip_existing
 
-from torchrl_maxmin.masks import SHIFTED_VALID, expand_mask, fill_masked, mask_keys, validity_mask
-from torchrl_maxmin.objectives.masked import all_equal
-from torchrl_maxmin.objectives.scalarise import scalarise_advantage
+from torchrl_maxmin.masks import SHIFTED_VALID, all_equal, expand_mask, fill_masked, mask_keys, validity_mask
+from torchrl_maxmin.objectives.functional import scalarise_advantage
 
 __all__ = ["Signals", "VectorEstimator"]
 
@@ -38,15 +37,8 @@ class Signals(NamedTuple):
 class VectorEstimator(ValueEstimatorBase):
     """A value estimator for a K-column reward, K-column values and one ``done`` for all columns.
 
-    To be put before a TorchRL estimator among the bases; :meth:`_estimate` is what a subclass adds.
-
-    Entries: ``("next", "reward")`` ``[*B, T, K]``, ``state_value`` and ``("next", "state_value")``
-    ``[*B, T, K]`` (written by the value network, if there is one), ``("next", "done")`` and
-    ``("next", "terminated")`` ``[*B, T, 1]``. Written: ``advantage`` and ``value_target``
-    ``[*B, T, K]``. With ``group_weights`` ``[*B, T, K]`` (or ``[*B, K]`` in a tensordict of batch size
-    ``B``) in the data, ``advantage`` is their weighted sum ``[*B, T, 1]`` and the columns are kept under
-    ``advantage_per_group``. A reward with one column more than there are weights has a KL penalty in its
-    last, which enters the sum with weight 1.
+    To be put before a TorchRL estimator among the bases; :meth:`_estimate` is what a subclass adds. The
+    entries are described in :class:`~torchrl_maxmin.objectives.VectorGAE`.
 
     Args:
         mask_key: entry ``[*B, T]`` (or ``[*B, T, 1]``), True at real steps; ``"auto"`` for the masks that
@@ -62,16 +54,6 @@ class VectorEstimator(ValueEstimatorBase):
         The inherited fields are written again since :meth:`set_keys` looks for them in this class.
 
         Attributes:
-            advantage (NestedKey): Where the advantage is written. Defaults to ``"advantage"``.
-            value_target (NestedKey): Where the target value is written. Defaults to ``"value_target"``.
-            value (NestedKey): Where the value is read. Defaults to ``"state_value"``.
-            reward (NestedKey): The reward, in ``"next"``. Defaults to ``"reward"``.
-            done (NestedKey): The done flag, in ``"next"``. Defaults to ``"done"``.
-            terminated (NestedKey): The terminated flag, in ``"next"``. Defaults to ``"terminated"``.
-            steps_to_next_obs (NestedKey): Steps to the next observation, if they are not 1.
-                Defaults to ``"steps_to_next_obs"``.
-            sample_log_prob (NestedKey): The behaviour policy's log-probability of the action, which V-trace
-                reads.
             group_weights (NestedKey): The group weights. Defaults to ``"group_weights"``.
             advantage_per_group (NestedKey): Where the columns are kept when they are scalarised.
                 Defaults to ``"advantage_per_group"``.
@@ -91,7 +73,7 @@ class VectorEstimator(ValueEstimatorBase):
     default_keys = _AcceptedKeys
 
     def __init__(self, *, mask_key: NestedKey | None = "auto", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"value_network": None, **kwargs})
         self.mask_key = mask_key
 
     @property

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from maxmin_kernels import vector_gae
-from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives.value import GAE
 from torchrl.objectives.value.functional import generalized_advantage_estimate
@@ -64,25 +61,6 @@ class VectorGAE(VectorEstimator, GAE):
     Reference: Schulman et al., High-Dimensional Continuous Control Using Generalized Advantage
     Estimation, eq. 16, https://arxiv.org/abs/1506.02438.
     """
-
-    def __init__(
-        self,
-        *,
-        gamma: float | Tensor,
-        lmbda: float | Tensor,
-        value_network: Any = None,
-        average_gae: bool = False,
-        mask_key: NestedKey | None = "auto",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            gamma=gamma,
-            lmbda=lmbda,
-            value_network=value_network,
-            average_gae=average_gae,
-            mask_key=mask_key,
-            **kwargs,
-        )
 
     @property
     def _standardises(self) -> bool:

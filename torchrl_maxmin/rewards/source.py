@@ -17,7 +17,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.importing import import_named
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses, to_texts
-from torchrl_maxmin.modules.sequences import has_ended
+from torchrl_maxmin.modules.sequences import has_ended, in_batches
 from torchrl_maxmin.preferences.texts import Text, as_completion, distinct_texts
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.world import World
@@ -83,7 +83,7 @@ class MixtureRewards:
     def in_batches(self, responses: TensorDict, batch_size: int = 512) -> Tensor:
         """Score responses on the model's device, so many at once; returns rewards [N, K] on the CPU."""
         device = next(self.mixture.parameters()).device
-        return torch.cat([self(part.to(device)).cpu() for part in responses.split(batch_size)])
+        return in_batches(lambda part: self(part.to(device)).cpu(), responses, batch_size)
 
     def _of_texts(self, responses: TensorDictBase) -> Tensor:
         known = None if responses.get("prompt_index", None) is None else self.prompts
@@ -326,7 +326,7 @@ def reference_rewards(
     prompts: TensorDict,
     rewards: MixtureRewards | FunctionRewards,
     num_samples: int,
-    batch_size: int = 512,
+    scoring_batch_size: int = 512,
 ) -> Tensor:
     """Raw rewards [X, n, K] on the CPU of n samples of the reference policy for each of X prompts.
 
@@ -337,5 +337,5 @@ def reference_rewards(
     """
     device = next(reference.parameters()).device
     samples = sample_responses(reference, prompts, num_samples)
-    raw = torch.cat([rewards(part.to(device)).cpu() for part in samples.split(batch_size)])
+    raw = in_batches(lambda part: rewards(part.to(device)).cpu(), samples, scoring_batch_size)
     return raw.reshape(len(prompts), num_samples, -1)

@@ -1,1 +1,1 @@
-"""Samples of policies, and what can be certified from them."""
+"""Where the data of a training run come from: sampled responses with their rewards, or an environment."""

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from torchrl_maxmin.modules.language import TokenPolicy
 from torchrl_maxmin.modules.sampling import sample_responses
+from torchrl_maxmin.modules.sequences import in_batches
 from torchrl_maxmin.welfare import Certificate, certify
 
-__all__ = ["log_prob_in_batches", "policy_certificate"]
+__all__ = ["policy_certificate", "score_responses"]
 
 
 @torch.no_grad()
-def log_prob_in_batches(policy: TokenPolicy, responses: TensorDict, batch_size: int = 512) -> Tensor:
-    """Compute log-probabilities [N, R] on the CPU."""
+def score_responses(policy: TokenPolicy, responses: TensorDict, batch_size: int = 512) -> Tensor:
+    """Log-probabilities [N, R] of given responses, ``batch_size`` at once; on the CPU."""
     device = next(policy.parameters()).device
-    return torch.cat([policy.log_prob(part.to(device)).cpu() for part in responses.split(batch_size)])
+    return in_batches(lambda part: policy.log_prob(part.to(device)).cpu(), responses, batch_size)
 
 
 @torch.no_grad()
@@ -31,6 +32,8 @@ def policy_certificate(
     prompts: TensorDict,
     num_samples: int,
     beta: float,
+    *,
+    scoring_batch_size: int = 512,
 ) -> Certificate:
     """Certify how far a policy is from the max-min optimum of ``F_u = E[r_u] - beta KL``, from fresh samples.
 
@@ -41,6 +44,7 @@ def policy_certificate(
         prompts: what :func:`~torchrl_maxmin.modules.sampling.encode_prompts` gives, batch size [X].
         num_samples: responses a prompt, a multiple of 4; half are the policy's, half the reference's.
         beta: weight of the KL penalty, positive.
+        scoring_batch_size: most responses whose log-probabilities are taken at once.
 
     Returns:
         See :func:`~torchrl_maxmin.welfare.certify`; null, with the reason, where it cannot say.
@@ -49,7 +53,8 @@ def policy_certificate(
     drawn = [sample_responses(who, prompts, half).reshape(len(prompts), half) for who in (policy, reference)]
     both = torch.cat(drawn, 1).reshape(-1)
     log_policy, log_reference = (
-        log_prob_in_batches(who, both).double().sum(-1).reshape(shape) for who in (policy, reference)
+        score_responses(who, both, scoring_batch_size).double().sum(-1).reshape(shape)
+        for who in (policy, reference)
     )
     group_rewards = rewards(both).cpu().double().reshape(*shape, -1)
     log_mixture = torch.logaddexp(log_policy, log_reference) - math.log(2)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.trainers.ppo_settings import PPOSettings
+from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
 
 __all__ = ["EnvPPOConfig"]
 
-OBJECTIVES = ("min_of_means", "mean_of_mins")
 BACKENDS = ("auto", "batched", "gym")
 OBSERVATIONS = ("auto", "one_hot", "scale", "none")
 
@@ -67,7 +66,8 @@ class EnvPPOConfig(PPOSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work together."""
         super().check()
-        self.require_known(objective=OBJECTIVES, env_backend=BACKENDS, observation=OBSERVATIONS)
+        objectives = tuple(name for name in OBJECTIVES if name != "mean_of_prompt_mins")
+        self.require_known(objective=objectives, env_backend=BACKENDS, observation=OBSERVATIONS)
         self.require_at_least(1, "num_envs", "frames_per_batch", "total_frames")
         self.require_at_least(0, "max_episode_steps", "utility_scale")
         if self.frames_per_batch % self.num_envs:

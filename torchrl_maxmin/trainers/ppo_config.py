@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.objectives.kl import KL_ESTIMATORS
+from torchrl_maxmin.objectives.functional import KL_ESTIMATORS
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
-from torchrl_maxmin.trainers.ppo_settings import PPOSettings
+from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
 
 __all__ = ["PPOConfig"]
-
-OBJECTIVES = ("min_of_means", "mean_of_prompt_mins", "mean_of_mins")
 
 
 @dataclass
@@ -49,6 +47,8 @@ class PPOConfig(PPOSettings, ChatSettings):
         kl_horizon: responses over which the adaptive controller moves.
         num_iterations: rollouts, each followed by updates.
         rollout_batch_size: responses a rollout.
+        generation_batch_size: most responses sampled at once.
+        scoring_batch_size: most responses that reference, critic and rewards read at once.
         temperature: of sampling and scoring.
         response_length: most tokens of a response.
         max_prompt_length: longest prompt in tokens; longer ones lose their start.
@@ -76,6 +76,8 @@ class PPOConfig(PPOSettings, ChatSettings):
     kl_horizon: int = 10000
     num_iterations: int = 200
     rollout_batch_size: int = 64
+    generation_batch_size: int = 512
+    scoring_batch_size: int = 512
     temperature: float = 1.0
     response_length: int = 53
     max_prompt_length: int = 512
@@ -95,7 +97,7 @@ class PPOConfig(PPOSettings, ChatSettings):
             1,
             "num_iterations", "rollout_batch_size", "num_generations", "response_length", "max_prompt_length",
             "calibration_prompts", "calibration_samples", "certificate_prompts", "certificate_samples",
-            "kl_horizon",
+            "kl_horizon", "generation_batch_size", "scoring_batch_size",
         )  # fmt: skip
         self.require_at_least(0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap")
         self.require_positive("temperature", "kl_target")

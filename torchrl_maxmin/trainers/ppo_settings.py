@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.settings import CheckedSettings
-
-__all__ = ["PPOSettings"]
-
-WELFARES = (
-    "egalitarian",
-    "utilitarian",
-    "soft_min",
-    "kl_ball",
-    "chi2_ball",
-    "cvar",
-    "nash",
-    "alpha_fair",
-    "generalized_gini",
-    "fixed",
+from torchrl_maxmin.welfare import (
+    ADVERSARIES,
+    WELFARES,
+    Adversary,
+    FixedWeights,
+    GeneralizedGini,
+    Welfare,
+    WelfareAdversary,
+    make_adversary,
+    make_welfare,
 )
+
+__all__ = ["OBJECTIVES", "PPOSettings", "adversary_of"]
+
+OBJECTIVES = ("min_of_means", "mean_of_prompt_mins", "mean_of_mins")
 #: loggers of TorchRL, and the packages that each needs
 LOGGERS = {"csv": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow",)}
-ADVERSARIES = ("entropy_regularized", "hard_min", "exponentiated_gradient", "projected_gradient")
 
 
 @dataclass(kw_only=True)
@@ -47,6 +50,7 @@ class PPOSettings(CheckedSettings):
         adversary_optimistic: whether the adversary moves on a guess of the utilities to come.
         num_ppo_epochs: passes over a rollout.
         mini_batch_size: rows (responses, or steps of an environment) an optimizer step.
+        per_device_train_batch_size: rows of these in memory at once, their gradients added up; 0 takes all.
         learning_rate: peak learning rate of the policy.
         critic_learning_rate: peak learning rate of the critic; 0 takes that of the policy.
         warmup_iterations: iterations of linear warm-up; then linear decay to 0.
@@ -76,6 +80,7 @@ class PPOSettings(CheckedSettings):
     adversary_optimistic: bool = False
     num_ppo_epochs: int = 4
     mini_batch_size: int = 16
+    per_device_train_batch_size: int = 0
     learning_rate: float = 3e-6
     critic_learning_rate: float = 0.0
     warmup_iterations: int = 5
@@ -94,13 +99,17 @@ class PPOSettings(CheckedSettings):
 
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work together."""
-        self.require_known(welfare=WELFARES, adversary=ADVERSARIES)
+        # a regret needs the best values, which nobody knows before; two of the adversaries are welfares
+        welfares = (*(name for name in WELFARES if name != "regret"), "fixed")
+        adversaries = tuple(name for name in ADVERSARIES if name not in ("welfare", "fixed"))
+        self.require_known(welfare=welfares, adversary=adversaries)
         self.require_seed()
         self.require_at_least(1, "num_ppo_epochs", "mini_batch_size")
         self.require_at_least(
             0,
             "learning_rate", "critic_learning_rate", "warmup_iterations", "cliprange_value", "entropy_coeff",
             "adversary_step_size", "adversary_step_decay", "save_steps", "stop_at_iteration",
+            "per_device_train_batch_size",
         )  # fmt: skip
         self.require_in_range(0, 1, "gamma", "lam")
         if self.report_to:
@@ -130,8 +139,80 @@ class PPOSettings(CheckedSettings):
                 f"--welfare {self.welfare} goes with --objective min_of_means: "
                 f"{self.objective} is a welfare itself"
             )
-        if self.adversary != ADVERSARIES[0] and not (plain and self.welfare == "egalitarian"):
+        if self.adversary != "entropy_regularized" and not (plain and self.welfare == "egalitarian"):
             raise UserError(
                 f"--adversary {self.adversary} moves the group weights of --welfare egalitarian with "
                 "--objective min_of_means, and of no other: leave it out"
             )
+
+
+_PARAMETER = {
+    "soft_min": "temperature",
+    "kl_ball": "radius",
+    "chi2_ball": "radius",
+    "cvar": "level",
+    "alpha_fair": "alpha",
+}
+
+
+def adversary_of(
+    config: PPOSettings,
+    num_groups: int,
+    shares: Tensor | None,
+    *,
+    scale: float = 1.0,
+    disagreement: float = 0.0,
+) -> Adversary:
+    """The adversary that ``--objective``, ``--welfare`` and ``--adversary`` ask for.
+
+    Args:
+        config: the stage's settings, checked.
+        num_groups: K.
+        shares: the groups' shares of the population [K]; None where they are not known (reward
+            functions), which then count alike.
+        scale: what the adversary divides utilities by; 1 where the reward is calibrated.
+        disagreement: what a group gets in the worst case, from which Nash and alpha-fairness count.
+
+    Raises:
+        UserError: where ``--group_weights`` are not as many as the groups.
+    """
+    if config.welfare == "fixed":
+        if len(config.group_weights) != num_groups:
+            raise UserError(
+                f"--group_weights gives {len(config.group_weights)} weights, but the reward has {num_groups} "
+                "groups; give one a group"
+            )
+        return FixedWeights(config.group_weights)
+    point = torch.full((num_groups,), 1.0 / num_groups) if shares is None else shares.cpu()
+    if config.objective == "mean_of_mins":
+        return FixedWeights([1.0])
+    if config.welfare == "utilitarian" or config.objective == "mean_of_prompt_mins":
+        # population shares where they are known: an equal-weight mean is another welfare;
+        # weights by prompt need no adversary
+        return FixedWeights(point)
+    if num_groups == 1:
+        return FixedWeights([1.0])
+    options: dict[str, Any] = {
+        "step_decay": config.adversary_step_decay,
+        "optimistic": config.adversary_optimistic,
+    }
+    if config.welfare != "egalitarian":
+        return WelfareAdversary(num_groups, _welfare(config, num_groups, point, disagreement), **options)
+    settings: dict[str, dict[str, float]] = {
+        "entropy_regularized": {"tau": config.tau, "scale": scale},
+        "exponentiated_gradient": {"step_size": config.adversary_step_size, "scale": scale},
+        "projected_gradient": {"step_size": config.adversary_step_size, "scale": scale},
+        "hard_min": {},
+    }
+    return make_adversary(config.adversary, num_groups, **settings[config.adversary], **options)
+
+
+def _welfare(config: PPOSettings, num_groups: int, shares: Tensor, disagreement: float) -> Welfare:
+    if config.welfare == "generalized_gini":
+        return GeneralizedGini.leximin(num_groups, config.welfare_parameter)
+    settings: dict[str, Any] = {"prior" if config.welfare == "soft_min" else "shares": shares}
+    if config.welfare in ("nash", "alpha_fair"):
+        settings["disagreement"] = disagreement
+    if config.welfare in _PARAMETER:
+        settings[_PARAMETER[config.welfare]] = config.welfare_parameter
+    return make_welfare(config.welfare, **settings)

@@ -62,7 +62,9 @@ class SFTConfig(ChatSettings):
         dataset_split: split to train on.
         max_steps: optimizer steps; -1 trains num_train_epochs.
         num_train_epochs: passes over the data when max_steps is -1.
-        per_device_train_batch_size: rows a step.
+        per_device_train_batch_size: rows in memory at once.
+        gradient_accumulation_steps: so many times as many rows an optimizer step, of which every token counts
+            alike.
         learning_rate: peak learning rate of AdamW.
         lr_scheduler_type: linear, cosine, cosine_with_restarts, polynomial, constant,
             constant_with_warmup or inverse_sqrt.
@@ -81,6 +83,7 @@ class SFTConfig(ChatSettings):
     max_steps: int = -1
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-5
     lr_scheduler_type: str = "linear"
     warmup_steps: int = 0
@@ -94,7 +97,7 @@ class SFTConfig(ChatSettings):
         """Raise :class:`UserError` for settings that cannot work."""
         self.require_seed()
         self.require_known(lr_scheduler_type=SCHEDULES)
-        self.require_at_least(1, "per_device_train_batch_size", "max_length")
+        self.require_at_least(1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
         self.require_at_least(0, "learning_rate", "warmup_steps", "weight_decay")
         self.require_positive("num_train_epochs")
         if self.max_steps < 1 and self.max_steps != -1:
@@ -205,17 +208,27 @@ def run_sft(config: SFTConfig) -> Path:
     return folder
 
 
+def _mean_over_tokens(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A part's share of the mean loss over all tokens of an optimizer step."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    logits = outputs["logits"]
+    return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+
+
 def _train(
     config: SFTConfig, model: Any, rows: Any, collate: Any, folder: Path, device: torch.device
 ) -> float:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    steps_per_epoch = -(-len(rows) // config.per_device_train_batch_size)
+    accumulate = config.gradient_accumulation_steps
+    steps_per_epoch = -(-len(rows) // (config.per_device_train_batch_size * accumulate))
     total = config.max_steps if config.max_steps > 0 else math.ceil(steps_per_epoch * config.num_train_epochs)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
         per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=accumulate,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.warmup_steps,
@@ -239,6 +252,14 @@ def _train(
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Bar()]
         )
+        if accumulate > 1 and not trainer.model_accepts_loss_kwargs:  # it takes each part's own mean
+
+            def without_first(batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+                part = collate(batch)
+                part["labels"][:, 0] = -100  # predicted by nothing, and not to be counted
+                return part
+
+            trainer.compute_loss_func, trainer.data_collator = _mean_over_tokens, without_first
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
     model.eval()

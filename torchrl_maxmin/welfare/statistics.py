@@ -75,7 +75,10 @@ class GroupStatistics(nn.Module):
         """Add the two entries; returns the same tensordict."""
         reward = tensordict.get(self.reward_key)
         episodes = tensordict.get(("next", "episode_reward"), None)
-        valid = self._valid(tensordict, reward)
+        mask = validity_mask(tensordict, self.mask_key)
+        valid = torch.ones_like(reward[..., 0], dtype=torch.bool)
+        if mask is not None:
+            valid = expand_mask(mask, valid)
         rows = reward[valid]
         if episodes is not None:
             rows = episodes[tensordict["next", "done"].squeeze(-1) & valid]
@@ -95,13 +98,6 @@ class GroupStatistics(nn.Module):
         tensordict["group_utilities"] = utilities.expand(shape).clone()
         tensordict["group_weights"] = weights.to(utilities).expand(shape).clone()
         return tensordict
-
-    def _valid(self, tensordict: TensorDictBase, reward: Tensor) -> Tensor:
-        """The real steps [*B]."""
-        mask = validity_mask(tensordict, self.mask_key)
-        if mask is None:
-            return torch.ones(reward.shape[:-1], dtype=torch.bool, device=reward.device)
-        return expand_mask(mask, reward[..., 0])
 
     def _by_prompt(self, reward: Tensor, prompt: Tensor, valid: Tensor) -> Tensor:
         """Weights [*B, K]: the welfare's gradient at each prompt's mean rewards."""

@@ -1,0 +1,50 @@
+"""The networks of a PPO run by role: what is trained, and what of it is shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Networks"]
+
+
+class Networks:
+    """A policy and a critic, whatever they share.
+
+    The one place that knows how many networks a run has. A parameter that two roles share belongs to the
+    first of them: it is clipped, optimised and saved once.
+
+    Args:
+        policy: acts; what a run saves in the end.
+        critic: gives every group's values.
+        actor: the policy as a loss reads it; the policy itself when None.
+
+    Example:
+        >>> policy = nn.Linear(2, 3)
+        >>> critic = nn.Sequential(policy, nn.Linear(3, 1))
+        >>> {role: len(parameters) for role, parameters in Networks(policy, critic).parameters().items()}
+        {'policy': 2, 'critic': 2}
+    """
+
+    def __init__(self, policy: nn.Module, critic: nn.Module, actor: nn.Module | None = None):
+        self.policy, self.critic = policy, critic
+        self.actor = policy if actor is None else actor
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that are trained, by role and each once."""
+        seen: set[nn.Parameter] = set()
+        roles: dict[str, list[nn.Parameter]] = {}
+        for role, module in (("policy", self.policy), ("critic", self.critic)):
+            roles[role] = [p for p in module.parameters() if p.requires_grad and p not in seen]
+            seen.update(roles[role])
+        return roles
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every trained network, by role."""
+        return {"policy": self.policy.state_dict(), "critic": self.critic.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self.policy.load_state_dict(state["policy"])
+        self.critic.load_state_dict(state["critic"])

@@ -1,0 +1,205 @@
+"""Rollouts of a language model: responses by ``generate`` of Hugging Face, and their group rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.collectors import Collector
+
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run import nonfinite_batch
+from torchrl_maxmin.envs import TokenEnv
+from torchrl_maxmin.modules.language import TokenPolicy
+from torchrl_maxmin.modules.sequences import in_batches, penalise_missing_eos
+from torchrl_maxmin.rewards import Calibration
+from torchrl_maxmin.rewards.calibration import mean_of_present
+from torchrl_maxmin.rewards.source import NonFiniteRewards, fill_absent, reference_rewards
+
+__all__ = ["CalibratedRewards", "LanguageRollouts"]
+
+
+class CalibratedRewards:
+    """Group rewards [B, K] of responses, on the scale on which groups are compared.
+
+    Args:
+        source: gives raw rewards [B, K]; NaN where there is none.
+        eos_token_ids: tokens that end a response.
+        missing_eos_penalty: taken from every group's reward of a response that does not end.
+        scoring_batch_size: most responses scored at once.
+        folder: where a batch with a NaN goes.
+
+    Attributes:
+        calibration: what raw rewards are mapped by.
+        baseline: the reference's mean calibrated reward [N, K] for every prompt, subtracted; or None.
+        neutral: what all responses of a batch count as for a group [K] that none has a reward for.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        eos_token_ids: Sequence[int],
+        missing_eos_penalty: float = 0.0,
+        scoring_batch_size: int = 512,
+        folder: Path,
+    ):
+        self.source, self.eos_token_ids = source, eos_token_ids
+        self.missing_eos_penalty, self.scoring_batch_size = missing_eos_penalty, scoring_batch_size
+        self.folder = folder
+        self.calibration = Calibration.identity(source.num_groups)
+        self.baseline: Tensor | None = None
+        self.neutral = torch.zeros(source.num_groups)
+        self._silent: set[int] = set()
+
+    def fit(
+        self,
+        reference: TokenPolicy,
+        prompts: TensorDict,
+        method: str,
+        *,
+        num_prompts: int,
+        num_samples: int,
+        by_prompt: bool,
+    ) -> None:
+        """Fit the calibration on samples of the reference policy; the raw rewards are kept in the folder.
+
+        A minimum taken response by response compares groups within one prompt, where a Bradley-Terry reward
+        may have any offset: ``by_prompt`` takes the reference's mean at every prompt from it.
+
+        Raises:
+            UserError: where the method cannot be had from the samples.
+        """
+
+        def sampled(some: TensorDict) -> Tensor:
+            return reference_rewards(reference, some, self.source, num_samples, self.scoring_batch_size)
+
+        raw = sampled(prompts[torch.randperm(len(prompts))[:num_prompts]])
+        self.calibration = Calibration.fit(raw, method)
+        torch.save(raw, self.folder / "reference_rewards.pt")
+        if by_prompt:
+            device = next(reference.parameters()).device
+            self.baseline = mean_of_present(self.calibration.apply(sampled(prompts)), 1).to(device)
+        else:
+            self.neutral = self.calibration.apply(mean_of_present(raw, (0, 1)))
+
+    def __call__(self, responses: TensorDictBase) -> Tensor:
+        """Score responses.
+
+        Raises:
+            FloatingPointError: for a reward that is NaN or infinite; the batch is saved.
+        """
+        try:
+            rewards = self.calibration.apply(in_batches(self.source, responses, self.scoring_batch_size))
+        except NonFiniteRewards as error:
+            raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
+        if self.baseline is not None:
+            rewards = rewards - self.baseline[responses["prompt_index"]]
+        self._name_silent_groups(rewards)
+        rewards = fill_absent(rewards, self.neutral)
+        return penalise_missing_eos(rewards, responses, self.eos_token_ids, self.missing_eos_penalty)
+
+    def _name_silent_groups(self, rewards: Tensor) -> None:
+        """Print, once each, the groups that no response of a batch has a reward for."""
+        silent = set(rewards.isnan().all(0).nonzero().flatten().tolist()) - self._silent
+        self._silent |= silent
+        if silent:
+            console.print(
+                f"no response of a batch has a reward for group(s) {sorted(silent)}: each counts as the "
+                "reference's mean, and gives no signal",
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on needs."""
+        return {
+            "calibration": self.calibration.to_dict(),
+            "baseline": self.baseline,
+            "neutral": self.neutral,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], method: str) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            UserError: where the rewards were calibrated by another method.
+        """
+        self.calibration, self.baseline = Calibration.from_dict(state["calibration"]), state["baseline"]
+        self.neutral = state.get("neutral", self.neutral)
+        if self.calibration.method != method:
+            raise UserError(
+                f"the checkpoint's rewards are calibrated by {self.calibration.method}: resume with "
+                f"--calibration {self.calibration.method}, or start another run for {method}"
+            )
+
+
+class LanguageRollouts:
+    """Batches [B] of prompts, responses and rewards by the policy as it is at the time.
+
+    Args:
+        policy: samples the responses.
+        rewards: scores them.
+        prompts: what :func:`~torchrl_maxmin.modules.sampling.encode_prompts` gives.
+        batch_size: responses a batch, B.
+        num_batches: batches in all.
+        num_generations: responses to every prompt.
+        minimum: reward with the least of a response's group rewards.
+        seed: of the order of prompts.
+        start: batches that were drawn before.
+
+    A batch holds what :class:`~torchrl_maxmin.envs.TokenEnv` and the policy write.
+    """
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        rewards: CalibratedRewards,
+        prompts: TensorDict,
+        *,
+        batch_size: int,
+        num_batches: int,
+        num_generations: int = 1,
+        minimum: bool = False,
+        seed: int = 0,
+        start: int = 0,
+    ):
+        self.rewards, self.prompts = rewards, prompts
+        self.env = TokenEnv(
+            prompts,
+            rewards,
+            num_groups=rewards.source.num_groups,
+            num_prompts=batch_size // num_generations,
+            num_generations=num_generations,
+            max_new_tokens=policy.max_new_tokens,
+            eos_token_id=policy.eos_token_ids,
+            vocab_size=policy.model.get_input_embeddings().num_embeddings,
+            minimum=minimum,
+            seed=seed,
+            device=next(policy.parameters()).device,
+        )
+        self.env.batch_index = start  # the order of prompts follows from it
+        self.collector = Collector(
+            self.env,
+            policy,
+            frames_per_batch=batch_size,
+            total_frames=batch_size * max(num_batches - start, 1),
+            auto_register_policy_transforms=False,
+        )
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        for rollout in self.collector:
+            yield rollout[:, 0] if rollout.ndim == 2 else rollout  # an episode is one step
+
+    def checkpoint(self, iteration: int) -> dict[str, Any]:
+        """The state to go on from after so many batches."""
+        return self.rewards.state_dict()
+
+    def close(self) -> None:
+        """Free what the collector holds."""
+        self.collector.shutdown(close_env=False)

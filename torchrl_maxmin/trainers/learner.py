@@ -1,0 +1,123 @@
+"""Optimizer steps on a rollout: minibatches, micro-batches, clipping, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
+
+from torchrl_maxmin.core.run import require_finite
+from torchrl_maxmin.modules.networks import Networks
+from torchrl_maxmin.objectives import MaxMinPPOLoss
+from torchrl_maxmin.trainers.ppo_settings import PPOSettings
+
+__all__ = ["Learner"]
+
+
+class Learner:
+    """Takes AdamW steps on minibatches of a rollout, in memory for one micro-batch.
+
+    A minibatch is dealt in micro-batches, whose gradients add up to its own. Each role's gradient is clipped
+    by itself.
+
+    Args:
+        config: the stage's settings.
+        models: what is trained.
+        num_iterations: rollouts of the whole run, until the learning rate is 0.
+        rollout_size: rows of a rollout.
+        **loss_options: further ones of :class:`~torchrl_maxmin.objectives.MaxMinPPOLoss`.
+    """
+
+    def __init__(
+        self,
+        config: PPOSettings,
+        models: Networks,
+        num_iterations: int,
+        rollout_size: int,
+        **loss_options: Any,
+    ):
+        self.num_iterations, self.num_epochs = num_iterations, config.num_ppo_epochs
+        self.max_grad_norm, self.folder = config.max_grad_norm, Path(config.output_dir)
+        mini_batch_size = min(config.mini_batch_size, rollout_size)
+        self.micro_batch_size = config.per_device_train_batch_size or mini_batch_size
+        options: dict[str, Any] = {
+            "clip_epsilon": config.cliprange,
+            "clip_value": config.cliprange_value or None,
+            "entropy_bonus": config.entropy_coeff > 0,
+            "entropy_coeff": config.entropy_coeff,
+            "critic_coeff": 1.0,
+            "loss_critic_type": "l2",
+        }
+        self.loss = MaxMinPPOLoss(models.actor, models.critic, functional=False, **options, **loss_options)
+        self.loss.set_keys(sample_log_prob="sample_log_prob")
+        roles = models.parameters()
+        rates = {
+            "policy": config.learning_rate,
+            "critic": config.critic_learning_rate or config.learning_rate,
+        }
+        groups = [{"params": parameters, "lr": rates[role]} for role, parameters in roles.items()]
+        self.optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0)
+        warmup = config.warmup_iterations
+
+        def rate(iteration: int) -> float:
+            if iteration < warmup:
+                return (iteration + 1) / (warmup + 1)
+            return max(num_iterations - iteration, 0) / max(num_iterations - warmup, 1)
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.buffer = ReplayBuffer(
+            storage=LazyTensorStorage(rollout_size, device=roles["policy"][0].device),
+            sampler=SamplerWithoutReplacement(),
+            batch_size=mini_batch_size,
+        )
+
+    def update(self, rows: TensorDictBase) -> dict[str, Tensor]:
+        """Take the steps of a rollout; returns the loss's outputs, averaged over them.
+
+        Args:
+            rows: what the loss reads, batch size [N].
+
+        Raises:
+            FloatingPointError: for a loss or gradient that is NaN or infinite; the minibatch is saved.
+        """
+        self.buffer.empty()
+        self.buffer.extend(rows)
+        records = []
+        for _ in range(self.num_epochs):
+            for minibatch in self.buffer:
+                self.optimizer.zero_grad()
+                losses = self.accumulate(minibatch)
+                norms = [
+                    nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+                    for group in self.optimizer.param_groups
+                ]
+                value = (losses["loss"] + sum(norms)).item()  # one wait for the device a step
+                require_finite(value, minibatch, self.folder, "the PPO loss or its gradient")
+                self.optimizer.step()
+                records.append(losses)
+        return torch.stack(records).mean(0).to_dict()
+
+    def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
+        """Add the gradient of a minibatch up; returns the loss's outputs, and ``loss``, their sum."""
+        whole = len(minibatch) <= self.micro_batch_size
+        outputs = []
+        for part in [minibatch] if whole else self.loss.micro_batches(minibatch, self.micro_batch_size):
+            losses = self.loss(part)
+            losses["loss"] = sum(value for name, value in losses.items() if name.startswith("loss_"))
+            losses["loss"].backward()
+            outputs.append(losses.detach())
+        return outputs[0] if whole else self.loss.merge(outputs, minibatch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of optimizer and schedule."""
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])

@@ -1,0 +1,320 @@
+"""MaxMin PPO of a causal language model: the parts that :func:`~torchrl_maxmin.trainers.ppo.train` takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from maxmin_kernels import token_gae
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data.llm import AdaptiveKLController, ConstantKLController
+
+from torchrl_maxmin.collectors import GroupStatistics
+from torchrl_maxmin.core.run import (
+    leave_no_empty_output,
+    resolve_device,
+    seed_everything,
+    write_config,
+    write_json,
+)
+from torchrl_maxmin.masks import whiten
+from torchrl_maxmin.modules.checks import check_first_rollout
+from torchrl_maxmin.modules.full import FullCopies
+from torchrl_maxmin.modules.language import TokenPolicy
+from torchrl_maxmin.modules.loading import load_tokenizer, require_causal_lm
+from torchrl_maxmin.modules.sampling import encode_prompts
+from torchrl_maxmin.modules.trunks import require_positions
+from torchrl_maxmin.objectives import kl_estimate, scalarise_advantage
+from torchrl_maxmin.preferences.io.files import load_prompts
+from torchrl_maxmin.rewards import load_reward_model
+from torchrl_maxmin.rewards.source import (
+    FunctionRewards,
+    MixtureRewards,
+    distinct_rows,
+    extra_columns,
+    load_functions,
+)
+from torchrl_maxmin.rollouts.certificate import policy_certificate
+from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
+from torchrl_maxmin.trainers.learner import Learner
+from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
+from torchrl_maxmin.trainers.ppo_config import PPOConfig
+from torchrl_maxmin.trainers.ppo_settings import adversary_of
+from torchrl_maxmin.welfare import Egalitarian
+
+__all__ = ["LanguageParts", "TokenAdvantages", "build_ppo", "run_ppo", "train_policy"]
+
+
+@dataclass
+class LanguageParts(PPOParts):
+    """The parts of a language model's run."""
+
+    models: FullCopies
+    rollouts: LanguageRollouts
+    advantages: TokenAdvantages
+
+
+@leave_no_empty_output
+def run_ppo(config: PPOConfig) -> Path:
+    """Train a policy and save it; returns its folder.
+
+    Raises:
+        UserError: before any work, for settings, models, data or folders that cannot be used.
+    """
+    return train_policy(config, build_ppo(config))
+
+
+def train_policy(config: PPOConfig, parts: LanguageParts) -> Path:
+    """Train what :func:`build_ppo` built; returns the policy's folder."""
+    folder = Path(config.output_dir)
+    if train(config, **vars(parts)):
+        parts.models.save(folder)
+        outcome = {
+            "calibration": parts.rollouts.rewards.calibration.to_dict(),
+            "group_weights": parts.statistics.adversary.weights.tolist(),
+            "kl_coef": float(parts.advantages.kl.coef),
+        }
+        write_json(folder / "summary.json", json.loads(json.dumps(outcome)))
+    return folder
+
+
+def build_ppo(config: PPOConfig) -> LanguageParts:
+    """Build the parts of a run, and take back the state of the checkpoint that it goes on from.
+
+    Raises:
+        UserError: before any work, for settings, models, data or folders that cannot be used.
+    """
+    config.check()
+    device, folder = resolve_device(config.device), Path(config.output_dir)
+    require_causal_lm(config.model_name_or_path)
+    table, texts = load_prompts(config.dataset_name, config.dataset_split, "ppo")
+    tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
+    mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
+    functions = load_functions(config.reward_funcs)
+    monitor_functions = load_functions(config.monitor_funcs)
+    columns = extra_columns([*functions, *monitor_functions], table, range(len(texts)))
+    rows = distinct_rows(texts, columns)
+    texts = [texts[row] for row in rows]
+    columns = {name: [values[row] for row in rows] for name, values in columns.items()}
+    source: MixtureRewards | FunctionRewards
+    if mixture is None:
+        source = FunctionRewards(functions, tokenizer, texts, columns)
+    else:
+        source = MixtureRewards(mixture.to(device), tokenizer, texts)
+    monitors: list[Monitor] = []
+    if monitor_functions:
+        monitors.append(monitor_rewards(FunctionRewards(monitor_functions, tokenizer, texts, columns)))
+    state = find_state(config, config.num_iterations, "--num_iterations")
+
+    seed_everything(config.seed)
+    reference = TokenPolicy.from_pretrained(
+        config.model_name_or_path,
+        tokenizer,
+        max_new_tokens=config.response_length,
+        temperature=config.temperature,
+        generation_batch_size=config.generation_batch_size,
+        device=device,
+    )
+    if isinstance(source, MixtureRewards):
+        source.eos_token_ids = reference.eos_token_ids
+    prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
+    require_positions(reference.model, prompts["prompt_tokens"].shape[-1], config.response_length)
+    # a win rate is at least 0, and a response that does not end pays the penalty
+    shares = None if mixture is None else mixture.log_prior.exp()
+    adversary = adversary_of(config, source.num_groups, shares, disagreement=-config.missing_eos_penalty)
+    models = FullCopies(
+        reference,
+        tokenizer,
+        adversary.num_groups + 1,  # the last column is the KL penalty
+        entropy=config.entropy_coeff > 0,
+        scoring_batch_size=config.scoring_batch_size,
+    )
+    rewards = CalibratedRewards(
+        source,
+        eos_token_ids=reference.eos_token_ids,
+        missing_eos_penalty=config.missing_eos_penalty,
+        scoring_batch_size=config.scoring_batch_size,
+        folder=folder,
+    )
+    if state is None:
+        rewards.fit(
+            reference,
+            prompts,
+            config.calibration,
+            num_prompts=config.calibration_prompts,
+            num_samples=config.calibration_samples,
+            by_prompt=config.objective != "min_of_means",
+        )
+    else:
+        rewards.load_state_dict(state, config.calibration)
+    kl: Any = ConstantKLController(kl_coef=config.beta)
+    if config.kl_controller == "adaptive":
+        kl = AdaptiveKLController(
+            init_kl_coef=config.beta, target=config.kl_target, horizon=config.kl_horizon
+        )
+    if state is not None:
+        kl.coef = state["kl_coef"]
+    if config.gap_steps:
+        monitors.append(monitor_gap(config, models, rewards, prompts))
+    start = 0 if state is None else state["iteration"]
+    parts = LanguageParts(
+        models=models,
+        rollouts=LanguageRollouts(
+            models.policy,
+            rewards,
+            prompts,
+            batch_size=config.rollout_batch_size,
+            num_batches=config.num_iterations,
+            num_generations=config.num_generations,
+            minimum=config.objective == "mean_of_mins",
+            seed=config.seed,
+            start=start,
+        ),
+        statistics=GroupStatistics(
+            adversary,
+            prompt_welfare=Egalitarian() if config.objective == "mean_of_prompt_mins" else None,
+        ),
+        advantages=TokenAdvantages(
+            models, kl, config.kl_estimator, gamma=config.gamma, lmbda=config.lam, fresh=state is None
+        ),
+        learner=Learner(
+            config, models, config.num_iterations, config.rollout_batch_size, loss_mask_key="action_mask"
+        ),
+        monitors=monitors,
+        start=start,
+        stop_at_gap=config.stop_at_gap or float("-inf"),
+    )
+    restore(state, parts, folder)
+    write_config(folder, config)
+    return parts
+
+
+class TokenAdvantages:
+    """Advantages of the tokens of responses: one column a group, one for the KL penalty, and their sum.
+
+    Args:
+        models: give the reference's log-probabilities, and the values.
+        kl: controls the weight of the penalty, beta, from one rollout to the next.
+        kl_estimator: of the penalty of a token, see :func:`~torchrl_maxmin.objectives.kl_estimate`.
+        gamma: discount.
+        lmbda: trace decay.
+        fresh: whether the policy is the reference still, which the first rollout is checked for.
+    """
+
+    def __init__(
+        self, models: FullCopies, kl: Any, kl_estimator: str, *, gamma: float, lmbda: float, fresh: bool
+    ):
+        self.models, self.kl, self.kl_estimator = models, kl, kl_estimator
+        self.gamma, self.lmbda, self.fresh = gamma, lmbda, fresh
+
+    @torch.no_grad()
+    def __call__(self, batch: TensorDictBase) -> tuple[TensorDictBase, Metrics]:
+        """Return the rows that the loss reads, and the rollout's metrics; beta moves on the KL.
+
+        Args:
+            batch: batch size [B], as :class:`~torchrl_maxmin.rollouts.language.LanguageRollouts` yields it,
+                with ``group_weights`` [B, K].
+        """
+        rows = batch.select(
+            "prompt_tokens", "prompt_mask", "action", "action_mask", "sample_log_prob", "group_weights"
+        )
+        rows["ref_log_prob"] = self.models.ref_log_prob(rows)
+        if self.fresh:
+            check_first_rollout(self.models.policy, rows)
+            self.fresh = False
+        rows["state_value"] = self.models.values(rows)
+        coef, mask = self.kl.coef, rows["action_mask"]
+        penalty = kl_estimate(rows["sample_log_prob"] - rows["ref_log_prob"], self.kl_estimator)
+        columns, rows["value_target"] = token_gae(
+            batch["next", "reward"],
+            rows["state_value"],
+            mask,
+            gamma=self.gamma,
+            lmbda=self.lmbda,
+            sample_log_prob=penalty,  # less nothing: any estimate, not the difference of two alone
+            ref_log_prob=torch.zeros_like(penalty),
+            kl_coef=coef,
+        )
+        rows["advantage"] = whiten(scalarise_advantage(columns, rows["group_weights"]), mask)
+        metrics = rollout_metrics(batch, rows["ref_log_prob"], coef)
+        # the controller takes the penalty that each response paid
+        self.kl.update([-coef * metrics["objective/kl"]] * len(rows))
+        self.kl.coef = float(self.kl.coef)
+        return rows, metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weight of the penalty."""
+        return {"kl_coef": self.kl.coef}
+
+
+def rollout_metrics(batch: TensorDictBase, ref_log_prob: torch.Tensor, kl_coef: float) -> Metrics:
+    """Metrics of one rollout.
+
+    Args:
+        batch: the rollout, batch size [B], with ``group_weights``.
+        ref_log_prob: the reference's log-probabilities [B, R].
+        kl_coef: beta, as it was for this rollout.
+
+    Returns:
+        ``objective/kl`` is the sampled KL of a whole response in nats; ``objective/welfare`` the
+        worst group's reward less beta times it; ``rewards/{k}/mean`` calibrated rewards.
+    """
+    mask, log_prob = batch["action_mask"], batch["sample_log_prob"]
+    rewards = batch["next", "group_reward"]
+    utilities = rewards.mean(0)
+    kl = ((log_prob - ref_log_prob) * mask).sum(-1).mean()
+    metrics: dict[str, Any] = {
+        "objective/kl": kl,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -(log_prob * mask).sum(-1).mean(),
+        "objective/scores": (batch["next", "reward"] * batch["group_weights"]).sum(-1).mean(),
+        "objective/welfare": utilities.min() - kl_coef * kl,
+        "maxmin/worst_group": utilities.argmin(),
+        "completions/mean_length": mask.sum(-1).float().mean(),
+    }
+    for k, reward in enumerate(rewards.T):
+        metrics |= {f"rewards/{k}/mean": reward.mean(), f"rewards/{k}/std": reward.std(correction=0)}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def monitor_rewards(rewards: FunctionRewards) -> Monitor:
+    """Log the means of rewards that are never trained on, as ``monitor/{k}/mean``."""
+
+    def monitor(iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
+        means = rewards(batch.cpu()).nanmean(0)
+        return {f"monitor/{k}/mean": value for k, value in enumerate(means.tolist())}
+
+    return monitor
+
+
+def monitor_gap(
+    config: PPOConfig, models: FullCopies, rewards: CalibratedRewards, prompts: TensorDict
+) -> Monitor:
+    """Log the certified distance to the optimum, every ``gap_steps`` iterations, where the samples can say.
+
+    Its names are ``maxmin/duality_gap``, and with ``_low`` and ``_high`` the ends of its interval.
+    """
+    device = next(models.policy.parameters()).device
+
+    def monitor(iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
+        if iteration % config.gap_steps:
+            return {}
+        # its samples must not move the run's own random numbers
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            certificate = policy_certificate(
+                models.policy,
+                models.reference,
+                lambda responses: rewards(responses.to(device)),
+                prompts[: config.certificate_prompts],
+                config.certificate_samples,
+                metrics["objective/kl_coef"],
+                scoring_batch_size=config.scoring_batch_size,
+            )
+        parts = {"": certificate.value, "_low": certificate.low, "_high": certificate.high}
+        return {f"maxmin/duality_gap{end}": value for end, value in parts.items() if value is not None}
+
+    return monitor
