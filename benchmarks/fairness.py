@@ -27,8 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from torchrl_maxmin.collectors import MaxMinCollector
 from torchrl_maxmin.envs import TokenEnv
-from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer
-from torchrl_maxmin.modules.sequences import backbone_of
+from torchrl_maxmin.models import TokenCritic, TokenPolicy, TokenScorer
+from torchrl_maxmin.models.sequences import backbone_of
 from torchrl_maxmin.objectives import MaxMinPPOLoss, scalarise_advantage, whiten
 from torchrl_maxmin.welfare import EntropyRegularized
 

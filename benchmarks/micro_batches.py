@@ -23,8 +23,8 @@ from em_iteration import memory
 from tensordict import TensorDict
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.full import FullCopies
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.full import FullCopies
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 

@@ -31,9 +31,9 @@ import yaml
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.core.tasks import Task, run_tasks
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.models.loading import load_tokenizer
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards import MixtureFit, fit_mixture
 from torchrl_maxmin.trainers.reward import user_accuracy

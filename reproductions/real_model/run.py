@@ -28,9 +28,9 @@ from torchrl_maxmin.core.run import prepare_output_dir, seed_everything, write_j
 from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
 from torchrl_maxmin.evaluation.results import SeedResult
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.loading import load_tokenizer
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.source import MixtureRewards

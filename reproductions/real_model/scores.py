@@ -18,7 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_maxmin.core.tables import write_csv
-from torchrl_maxmin.modules.loading import import_transformers
+from torchrl_maxmin.models.loading import import_transformers
 
 __all__ = ["READERS", "Comparison", "RecordedRewards", "classifier_scores", "write_scores"]
 

@@ -24,7 +24,7 @@ import torch
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import prepare_output_dir, replace_folder
-from torchrl_maxmin.modules.loading import import_transformers, reading, require_model
+from torchrl_maxmin.models.loading import import_transformers, reading, require_model
 
 __all__ = ["DEFAULT_FOLDER", "convert", "greedy_answer", "make", "require_packages"]
 

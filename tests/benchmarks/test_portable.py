@@ -24,7 +24,7 @@ def test_cells_go_up_to_what_the_processor_has(portable):
 def test_a_cell_computes_with_what_it_names(portable, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     first = next(portable.cells())
-    arguments = ["--rooms", "modules/test_modules_mlp.py", "--cells", first.name, "--logs", str(tmp_path)]
+    arguments = ["--rooms", "models/test_models_mlp.py", "--cells", first.name, "--logs", str(tmp_path)]
     assert portable.main([*arguments, "-k", "for_every_group"]) == 0
     title, row, last = capsys.readouterr().out.splitlines()
     assert title.split() == ["cell", "passed", "failed", "seconds", "product"]

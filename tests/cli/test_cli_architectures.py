@@ -9,7 +9,7 @@ from cli_files import write_rows
 
 from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.evaluation.results import SeedResult
-from torchrl_maxmin.modules.loading import load_tokenizer
+from torchrl_maxmin.models.loading import load_tokenizer
 
 PROMPTS = ["the film", "its cast", "a story", "i finished this"]
 

@@ -20,9 +20,9 @@ from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.evaluation import SeedResult
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_causal_lm, load_tokenizer
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.loading import load_causal_lm, load_tokenizer
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.world.files import write_preferences, write_world
 

@@ -13,7 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_maxmin.collectors.episodes import episode_returns, episode_summary, exact_summary, policy_table
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs import FruitTreeEnv, GroupReward, TabularEnv, VectorMDP, make_env, solve_max_min
-from torchrl_maxmin.modules.mlp import make_actor
+from torchrl_maxmin.models.mlp import make_actor
 
 
 class Uneven(EnvBase):

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.evaluation.measure import measure_policies
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
-from torchrl_maxmin.modules.sequences import has_ended
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses
+from torchrl_maxmin.models.sequences import has_ended
 from torchrl_maxmin.rewards import RewardMixture
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.sampling import encode_prompts, to_texts
+from torchrl_maxmin.models.sampling import encode_prompts, to_texts
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.preferences.texts import (
     TextEncoder,

@@ -16,9 +16,9 @@ from scipy.special import expit
 from scripts import on_path
 
 from torchrl_maxmin.core.tasks import run_tasks
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.loading import load_tokenizer
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.world import World, sample_prompts
 from torchrl_maxmin.world.files import write_rows
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.loading import load_tokenizer
+from torchrl_maxmin.models.loading import load_tokenizer
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.io.files import load_prompts
 

@@ -157,7 +157,7 @@ def test_an_adversary_follows_the_worst_model(ensemble):
 def test_responses_of_a_policy_travel_as_text(ensemble, tokenizer):
     from tensordict import TensorDict
 
-    from torchrl_maxmin.modules.sequences import pad_left, pad_right
+    from torchrl_maxmin.models.sequences import pad_left, pad_right
 
     prompt, prompt_mask = pad_left([tokenizer(p).input_ids for p in PROMPTS], tokenizer.pad_token_id)
     rows = [tokenizer(c, add_special_tokens=False).input_ids for c in COMPLETIONS]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.sequences import pad_left, pad_right
+from torchrl_maxmin.models.sequences import pad_left, pad_right
 from torchrl_maxmin.preferences import encode
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_functions

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModel
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.loading import load_config
-from torchrl_maxmin.modules.sequences import pad_left, pad_right
+from torchrl_maxmin.models.loading import load_config
+from torchrl_maxmin.models.sequences import pad_left, pad_right
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.adapters import LoraSettings, require_adaptable
 

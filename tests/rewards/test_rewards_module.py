@@ -6,9 +6,9 @@ from rewards_models import COMPLETIONS, PROMPTS, chat_tokenizer, save_decoder, s
 from tensordict import LazyStackedTensorDict, TensorDict
 from tensordict.nn import TensorDictSequential
 
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.sampling import encode_prompts
-from torchrl_maxmin.modules.sequences import pad_left, pad_right
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.models.sampling import encode_prompts
+from torchrl_maxmin.models.sequences import pad_left, pad_right
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.module import RewardModule
 

@@ -12,9 +12,9 @@ from tensordict import TensorDict
 from transformers import GenerationConfig
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer, same_vocabulary
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.loading import load_tokenizer, same_vocabulary
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import (

@@ -120,7 +120,7 @@ def test_ppo_and_evaluate_score_a_response_alike(stages, tmp_path):
     )
     trainer = PPORun(config)
     torch.manual_seed(0)
-    from torchrl_maxmin.modules.sampling import sample_responses
+    from torchrl_maxmin.models.sampling import sample_responses
 
     sampled = sample_responses(trainer.policy, trainer.rollouts.prompts, 2)
     mixture = RewardMixture.from_pretrained(stages / "reward")

@@ -10,8 +10,8 @@ from trainers_runs import PPORun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.core.run import read_metrics
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.full import FullCopies
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.full import FullCopies
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft

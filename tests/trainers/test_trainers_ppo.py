@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
-from torchrl_maxmin.modules.output_head import OutputHead
+from torchrl_maxmin.models.output_head import OutputHead
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.trainers.lm_ppo import run_ppo

@@ -26,7 +26,7 @@ from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.diagnosis.analysis import Diagnosis, check_pairs, diagnose
 from torchrl_maxmin.diagnosis.report import verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.evaluation.summary import write_summary
-from torchrl_maxmin.modules.loading import require_model
+from torchrl_maxmin.models.loading import require_model
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards.settings import MixtureSettings
 

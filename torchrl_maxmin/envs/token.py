@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_maxmin.modules.sequences import mask_after_eos
+from torchrl_maxmin.models.sequences import mask_after_eos
 
 __all__ = ["TokenEnv"]
 

@@ -26,8 +26,8 @@ from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.evaluation.summary import summarise, write_summary
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import (
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.loading import (
     load_tokenizer,
     reading,
     require_causal_lm,
@@ -35,9 +35,9 @@ from torchrl_maxmin.modules.loading import (
     saved_ends,
     set_pad_token,
 )
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.modules.sequences import penalise_missing_eos
-from torchrl_maxmin.modules.trunks import require_positions
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.models.sequences import penalise_missing_eos
+from torchrl_maxmin.models.trunks import require_positions
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.preferences.texts import Text, is_conversational

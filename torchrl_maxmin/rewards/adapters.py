@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.loading import import_transformers, reading
+from torchrl_maxmin.models.loading import import_transformers, reading
 
 __all__ = [
     "ADAPTERS",

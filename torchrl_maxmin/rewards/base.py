@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import mean_over_ranks
-from torchrl_maxmin.modules.sequences import pad_right
+from torchrl_maxmin.models.sequences import pad_right
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, Text, TextReader
 

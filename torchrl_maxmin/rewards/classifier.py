@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.loading import (
+from torchrl_maxmin.models.loading import (
     load_classifier,
     load_tokenizer,
     reading,
     require_model,
 )
-from torchrl_maxmin.modules.sequences import backbone_of
+from torchrl_maxmin.models.sequences import backbone_of
 from torchrl_maxmin.rewards.adapters import import_peft, quiet_peft
 from torchrl_maxmin.rewards.reader import TextReader
 

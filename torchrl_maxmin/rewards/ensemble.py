@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.sequences import pad_right
+from torchrl_maxmin.models.sequences import pad_right
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.classifier import SequenceClassifier

@@ -9,7 +9,7 @@ from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.loading import import_transformers
+from torchrl_maxmin.models.loading import import_transformers
 
 __all__ = ["HEADS", "RewardHeads", "has_linear_score", "permute_rows_", "reset_row_"]
 

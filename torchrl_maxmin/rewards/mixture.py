@@ -12,7 +12,7 @@ from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.loading import (
+from torchrl_maxmin.models.loading import (
     ensure_pad_token,
     is_encoder,
     load_classifier,
@@ -22,8 +22,8 @@ from torchrl_maxmin.modules.loading import (
     reading,
     same_vocabulary,
 )
-from torchrl_maxmin.modules.sequences import backbone_of
-from torchrl_maxmin.modules.trunks import states_width
+from torchrl_maxmin.models.sequences import backbone_of
+from torchrl_maxmin.models.trunks import states_width
 from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
 from torchrl_maxmin.rewards.base import RewardModel

@@ -30,7 +30,7 @@ class RewardModule(TensorDictModuleBase):
         model: mixture or ensemble.
         tokenizer: the policy's; where it is not the model's own, prompt and response travel as text.
         in_keys: prompt tokens, prompt mask, response tokens and response mask, as
-            :class:`~torchrl_maxmin.modules.language.TokenPolicy` writes them; or two keys, tokens
+            :class:`~torchrl_maxmin.models.language.TokenPolicy` writes them; or two keys, tokens
             and mask of whole texts in the model's own vocabulary, such as TorchRL's
             ``("tokens", "full")`` and ``("masks", "all_attention_mask")``.
         out_key: where rewards [*B, K] go.

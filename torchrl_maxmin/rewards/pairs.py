@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl_maxmin.clustering.choices import UserRows, row_weights_of
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console, progress_bar
-from torchrl_maxmin.modules.loading import (
+from torchrl_maxmin.models.loading import (
     ensure_pad_token,
     import_transformers,
     is_encoder,
@@ -21,8 +21,8 @@ from torchrl_maxmin.modules.loading import (
     load_trunk,
     require_model,
 )
-from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, last_index, pad_right
-from torchrl_maxmin.modules.trunks import states_width
+from torchrl_maxmin.models.sequences import backbone_of, hidden_states, last_index, pad_right
+from torchrl_maxmin.models.trunks import states_width
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, is_conversational, set_chat_template
 from torchrl_maxmin.rewards.mixture import RewardMixture

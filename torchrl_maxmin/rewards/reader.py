@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.loading import (
+from torchrl_maxmin.models.loading import (
     import_transformers,
     is_encoder,
     load_tokenizer,
     reading,
     require_trunk,
 )
-from torchrl_maxmin.modules.sequences import (
+from torchrl_maxmin.models.sequences import (
     backbone_of,
     hidden_states,
     keep_last,
@@ -25,7 +25,7 @@ from torchrl_maxmin.modules.sequences import (
     segment_ids,
     takes,
 )
-from torchrl_maxmin.modules.trunks import max_positions
+from torchrl_maxmin.models.trunks import max_positions
 from torchrl_maxmin.preferences.texts import (
     Text,
     TextEncoder,

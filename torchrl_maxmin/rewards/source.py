@@ -15,9 +15,9 @@ from torch import Tensor
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.importing import import_named
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.sampling import sample_responses, to_texts
-from torchrl_maxmin.modules.sequences import has_ended, in_batches
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.models.sampling import sample_responses, to_texts
+from torchrl_maxmin.models.sequences import has_ended, in_batches
 from torchrl_maxmin.preferences.texts import Text, as_completion, distinct_texts
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.world import World

@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.sampling import sample_responses
-from torchrl_maxmin.modules.sequences import in_batches
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.models.sampling import sample_responses
+from torchrl_maxmin.models.sequences import in_batches
 from torchrl_maxmin.welfare import Certificate, certify
 
 __all__ = ["policy_certificate", "score_responses"]
@@ -41,7 +41,7 @@ def policy_certificate(
         policy: the policy.
         reference: the reference policy.
         rewards: gives the rewards [N, K] that the policy was trained on to responses of batch size [N].
-        prompts: what :func:`~torchrl_maxmin.modules.sampling.encode_prompts` gives, batch size [X].
+        prompts: what :func:`~torchrl_maxmin.models.sampling.encode_prompts` gives, batch size [X].
         num_samples: responses a prompt, a multiple of 4; half are the policy's, half the reference's.
         beta: weight of the KL penalty, positive.
         scoring_batch_size: most responses whose log-probabilities are taken at once.

@@ -15,8 +15,8 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import nonfinite_batch
 from torchrl_maxmin.envs import TokenEnv
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.sequences import in_batches, penalise_missing_eos
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.models.sequences import in_batches, penalise_missing_eos
 from torchrl_maxmin.rewards import Calibration
 from torchrl_maxmin.rewards.calibration import mean_of_present
 from torchrl_maxmin.rewards.source import NonFiniteRewards, fill_absent, reference_rewards
@@ -145,7 +145,7 @@ class LanguageRollouts:
     Args:
         policy: samples the responses.
         rewards: scores them.
-        prompts: what :func:`~torchrl_maxmin.modules.sampling.encode_prompts` gives.
+        prompts: what :func:`~torchrl_maxmin.models.sampling.encode_prompts` gives.
         batch_size: responses a batch, B.
         num_batches: batches in all.
         num_generations: responses to every prompt.

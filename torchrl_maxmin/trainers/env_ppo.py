@@ -26,8 +26,8 @@ from torchrl_maxmin.core.run import (
 )
 from torchrl_maxmin.envs import GroupReward, make_env
 from torchrl_maxmin.masks import whiten
-from torchrl_maxmin.modules.mlp import make_actor, make_critic
-from torchrl_maxmin.modules.networks import Networks
+from torchrl_maxmin.models.mlp import make_actor, make_critic
+from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.objectives import VectorGAE
 from torchrl_maxmin.rollouts.environment import EnvRollouts
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig

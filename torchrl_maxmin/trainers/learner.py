@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
 from torchrl_maxmin.core.run import require_finite
-from torchrl_maxmin.modules.networks import Networks
+from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.objectives import MaxMinPPOLoss
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 

@@ -21,12 +21,12 @@ from torchrl_maxmin.core.run import (
     write_json,
 )
 from torchrl_maxmin.masks import whiten
-from torchrl_maxmin.modules.checks import check_first_rollout
-from torchrl_maxmin.modules.full import FullCopies
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer, require_causal_lm
-from torchrl_maxmin.modules.sampling import encode_prompts
-from torchrl_maxmin.modules.trunks import require_positions
+from torchrl_maxmin.models.checks import check_first_rollout
+from torchrl_maxmin.models.full import FullCopies
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.models.loading import load_tokenizer, require_causal_lm
+from torchrl_maxmin.models.sampling import encode_prompts
+from torchrl_maxmin.models.trunks import require_positions
 from torchrl_maxmin.objectives import kl_estimate, scalarise_advantage
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model

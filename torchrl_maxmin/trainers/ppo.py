@@ -21,7 +21,7 @@ from torchrl_maxmin.core.checkpoint import (
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import MetricsLog, prepare_output_dir
-from torchrl_maxmin.modules.networks import Networks
+from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 

@@ -20,15 +20,15 @@ from torchrl_maxmin.core.run import (
     write_config,
     write_json,
 )
-from torchrl_maxmin.modules.loading import (
+from torchrl_maxmin.models.loading import (
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
     plain_generation,
     require_causal_lm,
 )
-from torchrl_maxmin.modules.sequences import pad_right
-from torchrl_maxmin.modules.trunks import max_positions
+from torchrl_maxmin.models.sequences import pad_right
+from torchrl_maxmin.models.trunks import max_positions
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns

@@ -12,9 +12,9 @@ import torch
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.loading import import_transformers, load_tokenizer
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.models.loading import import_transformers, load_tokenizer
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.world.world import (
     World,
     build_config,

@@ -11,9 +11,9 @@ from architectures import REFUSED, SERVED, write
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.loading import load_tokenizer
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.loading import load_tokenizer
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.trainers.lm_ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 

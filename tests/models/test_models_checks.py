@@ -8,10 +8,10 @@ from architectures import build
 from transformers import GPT2LMHeadModel, OPTForCausalLM
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules import TokenPolicy
-from torchrl_maxmin.modules.checks import check_model, deviation, rounding_bound
-from torchrl_maxmin.modules.loading import load_causal_lm
-from torchrl_maxmin.modules.output_head import OutputHead
+from torchrl_maxmin.models import TokenPolicy
+from torchrl_maxmin.models.checks import check_model, deviation, rounding_bound
+from torchrl_maxmin.models.loading import load_causal_lm
+from torchrl_maxmin.models.output_head import OutputHead
 
 
 def policy_of(model, **settings):

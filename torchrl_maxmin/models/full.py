@@ -10,9 +10,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from torchrl_maxmin.modules.language import TokenCritic, TokenPolicy, TokenScorer
-from torchrl_maxmin.modules.networks import Networks
-from torchrl_maxmin.modules.sequences import backbone_of, in_batches
+from torchrl_maxmin.models.language import TokenCritic, TokenPolicy, TokenScorer
+from torchrl_maxmin.models.networks import Networks
+from torchrl_maxmin.models.sequences import backbone_of, in_batches
 
 __all__ = ["FullCopies"]
 
@@ -25,7 +25,7 @@ class FullCopies(Networks):
     Args:
         reference: the policy to start from; frozen. The policy is a copy of it, and the critic of its trunk.
         tokenizer: theirs.
-        num_columns: value heads of the critic, see :class:`~torchrl_maxmin.modules.TokenCritic`.
+        num_columns: value heads of the critic, see :class:`~torchrl_maxmin.models.TokenCritic`.
         entropy: whether :attr:`actor` also writes the entropy.
         scoring_batch_size: rows that the reference and the critic read at once in a rollout.
     """

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from transformers import GPT2LMHeadModel
 
-from torchrl_maxmin.modules.sequences import (
+from torchrl_maxmin.models.sequences import (
     backbone_of,
     has_ended,
     hidden_states,

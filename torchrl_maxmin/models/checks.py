@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
-from torchrl_maxmin.modules.sequences import pad_left, position_ids, takes
-from torchrl_maxmin.modules.trunks import answering, max_positions, undisturbed
-
-if TYPE_CHECKING:
-    from torchrl_maxmin.modules.language import TokenPolicy
+from torchrl_maxmin.models.sequences import pad_left, position_ids, takes
+from torchrl_maxmin.models.trunks import answering, max_positions, undisturbed
 
 __all__ = ["check_first_rollout", "check_model", "deviation", "rounding_bound"]
 
@@ -42,8 +39,8 @@ def deviation(found: Tensor, expected: Tensor, mask: Tensor, dtype: torch.dtype)
     return float(apart.mean() if dtype.itemsize == 2 else apart.max())
 
 
-def check_model(policy: TokenPolicy) -> None:
-    """Try a policy on a few prompts of ragged length, padded left.
+def check_model(policy: Any) -> None:
+    """Try a policy (:class:`~torchrl_maxmin.models.language.TokenPolicy`) on a few ragged prompts, padded left.
 
     The log-probabilities that train it (the chunked operator on its trunk's hidden states) must be
     those of the model's own logits, the same whether a row is padded or not, and those that
@@ -99,7 +96,7 @@ def check_model(policy: TokenPolicy) -> None:
 
 
 @torch.no_grad()
-def check_first_rollout(policy: TokenPolicy, rollout: TensorDictBase, rows: int = 64) -> None:
+def check_first_rollout(policy: Any, rollout: TensorDictBase, rows: int = 64) -> None:
     """Check the two first statements of PPO before any update: its ratio is 1, and its KL is 0.
 
     Args:
@@ -138,7 +135,7 @@ def check_first_rollout(policy: TokenPolicy, rollout: TensorDictBase, rows: int 
     )
 
 
-def _trial_batch(policy: TokenPolicy) -> TensorDict:
+def _trial_batch(policy: Any) -> TensorDict:
     """Ragged prompts and responses of ordinary tokens, within the model's positions."""
     head = policy.model.get_output_embeddings()
     positions = max_positions(policy.model) or max(_LENGTHS) + _RESPONSE
@@ -175,19 +172,19 @@ def _chosen(logits: Tensor, action: Tensor, temperature: float) -> Tensor:
     return log_probs.gather(-1, action[..., None]).squeeze(-1)
 
 
-def _unpadded(policy: TokenPolicy, row: TensorDict) -> Tensor:
+def _unpadded(policy: Any, row: TensorDict) -> Tensor:
     real = row["prompt_mask"][0]
     row = row.copy()
     row["prompt_tokens"], row["prompt_mask"] = row["prompt_tokens"][:, real], row["prompt_mask"][:, real]
     return policy.log_prob(row)
 
 
-def _dtype_name(policy: TokenPolicy) -> str:
+def _dtype_name(policy: Any) -> str:
     return str(policy.model.get_output_embeddings().weight.dtype).removeprefix("torch.")
 
 
 def _require_equal(
-    policy: TokenPolicy,
+    policy: Any,
     found: Tensor,
     expected: Tensor,
     mask: Tensor,

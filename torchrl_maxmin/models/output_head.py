@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
-from torchrl_maxmin.modules.sequences import backbone_of, hidden_states
-from torchrl_maxmin.modules.trunks import answering, max_positions, undisturbed
+from torchrl_maxmin.models.sequences import backbone_of, hidden_states
+from torchrl_maxmin.models.trunks import answering, max_positions, undisturbed
 
 __all__ = ["OutputHead"]
 

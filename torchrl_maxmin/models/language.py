@@ -13,16 +13,16 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from torchrl_maxmin.modules.checks import check_model
-from torchrl_maxmin.modules.loading import (
+from torchrl_maxmin.models.checks import check_model
+from torchrl_maxmin.models.loading import (
     end_tokens,
     ensure_pad_token,
     load_causal_lm,
     plain_generation,
 )
-from torchrl_maxmin.modules.output_head import OutputHead
-from torchrl_maxmin.modules.sequences import backbone_of, hidden_states, mask_after_eos
-from torchrl_maxmin.modules.trunks import states_width
+from torchrl_maxmin.models.output_head import OutputHead
+from torchrl_maxmin.models.sequences import backbone_of, hidden_states, mask_after_eos
+from torchrl_maxmin.models.trunks import states_width
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
 
@@ -93,7 +93,7 @@ class TokenPolicy(TensorDictModuleBase):
     same temperature and nothing else shapes the distribution (no top-k, top-p or
     penalties), so a behaviour log-probability is that of what was sampled. What the model does to
     its logits (scale, soft cap, bias) is read off its behaviour, see
-    :class:`~torchrl_maxmin.modules.output_head.OutputHead`.
+    :class:`~torchrl_maxmin.models.output_head.OutputHead`.
 
     Args:
         model: a Hugging Face causal language model.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
-from torchrl_maxmin.modules.language import TokenPolicy
-from torchrl_maxmin.modules.sequences import in_batches, pad_left
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.models.sequences import in_batches, pad_left
 from torchrl_maxmin.preferences.texts import Text, TextEncoder
 
 __all__ = ["encode_prompts", "sample_responses", "to_texts"]
@@ -65,7 +65,7 @@ def to_texts(
 
     Args:
         tokenizer: the policy's.
-        responses: as :class:`~torchrl_maxmin.modules.language.TokenPolicy` writes them, [N].
+        responses: as :class:`~torchrl_maxmin.models.language.TokenPolicy` writes them, [N].
         prompts: the texts that ``prompt_index`` counts; the prompts' tokens are read back when None.
 
     Returns:

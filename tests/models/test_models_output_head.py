@@ -11,9 +11,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules import TokenPolicy, TokenScorer
-from torchrl_maxmin.modules.output_head import OutputHead
-from torchrl_maxmin.modules.sequences import pad_left, pad_right
+from torchrl_maxmin.models import TokenPolicy, TokenScorer
+from torchrl_maxmin.models.output_head import OutputHead
+from torchrl_maxmin.models.sequences import pad_left, pad_right
 
 PROMPTS, ACTIONS = [[1, 10, 11, 12], [1], [1, 20, 21]], [[30, 31, 2], [40, 41, 42, 2], [50]]
 

@@ -8,10 +8,10 @@ from rounding import SAMPLER, TINY_MODEL, log_prob_bar
 from tensordict import TensorDict
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from torchrl_maxmin.modules import TokenCritic, TokenPolicy, TokenScorer, predicting_states
-from torchrl_maxmin.modules.loading import ensure_pad_token, load_causal_lm
-from torchrl_maxmin.modules.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.modules.sequences import mask_after_eos, pad_left, pad_right
+from torchrl_maxmin.models import TokenCritic, TokenPolicy, TokenScorer, predicting_states
+from torchrl_maxmin.models.loading import ensure_pad_token, load_causal_lm
+from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
+from torchrl_maxmin.models.sequences import mask_after_eos, pad_left, pad_right
 
 PAD, BOS, EOS = 0, 1, 2
 PROMPTS = [[BOS, 10, 11, 12, 13, 14], [BOS], [BOS, 20, 21]]

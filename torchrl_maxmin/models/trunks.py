@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.modules.sequences import backbone_of, hidden_states
+from torchrl_maxmin.models.sequences import backbone_of, hidden_states
 
 __all__ = [
     "answering",

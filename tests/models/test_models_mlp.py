@@ -10,7 +10,7 @@ from torchrl.modules import OneHotCategorical, TanhNormal
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.envs import GroupReward, TabularEnv, VectorMDP, make_env
-from torchrl_maxmin.modules.mlp import make_actor, make_critic
+from torchrl_maxmin.models.mlp import make_actor, make_critic
 
 
 class Fake(EnvBase):
