@@ -40,7 +40,7 @@ def deviation(found: Tensor, expected: Tensor, mask: Tensor, dtype: torch.dtype)
 
 
 def check_model(policy: Any) -> None:
-    """Try a policy (:class:`~torchrl_maxmin.models.language.TokenPolicy`) on a few ragged prompts, padded left.
+    """Try a policy (:class:`~torchrl_maxmin.models.language.TokenPolicy`) on a few padded prompts.
 
     The log-probabilities that train it (the chunked operator on its trunk's hidden states) must be
     those of the model's own logits, the same whether a row is padded or not, and those that
