@@ -22,7 +22,7 @@ setup(
     ],
     package_data={
         "maxmin_kernels": ["py.typed"],
-        "torchrl_maxmin": ["py.typed"],
+        "torchrl_maxmin": ["py.typed", "moved.yaml"],
         "torchrl_maxmin.cli.configs": ["*.yaml"],
     },
     extras_require={

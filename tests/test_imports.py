@@ -71,6 +71,22 @@ def test_every_room_has_a_floor():
     assert rooms == set(FLOORS)
 
 
+def test_what_is_imported_is_there():
+    """Also in functions, which no other test may have called; earlier import paths are for users alone."""
+    missing = []
+    for folder in ("torchrl_maxmin", "kernels", "reproductions", "benchmarks", "examples", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+                missing += [
+                    f"{path.relative_to(ROOT)}: {name}"
+                    for name in names
+                    if name.split(".")[0] in PACKAGES and name not in modules()
+                ]
+    assert missing == []
+
+
 def test_no_room_imports_from_above():
     upward = [
         f"{name} -> {other}"

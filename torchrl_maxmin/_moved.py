@@ -1,52 +1,62 @@
-"""Import paths of release 0.1, which warn and lead to where things are now; they go with the next release."""
+"""Import paths of release 0.1, which warn and lead to where things are now (``moved.yaml``)."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MODULES", "install"]
+__all__ = ["install", "moved_names"]
 
-#: module or room within ``torchrl_maxmin``, before and now
-MODULES: dict[str, str] = {
-    "modules": "models",
-}
+_PACKAGE = "torchrl_maxmin."
 
 
-def _new_name(name: str) -> str | None:
-    """Return where a module is now, by the longest of the paths that lead to it."""
-    package, _, path = name.partition(".")
-    parts = path.split(".")
-    for length in range(len(parts), 0, -1):
-        new = MODULES.get(".".join(parts[:length]))
-        if new is not None:
-            return ".".join([package, new, *parts[length:]])
-    return None
+@cache
+def _table() -> dict[str, str]:
+    """Return new places by old ones: ``module`` or ``module:name``."""
+    import yaml  # not before an old path is asked for
+
+    return yaml.safe_load(Path(__file__).with_name("moved.yaml").read_text())
+
+
+def moved_names(module: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module that names have moved out of."""
+    old = module.removeprefix(_PACKAGE)
+
+    def find(name: str) -> Any:
+        table = _table()
+        place = table.get(f"{old}:{name}") or (f"{table[old]}:{name}" if old in table else None)
+        if place is None or name.startswith("__"):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new, _, attribute = place.partition(":")
+        found = getattr(import_module(_PACKAGE + new), attribute)
+        text = f"{module}.{name} is now {_PACKAGE}{new}.{attribute}; this path goes with the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return found
+
+    return find
 
 
 class _Moved(MetaPathFinder, Loader):
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        new = _new_name(name) if name.startswith("torchrl_maxmin.") else None
-        if new is None:
-            return None
-        warnings.warn(f"{name} is now {new}; this path goes with the next release", DeprecationWarning, 2)
-        return ModuleSpec(name, self, origin=new)
+    """Finds modules that are no more: empty ones, whose names lead on."""
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = import_module(str(spec.origin))
-        self._own = module.__spec__  # the import system writes its own over it
-        return module
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        old = fullname.removeprefix(_PACKAGE)
+        known = old != fullname and any(key == old or key.startswith(f"{old}:") for key in _table())
+        return ModuleSpec(fullname, self, is_package=True) if known else None
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own
+        module.__getattr__ = moved_names(module.__name__)  # type: ignore[method-assign]
 
 
 def install() -> None:
-    """Let the old paths be imported; before all other finders, which would load a module twice."""
+    """Let the old paths be imported, where nothing else is found under them."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Moved())
+        sys.meta_path.append(_Moved())

@@ -4,6 +4,7 @@ Importing this costs NumPy and SciPy. Figures need the ``plot`` extra. What one 
 groups is :mod:`torchrl_maxmin.diagnosis`.
 """
 
+from torchrl_maxmin._moved import moved_names
 from torchrl_maxmin.evaluation.endpoint import EndpointJudge
 from torchrl_maxmin.evaluation.gap import AlignmentGap, alignment_gap
 from torchrl_maxmin.evaluation.judges import judge_pairs, reward_judge, truth_judge
@@ -34,3 +35,5 @@ __all__ = [
     "write_report",
     "write_summary",
 ]
+
+__getattr__ = moved_names(__name__)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from torchrl_maxmin._moved import moved_names
 from torchrl_maxmin.collectors import GroupStatistics
 from torchrl_maxmin.core.checkpoint import (
     find_checkpoint,
@@ -35,6 +36,8 @@ __all__ = [
     "train",
     "update_metrics",
 ]
+
+__getattr__ = moved_names(__name__)
 
 Metrics = dict[str, float]
 Monitor = Callable[[int, TensorDictBase, Metrics], Metrics]
