@@ -90,7 +90,6 @@ class Learner:
         records = []
         for _ in range(self.num_epochs):
             for minibatch in self.buffer:
-                self.optimizer.zero_grad()
                 losses = self.accumulate(minibatch)
                 norms = [
                     nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
@@ -103,12 +102,14 @@ class Learner:
         return torch.stack(records).mean(0).to_dict()
 
     def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
-        """Add the gradient of a minibatch up; returns the loss's outputs, and ``loss``, their sum."""
+        """Compute the gradient of a minibatch; returns the loss's outputs, and ``loss``, their sum."""
         whole = len(minibatch) <= self.micro_batch_size
         outputs = []
         for part in [minibatch] if whole else self.loss.micro_batches(minibatch, self.micro_batch_size):
             losses = self.loss(part)
             losses["loss"] = sum(value for name, value in losses.items() if name.startswith("loss_"))
+            if not outputs:  # not before: the backward pass takes the memory that this frees
+                self.optimizer.zero_grad()
             losses["loss"].backward()
             outputs.append(losses.detach())
         return outputs[0] if whole else self.loss.merge(outputs, minibatch)
