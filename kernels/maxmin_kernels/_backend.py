@@ -99,3 +99,11 @@ def aligned_rows(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors contiguous, booleans as bytes, as kernels take them."""
+    return [
+        x if x is None else x.contiguous().view(torch.uint8 if x.dtype == torch.bool else x.dtype)
+        for x in tensors
+    ]

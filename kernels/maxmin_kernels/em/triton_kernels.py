@@ -61,7 +61,6 @@ def em_forward_kernel(
     K: tl.constexpr,
     STRIDE_CHOSEN: tl.constexpr,
     STRIDE_REJECTED: tl.constexpr,
-    HAS_REJECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -89,7 +88,7 @@ def em_forward_kernel(
             m_load = m_load & m_k[None, None, :]
         o_chosen = o_row[:, :, None] * STRIDE_CHOSEN + o_k[None, None, :]
         b_m = tl.load(p_chosen + o_chosen, mask=m_load, other=0.0).to(tl.float32)
-        if HAS_REJECTED:
+        if p_rejected is not None:
             o_rejected = o_row[:, :, None] * STRIDE_REJECTED + o_k[None, None, :]
             b_m -= tl.load(p_rejected + o_rejected, mask=m_load, other=0.0).to(tl.float32)
         # P (1 + x) as P x + P in one instruction, rounded once.
@@ -159,7 +158,6 @@ def em_backward_kernel(
     K: tl.constexpr,
     STRIDE_CHOSEN: tl.constexpr,
     STRIDE_REJECTED: tl.constexpr,
-    HAS_REJECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -188,7 +186,7 @@ def em_backward_kernel(
             m_load = m_load & m_k[None, None, :]
         o_chosen = o_row[:, :, None] * STRIDE_CHOSEN + o_k[None, None, :]
         b_m = tl.load(p_chosen + o_chosen, mask=m_load, other=0.0).to(tl.float32)
-        if HAS_REJECTED:
+        if p_rejected is not None:
             o_rejected = o_row[:, :, None] * STRIDE_REJECTED + o_k[None, None, :]
             b_m -= tl.load(p_rejected + o_rejected, mask=m_load, other=0.0).to(tl.float32)
         b_small = exp_minus_abs(b_m)
@@ -197,7 +195,7 @@ def em_backward_kernel(
         b_g = b_weight[:, None, :] * b_slope
         o_out = o_row[:, :, None] * K + o_k[None, None, :]
         tl.store(p_grad_chosen + o_out, b_g.to(p_grad_chosen.dtype.element_ty), mask=m_load)
-        if HAS_REJECTED:
+        if p_rejected is not None:
             tl.store(p_grad_rejected + o_out, (-b_g).to(p_grad_rejected.dtype.element_ty), mask=m_load)
         i_p += BLOCK_P
 
@@ -255,7 +253,6 @@ def em_forward(
             K=groups,
             STRIDE_CHOSEN=chosen.stride(0),
             STRIDE_REJECTED=0 if rejected is None else rejected.stride(0),
-            HAS_REJECTED=rejected is not None,
             **config,
         )
         if plan.split_user.shape[0]:
@@ -305,7 +302,6 @@ def em_backward(
             K=groups,
             STRIDE_CHOSEN=chosen.stride(0),
             STRIDE_REJECTED=0 if rejected is None else rejected.stride(0),
-            HAS_REJECTED=rejected is not None,
             **config,
         )
     return grad_chosen, grad_rejected
