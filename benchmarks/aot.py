@@ -80,15 +80,15 @@ class Case:
         return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 
-def _flags(**given: bool) -> dict[str, bool]:
-    return {f"HAS_{name}": value for name, value in given.items()}
+def _without(*names: str) -> dict[str, None]:
+    """Make the constants of pointers that are not given."""
+    return {f"p_{name}": None for name in names}
 
 
 def heads_cases() -> list[Case]:
     outputs = {"p_rewards": "*fp32", "p_min": "*fp32", "p_arg": "*i64", "p_soft": "*fp32", "p_sums": "*fp32"}
     masks = {"p_head_mask": "*u8", "p_row_mask": "*u8"}
-    plain = {"p_head_mask": None, "p_row_mask": None, **_flags(HEAD_MASK=False, ROW_MASK=False, SUMS=False)}
-    full = _flags(HEAD_MASK=True, ROW_MASK=True, SUMS=True)
+    plain = _without("head_mask", "row_mask", "sums")
     scalars = {
         "temperature": "fp32",
         "N": "i32",
@@ -115,7 +115,6 @@ def heads_cases() -> list[Case]:
         constants = {
             "H": width,
             "K": k,
-            **_flags(BIAS=True, SHIFT=True, SCALE=True),
             "UPCAST": dtype != weight,
             **heads.heads_config(rows, k, max(SIZES[dtype], SIZES[weight])),
         }
@@ -124,19 +123,16 @@ def heads_cases() -> list[Case]:
         name = f"heads_forward {dtype}/{weight} N={rows} H={width} K={k}"
         kernel = heads.heads_forward_kernel
         cases.append(Case(name, kernel, types, constants | plain, strides))
-        cases.append(Case(f"{name} masks sums", kernel, types, constants | full, strides))
+        cases.append(Case(f"{name} masks sums", kernel, types, constants, strides))
     gradients = {f"p_grad{s}": "*fp32" for s in ("_rewards", "_min", "_soft", "_sums", "")}
     for k in (2, 4, 8, 17):
         types = {**outputs, **masks, **scalars, **gradients}
-        every = _flags(REWARDS=True, MIN=True, SOFT=True)
         config = {"K": k, **heads.row_config(k)}
-        for suffix, flags in (("", plain), (" masks sums", full)):
-            missing = {} if flags is full else {"p_grad_sums": None}
+        less = _without("head_mask", "row_mask", "grad_sums")
+        for suffix, sums, grads in (("", plain, less), (" masks sums", {}, {})):
             forward, backward = heads.min_forward_kernel, heads.min_backward_kernel
-            cases.append(Case(f"min_forward fp32 K={k}{suffix}", forward, types, config | flags))
-            cases.append(
-                Case(f"min_backward fp32 K={k}{suffix}", backward, types, config | every | flags | missing)
-            )
+            cases.append(Case(f"min_forward fp32 K={k}{suffix}", forward, types, config | sums))
+            cases.append(Case(f"min_backward fp32 K={k}{suffix}", backward, types, config | grads))
     return cases
 
 
@@ -161,7 +157,7 @@ def em_cases() -> list[Case]:
         ("fp16", 4, 100),
     ]:
         types = {f"p_{n}": f"*{dtype}" for n in ("chosen", "rejected", "grad_chosen", "grad_rejected")}
-        constants = {"K": k, "STRIDE_CHOSEN": k, "STRIDE_REJECTED": k, "HAS_REJECTED": True}
+        constants = {"K": k, "STRIDE_CHOSEN": k, "STRIDE_REJECTED": k}
         constants |= em.segment_config(mean * 1000, 1000, k)
         for kernel in (em.em_forward_kernel, em.em_backward_kernel):
             name = f"{kernel.__name__.removesuffix('_kernel')} {dtype} K={k} mean={mean}"
@@ -178,8 +174,8 @@ def gae_cases() -> list[Case]:
     flags = {f"p_{n}": "*u8" for n in ("done", "terminated", "mask")}
     outputs = {f"p_{n}": "*fp32" for n in ("weights", "advantage", "target", "weighted")}
     scalars = {"gamma": "fp32", "forget": "fp32", "kl_coef": "fp32", "T": "i32"}
-    no_tokens = {"p_log_prob": None, "p_ref_log_prob": None, **_flags(KL=False), "TOKENS": False}
-    no_steps = {"p_next_value": None, "p_done": None, "p_terminated": None, "TOKENS": True}
+    no_tokens = {**_without("log_prob", "ref_log_prob"), "TOKENS": False}
+    no_steps = {**_without("next_value", "done", "terminated"), "TOKENS": True}
     for dtype, steps, k, mask, extras in [
         ("fp32", 64, 2, True, False),
         ("fp32", 1024, 1, False, False),
@@ -194,14 +190,14 @@ def gae_cases() -> list[Case]:
     ]:
         inputs = ("reward", "value", "next_value", "log_prob", "ref_log_prob")
         types = {f"p_{n}": f"*{dtype}" for n in inputs} | flags | outputs | scalars | {"p_partial": "*fp64"}
-        config = {"K": k, **_flags(MASK=mask, WEIGHTS=extras, MOMENTS=extras), **gae.gae_config(steps, k)}
-        missing = ({} if mask else {"p_mask": None}) | ({} if extras else {"p_weights": None})
+        config = {"K": k, **gae.gae_config(steps, k)}
+        missing = _without(*([] if mask else ["mask"]), *([] if extras else ["weights", "partial"]))
         name = f"{dtype} T={steps} K={k} mask={mask} weights={extras}"
         cases.append(Case(f"gae {name}", gae.gae_kernel, types, config | no_tokens | missing, ("T",)))
         if mask:
             for kl in (False, True):
-                log_probs = {} if kl else {"p_log_prob": None, "p_ref_log_prob": None}
-                given = config | no_steps | missing | log_probs | _flags(KL=kl)
+                log_probs = {} if kl else _without("log_prob", "ref_log_prob")
+                given = config | no_steps | missing | log_probs
                 cases.append(Case(f"gae tokens {name} kl={kl}", gae.gae_kernel, types, given, ("T",)))
     moments = {"p_partial": "*fp64", "p_moments": "*fp32", "B": "i32"}
     for batch in (64, 4096):
@@ -219,29 +215,28 @@ def log_probs_cases() -> list[Case]:
             types |= {"temperature": "fp32", "logit_scale": "fp32", "softcap": "fp32", "stride": "i32"}
             constants = {"V": vocabulary, **log_probs.row_config(vocabulary)}
             # Gemma's vocabulary with all that a model may do to its logits, the others with nothing.
-            transformed = vocabulary == 256000
-            constants |= _flags(BIAS=transformed, SCALE=transformed, CAP=transformed)
-            constants |= {} if transformed else {"p_bias": None}
+            if vocabulary != 256000:
+                constants |= {"p_bias": None, "logit_scale": None, "softcap": None}
             divisible = ("stride",) if vocabulary % 16 == 0 else ()
-            missing = {} if entropy else {"p_entropy": None}
+            missing = {} if entropy else _without("entropy")
             name = f"V={vocabulary} entropy={entropy}"
             cases.append(
                 Case(
                     f"log_probs_forward {name}",
                     log_probs.log_probs_forward_kernel,
                     types,
-                    constants | missing | {"ENTROPY": entropy},
+                    constants | missing,
                     divisible,
                 )
             )
-            missing = {} if entropy else {"p_entropy": None, "p_grad_entropy": None}
+            missing = {} if entropy else _without("entropy", "grad_entropy")
             for out in ("fp32", "bf16"):
                 cases.append(
                     Case(
                         f"log_probs_backward {out} {name}",
                         log_probs.log_probs_backward_kernel,
                         types | {"p_grad": f"*{out}"},
-                        constants | missing | {"HAS_LOG_PROBS": True, "HAS_ENTROPY": entropy},
+                        constants | missing,
                         divisible,
                     )
                 )

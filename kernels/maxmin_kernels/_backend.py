@@ -6,9 +6,10 @@ the very same operators can be tested without a GPU. CUDA tensors always run the
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,42 @@ def require_triton() -> None:
             "maxmin_kernels needs Triton for CUDA tensors and it is not installed: `pip install triton`, "
             'or pass backend="torch" for the plain PyTorch implementation.'
         )
+
+
+def kernel_operator(
+    name: str, launcher: str, *, floats: Sequence[int], check: Callable[..., None] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make the operator ``maxmin::name`` of the PyTorch function that this decorates.
+
+    Triton's launcher takes its place on CUDA, and on the CPU in the interpreter, unless an input is float64.
+
+    Args:
+        name: The operator's.
+        launcher: ``room.function``: a function of that room's ``triton_kernels``, with the same arguments.
+        floats: Positions of the inputs that decide on the precision.
+        check: Called with the arguments before anything else, on the CPU alone, where values can be read.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        def cuda(*args: Any) -> Any:
+            if accumulate_dtype(*(args[i] for i in floats)) == torch.float64:
+                return function(*args)
+            require_triton()
+            room, launch = launcher.split(".")
+            return getattr(importlib.import_module(f"{__package__}.{room}.triton_kernels"), launch)(*args)
+
+        @functools.wraps(function)
+        def cpu(*args: Any) -> Any:
+            if check is not None:
+                check(*args)
+            return cuda(*args) if use_triton_on_cpu(*(args[i] for i in floats)) else function(*args)
+
+        operator: Any = torch.library.custom_op(f"maxmin::{name}", cpu, mutates_args=(), device_types="cpu")
+        operator.register_kernel("cuda")(cuda)
+        operator.cuda = cuda
+        return operator
+
+    return register
 
 
 def check_call(backend: str, **tensors: Tensor | None) -> None:
@@ -99,3 +136,11 @@ def aligned_rows(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors contiguous, booleans as bytes, as kernels take them."""
+    return [
+        x if x is None else x.contiguous().view(torch.uint8 if x.dtype == torch.bool else x.dtype)
+        for x in tensors
+    ]

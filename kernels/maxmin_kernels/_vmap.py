@@ -41,7 +41,7 @@ def _empty_batch(op: Callable[..., Any], in_dims: Sequence[Any], args: Sequence[
     return stacked, (0,) * len(stacked)
 
 
-def loop_vmap(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+def loop_vmap(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
     """Batch by calling ``op`` once per batch element and stacking the outputs."""
     if info.batch_size == 0:
         return _empty_batch(op, in_dims, args)
@@ -52,16 +52,15 @@ def loop_vmap(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], args: S
 
 
 def fold_vmap(
-    op: Callable[..., Any], row_args: Sequence[int], info: Any, in_dims: Sequence[Any], args: Sequence[Any]
+    op: Callable[..., Any], row_args: Sequence[int], info: Any, in_dims: Sequence[Any], *args: Any
 ) -> Any:
     """Batch by folding the batch into the leading (row) dimension of the arguments ``row_args``.
 
     Falls back to one call per element if any other argument is batched.
     """
-    rows = set(row_args)
     # An empty batch too: one row count over zero elements is unknown.
-    if info.batch_size == 0 or any(d is not None for i, d in enumerate(in_dims) if i not in rows):
-        return loop_vmap(op, info, in_dims, args)
+    if info.batch_size == 0 or any(d is not None for i, d in enumerate(in_dims) if i not in row_args):
+        return loop_vmap(op, info, in_dims, *args)
     folded = list(args)
     for i in row_args:
         arg, dim = args[i], in_dims[i]
@@ -71,3 +70,12 @@ def fold_vmap(
     outputs = op(*folded)
     unfolded = tuple(out.unflatten(0, (info.batch_size, out.shape[0] // info.batch_size)) for out in outputs)
     return unfolded, (0,) * len(unfolded)
+
+
+def fold_rows_vmap(
+    op: Callable[..., Any], row_args: Sequence[int], info: Any, in_dims: Sequence[Any], *args: Any
+) -> Any:
+    """Fold, unless the last argument asks for what is taken over the rows of each batch element."""
+    if args[-1]:
+        return loop_vmap(op, info, in_dims, *args)
+    return fold_vmap(op, row_args, info, in_dims, *args)

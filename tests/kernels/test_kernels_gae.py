@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, INTERPRET, PROPERTY, gae_oracle, largest_error, rms_error
 from maxmin_kernels import vector_gae
-from maxmin_kernels.gae.cpu import discounted_sum_in_place
-from maxmin_kernels.gae.naive import discounted_sum
+from maxmin_kernels.gae.naive import discounted_sum, discounted_sum_in_place
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAN = float("nan")

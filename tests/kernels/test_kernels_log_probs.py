@@ -168,10 +168,12 @@ class LargestTensor(TorchDispatchMode):
 def test_never_holds_more_than_a_chunk_of_logits(transform):
     hidden, lm_head, targets = make(64, 4, 100)
     with LargestTensor() as largest:
-        log_probs, entropy, total = chunked_forward(hidden, lm_head, targets, 1.0, True, 8, transform)
+        log_probs, entropy, total = chunked_forward(hidden, lm_head, targets, 1.0, True, 8, *transform)
         ones = torch.ones(64)
         vectors = targets, entropy, total, ones, ones
-        chunked_backward(hidden, lm_head, *vectors, 1.0, 8, True, True, transform, transform.bias is not None)
+        chunked_backward(
+            hidden, lm_head, *vectors, 1.0, 8, True, True, *transform, transform.bias is not None
+        )
     assert log_probs.shape == (64,)
     assert 0 < largest.bytes <= 8 * 100 * 4
 

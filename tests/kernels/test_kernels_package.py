@@ -110,19 +110,19 @@ token_log_probs(x, x, torch.zeros(4, dtype=torch.int64))
 vector_gae(x[None], x[None], x[None], end, end, gamma=0.9, lmbda=0.9)
 
 # What CUDA tensors would reach.
-from maxmin_kernels.em.op import _em_cuda
-from maxmin_kernels.gae.operators import _gae_cuda
-from maxmin_kernels.heads.operators import _heads_cuda, _min_cuda
+from maxmin_kernels.em.op import _em_op
+from maxmin_kernels.gae.op import _gae_op
+from maxmin_kernels.heads.op import _heads_op, _min_op
 from maxmin_kernels.log_probs.chunked import _row_kernels
 
 class OnCuda:
     is_cuda, dtype = True, torch.float32
 
 calls = [
-    lambda: _em_cuda(x, x, offsets, torch.zeros(3), []),
-    lambda: _gae_cuda(x[None], x[None], x[None], end, end, None, None, 0.9, 0.9, False),
-    lambda: _heads_cuda(x, x, None, None, None, 1.0, None, None, False),
-    lambda: _min_cuda(x, 1.0, None, None, False),
+    lambda: _em_op.cuda(x, x, offsets, torch.zeros(3), []),
+    lambda: _gae_op.cuda(x[None], x[None], x[None], end, end, None, None, 0.9, 0.9, False),
+    lambda: _heads_op.cuda(x, x, None, None, None, 1.0, None, None, False),
+    lambda: _min_op.cuda(x, 1.0, None, None, False),
     lambda: _row_kernels(OnCuda(), torch.float32),
 ]
 for call in calls:

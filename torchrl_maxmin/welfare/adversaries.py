@@ -106,6 +106,8 @@ class ExponentiatedGradient(_LogSpaceAdversary):
         tensor([0.5000, 0.5000])
     """
 
+    _shown = ("step_size", "scale")
+
     def __init__(self, num_groups: int, step_size: float, scale: float = 1.0, **options: Any) -> None:
         super().__init__(num_groups, scale, **options)
         if not step_size >= 0:
@@ -114,9 +116,6 @@ class ExponentiatedGradient(_LogSpaceAdversary):
 
     def _step(self, utilities: Tensor) -> None:
         self._multiply(1.0, self._decay() * self.step_size, utilities)
-
-    def _settings(self) -> dict[str, Any]:
-        return {"step_size": self.step_size, "scale": self.scale}
 
 
 class ProjectedGradient(Adversary):
@@ -140,6 +139,8 @@ class ProjectedGradient(Adversary):
         tensor([0.2500, 0.7500])
     """
 
+    _shown = ("step_size", "scale")
+
     def __init__(self, num_groups: int, step_size: float, scale: float = 1.0, **options: Any) -> None:
         super().__init__(num_groups, **options)
         if not step_size >= 0:
@@ -153,9 +154,6 @@ class ProjectedGradient(Adversary):
         values = utilities.to(self.weights.device, torch.float64)
         moved = self.weights.double() - self._decay() * self.step_size * (values - values.mean()) / self.scale
         self.weights.copy_(project_to_simplex(moved))
-
-    def _settings(self) -> dict[str, Any]:
-        return {"step_size": self.step_size, "scale": self.scale}
 
 
 def project_to_simplex(point: Tensor) -> Tensor:
@@ -195,6 +193,8 @@ class WelfareAdversary(Adversary):
         tensor([0.2500, 0.7500])
     """
 
+    _shown = ("welfare",)
+
     def __init__(self, num_groups: int, welfare: Welfare, **options: Any) -> None:
         super().__init__(num_groups, **options)
         if self.optimistic and not welfare.everywhere:
@@ -208,9 +208,6 @@ class WelfareAdversary(Adversary):
     def _step(self, utilities: Tensor) -> None:
         values = utilities.to(self.weights.device, torch.float64)
         self.weights.lerp_(self.welfare.normalized_weights(values).to(self.weights), self._decay())
-
-    def _settings(self) -> dict[str, Any]:
-        return {"welfare": self.welfare}
 
 
 class EntropyRegularized(_LogSpaceAdversary):
@@ -240,6 +237,8 @@ class EntropyRegularized(_LogSpaceAdversary):
         >>> torch.testing.assert_close(weights, torch.tensor([0.0, -1.0]).softmax(-1))
     """
 
+    _shown = ("tau", "eta_tau", "scale")
+
     def __init__(
         self,
         num_groups: int,
@@ -253,8 +252,7 @@ class EntropyRegularized(_LogSpaceAdversary):
             raise ValueError(f"tau must be positive, got {tau}; tau = 0 is ExponentiatedGradient.")
         if not 0 < eta_tau <= 1:
             raise ValueError(f"eta_tau must be in (0, 1], got {eta_tau}.")
-        self.tau = float(tau)
-        self.eta_tau = float(eta_tau)
+        self.tau, self.eta_tau = float(tau), float(eta_tau)
 
     @property
     def bias(self) -> float:
@@ -264,9 +262,6 @@ class EntropyRegularized(_LogSpaceAdversary):
     def _step(self, utilities: Tensor) -> None:
         eta_tau = self._decay() * self.eta_tau
         self._multiply(1.0 - eta_tau, eta_tau / self.tau, utilities)
-
-    def _settings(self) -> dict[str, Any]:
-        return {"tau": self.tau, "eta_tau": self.eta_tau, "scale": self.scale}
 
 
 class FixedWeights(Adversary):
@@ -303,11 +298,7 @@ def _fixed(num_groups: int, weights: Tensor | Sequence[float] | None = None) -> 
 
 def _of_welfare(num_groups: int, welfare: Welfare | str, **settings: Any) -> WelfareAdversary:
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
-    if isinstance(welfare, str):
-        welfare = make_welfare(welfare, **settings)
-    elif settings:
-        raise ValueError(f"{sorted(settings)} are settings of a welfare by name, but an object was given.")
-    return WelfareAdversary(num_groups, welfare, **options)
+    return WelfareAdversary(num_groups, make_welfare(welfare, **settings), **options)
 
 
 ADVERSARIES: dict[str, Callable[..., Adversary]] = {

@@ -41,6 +41,7 @@ class Adversary(nn.Module, ABC):
     """
 
     _version = 2  # 2: counts its updates and averages its weights
+    _shown: tuple[str, ...] = ()  # settings that are worth showing
 
     weights: Tensor
     average_weights: Tensor
@@ -105,9 +106,7 @@ class Adversary(nn.Module, ABC):
         """Factor of the next step."""
         return (1.0 + self.step_decay * int(self.num_updates)) ** -0.5
 
-    def forward(self, utilities: Tensor) -> Tensor:
-        """The same as :meth:`update`."""
-        return self.update(utilities)
+    forward = update
 
     @abstractmethod
     def _step(self, utilities: Tensor) -> None:
@@ -122,14 +121,7 @@ class Adversary(nn.Module, ABC):
                 state_dict.setdefault(prefix + name, getattr(self, name).clone())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings that are worth showing."""
-        return {}
-
     def extra_repr(self) -> str:
         """The settings, for ``print``; options only where they are on."""
-        options = {name: getattr(self, name) for name in OPTIONS}
-        shown = self._settings() | {name: value for name, value in options.items() if value}
-        return ", ".join(
-            f"{name}={value}" for name, value in {"num_groups": self.num_groups, **shown}.items()
-        )
+        names = ["num_groups", *self._shown, *(name for name in OPTIONS if getattr(self, name))]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

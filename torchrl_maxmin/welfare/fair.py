@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.welfare.functions import Welfare, check_simplex, check_utilities
+from torchrl_maxmin.welfare.functions import (
+    LinearWelfare,
+    Welfare,
+    check_simplex,
+    check_utilities,
+    weights_like,
+)
 
 __all__ = ["AlphaFair", "GeneralizedGini", "Nash", "Regret"]
 
@@ -58,7 +64,7 @@ class AlphaFair(Welfare):
 
     def _surplus(self, utilities: Tensor) -> tuple[Tensor, Tensor]:
         """Return each group's gain above the disagreement point, and the shares, both ``[..., K]``."""
-        check_utilities(utilities, None if self.shares is None else self.shares.numel())
+        shares = weights_like(self.shares, utilities)
         surplus = utilities - self.disagreement.to(utilities)
         if not bool((surplus > 0).all()):
             # which a policy may come to in the middle of a run
@@ -67,9 +73,7 @@ class AlphaFair(Welfare):
                 f"{utilities.tolist()} for {self.disagreement.tolist()}: take win rates for rewards "
                 "(--calibration win_rate), give a lower disagreement point, or take soft_min, which has none"
             )
-        if self.shares is None:
-            return surplus, torch.full_like(utilities, 1.0 / utilities.shape[-1])
-        return surplus, self.shares.to(utilities).expand_as(utilities)
+        return surplus, shares
 
     def value(self, utilities: Tensor) -> Tensor:
         """The welfare ``[...]`` of ``[..., K]``."""
@@ -115,7 +119,7 @@ class Nash(AlphaFair):
         super().__init__(1.0, shares, disagreement)
 
 
-class GeneralizedGini(Welfare):
+class GeneralizedGini(LinearWelfare):
     """``sum_i c_i u_(i)`` over utilities in ascending order, with coefficients that do not rise.
 
     Concave, indifferent to names, and it counts the worse off more (Weymark, 1981). Equal coefficients
@@ -149,15 +153,10 @@ class GeneralizedGini(Welfare):
         powers = torch.full((num_groups,), float(ratio), dtype=torch.float64) ** torch.arange(num_groups)
         return cls(powers / powers.sum())
 
-    def value(self, utilities: Tensor) -> Tensor:
-        """The welfare ``[...]`` of ``[..., K]``."""
-        return (self.weights(utilities) * utilities).sum(-1)
-
     def weights(self, utilities: Tensor) -> Tensor:
         """Each group's coefficient ``[..., K]``; of equal groups the first gets the larger."""
-        check_utilities(utilities, self.coefficients.numel())
+        coefficients = weights_like(self.coefficients, utilities)
         order = utilities.detach().argsort(dim=-1, stable=True)
-        coefficients = self.coefficients.to(utilities).expand_as(utilities)
         return torch.zeros_like(utilities).scatter_(-1, order, coefficients)
 
 

@@ -63,6 +63,18 @@ def check_simplex(weights: Tensor | Sequence[float], name: str) -> Tensor:
     return point
 
 
+def weights_like(weights: Tensor | None, utilities: Tensor) -> Tensor:
+    """Expand weights ``[K]``, or equal ones for None, to checked utilities ``[..., K]``.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_utilities`.
+    """
+    check_utilities(utilities, None if weights is None else weights.numel())
+    if weights is None:
+        return torch.full_like(utilities, 1.0 / utilities.shape[-1])
+    return weights.to(utilities).expand_as(utilities)
+
+
 class Welfare(ABC):
     """A function of K group utilities, with its gradient.
 
@@ -100,6 +112,14 @@ class Welfare(ABC):
         return f"{type(self).__name__}({fields})"
 
 
+class LinearWelfare(Welfare):
+    """A welfare that is the mean of the utilities under its own gradient."""
+
+    def value(self, utilities: Tensor) -> Tensor:
+        """The mean ``[...]`` of utilities ``[..., K]`` under :meth:`weights`."""
+        return (self.weights(utilities) * utilities).sum(-1)
+
+
 class Egalitarian(Welfare):
     """The utility of the group that is worst off, ``min_k u_k`` (MaxMin-RLHF, eq. 14, arXiv 2402.08925).
 
@@ -124,7 +144,7 @@ class Egalitarian(Welfare):
         return torch.zeros_like(utilities).scatter_(-1, worst, 1.0)
 
 
-class Utilitarian(Welfare):
+class Utilitarian(LinearWelfare):
     """The mean utility, weighted by population shares.
 
     With the groups' shares this behaves like training on a single reward model. ``shares=None`` is the
@@ -146,17 +166,9 @@ class Utilitarian(Welfare):
     def __init__(self, shares: Tensor | Sequence[float] | None = None) -> None:
         self.shares = None if shares is None else check_simplex(shares, "shares")
 
-    def value(self, utilities: Tensor) -> Tensor:
-        """The weighted mean ``[...]`` over the last dimension of ``[..., K]``."""
-        return (self.weights(utilities) * utilities).sum(-1)
-
     def weights(self, utilities: Tensor) -> Tensor:
         """The shares, expanded to ``[..., K]``."""
-        num_groups = None if self.shares is None else self.shares.numel()
-        check_utilities(utilities, num_groups)
-        if self.shares is None:
-            return torch.full_like(utilities, 1.0 / utilities.shape[-1])
-        return self.shares.to(utilities).expand_as(utilities)
+        return weights_like(self.shares, utilities)
 
 
 class SoftMin(Welfare):
@@ -187,21 +199,15 @@ class SoftMin(Welfare):
         self.prior = None if prior is None else check_simplex(prior, "prior")
 
     def _logits(self, utilities: Tensor) -> Tensor:
-        check_utilities(utilities, None if self.prior is None else self.prior.numel())
-        if self.prior is None:
-            log_prior = torch.full_like(utilities, 1.0 / utilities.shape[-1]).log()
-        else:
-            log_prior = self.prior.to(utilities).log().expand_as(utilities)
-        return log_prior - utilities / self.temperature
+        return weights_like(self.prior, utilities).log() - utilities / self.temperature
 
     def value(self, utilities: Tensor) -> Tensor:
         """The soft minimum ``[...]`` over the last dimension of ``[..., K]``."""
-        check_utilities(utilities)
+        prior = weights_like(self.prior, utilities)
         lowest = utilities.detach().amin(-1, keepdim=True)
         logits = self._logits(utilities - lowest)
         # Sum of p (exp(-u / T) - 1), which keeps its digits where T is far above the differences.
-        prior = torch.full_like(utilities, 1.0 / utilities.shape[-1]) if self.prior is None else self.prior
-        shortfall = (prior.to(utilities) * torch.expm1((lowest - utilities) / self.temperature)).sum(-1)
+        shortfall = (prior * torch.expm1((lowest - utilities) / self.temperature)).sum(-1)
         log_mean = torch.where(shortfall > -0.5, torch.log1p(shortfall.clamp_min(-0.5)), logits.logsumexp(-1))
         return lowest.squeeze(-1) - self.temperature * log_mean
 

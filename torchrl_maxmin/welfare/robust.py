@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.welfare.functions import Welfare, check_simplex, check_utilities
+from torchrl_maxmin.welfare.functions import LinearWelfare, check_simplex, check_utilities, weights_like
 
 __all__ = ["CVaR", "Chi2Ball", "KLBall"]
 
 _BISECTIONS = 60  # halvings of a bracket of about 60 in the logarithm: to the last digit of float64
 
 
-class RobustWelfare(Welfare):
+class RobustWelfare(LinearWelfare):
     """The worst mean utility over a set of weights around the shares.
 
     Args:
@@ -30,20 +30,11 @@ class RobustWelfare(Welfare):
     def __init__(self, shares: Tensor | Sequence[float] | None = None) -> None:
         self.shares = None if shares is None else check_simplex(shares, "shares")
 
-    def value(self, utilities: Tensor) -> Tensor:
-        """The worst mean ``[...]`` of utilities ``[..., K]``; its gradient is :meth:`weights`."""
-        return (self.weights(utilities) * utilities).sum(-1)
-
     def weights(self, utilities: Tensor) -> Tensor:
         """The worst weights ``[..., K]``, in float64 inside and in the dtype of the utilities outside."""
-        check_utilities(utilities, None if self.shares is None else self.shares.numel())
         with torch.no_grad():
-            values = utilities.detach().double()
-            if self.shares is None:
-                shares = torch.full_like(values, 1.0 / values.shape[-1])
-            else:
-                shares = self.shares.to(values).expand_as(values)
-            return self._worst(values, shares).to(utilities.dtype)
+            values = check_utilities(utilities).double()
+            return self._worst(values, weights_like(self.shares, values)).to(utilities.dtype)
 
     @abstractmethod
     def _worst(self, utilities: Tensor, shares: Tensor) -> Tensor:

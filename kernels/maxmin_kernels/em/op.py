@@ -1,56 +1,31 @@
 """``em_responsibilities`` as a PyTorch operator (namespace ``maxmin``)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autograd import differentiable_once
-from .._backend import (
-    Backend,
-    accumulate_dtype,
-    check_call,
-    require_triton,
-    use_triton_on_cpu,
-)
+from .._backend import Backend, accumulate_dtype, check_call, kernel_operator
 from .._vmap import loop_vmap
 from .cpu import em_backward_cpu, em_forward_cpu
 from .naive import em_backward_naive, em_responsibilities_naive
-from .plan import UserPlan, build_plan, check_user_offsets
+from .plan import UserPlan, check_offsets_shape, check_user_offsets
 
 
-@torch.library.custom_op("maxmin::em_responsibilities", mutates_args=(), device_types="cpu")
+@kernel_operator(
+    "em_responsibilities",
+    "em.em_forward",
+    floats=(0, 1, 3),
+    check=lambda chosen, _, user_offsets, *rest: check_user_offsets(user_offsets, chosen.shape[0]),
+)
 def _em_op(
     chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    check_user_offsets(user_offsets, chosen.shape[0])
-    if use_triton_on_cpu(chosen, rejected, log_prior):
-        return _em_cuda(chosen, rejected, user_offsets, log_prior, plan)
-    return em_forward_cpu(chosen, rejected, user_offsets, log_prior)
-
-
-@_em_op.register_kernel("cuda")
-def _em_cuda(
-    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    if accumulate_dtype(chosen, rejected, log_prior) == torch.float64:
-        return em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
-    require_triton()
-    from .triton_kernels import em_forward
-
-    users = user_offsets.shape[0] - 1
-    return em_forward(chosen, rejected, log_prior, users, _plan(plan, user_offsets, chosen.shape[0]))
-
-
-def _plan(plan: Sequence[Tensor], user_offsets: Tensor, num_pairs: int) -> UserPlan:
-    if plan:
-        return UserPlan(*plan)
-    if user_offsets.is_cuda:  # On the device and without waiting for it.
-        rising = (user_offsets.diff() >= 0).all()
-        ends = (user_offsets[0] == 0) & (user_offsets[-1] == num_pairs)
-        torch._assert_async(rising & ends, "user_offsets must rise from 0 to the number of pairs")
-    return build_plan(user_offsets, num_pairs)
+    forward = em_responsibilities_naive if chosen.is_cuda else em_forward_cpu
+    return forward(chosen, rejected, user_offsets, log_prior)
 
 
 @_em_op.register_fake
@@ -62,7 +37,7 @@ def _em_fake(
     return chosen.new_empty(users, groups, dtype=dtype), chosen.new_empty(users, dtype=dtype)
 
 
-@torch.library.custom_op("maxmin::em_backward", mutates_args=(), device_types="cpu")
+@kernel_operator("em_backward", "em.em_backward", floats=(0, 1, 3))
 def _em_backward_op(
     chosen: Tensor,
     rejected: Tensor | None,
@@ -72,42 +47,12 @@ def _em_backward_op(
     segment_offsets: Tensor | None,
     segment_user: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    args = (chosen, rejected, user_offsets, responsibilities, grad)
-    if use_triton_on_cpu(chosen, rejected, responsibilities):
-        return _em_backward_cuda(*args, segment_offsets, segment_user)
-    return em_backward_cpu(*args)
-
-
-@_em_backward_op.register_kernel("cuda")
-def _em_backward_cuda(
-    chosen: Tensor,
-    rejected: Tensor | None,
-    user_offsets: Tensor,
-    responsibilities: Tensor,
-    grad: Tensor,
-    segment_offsets: Tensor | None,
-    segment_user: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if responsibilities.dtype == torch.float64:
-        return em_backward_naive(chosen, rejected, user_offsets, responsibilities, grad)
-    require_triton()
-    from .triton_kernels import em_backward
-
-    if segment_offsets is None or segment_user is None:
-        segment_offsets, segment_user, *_ = build_plan(user_offsets, chosen.shape[0])
-    return em_backward(chosen, rejected, responsibilities, grad, segment_offsets, segment_user)
+    backward = em_backward_naive if chosen.is_cuda else em_backward_cpu
+    return backward(chosen, rejected, user_offsets, responsibilities, grad)
 
 
 @_em_backward_op.register_fake
-def _em_backward_fake(
-    chosen: Tensor,
-    rejected: Tensor | None,
-    user_offsets: Tensor,
-    responsibilities: Tensor,
-    grad: Tensor,
-    segment_offsets: Tensor | None,
-    segment_user: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _em_backward_fake(chosen: Tensor, rejected: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     d_rejected = chosen.new_empty(0) if rejected is None else rejected.new_empty(rejected.shape)
     return chosen.new_empty(chosen.shape), d_rejected
 
@@ -134,17 +79,9 @@ def _em_autograd(ctx: Any, saved: Any, _: Any, grad: Tensor) -> Any:
     return d_chosen, d_rejected if need[1] else None, None, d_prior, [None] * len(need[4])
 
 
-torch.library.register_autograd("maxmin::em_responsibilities", _em_autograd, setup_context=_em_setup)
-
-
-@_em_op.register_vmap
-def _em_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    return loop_vmap(_em_op, info, in_dims, args)
-
-
-@_em_backward_op.register_vmap
-def _em_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    return loop_vmap(_em_backward_op, info, in_dims, args)
+_em_op.register_autograd(_em_autograd, setup_context=_em_setup)
+_em_op.register_vmap(partial(loop_vmap, _em_op))
+_em_backward_op.register_vmap(partial(loop_vmap, _em_backward_op))
 
 
 def em_responsibilities(
@@ -209,10 +146,7 @@ def em_responsibilities(
         )
     if log_prior.shape != (chosen.shape[1],):
         raise ValueError(f"log_prior must be [K] = [{chosen.shape[1]}], got {tuple(log_prior.shape)}.")
-    if user_offsets.dtype != torch.int64:
-        raise TypeError(f"user_offsets must be int64, got {user_offsets.dtype}; convert it with .long().")
-    if user_offsets.ndim != 1 or user_offsets.shape[0] == 0:
-        raise ValueError(f"user_offsets must be [U + 1], got shape {tuple(user_offsets.shape)}.")
+    check_offsets_shape(user_offsets)
     if user_offsets.device != chosen.device:
         raise ValueError(
             f"user_offsets is on {user_offsets.device}, chosen on {chosen.device}; move it there."

@@ -4,6 +4,7 @@ Who has how many pairs does not change over EM iterations: build the plan once p
 have sizes that follow from the number of users and pairs alone, so that nothing waits for the device.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,14 @@ class UserPlan(NamedTuple):
     split_offsets: Tensor
 
 
+def check_offsets_shape(user_offsets: Tensor) -> None:
+    """Raise unless the offsets are ``[U + 1]`` int64."""
+    if user_offsets.dtype != torch.int64:
+        raise TypeError(f"user_offsets must be int64, got {user_offsets.dtype}; convert it with .long().")
+    if user_offsets.ndim != 1 or user_offsets.shape[0] == 0:
+        raise ValueError(f"user_offsets must be [U + 1], got shape {tuple(user_offsets.shape)}.")
+
+
 def check_user_offsets(user_offsets: Tensor, num_pairs: int | None = None) -> None:
     """Raise unless the offsets start at 0, never fall, and end at ``num_pairs``. Waits for the device.
 
@@ -37,10 +46,7 @@ def check_user_offsets(user_offsets: Tensor, num_pairs: int | None = None) -> No
         TypeError: If they are not int64.
         ValueError: If they are not ``[U + 1]`` or their values are impossible.
     """
-    if user_offsets.dtype != torch.int64:
-        raise TypeError(f"user_offsets must be int64, got {user_offsets.dtype}; convert it with .long().")
-    if user_offsets.ndim != 1 or user_offsets.shape[0] == 0:
-        raise ValueError(f"user_offsets must be [U + 1], got shape {tuple(user_offsets.shape)}.")
+    check_offsets_shape(user_offsets)
     first, last = int(user_offsets[0]), int(user_offsets[-1])
     rising = bool((user_offsets[1:] >= user_offsets[:-1]).all())
     if first != 0 or not rising or (num_pairs is not None and last != num_pairs):
@@ -91,6 +97,17 @@ def build_plan(user_offsets: Tensor, num_pairs: int, segment_pairs: int = SEGMEN
         split_user,
         torch.cat([firsts, total]),
     )
+
+
+def plan_of(plan: Sequence[Tensor], user_offsets: Tensor, num_pairs: int) -> UserPlan:
+    """Return the plan that was given, or else build one; on the device, without waiting for it."""
+    if plan:
+        return UserPlan(*plan)
+    if user_offsets.is_cuda:
+        rising = (user_offsets.diff() >= 0).all()
+        ends = (user_offsets[0] == 0) & (user_offsets[-1] == num_pairs)
+        torch._assert_async(rising & ends, "user_offsets must rise from 0 to the number of pairs")
+    return build_plan(user_offsets, num_pairs)
 
 
 def plan_users(user_offsets: Tensor) -> UserPlan:

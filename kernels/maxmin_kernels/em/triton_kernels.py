@@ -9,13 +9,15 @@ logarithm. The product is a chain of fused multiply-adds, each of which rounds o
 which is also what float32 holds of ``log(1 + x)`` near x = 1.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._backend import next_power_of_2, on_device_of
-from .plan import SEGMENT_PAIRS, UserPlan
+from .plan import SEGMENT_PAIRS, build_plan, plan_of
 
 
 @triton.jit
@@ -47,6 +49,34 @@ def posterior(b_total, b_prior, m_k):
 
 
 @triton.jit
+def load_segments(p_segment_offsets, p_segment_user, o_s, m_s):
+    """Return each segment's first pair, number of pairs (0 where it is unused) and user."""
+    b_start = tl.load(p_segment_offsets + o_s, mask=m_s, other=0)
+    b_count = (tl.load(p_segment_offsets + o_s + 1, mask=m_s, other=0) - b_start).to(tl.int32)
+    b_user = tl.load(p_segment_user + o_s, mask=m_s, other=-1)
+    return b_start, tl.where(b_user >= 0, b_count, 0), b_user
+
+
+@triton.jit
+def load_margins(
+    p_chosen, p_rejected, b_start, b_count, o_pair, o_k, m_k, K: tl.constexpr, STRIDE_CHOSEN: tl.constexpr,
+    STRIDE_REJECTED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return the margins of a tile, where it holds pairs, and the rows of these."""
+    m_p = o_pair[None, :] < b_count[:, None]
+    o_row = b_start[:, None] + o_pair[None, :]
+    m_load = m_p[:, :, None]
+    if K != BLOCK_K:
+        m_load = m_load & m_k[None, None, :]
+    o_chosen = o_row[:, :, None] * STRIDE_CHOSEN + o_k[None, None, :]
+    b_m = tl.load(p_chosen + o_chosen, mask=m_load, other=0.0).to(tl.float32)
+    if p_rejected is not None:
+        o_rejected = o_row[:, :, None] * STRIDE_REJECTED + o_k[None, None, :]
+        b_m -= tl.load(p_rejected + o_rejected, mask=m_load, other=0.0).to(tl.float32)
+    return b_m, m_load, o_row
+
+
+@triton.jit
 def em_forward_kernel(
     p_chosen,
     p_rejected,
@@ -61,7 +91,6 @@ def em_forward_kernel(
     K: tl.constexpr,
     STRIDE_CHOSEN: tl.constexpr,
     STRIDE_REJECTED: tl.constexpr,
-    HAS_REJECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,26 +101,17 @@ def em_forward_kernel(
     o_k = tl.arange(0, BLOCK_K)
     m_s = o_s < S
     m_k = o_k < K
-    b_start = tl.load(p_segment_offsets + o_s, mask=m_s, other=0)
-    b_count = (tl.load(p_segment_offsets + o_s + 1, mask=m_s, other=0) - b_start).to(tl.int32)
-    b_user = tl.load(p_segment_user + o_s, mask=m_s, other=-1)
-    b_count = tl.where(b_user >= 0, b_count, 0)
+    b_start, b_count, b_user = load_segments(p_segment_offsets, p_segment_user, o_s, m_s)
     count = tl.max(b_count, axis=0)
 
     b_linear = tl.zeros((BLOCK_S, BLOCK_P, BLOCK_K), dtype=tl.float32)
     b_product = tl.full((BLOCK_S, BLOCK_P, BLOCK_K), 1.0, dtype=tl.float32)
     i_p = 0
     while i_p < count:
-        m_p = (i_p + o_p)[None, :] < b_count[:, None]
-        o_row = b_start[:, None] + (i_p + o_p)[None, :]
-        m_load = m_p[:, :, None]
-        if K != BLOCK_K:
-            m_load = m_load & m_k[None, None, :]
-        o_chosen = o_row[:, :, None] * STRIDE_CHOSEN + o_k[None, None, :]
-        b_m = tl.load(p_chosen + o_chosen, mask=m_load, other=0.0).to(tl.float32)
-        if HAS_REJECTED:
-            o_rejected = o_row[:, :, None] * STRIDE_REJECTED + o_k[None, None, :]
-            b_m -= tl.load(p_rejected + o_rejected, mask=m_load, other=0.0).to(tl.float32)
+        b_m, m_load, _ = load_margins(
+            p_chosen, p_rejected, b_start, b_count, i_p + o_p, o_k, m_k, K, STRIDE_CHOSEN, STRIDE_REJECTED,
+            BLOCK_K,
+        )  # fmt: skip
         # P (1 + x) as P x + P in one instruction, rounded once.
         b_product = tl.fma(b_product, tl.where(m_load, exp_minus_abs(b_m), 0.0), b_product)
         # A NaN may be lost here: the product keeps it.
@@ -159,7 +179,6 @@ def em_backward_kernel(
     K: tl.constexpr,
     STRIDE_CHOSEN: tl.constexpr,
     STRIDE_REJECTED: tl.constexpr,
-    HAS_REJECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -170,34 +189,25 @@ def em_backward_kernel(
     o_k = tl.arange(0, BLOCK_K)
     m_s = o_s < S
     m_k = o_k < K
-    b_start = tl.load(p_segment_offsets + o_s, mask=m_s, other=0)
-    b_count = (tl.load(p_segment_offsets + o_s + 1, mask=m_s, other=0) - b_start).to(tl.int32)
-    b_user = tl.load(p_segment_user + o_s, mask=m_s, other=-1)
+    b_start, b_count, b_user = load_segments(p_segment_offsets, p_segment_user, o_s, m_s)
     m_user = b_user >= 0
-    b_count = tl.where(m_user, b_count, 0)
     count = tl.max(b_count, axis=0)
     m_resp = m_user[:, None] & m_k[None, :]
     b_weight = tl.load(p_resp + b_user[:, None] * K + o_k[None, :], mask=m_resp, other=0.0)
     b_weight *= tl.load(p_grad + b_user, mask=m_user, other=0.0).to(tl.float32)[:, None]
     i_p = 0
     while i_p < count:
-        m_p = (i_p + o_p)[None, :] < b_count[:, None]
-        o_row = b_start[:, None] + (i_p + o_p)[None, :]
-        m_load = m_p[:, :, None]
-        if K != BLOCK_K:
-            m_load = m_load & m_k[None, None, :]
-        o_chosen = o_row[:, :, None] * STRIDE_CHOSEN + o_k[None, None, :]
-        b_m = tl.load(p_chosen + o_chosen, mask=m_load, other=0.0).to(tl.float32)
-        if HAS_REJECTED:
-            o_rejected = o_row[:, :, None] * STRIDE_REJECTED + o_k[None, None, :]
-            b_m -= tl.load(p_rejected + o_rejected, mask=m_load, other=0.0).to(tl.float32)
+        b_m, m_load, o_row = load_margins(
+            p_chosen, p_rejected, b_start, b_count, i_p + o_p, o_k, m_k, K, STRIDE_CHOSEN, STRIDE_REJECTED,
+            BLOCK_K,
+        )  # fmt: skip
         b_small = exp_minus_abs(b_m)
         # sigmoid(-m) without overflow.
         b_slope = tl.where(b_m > 0.0, b_small, 1.0) / (1.0 + b_small)
         b_g = b_weight[:, None, :] * b_slope
         o_out = o_row[:, :, None] * K + o_k[None, None, :]
         tl.store(p_grad_chosen + o_out, b_g.to(p_grad_chosen.dtype.element_ty), mask=m_load)
-        if HAS_REJECTED:
+        if p_rejected is not None:
             tl.store(p_grad_rejected + o_out, (-b_g).to(p_grad_rejected.dtype.element_ty), mask=m_load)
         i_p += BLOCK_P
 
@@ -227,10 +237,15 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
 
 
 def em_forward(
-    chosen: Tensor, rejected: Tensor | None, log_prior: Tensor, users: int, plan: UserPlan
+    chosen: Tensor,
+    rejected: Tensor | None,
+    user_offsets: Tensor,
+    log_prior: Tensor,
+    tensors: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Launch :func:`em_forward_kernel`, and :func:`em_finish_kernel` if some user may be split."""
-    pairs, groups = chosen.shape
+    (pairs, groups), users = chosen.shape, user_offsets.shape[0] - 1
+    plan = plan_of(tensors, user_offsets, pairs)
     segments = plan.segment_user.shape[0]
     resp = chosen.new_empty(users, groups, dtype=torch.float32)
     like = resp.new_empty(users)
@@ -255,7 +270,6 @@ def em_forward(
             K=groups,
             STRIDE_CHOSEN=chosen.stride(0),
             STRIDE_REJECTED=0 if rejected is None else rejected.stride(0),
-            HAS_REJECTED=rejected is not None,
             **config,
         )
         if plan.split_user.shape[0]:
@@ -275,13 +289,16 @@ def em_forward(
 def em_backward(
     chosen: Tensor,
     rejected: Tensor | None,
+    user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
-    segment_offsets: Tensor,
-    segment_user: Tensor,
+    segment_offsets: Tensor | None,
+    segment_user: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch :func:`em_backward_kernel`."""
     pairs, groups = chosen.shape
+    if segment_offsets is None or segment_user is None:
+        segment_offsets, segment_user, *_ = build_plan(user_offsets, pairs)
     segments = segment_user.shape[0]
     grad_chosen = torch.empty(chosen.shape, dtype=chosen.dtype, device=chosen.device)
     grad_rejected = chosen.new_empty(0)
@@ -305,7 +322,6 @@ def em_backward(
             K=groups,
             STRIDE_CHOSEN=chosen.stride(0),
             STRIDE_REJECTED=0 if rejected is None else rejected.stride(0),
-            HAS_REJECTED=rejected is not None,
             **config,
         )
     return grad_chosen, grad_rejected

@@ -1,13 +1,112 @@
-"""``vector_gae`` and ``token_gae``: the public functions, which check their arguments."""
+"""``vector_gae`` and ``token_gae``: the operators (namespace ``maxmin``) and the public functions.
+
+The estimates are targets, so the operators have no rule for autograd. Both return advantage, value target,
+weighted advantage and moments; an output that was not asked for is empty, because their number is fixed.
+"""
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._backend import Backend, check_call
-from .naive import token_gae_naive, vector_gae_naive
-from .operators import gae_op, token_gae_op
+from .._backend import Backend, accumulate_dtype, check_call, kernel_operator
+from .._vmap import fold_rows_vmap
+from .naive import discounted_sum_in_place, token_gae_naive, vector_gae_naive
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _pad_outputs(outputs: tuple[Tensor, ...], weighted: bool, moments: bool) -> Outputs:
+    """Put an empty tensor where an output was not asked for."""
+    advantage, target, *rest = outputs
+    weights_out = rest.pop(0) if weighted else advantage.new_empty(0)
+    return advantage, target, weights_out, rest.pop(0) if moments else advantage.new_empty(0)
+
+
+def _fake_outputs(value: Tensor, dtype: torch.dtype, weighted: bool, moments: bool) -> Outputs:
+    advantage = value.new_empty(value.shape, dtype=dtype)
+    return (
+        advantage,
+        torch.empty_like(advantage),
+        advantage.new_empty((*value.shape[:-1], 1) if weighted else 0),
+        advantage.new_empty(3 if moments else 0),
+    )
+
+
+# ---------------------------------------------------------------- steps with their own end signals
+
+
+@kernel_operator("vector_gae", "gae.gae_forward", floats=(0, 1, 2))
+def _gae_op(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    done: Tensor,
+    terminated: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    gamma: float,
+    lmbda: float,
+    moments: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Estimate from rewards and values ``[B, T, K]``, end signals ``[B, T, 1]`` and a mask ``[B, T]``."""
+    signals = (reward, value, next_value, done, terminated)
+    outputs = vector_gae_naive(*signals, gamma, lmbda, mask, weights, moments, discounted_sum_in_place)
+    return _pad_outputs(outputs, weights is not None, moments)
+
+
+@_gae_op.register_fake
+def _gae_fake(*args: Any) -> Outputs:
+    return _fake_outputs(args[0], accumulate_dtype(*args[:3]), args[6] is not None, args[-1])
+
+
+_gae_op.register_vmap(partial(fold_rows_vmap, _gae_op, range(6)))
+
+
+# ---------------------------------------------------------------- tokens of responses
+
+
+def _check_padding(*args: Any) -> None:
+    mask = args[2]
+    if not (mask[:, :1].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ValueError(
+            "mask must be right-padded: each row True at its first tokens, at least one, then False."
+        )
+
+
+@kernel_operator("token_gae", "gae.token_gae_forward", floats=(0, 1, 3, 4), check=_check_padding)
+def _token_gae_op(
+    terminal_reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    sample_log_prob: Tensor | None,
+    ref_log_prob: Tensor | None,
+    group_weights: Tensor | None,
+    gamma: float,
+    lmbda: float,
+    kl_coef: float,
+    moments: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Estimate from rewards ``[B, K]``, values ``[B, T, C]``, a mask and log-probabilities ``[B, T]``."""
+    outputs = token_gae_naive(
+        terminal_reward, value, mask, gamma, lmbda, sample_log_prob, ref_log_prob, kl_coef, group_weights,
+        moments, discounted_sum_in_place,
+    )  # fmt: skip
+    return _pad_outputs(outputs, group_weights is not None, moments)
+
+
+@_token_gae_op.register_fake
+def _token_gae_fake(*args: Any) -> Outputs:
+    dtype = accumulate_dtype(*args[:2], *args[3:5])
+    return _fake_outputs(args[1], dtype, args[5] is not None, args[-1])
+
+
+_token_gae_op.register_vmap(partial(fold_rows_vmap, _token_gae_op, range(5)))
+
+
+# ---------------------------------------------------------------- the public functions
 
 
 def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
@@ -130,7 +229,7 @@ def vector_gae(
             outputs = vector_gae_naive(*signals, gamma, lmbda, mask, weights, return_moments)
         else:
             outputs = _wanted(
-                gae_op(*signals, mask, weights, gamma, lmbda, return_moments), weights, return_moments
+                _gae_op(*signals, mask, weights, gamma, lmbda, return_moments), weights, return_moments
             )
     if len(batch) != 1:
         outputs = tuple(out.reshape(*batch, *out.shape[1:]) if out.ndim == 3 else out for out in outputs)
@@ -233,7 +332,7 @@ def token_gae(
             return token_gae_naive(
                 terminal_reward, value, mask, gamma, lmbda, *log_probs, kl_coef, group_weights, return_moments
             )
-        outputs = token_gae_op(
+        outputs = _token_gae_op(
             terminal_reward, value, mask, *log_probs, group_weights, gamma, lmbda, kl_coef, return_moments
         )
     return _wanted(outputs, group_weights, return_moments)

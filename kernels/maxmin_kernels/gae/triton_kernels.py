@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backend import next_power_of_2, on_device_of
+from .._backend import contiguous, next_power_of_2, on_device_of
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def chunk_moments(b_x, m_valid):
 @triton.jit
 def step_errors(
     p_reward, p_next_value, p_done, p_terminated, p_mask, b_value, gamma, m_t, m_tk, i_row, o_t,
-    o_tk, K: tl.constexpr, HAS_MASK: tl.constexpr,
+    o_tk, K: tl.constexpr,
 ):  # fmt: skip
     """Return a chunk's TD errors ``[T, K]``, which steps carry to the one before, and which are valid."""
     b_next = tl.load(p_next_value + i_row * K + o_tk, mask=m_tk, other=0.0).to(tl.float32)
@@ -68,7 +68,7 @@ def step_errors(
     m_end = tl.load(p_done + i_row + o_t, mask=m_t, other=1) != 0
     m_term = tl.load(p_terminated + i_row + o_t, mask=m_t, other=1) != 0
     m_valid = m_t
-    if HAS_MASK:
+    if p_mask is not None:
         m_valid = tl.load(p_mask + i_row + o_t, mask=m_t, other=0) != 0
     # where, not a product: what stands behind an end may be NaN.
     b_delta = b_reward + tl.where(m_term[:, None], 0.0, gamma * b_next) - b_value
@@ -78,7 +78,7 @@ def step_errors(
 @triton.jit
 def token_errors(
     p_mask, p_value, p_log_prob, p_ref_log_prob, b_terminal, b_value, gamma, kl_coef, m_t, m_tk, m_next,
-    m_kl, i_row, o_t, o_tk, K: tl.constexpr, HAS_KL: tl.constexpr,
+    m_kl, i_row, o_t, o_tk, K: tl.constexpr,
 ):  # fmt: skip
     """Return as :func:`step_errors`, for a response whose reward ``[K]`` is paid at its last valid token."""
     m_valid = tl.load(p_mask + i_row + o_t, mask=m_t, other=0) != 0
@@ -86,7 +86,7 @@ def token_errors(
     # Nothing is bootstrapped behind the last token.
     b_next = tl.load(p_value + i_row * K + o_tk + K, mask=m_tk & m_carries[:, None], other=0.0).to(tl.float32)
     b_reward = tl.where((m_valid & (m_carries == 0))[:, None], b_terminal[None, :], 0.0)
-    if HAS_KL:
+    if p_log_prob is not None:
         b_log_prob = tl.load(p_log_prob + i_row + o_t, mask=m_valid, other=0.0).to(tl.float32)
         b_ref = tl.load(p_ref_log_prob + i_row + o_t, mask=m_valid, other=0.0).to(tl.float32)
         b_penalty = -kl_coef * (b_log_prob - b_ref)
@@ -115,19 +115,15 @@ def gae_kernel(
     T,
     K: tl.constexpr,
     TOKENS: tl.constexpr,
-    HAS_KL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_MOMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Scan one row of the batch; ``forget`` is ``1 - gamma lmbda``.
 
-    With TOKENS the row is a response, and ``p_reward`` holds one reward of it for every group. With HAS_KL
-    the last of the K columns is the penalty's: no group has it, and its weight is 1.
+    With TOKENS the row is a response, and ``p_reward`` holds one reward of it for every group. With
+    log-probabilities the last of the K columns is the penalty's: no group has it, and its weight is 1.
     """
-    G: tl.constexpr = K - 1 if HAS_KL else K
+    G: tl.constexpr = K if p_log_prob is None else K - 1
     # A row begins at an int64 offset; within it int32 will do, and takes fewer registers.
     i_b = tl.program_id(0).to(tl.int64)
     i_row = i_b * T
@@ -137,7 +133,7 @@ def gae_kernel(
     if TOKENS:
         b_terminal = tl.load(p_reward + i_b * G + o_k, mask=m_g, other=0.0).to(tl.float32)
     b_w = tl.full((BLOCK_K,), 1.0, dtype=tl.float32)
-    if HAS_WEIGHTS:
+    if p_weights is not None:
         b_w = tl.load(p_weights + o_k, mask=m_g, other=1.0).to(tl.float32)
     b_following = tl.zeros((BLOCK_K,), dtype=tl.float64)
     n = tl.zeros((), dtype=tl.float64)
@@ -155,12 +151,12 @@ def gae_kernel(
         if TOKENS:
             b_delta, m_carries, m_valid = token_errors(
                 p_mask, p_value, p_log_prob, p_ref_log_prob, b_terminal, b_value, gamma, kl_coef, m_t, m_tk,
-                o_t + 1 < T, o_k == G, i_row, o_t, o_tk, K, HAS_KL,
+                o_t + 1 < T, o_k == G, i_row, o_t, o_tk, K,
             )  # fmt: skip
         else:
             b_delta, m_carries, m_valid = step_errors(
                 p_reward, p_next_value, p_done, p_terminated, p_mask, b_value, gamma, m_t, m_tk, i_row, o_t,
-                o_tk, K, HAS_MASK,
+                o_tk, K,
             )  # fmt: skip
         b_delta = tl.where(m_valid[:, None], b_delta, 0.0)
         b_adv = scan_back(b_delta, m_carries, b_following, forget)
@@ -168,15 +164,15 @@ def gae_kernel(
         b_adv = b_adv.to(tl.float32)
         tl.store(p_advantage + i_row * K + o_tk, b_adv, mask=m_tk)
         tl.store(p_target + i_row * K + o_tk, b_adv + b_value, mask=m_tk)
-        if HAS_WEIGHTS or HAS_MOMENTS:
+        if p_weights is not None or p_partial is not None:
             b_weighted = tl.sum(b_adv * b_w[None, :], axis=1)
-        if HAS_WEIGHTS:
+        if p_weights is not None:
             tl.store(p_weighted + i_row + o_t, b_weighted, mask=m_t)
-        if HAS_MOMENTS:
+        if p_partial is not None:
             n_chunk, mean_chunk, m2_chunk = chunk_moments(b_weighted, m_valid)
             n, mean, m2 = merge_moments(n, mean, m2, n_chunk, mean_chunk, m2_chunk)
         t_start -= BLOCK_T
-    if HAS_MOMENTS:
+    if p_partial is not None:
         p_row = p_partial + i_b * 3
         tl.store(p_row, n)
         tl.store(p_row + 1, mean)
@@ -223,10 +219,6 @@ def moments_config(batch: int) -> dict[str, int]:
     return {"BLOCK_B": min(max(next_power_of_2(batch), 32), 1024), "num_warps": 4}
 
 
-def _bytes(flags: Tensor | None) -> Tensor | None:
-    return None if flags is None else flags.view(torch.uint8)
-
-
 def gae_forward(
     reward: Tensor,
     value: Tensor,
@@ -240,9 +232,8 @@ def gae_forward(
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch :func:`gae_kernel` on steps."""
-    others = (next_value, _bytes(done), _bytes(terminated), _bytes(mask), None, None)
-    flags = {"TOKENS": False, "HAS_KL": False, "HAS_MASK": mask is not None}
-    return _launch(reward, value, others, weights, gamma, lmbda, 0.0, moments, flags)
+    inputs = (reward, value, next_value, done, terminated, mask, None, None, weights)
+    return _launch(inputs, gamma, lmbda, 0.0, moments, tokens=False)
 
 
 def token_gae_forward(
@@ -258,34 +249,34 @@ def token_gae_forward(
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch :func:`gae_kernel` on the tokens of responses."""
-    others = (None, None, None, _bytes(mask), sample_log_prob, ref_log_prob)
-    flags = {"TOKENS": True, "HAS_KL": sample_log_prob is not None, "HAS_MASK": True}
-    return _launch(terminal_reward, value, others, group_weights, gamma, lmbda, kl_coef, moments, flags)
+    log_probs = (sample_log_prob, ref_log_prob)
+    inputs = (terminal_reward, value, None, None, None, mask, *log_probs, group_weights)
+    return _launch(inputs, gamma, lmbda, kl_coef, moments, tokens=True)
 
 
 def _launch(
-    reward: Tensor,
-    value: Tensor,
-    others: tuple[Tensor | None, ...],
-    weights: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
     gamma: float,
     lmbda: float,
     kl_coef: float,
     moments: bool,
-    flags: dict[str, bool],
+    *,
+    tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch :func:`gae_kernel`, and :func:`moments_kernel` if the moments are wanted."""
+    value, weights = inputs[1], inputs[-1]
+    assert value is not None
     batch, steps, columns = value.shape
     advantage = torch.empty(value.shape, dtype=torch.float32, device=value.device)
     target = torch.empty_like(advantage)
     weighted = advantage.new_empty(0 if weights is None else (batch, steps, 1))
-    partial = advantage.new_empty((batch, 3) if moments else 0, dtype=torch.float64)
     if value.numel() == 0:
         return advantage, target, weighted, advantage.new_zeros(3 if moments else 0)
+    partial = advantage.new_empty(batch, 3, dtype=torch.float64) if moments else None
     merged = advantage.new_empty(3 if moments else 0)
     with on_device_of(value):
         gae_kernel[(batch,)](
-            *[None if x is None else x.contiguous() for x in (reward, value, *others, weights)],
+            *contiguous(*inputs),
             advantage,
             target,
             weighted,
@@ -295,9 +286,7 @@ def _launch(
             kl_coef,
             steps,
             K=columns,
-            HAS_WEIGHTS=weights is not None,
-            HAS_MOMENTS=moments,
-            **flags,
+            TOKENS=tokens,
             **gae_config(steps, columns),
         )
         if moments:

@@ -123,6 +123,7 @@ def min_over_heads_backward_naive(
     ``grad_rewards + onehot(argmin) grad_minimum + softmax(-r / T) grad_softmin + grad_sums``, the minimum's
     and the soft minimum's terms at real heads only, all at real rows only.
     """
+    rewards = rewards.to(accumulate_dtype(rewards))
     grad = torch.zeros_like(rewards)
     if grad_minimum is not None:
         grad.scatter_(-1, argmin.unsqueeze(-1), grad_minimum.to(rewards.dtype).unsqueeze(-1))

@@ -1,13 +1,194 @@
-"""``reward_heads_min`` and ``min_over_heads``: the public functions, which check their arguments."""
+"""``reward_heads_min`` and ``min_over_heads``: the operators (namespace ``maxmin``) and the public functions.
+
+The head sums are always an operator's output, empty if not asked for, because the number of outputs is fixed.
+"""
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._backend import Backend, check_call
-from .naive import min_over_heads_naive, reward_heads_min_naive
-from .operators import check_head_mask, heads_op, min_op
+from .._autograd import differentiable_once
+from .._backend import Backend, accumulate_dtype, check_call, kernel_operator, without_autocast
+from .._vmap import fold_rows_vmap, fold_vmap
+from .naive import (
+    linear_rewards,
+    min_over_heads_backward_naive,
+    min_over_heads_naive,
+    reward_heads_min_naive,
+)
+
+
+def _check_head_mask(head_mask: Tensor | None) -> None:
+    """Raise if every head is masked, where that can be read: on the CPU, outside tracing and batching.
+
+    Raises:
+        ValueError: If no head is real.
+    """
+    if head_mask is None or torch.compiler.is_compiling() or head_mask.device.type != "cpu":
+        return
+    plain = type(head_mask) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(head_mask)
+    if plain and not head_mask.any():
+        raise ValueError("head_mask is False for every head; at least one head must be True.")
+
+
+# ---------------------------------------------------------------- min over given rewards [N, K]
+
+
+@kernel_operator(
+    "min_over_heads", "heads.min_forward", floats=(0,), check=lambda *args: _check_head_mask(args[2])
+)
+def _min_op(
+    rewards: Tensor, temperature: float, head_mask: Tensor | None, row_mask: Tensor | None, sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return minimum, argmin, softmin and head sums (empty unless ``sums``)."""
+    masks = {"head_mask": head_mask, "row_mask": row_mask}
+    outputs: Any = min_over_heads_naive(rewards, temperature, **masks, return_sums=sums)
+    return outputs if sums else (*outputs, outputs[0].new_empty(0))
+
+
+@_min_op.register_fake
+def _min_fake(
+    rewards: Tensor, temperature: float, head_mask: Tensor | None, row_mask: Tensor | None, sums: bool
+) -> Any:
+    rows, heads = rewards.shape
+    minimum = rewards.new_empty(rows, dtype=accumulate_dtype(rewards))
+    argmin = rewards.new_empty(rows, dtype=torch.int64)
+    return minimum, argmin, torch.empty_like(minimum), minimum.new_empty(heads if sums else 0)
+
+
+_min_backward_op = kernel_operator("min_over_heads_backward", "heads.min_backward", floats=(0,))(
+    min_over_heads_backward_naive
+)
+
+
+@_min_backward_op.register_fake
+def _min_backward_fake(rewards: Tensor, *args: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=accumulate_dtype(rewards))
+
+
+@_min_backward_op.register_vmap
+def _min_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    rows = (0, 1, 2, 3, 4, 8)
+    (grad,), (dim,) = fold_vmap(lambda *a: (_min_backward_op(*a),), rows, info, in_dims, *args)
+    return grad, dim
+
+
+def _min_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    rewards, ctx.temperature, head_mask, row_mask, sums = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1], *(() if sums else output[3:]))
+    ctx.save_for_backward(rewards, output[1], head_mask, row_mask)
+
+
+@differentiable_once
+def _min_autograd(
+    ctx: Any,
+    saved: Any,
+    grad_minimum: Tensor | None,
+    _: Any,
+    grad_softmin: Tensor | None,
+    grad_sums: Tensor | None,
+) -> Any:
+    rewards, argmin, *masks = saved
+    given = (None, grad_minimum, grad_softmin, grad_sums)
+    grad = _min_backward_op(rewards, argmin, *given, ctx.temperature, *masks)
+    return grad.to(rewards.dtype), None, None, None, None
+
+
+_min_op.register_autograd(_min_autograd, setup_context=_min_setup)
+_min_op.register_vmap(partial(fold_rows_vmap, _min_op, (0, 3)))
+
+
+# ---------------------------------------------------------------- rewards of K linear heads, and their min
+
+
+@kernel_operator(
+    "reward_heads_min", "heads.heads_forward", floats=range(5), check=lambda *args: _check_head_mask(args[6])
+)
+def _heads_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    temperature: float,
+    head_mask: Tensor | None,
+    row_mask: Tensor | None,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return rewards, minimum, argmin, softmin and head sums (empty unless ``sums``)."""
+    rewards = linear_rewards(hidden, weight, bias, shift, scale, row_mask)
+    masks = {"head_mask": head_mask, "row_mask": row_mask}
+    lowest: Any = min_over_heads_naive(rewards, temperature, **masks, return_sums=sums)
+    return (rewards, *lowest) if sums else (rewards, *lowest, rewards.new_empty(0))
+
+
+@_heads_op.register_fake
+def _heads_fake(hidden: Tensor, weight: Tensor, *args: Any) -> Any:
+    rows, heads, sums = hidden.shape[0], weight.shape[0], args[-1]
+    rewards = hidden.new_empty(rows, heads, dtype=accumulate_dtype(hidden, weight, *args[:3]))
+    minimum, argmin = rewards.new_empty(rows), hidden.new_empty(rows, dtype=torch.int64)
+    return rewards, minimum, argmin, torch.empty_like(minimum), rewards.new_empty(heads if sums else 0)
+
+
+def _heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, shift, scale, ctx.temperature, head_mask, row_mask, sums = inputs
+    rewards, _, argmin, *_ = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(argmin, *(() if sums else output[4:]))
+    ctx.save_for_backward(hidden, weight, scale, rewards, argmin, head_mask, row_mask)
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (bias, shift))
+
+
+@differentiable_once
+def _heads_autograd(
+    ctx: Any,
+    saved: Any,
+    grad_rewards: Tensor | None,
+    grad_minimum: Tensor | None,
+    _: Any,
+    grad_softmin: Tensor | None,
+    grad_sums: Tensor | None,
+) -> Any:
+    given = (grad_rewards, grad_minimum, grad_softmin, grad_sums)
+    hidden, weight, scale, rewards, argmin, head_mask, row_mask = saved
+    bias_dtype, shift_dtype = ctx.dtypes
+    need = ctx.needs_input_grad
+    grad = _min_backward_op(rewards, argmin, *given, ctx.temperature, head_mask, row_mask)
+    if head_mask is not None:
+        # Whatever a masked head holds must not reach the others as 0 * NaN, unless its reward is used.
+        unused = ~head_mask & (grad == 0).all(0)
+        weight, rewards = weight.masked_fill(unused.unsqueeze(-1), 0.0), rewards.masked_fill(unused, 0.0)
+        scale = None if scale is None else scale.masked_fill(unused, 1.0)
+    d_scale = None
+    if scale is not None:
+        grad = grad / scale.to(grad.dtype)
+        if need[4]:
+            d_scale = -(grad * rewards).sum(0).to(scale.dtype)
+    # The library's matrix product, in the inputs' dtype: low precision on the GPU, accumulation in float32.
+    low = weight.dtype if hidden.is_cuda and weight.dtype == hidden.dtype else grad.dtype
+    rounded = grad.to(low)
+    d_hidden = d_weight = None
+    with without_autocast(hidden):
+        if need[0]:
+            d_hidden = (rounded @ weight.to(low)).to(hidden.dtype)
+        if need[1]:
+            # A copy without what the padding holds, for 0 * NaN is NaN.
+            clean = hidden if row_mask is None else torch.where(row_mask.unsqueeze(-1), hidden, 0.0)
+            d_weight = (rounded.mT @ clean.to(low)).to(weight.dtype)
+    d_bias = grad.sum(0).to(bias_dtype) if bias_dtype is not None and need[2] else None
+    d_shift = -grad.sum(0).to(shift_dtype) if shift_dtype is not None and need[3] else None
+    return d_hidden, d_weight, d_bias, d_shift, d_scale, None, None, None, None
+
+
+_heads_op.register_autograd(_heads_autograd, setup_context=_heads_setup)
+_heads_op.register_vmap(partial(fold_rows_vmap, _heads_op, (0, 7)))
+
+
+# ---------------------------------------------------------------- the public functions
 
 
 def _check_temperature(temperature: float) -> None:
@@ -76,13 +257,13 @@ def min_over_heads(
     _check_mask("head_mask", head_mask, rewards.shape[-1:], rewards.device)
     _check_mask("row_mask", row_mask, batch, rewards.device)
     if backend == "torch":
-        check_head_mask(head_mask)
+        _check_head_mask(head_mask)
         return min_over_heads_naive(
             rewards, temperature, head_mask=head_mask, row_mask=row_mask, return_sums=return_sums
         )
     rows = math.prod(batch)
     row_mask = None if row_mask is None else row_mask.reshape(rows)
-    *lowest, sums = min_op(rewards.reshape(rows, heads), temperature, head_mask, row_mask, return_sums)
+    *lowest, sums = _min_op(rewards.reshape(rows, heads), temperature, head_mask, row_mask, return_sums)
     outputs = tuple(out.reshape(batch) for out in lowest)
     return (*outputs, sums) if return_sums else outputs
 
@@ -160,7 +341,7 @@ def reward_heads_min(
     _check_mask("head_mask", head_mask, weight.shape[:1], hidden.device)
     _check_mask("row_mask", row_mask, hidden.shape[:1], hidden.device)
     if backend == "torch":
-        check_head_mask(head_mask)
+        _check_head_mask(head_mask)
         return reward_heads_min_naive(
             hidden,
             weight,
@@ -172,5 +353,5 @@ def reward_heads_min(
             row_mask=row_mask,
             return_sums=return_sums,
         )
-    outputs = heads_op(hidden, weight, bias, shift, scale, temperature, head_mask, row_mask, return_sums)
+    outputs = _heads_op(hidden, weight, bias, shift, scale, temperature, head_mask, row_mask, return_sums)
     return outputs if return_sums else outputs[:-1]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backend import INTERPRET, aligned_rows, next_power_of_2, on_device_of
+from .._backend import INTERPRET, aligned_rows, contiguous, next_power_of_2, on_device_of
 from .naive import linear_rewards
 
 # Beyond this many heads the rewards come from the library's matrix product.
@@ -16,25 +16,11 @@ MAX_FUSED_HEADS = 64
 
 
 @triton.jit
-def lowest_head(b_r, m_n, m_k, heads, o_k, temperature, BLOCK_K: tl.constexpr):
-    """Return minimum, argmin, soft minimum of each row of a block ``[N, BLOCK_K]`` of rewards.
-
-    Only the ``heads`` real heads, those in ``m_k``, count; a row outside ``m_n`` gives 0.
-    """
-    m_k = m_k[None, :]
-    m_nan = (b_r != b_r) & m_k
-    b_min = tl.min(tl.where(m_nan | (m_k == 0), float("inf"), b_r), axis=1)
-    b_nan = tl.sum(tl.where(m_nan, b_r, 0.0), axis=1)
-    m_any = tl.max(m_nan.to(tl.int32), axis=1) > 0
-    m_hit = tl.where(m_any[:, None], m_nan, (b_r == b_min[:, None]) & m_k)
-    b_arg = tl.min(tl.where(m_hit, o_k[None, :], BLOCK_K), axis=1)
-    b_exp = exp_above(b_r, b_min, m_k, temperature)
-    b_soft = b_min - temperature * tl.log(tl.sum(b_exp, axis=1) / heads)
-    b_min = tl.where(m_n, tl.where(m_any, b_nan, b_min), 0.0)
-    b_soft = tl.where(m_n, tl.where(m_any, b_nan, b_soft), 0.0)
-    # No head is hit where all are masked.
-    b_arg = tl.where(m_n & (b_arg < BLOCK_K), b_arg, 0)
-    return b_min, b_arg.to(tl.int64), b_soft
+def unmasked(p_mask, o_x, m_x):
+    """Return which of the positions ``m_x`` the mask leaves, all of them without a mask."""
+    if p_mask is not None:
+        m_x = m_x & (tl.load(p_mask + o_x, mask=m_x, other=0) != 0)
+    return m_x
 
 
 @triton.jit
@@ -42,6 +28,38 @@ def exp_above(b_r, b_min, m_k, temperature):
     """Return ``exp(-(r - min) / T)``, 0 in padding; a head at an infinite minimum counts as 1."""
     b_above = tl.where(b_r == b_min[:, None], 0.0, b_r - b_min[:, None])
     return tl.where(m_k, tl.exp(-b_above / temperature), 0.0)
+
+
+@triton.jit
+def store_lowest(
+    b_r, p_head_mask, p_min, p_arg, p_soft, p_sums, temperature, i_n, o_n, m_n, m_real, o_k, m_k,
+    K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Store minimum, argmin, soft minimum of each row of a block ``[N, BLOCK_K]`` of rewards, and the sum.
+
+    Only real heads count; a row outside ``m_real`` gives 0.
+    """
+    if p_sums is not None:
+        tl.store(p_sums + i_n * K + o_k, tl.sum(b_r, axis=0), mask=m_k)
+    m_head, heads = unmasked(p_head_mask, o_k, m_k), K
+    if p_head_mask is not None:
+        heads = tl.maximum(tl.sum(m_head.to(tl.float32), axis=0), 1.0)
+    m_head = m_head[None, :]
+    m_nan = (b_r != b_r) & m_head
+    b_min = tl.min(tl.where(m_nan | (m_head == 0), float("inf"), b_r), axis=1)
+    b_nan = tl.sum(tl.where(m_nan, b_r, 0.0), axis=1)
+    m_any = tl.max(m_nan.to(tl.int32), axis=1) > 0
+    m_hit = tl.where(m_any[:, None], m_nan, (b_r == b_min[:, None]) & m_head)
+    b_arg = tl.min(tl.where(m_hit, o_k[None, :], BLOCK_K), axis=1)
+    b_exp = exp_above(b_r, b_min, m_head, temperature)
+    b_soft = b_min - temperature * tl.log(tl.sum(b_exp, axis=1) / heads)
+    b_min = tl.where(m_real, tl.where(m_any, b_nan, b_min), 0.0)
+    b_soft = tl.where(m_real, tl.where(m_any, b_nan, b_soft), 0.0)
+    # No head is hit where all are masked.
+    b_arg = tl.where(m_real & (b_arg < BLOCK_K), b_arg, 0).to(tl.int64)
+    tl.store(p_min + o_n, b_min, mask=m_n)
+    tl.store(p_arg + o_n, b_arg, mask=m_n)
+    tl.store(p_soft + o_n, b_soft, mask=m_n)
 
 
 @triton.jit
@@ -64,12 +82,6 @@ def heads_forward_kernel(
     stride_weight,
     H: tl.constexpr,
     K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_HEAD_MASK: tl.constexpr,
-    HAS_ROW_MASK: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -82,9 +94,7 @@ def heads_forward_kernel(
     o_k = tl.arange(0, BLOCK_K)
     m_n = o_n < N
     m_k = o_k < K
-    m_real = m_n
-    if HAS_ROW_MASK:
-        m_real = m_n & (tl.load(p_row_mask + o_n, mask=m_n, other=0) != 0)
+    m_real = unmasked(p_row_mask, o_n, m_n)
     p_h = p_hidden + o_n[:, None] * stride_hidden + o_h[None, :]
     p_w = p_weight + o_k[None, :] * stride_weight + o_h[:, None]
     b_r = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
@@ -100,24 +110,18 @@ def heads_forward_kernel(
             b_h = b_h.to(tl.float32)
             b_w = b_w.to(tl.float32)
         b_r = tl.dot(b_h, b_w, acc=b_r, input_precision="ieee")
-    if HAS_BIAS:
+    if p_bias is not None:
         b_r += tl.load(p_bias + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-    if HAS_SHIFT:
+    if p_shift is not None:
         b_r -= tl.load(p_shift + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-    if HAS_SCALE:
+    if p_scale is not None:
         b_r /= tl.load(p_scale + o_k, mask=m_k, other=1.0).to(tl.float32)[None, :]
     b_r = tl.where(m_real[:, None], b_r, 0.0)
     tl.store(p_rewards + o_n[:, None] * K + o_k[None, :], b_r, mask=m_n[:, None] & m_k[None, :])
-    if HAS_SUMS:
-        tl.store(p_sums + i_n * K + o_k, tl.sum(b_r, axis=0), mask=m_k)
-    m_head, heads = m_k, K
-    if HAS_HEAD_MASK:
-        m_head = m_k & (tl.load(p_head_mask + o_k, mask=m_k, other=0) != 0)
-        heads = tl.maximum(tl.sum(m_head.to(tl.float32), axis=0), 1.0)
-    b_min, b_arg, b_soft = lowest_head(b_r, m_real, m_head, heads, o_k, temperature, BLOCK_K)
-    tl.store(p_min + o_n, b_min, mask=m_n)
-    tl.store(p_arg + o_n, b_arg, mask=m_n)
-    tl.store(p_soft + o_n, b_soft, mask=m_n)
+    store_lowest(
+        b_r, p_head_mask, p_min, p_arg, p_soft, p_sums, temperature, i_n, o_n, m_n, m_real, o_k, m_k,
+        K, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -132,9 +136,6 @@ def min_forward_kernel(
     temperature,
     N,
     K: tl.constexpr,
-    HAS_HEAD_MASK: tl.constexpr,
-    HAS_ROW_MASK: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -144,21 +145,13 @@ def min_forward_kernel(
     o_k = tl.arange(0, BLOCK_K)
     m_n = o_n < N
     m_k = o_k < K
-    m_real = m_n
-    if HAS_ROW_MASK:
-        m_real = m_n & (tl.load(p_row_mask + o_n, mask=m_n, other=0) != 0)
+    m_real = unmasked(p_row_mask, o_n, m_n)
     m_nk = m_real[:, None] & m_k[None, :]
     b_r = tl.load(p_rewards + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0).to(tl.float32)
-    if HAS_SUMS:
-        tl.store(p_sums + i_n * K + o_k, tl.sum(b_r, axis=0), mask=m_k)
-    m_head, heads = m_k, K
-    if HAS_HEAD_MASK:
-        m_head = m_k & (tl.load(p_head_mask + o_k, mask=m_k, other=0) != 0)
-        heads = tl.maximum(tl.sum(m_head.to(tl.float32), axis=0), 1.0)
-    b_min, b_arg, b_soft = lowest_head(b_r, m_real, m_head, heads, o_k, temperature, BLOCK_K)
-    tl.store(p_min + o_n, b_min, mask=m_n)
-    tl.store(p_arg + o_n, b_arg, mask=m_n)
-    tl.store(p_soft + o_n, b_soft, mask=m_n)
+    store_lowest(
+        b_r, p_head_mask, p_min, p_arg, p_soft, p_sums, temperature, i_n, o_n, m_n, m_real, o_k, m_k,
+        K, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -175,12 +168,6 @@ def min_backward_kernel(
     temperature,
     N,
     K: tl.constexpr,
-    HAS_REWARDS: tl.constexpr,
-    HAS_MIN: tl.constexpr,
-    HAS_SOFT: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    HAS_HEAD_MASK: tl.constexpr,
-    HAS_ROW_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -190,25 +177,20 @@ def min_backward_kernel(
     o_k = tl.arange(0, BLOCK_K)
     m_n = o_n < N
     m_k = o_k < K
-    m_real, m_head = m_n, m_k
-    if HAS_ROW_MASK:
-        m_real = m_n & (tl.load(p_row_mask + o_n, mask=m_n, other=0) != 0)
-    if HAS_HEAD_MASK:
-        m_head = m_k & (tl.load(p_head_mask + o_k, mask=m_k, other=0) != 0)
-    m_head = m_head[None, :]
+    m_real, m_head = unmasked(p_row_mask, o_n, m_n), unmasked(p_head_mask, o_k, m_k)[None, :]
     m_nk = m_real[:, None] & m_k[None, :]
     o_nk = o_n[:, None] * K + o_k[None, :]
     b_grad = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    if HAS_REWARDS:
+    if p_grad_rewards is not None:
         b_grad = tl.load(p_grad_rewards + o_nk, mask=m_nk, other=0.0).to(tl.float32)
-    if HAS_SUMS:
+    if p_grad_sums is not None:
         b_grad_sums = tl.load(p_grad_sums + o_k, mask=m_k, other=0.0).to(tl.float32)
         b_grad += tl.where(m_nk, b_grad_sums[None, :], 0.0)
-    if HAS_MIN:
+    if p_grad_min is not None:
         b_arg = tl.load(p_arg + o_n, mask=m_real, other=0).to(tl.int32)
         b_grad_min = tl.load(p_grad_min + o_n, mask=m_real, other=0.0).to(tl.float32)
         b_grad += tl.where((b_arg[:, None] == o_k[None, :]) & m_head, b_grad_min[:, None], 0.0)
-    if HAS_SOFT:
+    if p_grad_soft is not None:
         b_r = tl.load(p_rewards + o_nk, mask=m_nk, other=0.0).to(tl.float32)
         m_nan = (b_r != b_r) & m_head
         b_nan = tl.sum(tl.where(m_nan, b_r, 0.0), axis=1)
@@ -241,13 +223,15 @@ def row_config(heads: int) -> dict[str, int]:
     return {"BLOCK_N": max(1, 1024 // block_k), "BLOCK_K": block_k, "num_warps": 4}
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+def _lowest(like: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Make minimum, argmin and soft minimum."""
+    minimum = like.new_empty(rows, dtype=torch.float32)
+    return minimum, like.new_empty(rows, dtype=torch.int64), torch.empty_like(minimum)
 
 
-def _total(partial: Tensor) -> Tensor:
-    """Add the programs' partial sums ``[programs, K]`` in float64."""
-    return partial.sum(0, dtype=torch.float64).float()
+def _total(partial: Tensor | None, like: Tensor) -> Tensor:
+    """Add the programs' partial sums ``[programs, K]`` in float64; empty without any."""
+    return like.new_empty(0) if partial is None else partial.sum(0, dtype=torch.float64).float()
 
 
 def heads_forward(
@@ -269,42 +253,28 @@ def heads_forward(
     config = heads_config(rows, heads, max(hidden.element_size(), weight.element_size()))
     programs = triton.cdiv(rows, config["BLOCK_N"])
     rewards = hidden.new_empty(rows, heads, dtype=torch.float32)
-    minimum, softmin = rewards.new_empty(rows), rewards.new_empty(rows)
-    argmin = hidden.new_empty(rows, dtype=torch.int64)
-    partial = rewards.new_empty((programs, heads) if sums else 0)
-    if rows == 0:
-        return rewards, minimum, argmin, softmin, _total(partial) if sums else partial
-    hidden, weight = aligned_rows(hidden), aligned_rows(weight)
-    vectors = [None if v is None else v.contiguous() for v in (bias, shift, scale)]
-    with on_device_of(hidden):
-        heads_forward_kernel[(programs,)](
-            hidden,
-            weight,
-            *vectors,
-            _bytes(head_mask),
-            _bytes(row_mask),
-            rewards,
-            minimum,
-            argmin,
-            softmin,
-            partial,
-            temperature,
-            rows,
-            hidden.stride(0),
-            weight.stride(0),
-            H=width,
-            K=heads,
-            HAS_BIAS=bias is not None,
-            HAS_SHIFT=shift is not None,
-            HAS_SCALE=scale is not None,
-            HAS_HEAD_MASK=head_mask is not None,
-            HAS_ROW_MASK=row_mask is not None,
-            HAS_SUMS=sums,
-            # The interpreter is wrong on bf16 products, and a product has factors of one dtype.
-            UPCAST=INTERPRET or hidden.dtype != weight.dtype,
-            **config,
-        )
-    return rewards, minimum, argmin, softmin, _total(partial) if sums else partial
+    lowest, partial = _lowest(hidden, rows), rewards.new_empty(programs, heads) if sums else None
+    if rows:
+        hidden, weight = aligned_rows(hidden), aligned_rows(weight)
+        with on_device_of(hidden):
+            heads_forward_kernel[(programs,)](
+                hidden,
+                weight,
+                *contiguous(bias, shift, scale, head_mask, row_mask),
+                rewards,
+                *lowest,
+                partial,
+                temperature,
+                rows,
+                hidden.stride(0),
+                weight.stride(0),
+                H=width,
+                K=heads,
+                # The interpreter is wrong on bf16 products, and a product has factors of one dtype.
+                UPCAST=INTERPRET or hidden.dtype != weight.dtype,
+                **config,
+            )
+    return rewards, *lowest, _total(partial, rewards)
 
 
 def min_forward(
@@ -314,29 +284,13 @@ def min_forward(
     rows, heads = rewards.shape
     config = row_config(heads)
     programs = triton.cdiv(rows, config["BLOCK_N"])
-    minimum = rewards.new_empty(rows, dtype=torch.float32)
-    softmin, argmin = torch.empty_like(minimum), rewards.new_empty(rows, dtype=torch.int64)
-    partial = minimum.new_empty((programs, heads) if sums else 0)
-    if rows == 0:
-        return minimum, argmin, softmin, _total(partial) if sums else partial
-    with on_device_of(rewards):
-        min_forward_kernel[(programs,)](
-            rewards.contiguous(),
-            _bytes(head_mask),
-            _bytes(row_mask),
-            minimum,
-            argmin,
-            softmin,
-            partial,
-            temperature,
-            rows,
-            K=heads,
-            HAS_HEAD_MASK=head_mask is not None,
-            HAS_ROW_MASK=row_mask is not None,
-            HAS_SUMS=sums,
-            **config,
-        )
-    return minimum, argmin, softmin, _total(partial) if sums else partial
+    lowest = _lowest(rewards, rows)
+    partial = lowest[0].new_empty(programs, heads) if sums else None
+    if rows:
+        inputs = contiguous(rewards, head_mask, row_mask)
+        with on_device_of(rewards):
+            min_forward_kernel[(programs,)](*inputs, *lowest, partial, temperature, rows, K=heads, **config)
+    return *lowest, _total(partial, lowest[0])
 
 
 def min_backward(
@@ -355,27 +309,11 @@ def min_backward(
     grad = rewards.new_empty(rows, heads, dtype=torch.float32)
     if rows == 0:
         return grad
-    given = [
-        None if g is None else g.contiguous() for g in (grad_rewards, grad_minimum, grad_softmin, grad_sums)
-    ]
+    grads = (grad_rewards, grad_minimum, grad_softmin, grad_sums)
+    inputs = contiguous(rewards, argmin, *grads, head_mask, row_mask)
     config = row_config(heads)
     with on_device_of(rewards):
         min_backward_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
-            rewards.contiguous(),
-            argmin.contiguous(),
-            *given,
-            _bytes(head_mask),
-            _bytes(row_mask),
-            grad,
-            temperature,
-            rows,
-            K=heads,
-            HAS_REWARDS=grad_rewards is not None,
-            HAS_MIN=grad_minimum is not None,
-            HAS_SOFT=grad_softmin is not None,
-            HAS_SUMS=grad_sums is not None,
-            HAS_HEAD_MASK=head_mask is not None,
-            HAS_ROW_MASK=row_mask is not None,
-            **config,
+            *inputs, grad, temperature, rows, K=heads, **config
         )
     return grad

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu
-from .transform import PLAIN, LogitTransform
+from .transform import LogitTransform
 
 # Elements of one chunk of logits, and the least rows with which a matrix product is still efficient.
 _ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
@@ -125,15 +125,17 @@ def chunked_forward(
     temperature: float,
     entropy: bool,
     chunk_size: int,
-    transform: LogitTransform = PLAIN,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(log_probs [N], entropy [N] or [0], logsumexp [N])``; ``chunk_size`` 0 picks one."""
     rows, vocabulary = hidden.shape[0], lm_head.shape[0]
     _check_targets(targets, vocabulary)
-    wide = accumulate_dtype(hidden, lm_head, transform.bias)
+    wide = accumulate_dtype(hidden, lm_head, bias)
     kernels = _row_kernels(hidden, wide)
     hidden, lm_head = _matrices(hidden, lm_head, wide)
-    transform = transform.to(wide)
+    transform = LogitTransform(bias, logit_scale, softcap).to(wide)
     chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
     outputs = [hidden.new_empty(rows, dtype=wide) for _ in range(3 if entropy else 2)]
     for start in range(0, rows, chunk):
@@ -164,17 +166,18 @@ def chunked_backward(
     chunk_size: int,
     need_hidden: bool,
     need_lm_head: bool,
-    transform: LogitTransform = PLAIN,
-    need_bias: bool = False,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, lm_head and bias, each empty (``[0]``) if it is not needed."""
     rows, vocabulary = hidden.shape[0], lm_head.shape[0]
-    wide = accumulate_dtype(hidden, lm_head, transform.bias)
+    wide = accumulate_dtype(hidden, lm_head, bias)
     kernels = _row_kernels(hidden, wide)
-    dtypes = hidden.dtype, lm_head.dtype, wide if transform.bias is None else transform.bias.dtype
+    dtypes = hidden.dtype, lm_head.dtype, wide if bias is None else bias.dtype
     hidden, lm_head = _matrices(hidden, lm_head, wide)
-    transform = transform.to(wide)
-    logit_scale = transform.logit_scale
+    transform = LogitTransform(bias, logit_scale, softcap).to(wide)
     chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtypes[0])
     # Chunks add up in the wide dtype, one after the other: the same sum every time.

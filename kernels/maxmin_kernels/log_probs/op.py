@@ -1,5 +1,7 @@
 """``token_log_probs`` as a PyTorch operator (namespace ``maxmin``)."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,94 +15,32 @@ from .naive import token_log_probs_naive
 from .transform import LogitTransform
 
 
-@torch.library.custom_op("maxmin::token_log_probs", mutates_args=(), device_types=("cpu", "cuda"))
-def _log_probs_op(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    temperature: float,
-    entropy: bool,
-    chunk_size: int,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    transform = LogitTransform(bias, logit_scale, softcap)
-    with without_autocast(hidden):
-        return chunked_forward(hidden, lm_head, targets, temperature, entropy, chunk_size, transform)
+def _operator(name: str, function: Callable[..., Any]) -> Any:
+    """Make an operator whose products keep their dtype under autocast."""
+
+    @wraps(function)
+    def run(hidden: Tensor, *args: Any) -> Any:
+        with without_autocast(hidden):
+            return function(hidden, *args)
+
+    return torch.library.custom_op(f"maxmin::{name}", run, mutates_args=(), device_types=("cpu", "cuda"))
+
+
+_log_probs_op = _operator("token_log_probs", chunked_forward)
+_log_probs_backward_op = _operator("token_log_probs_backward", chunked_backward)
 
 
 @_log_probs_op.register_fake
-def _log_probs_fake(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    temperature: float,
-    entropy: bool,
-    chunk_size: int,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _log_probs_fake(hidden: Tensor, lm_head: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, entropy, _, bias, *_ = args
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden, lm_head, bias)
     log_probs = hidden.new_empty(rows, dtype=dtype)
     return log_probs, hidden.new_empty(rows if entropy else 0, dtype=dtype), torch.empty_like(log_probs)
 
 
-@torch.library.custom_op("maxmin::token_log_probs_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _log_probs_backward_op(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    grad_log_probs: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    chunk_size: int,
-    need_hidden: bool,
-    need_lm_head: bool,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with without_autocast(hidden):
-        return chunked_backward(
-            hidden,
-            lm_head,
-            targets,
-            entropy,
-            logsumexp,
-            grad_log_probs,
-            grad_entropy,
-            temperature,
-            chunk_size,
-            need_hidden,
-            need_lm_head,
-            LogitTransform(bias, logit_scale, softcap),
-            need_bias,
-        )
-
-
 @_log_probs_backward_op.register_fake
-def _log_probs_backward_fake(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    grad_log_probs: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    chunk_size: int,
-    need_hidden: bool,
-    need_lm_head: bool,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _log_probs_backward_fake(hidden: Tensor, lm_head: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_lm_head, bias, _, _, need_bias = args[-6:]
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     d_lm_head = lm_head.new_empty(lm_head.shape if need_lm_head else (0,))
     d_bias = hidden.new_empty(0, dtype=accumulate_dtype(hidden, lm_head)) if bias is None else bias
@@ -137,22 +77,14 @@ def _log_probs_autograd(
     return d_hidden, d_lm_head, None, None, None, None, d_bias, None, None
 
 
-torch.library.register_autograd(
-    "maxmin::token_log_probs", _log_probs_autograd, setup_context=_log_probs_setup
-)
+_log_probs_op.register_autograd(_log_probs_autograd, setup_context=_log_probs_setup)
 
 
 @_log_probs_op.register_vmap
 def _log_probs_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    entropy = args[4]
-    if entropy:
-        return fold_vmap(_log_probs_op, (0, 2), info, in_dims, args)
-    return loop_vmap(_log_probs_op, info, in_dims, args)
-
-
-@_log_probs_backward_op.register_vmap
-def _log_probs_backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    return loop_vmap(_log_probs_backward_op, info, in_dims, args)
+    if args[4]:  # the entropy
+        return fold_vmap(_log_probs_op, (0, 2), info, in_dims, *args)
+    return loop_vmap(_log_probs_op, info, in_dims, *args)
 
 
 def token_log_probs(

@@ -10,27 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backend import next_power_of_2, on_device_of
+from .._backend import contiguous, next_power_of_2, on_device_of
 from .transform import PLAIN, LogitTransform
 
 
 @triton.jit
-def uncapped(
-    b_x, p_bias, o_v, m_v, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-):  # fmt: skip
+def uncapped(b_x, p_bias, o_v, m_v, logit_scale):
     """Scale the product of hidden states and embedding and add the bias."""
-    if HAS_SCALE:
+    if logit_scale is not None:
         b_x = b_x * logit_scale
-    if HAS_BIAS:
+    if p_bias is not None:
         b_x += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)
     return b_x
 
 
 @triton.jit
-def capped(b_x, softcap, HAS_CAP: tl.constexpr):
+def capped(b_x, softcap):
     """Return ``softcap * tanh(x / softcap)``; near 0 by tanh's series, where ``1 - exp`` loses digits."""
-    if HAS_CAP:
+    if softcap is not None:
         b_y = b_x / softcap
         b_e = tl.exp(-2.0 * tl.abs(b_y))
         b_far = tl.where(b_y < 0, b_e - 1.0, 1.0 - b_e) / (1.0 + b_e)
@@ -60,10 +57,6 @@ def log_probs_forward_kernel(
     softcap,
     stride,
     V: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One row a program, one read of it; every lane keeps its own running maximum and sums."""
@@ -76,9 +69,9 @@ def log_probs_forward_kernel(
     for i_v in range(0, V, BLOCK_V):
         m_v = i_v + o_v < V
         b_x = tl.load(p_row + i_v + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-        b_x = uncapped(b_x, p_bias, i_v + o_v, m_v, logit_scale, HAS_BIAS, HAS_SCALE)
-        b_x = capped(b_x, softcap, HAS_CAP)
-        if HAS_SCALE or HAS_CAP:
+        b_x = uncapped(b_x, p_bias, i_v + o_v, m_v, logit_scale)
+        b_x = capped(b_x, softcap)
+        if logit_scale is not None or softcap is not None:
             # Neither keeps the -inf that stands for no token.
             b_x = tl.where(m_v, b_x, float("-inf"))
         b_x = b_x / temperature
@@ -88,7 +81,7 @@ def log_probs_forward_kernel(
         b_old = tl.exp(b_max - b_ref)
         b_e = tl.exp(b_x - b_ref)
         b_sum = b_sum * b_old + b_e
-        if ENTROPY:
+        if p_entropy is not None:
             b_mean = b_mean * b_old + tl.where(b_x == float("-inf"), 0.0, b_x) * b_e
         b_max = b_new
     row_max = tl.max(b_max, axis=0)
@@ -100,11 +93,11 @@ def log_probs_forward_kernel(
     # An id outside the vocabulary gives NaN.
     known = (target >= 0) & (target < V)
     x_target = tl.load(p_row + target, mask=known, other=float("nan")).to(tl.float32)
-    x_target = uncapped(x_target, p_bias, target, known, logit_scale, HAS_BIAS, HAS_SCALE)
-    x_target = capped(x_target, softcap, HAS_CAP)
+    x_target = uncapped(x_target, p_bias, target, known, logit_scale)
+    x_target = capped(x_target, softcap)
     tl.store(p_log_probs + i_n, x_target / temperature - row_lse)
     tl.store(p_logsumexp + i_n, row_lse)
-    if ENTROPY:
+    if p_entropy is not None:
         tl.store(p_entropy + i_n, row_lse - tl.sum(b_mean * b_scale, axis=0) / row_sum)
 
 
@@ -123,11 +116,6 @@ def log_probs_backward_kernel(
     softcap,
     stride,
     V: tl.constexpr,
-    HAS_LOG_PROBS: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Write ``g (onehot - p) - g_H p (log p + H)``, over T, for one row and BLOCK_V tokens.
@@ -138,20 +126,20 @@ def log_probs_backward_kernel(
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
     b_x = tl.load(p_logits + i_n * stride + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-    b_x = uncapped(b_x, p_bias, o_v, m_v, logit_scale, HAS_BIAS, HAS_SCALE)
-    b_log_p = capped(b_x, softcap, HAS_CAP) / temperature - tl.load(p_logsumexp + i_n)
+    b_x = uncapped(b_x, p_bias, o_v, m_v, logit_scale)
+    b_log_p = capped(b_x, softcap) / temperature - tl.load(p_logsumexp + i_n)
     b_p = tl.exp(b_log_p)
     b_slope = tl.zeros((BLOCK_V,), dtype=tl.float32)
     b_grad = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    if HAS_LOG_PROBS:
+    if p_grad_log_probs is not None:
         g = tl.load(p_grad_log_probs + i_n)
         b_slope += g
         b_grad += tl.where(o_v == tl.load(p_targets + i_n), g, 0.0)
-    if HAS_ENTROPY:
+    if p_grad_entropy is not None:
         b_log_p = tl.where(b_log_p == float("-inf"), 0.0, b_log_p)
         b_slope += tl.load(p_grad_entropy + i_n) * (b_log_p + tl.load(p_entropy + i_n))
     b_grad = (b_grad - b_p * b_slope) / temperature
-    if HAS_CAP:
+    if softcap is not None:
         b_grad *= cap_slope(b_x, softcap)
     tl.store(p_grad + i_n * V + o_v, b_grad.to(p_grad.dtype.element_ty), mask=m_v)
 
@@ -163,16 +151,9 @@ def row_config(vocabulary: int) -> dict[str, int]:
 
 
 def transform_arguments(transform: LogitTransform) -> dict[str, Any]:
-    """Return the kernels' arguments for this transform."""
+    """Return the kernels' arguments for this transform; None leaves a step out."""
     bias, logit_scale, softcap = transform
-    return {
-        "p_bias": bias,
-        "logit_scale": logit_scale,
-        "softcap": 0.0 if softcap is None else softcap,
-        "HAS_BIAS": bias is not None,
-        "HAS_SCALE": logit_scale != 1.0,
-        "HAS_CAP": softcap is not None,
-    }
+    return {"p_bias": bias, "logit_scale": None if logit_scale == 1.0 else logit_scale, "softcap": softcap}
 
 
 def log_probs_forward(
@@ -189,13 +170,11 @@ def log_probs_forward(
         log_probs_forward_kernel[(rows,)](
             logits,
             targets.contiguous(),
-            outputs[0],
-            outputs[1],
-            outputs[2] if entropy else None,
+            *outputs,
+            **({} if entropy else {"p_entropy": None}),
             temperature=temperature,
             stride=logits.stride(0),
             V=vocabulary,
-            ENTROPY=entropy,
             **transform_arguments(transform),
             **row_config(vocabulary),
         )
@@ -218,20 +197,15 @@ def log_probs_backward(
     rows, vocabulary = logits.shape
     grad = logits.new_empty(rows, vocabulary, dtype=out_dtype)
     config = row_config(vocabulary)
-    given = [
-        None if x is None else x.contiguous() for x in (entropy, logsumexp, grad_log_probs, grad_entropy)
-    ]
+    grad_entropy = None if entropy is None else grad_entropy
     with on_device_of(logits):
         log_probs_backward_kernel[(rows, triton.cdiv(vocabulary, config["BLOCK_V"]))](
             logits,
-            targets.contiguous(),
-            *given,
+            *contiguous(targets, entropy, logsumexp, grad_log_probs, grad_entropy),
             grad,
             temperature=temperature,
             stride=logits.stride(0),
             V=vocabulary,
-            HAS_LOG_PROBS=grad_log_probs is not None,
-            HAS_ENTROPY=grad_entropy is not None and entropy is not None,
             **transform_arguments(transform),
             **config,
         )
