@@ -1,18 +1,81 @@
-"""EM over users: the one loop, whatever its M-step fits."""
+"""EM over users: the E-step, and the one loop, whatever its M-step fits."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from maxmin_kernels import em_responsibilities
+from maxmin_kernels.em.naive import posterior as kernel_posterior
 from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.choices import Expectation, harden
+__all__ = [
+    "Choices",
+    "EMFit",
+    "EMSettings",
+    "Expectation",
+    "MStep",
+    "converged",
+    "expectation",
+    "harden",
+    "mixing_weights",
+    "posterior",
+    "run_em",
+    "sum_by_segment",
+]
 
-__all__ = ["Choices", "EMFit", "EMSettings", "MStep", "converged", "mixing_weights", "run_em"]
+
+class Expectation(NamedTuple):
+    """Result of an E-step.
+
+    Attributes:
+        responsibilities: [U, K].
+        log_likelihood: of every user, the group summed out [U].
+        gradient: of the M-step's weighted log-likelihood in the heads [K, D], where it was asked for.
+    """
+
+    responsibilities: Tensor
+    log_likelihood: Tensor
+    gradient: Tensor | None = None
+
+
+def expectation(
+    margins: Tensor,
+    user_offsets: Tensor,
+    log_prior: Tensor,
+    assignment: str = "soft",
+    row_weights: Tensor | None = None,
+) -> Expectation:
+    """E-step on margins [P, K]: responsibilities [U, K] (one-hot when ``hard``) and log-likelihood [U].
+
+    Both are summed in float64 and come back in the dtype of the margins.
+    """
+    if row_weights is None:
+        soft, log_likelihood = em_responsibilities(margins, None, user_offsets, log_prior)
+    else:
+        log_choice = nn.functional.logsigmoid(margins.double()) * row_weights.unsqueeze(-1)
+        step = posterior(sum_by_segment(log_choice, user_offsets), log_prior)
+        soft, log_likelihood = step.responsibilities.to(margins.dtype), step.log_likelihood.to(margins.dtype)
+    return Expectation(harden(soft) if assignment == "hard" else soft, log_likelihood)
+
+
+def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums [S, K] of the rows of ``values`` [N, K] between offsets [S + 1]; 0 where there are none."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+
+
+def posterior(user_log_likelihood: Tensor, log_prior: Tensor) -> Expectation:
+    """Bayes' rule on log-likelihoods by user and group [U, K]; whom none explains gets the prior."""
+    return Expectation(*kernel_posterior(user_log_likelihood + log_prior, log_prior))
+
+
+def harden(responsibilities: Tensor) -> Tensor:
+    """Every user wholly in their likeliest group, one-hot [U, K]."""
+    hard = nn.functional.one_hot(responsibilities.argmax(-1), responsibilities.shape[-1])
+    return hard.to(responsibilities.dtype)
 
 
 class Choices(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import Expectation, posterior, sum_by_segment
+from torchrl_maxmin.clustering.em import Expectation, posterior, sum_by_segment
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.solvers import minimise
 

@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import comb
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import PairChoices, sum_by_segment
-from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.em import sum_by_segment
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
 from torchrl_maxmin.core.progress import progress_bar
 
 __all__ = [

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice
 from torchrl_maxmin.diagnosis.exact import ExactOutcome
 from torchrl_maxmin.diagnosis.figures import Figures

@@ -2,7 +2,7 @@
 
 A text is a string, or a conversation as Hugging Face's chat templates have it: a list of messages with
 ``role`` and ``content``. Conversations go through the tokenizer's chat template where it has one, and become
-transcripts (:mod:`torchrl_maxmin.preferences.transcripts`) where not. Strings stay as they are.
+transcripts (:mod:`torchrl_maxmin.preferences.chat`) where not. Strings stay as they are.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from functools import cached_property
 from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.preferences.chat_templates import ChatTemplate, SplitText, set_chat_template
-from torchrl_maxmin.preferences.transcripts import (
+from torchrl_maxmin.preferences.chat import (
+    ChatTemplate,
     Message,
+    SplitText,
     Text,
     as_transcript,
     ends_within_turn,
     is_conversational,
     prompt_and_responses,
     render_prompt,
+    set_chat_template,
     text_of,
     turns_of,
 )

@@ -15,21 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.choices import PairChoices, posterior, row_weights_of, sum_by_segment
-from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, run_em
+from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, posterior, run_em, sum_by_segment
 from torchrl_maxmin.clustering.identifiability import (
     IdentifiabilityReport,
     identifiability_report,
 )
-from torchrl_maxmin.clustering.linear import fit_choices
+from torchrl_maxmin.clustering.linear import PairChoices, fit_choices, row_weights_of
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, select_num_groups
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
-from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import PairTokens, feature_differences
+from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens, feature_differences
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.stats import accuracy_by_group
 
@@ -148,7 +146,7 @@ def fit_mixture(
         on_round: called after every round with the state that ``resume`` takes.
         resume: go on from such a state; the result is bit-equal to a run that never stopped.
         **optimizer: rounds, steps, rates and batch sizes: fields of
-            :class:`~torchrl_maxmin.rewards.fine_tuning.FineTuningSettings`.
+            :class:`~torchrl_maxmin.rewards.pairs.FineTuningSettings`.
 
     Raises:
         UserError: for fewer users than groups, or ``use_true_groups`` without true groups.

@@ -22,13 +22,17 @@ from torchrl_maxmin.models.loading import (
     reading,
     same_vocabulary,
 )
-from torchrl_maxmin.models.sequences import backbone_of
-from torchrl_maxmin.models.trunks import states_width
+from torchrl_maxmin.models.sequences import backbone_of, states_width
 from torchrl_maxmin.preferences.texts import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
-from torchrl_maxmin.rewards.base import RewardModel
-from torchrl_maxmin.rewards.calibration import Calibration
-from torchrl_maxmin.rewards.heads import RewardHeads, has_linear_score, permute_rows_, reset_row_
+from torchrl_maxmin.rewards.base import (
+    Calibration,
+    RewardHeads,
+    RewardModel,
+    has_linear_score,
+    permute_rows_,
+    reset_row_,
+)
 from torchrl_maxmin.rewards.reader import Text, TextReader
 
 __all__ = ["RewardMixture"]
@@ -42,7 +46,7 @@ class RewardMixture(RewardModel):
     Linear heads on a decoder are an ordinary ``AutoModelForSequenceClassification`` with
     ``num_labels=K``; its folder loads without this package and gives the same raw scores.
     Every other form is a trunk, read by a :class:`~torchrl_maxmin.rewards.reader.TextReader`, and
-    :class:`~torchrl_maxmin.rewards.heads.RewardHeads` beside it. What ``transformers`` has no
+    :class:`~torchrl_maxmin.rewards.base.RewardHeads` beside it. What ``transformers`` has no
     place for (mixing weights, calibration, the form) lies in ``mixture.json``.
 
     Args:
@@ -110,7 +114,7 @@ class RewardMixture(RewardModel):
         Args:
             name_or_path: folder or hub name of the model.
             num_groups: K.
-            head: ``linear``, ``mlp`` or ``low_rank``, see :class:`~torchrl_maxmin.rewards.heads.RewardHeads`.
+            head: ``linear``, ``mlp`` or ``low_rank``, see :class:`~torchrl_maxmin.rewards.base.RewardHeads`.
             rank: features of ``low_rank``; K when None.
             pooling: ``last``, ``mean`` or ``cls``, see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
             layout: how prompt and completion become one text, see

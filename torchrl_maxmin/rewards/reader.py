@@ -21,11 +21,12 @@ from torchrl_maxmin.models.sequences import (
     hidden_states,
     keep_last,
     last_index,
+    max_positions,
     pack_left,
     segment_ids,
     takes,
 )
-from torchrl_maxmin.models.trunks import max_positions
+from torchrl_maxmin.preferences.chat import prompt_and_responses
 from torchrl_maxmin.preferences.texts import (
     Text,
     TextEncoder,
@@ -34,7 +35,6 @@ from torchrl_maxmin.preferences.texts import (
     set_chat_template,
     with_one_bos,
 )
-from torchrl_maxmin.preferences.transcripts import prompt_and_responses
 
 __all__ = ["LAYOUTS", "POOLINGS", "SCORED_AT_ONCE", "TextLayout", "TextReader", "load_reader", "takes_pairs"]
 

@@ -24,7 +24,7 @@ from torchrl_maxmin.core.run import (
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import is_encoder, load_tokenizer, require_trunk
 from torchrl_maxmin.models.sampling import encode_prompts
-from torchrl_maxmin.models.trunks import max_positions
+from torchrl_maxmin.models.sequences import max_positions
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture

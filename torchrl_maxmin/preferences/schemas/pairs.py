@@ -13,6 +13,7 @@ import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
+from torchrl_maxmin.preferences.chat import as_transcript
 from torchrl_maxmin.preferences.io.columns import (
     EACH_ROW,
     GROUP_ALIASES,
@@ -26,7 +27,6 @@ from torchrl_maxmin.preferences.io.columns import (
     spill,
 )
 from torchrl_maxmin.preferences.texts import Text
-from torchrl_maxmin.preferences.transcripts import as_transcript
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.preferences.chat import split_prompt
 from torchrl_maxmin.preferences.io.columns import Roles, cell, labels_of, read_column, rows_of, shown
 from torchrl_maxmin.preferences.schemas.pairs import Comparison, Judgement, LoadOptions
-from torchrl_maxmin.preferences.transcripts import split_prompt
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
