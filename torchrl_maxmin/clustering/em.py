@@ -12,21 +12,6 @@ from maxmin_kernels import em_responsibilities
 from maxmin_kernels.em.naive import posterior as kernel_posterior
 from torch import Tensor, nn
 
-__all__ = [
-    "Choices",
-    "EMFit",
-    "EMSettings",
-    "Expectation",
-    "MStep",
-    "converged",
-    "expectation",
-    "harden",
-    "mixing_weights",
-    "posterior",
-    "run_em",
-    "sum_by_segment",
-]
-
 
 class Expectation(NamedTuple):
     """Result of an E-step.
@@ -65,6 +50,11 @@ def expectation(
 def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
     """Sums [S, K] of the rows of ``values`` [N, K] between offsets [S + 1]; 0 where there are none."""
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+
+
+def offsets_of(counts: Tensor) -> Tensor:
+    """Where each of segments of these sizes [S] begins, and the last ends: [S + 1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def posterior(user_log_likelihood: Tensor, log_prior: Tensor) -> Expectation:

@@ -24,6 +24,7 @@ from torchrl_maxmin.clustering.em import (
     Expectation,
     MStep,
     expectation,
+    offsets_of,
     run_em,
     sum_by_segment,
 )
@@ -36,25 +37,12 @@ from torchrl_maxmin.clustering.solvers import (
 )
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 
-__all__ = [
-    "LinearMixture",
-    "PairChoices",
-    "UserRows",
-    "fit_choices",
-    "fit_linear_mixture",
-    "row_weights_of",
-    "user_blocks",
-]
-
 #: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
 BLOCK_ROWS = 262_144
 
 
 def row_weights_of(data: PreferenceDataset) -> Tensor | None:
-    """Return how much each pair of a data set counts [P] fp32; None where every pair counts once.
-
-    A tie that was halved is there both ways, each counted one half.
-    """
+    """Return how much each pair of a data set counts [P] fp32; None where every pair counts once."""
     return None if bool((data.weights == 1).all()) else data.weights.float()
 
 
@@ -101,9 +89,7 @@ class PairChoices(UserRows):
 
     Attributes:
         differences: features(chosen) - features(rejected) [P, D]; may be a memory-mapped file.
-        user_offsets: int64 [U + 1], rows of a user side by side.
-        row_weights: how much each pair counts [P]; None counts each once. A tie is the pair in
-            both directions, each counted one half.
+        user_offsets, row_weights: see :class:`UserRows`; a tie is the pair both ways, each counted one half.
     """
 
     differences: Tensor
@@ -111,27 +97,21 @@ class PairChoices(UserRows):
     row_weights: Tensor | None = None
 
     @property
-    def num_features(self) -> int:
-        """D."""
-        return self.differences.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype that fits come back in."""
-        return self.differences.dtype
+    def features(self) -> Tensor:
+        """What heads are applied to [P, D]; fits come back in its dtype."""
+        return self.differences
 
     def take_users(self, users: Tensor) -> PairChoices:
         """These users' pairs, in the order of ``users`` [U'], which may name a user twice."""
         counts = self.user_offsets.diff()[users]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        offsets = offsets_of(counts)
         shift = self.user_offsets[users] - offsets[:-1]
         rows = torch.arange(int(offsets[-1])) + shift.repeat_interleave(counts)
         return self._take_rows(rows, offsets)
 
     def keep_rows(self, kept: Tensor) -> PairChoices:
         """The rows where ``kept`` [P] holds; users may be left without any."""
-        before = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
-        return self._take_rows(kept.nonzero().flatten(), before[self.user_offsets])
+        return self._take_rows(kept.nonzero().flatten(), offsets_of(kept.long())[self.user_offsets])
 
     def _take_rows(self, rows: Tensor, user_offsets: Tensor) -> PairChoices:
         row_weights = None if self.row_weights is None else self.row_weights[rows]
@@ -159,12 +139,11 @@ class PairChoices(UserRows):
             gradient: whether the gradient is wanted.
             block_rows: rows of a block, about; None chooses.
         """
-        num_users, num_groups = len(self.user_offsets) - 1, len(weight)
-        responsibilities = weight.new_empty(num_users, num_groups)
-        log_likelihood = weight.new_empty(num_users)
+        responsibilities = weight.new_empty(len(self.user_offsets) - 1, len(weight))
+        log_likelihood = weight.new_empty(len(responsibilities))
         slope_sum = torch.zeros_like(weight)
         if block_rows is None:
-            block_rows = BLOCK_ROWS if weight.dtype == self.dtype else BLOCK_ROWS_COPIED
+            block_rows = BLOCK_ROWS if weight.dtype == self.differences.dtype else BLOCK_ROWS_COPIED
         for users, rows in user_blocks(self.user_offsets, block_rows):
             x = self.differences[rows].to(weight.dtype)
             row_weights = None if self.row_weights is None else self.row_weights[rows].to(weight.dtype)
@@ -192,12 +171,8 @@ class LinearChoices(Choices, Protocol):
     """Choices under linear rewards, heads being [K, D]."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype that fits come back in."""
-
-    @property
-    def num_features(self) -> int:
-        """D."""
+    def features(self) -> Tensor:
+        """What heads are applied to [.., D]; fits come back in its dtype."""
 
     def expectation(self, weight: Tensor, log_prior: Tensor) -> Expectation:
         """The E-step."""
@@ -400,11 +375,11 @@ def fit_choices(
         raise ValueError(f"m_step is one of {', '.join(M_STEPS)}, not {m_step!r}")
     if generator is None and seed is not None:
         generator = torch.Generator().manual_seed(seed)
-    shape = num_groups, choices.num_features
+    shape, dtype = (num_groups, choices.features.shape[1]), choices.features.dtype
     fits: list[EMFit] = []
     for _ in range(num_restarts if num_groups > 1 and start is None else 1):
         drawn = torch.randn(shape, generator=generator) * shape[1] ** -0.5 if start is None else start
-        weight = drawn.to(choices.dtype)
+        weight = drawn.to(dtype)
         if m_step == "exact" and num_groups == 1:  # the plain model, which needs no EM
             everyone = torch.ones(len(choices.choices_by_user), 1)
             weight = choices.maximise(everyone, torch.zeros_like(weight), em.l2)
@@ -414,7 +389,7 @@ def fit_choices(
     assert best.weight is not None
     assert best.log_prior is not None
     weight, log_prior, responsibilities = (
-        tensor.to(choices.dtype) for tensor in (best.weight, best.log_prior, best.responsibilities)
+        tensor.to(dtype) for tensor in (best.weight, best.log_prior, best.responsibilities)
     )
     scores = [fit.score for fit in fits]
     return LinearMixture(weight, log_prior, responsibilities, best.log_likelihood, best.history, scores)

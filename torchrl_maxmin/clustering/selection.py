@@ -18,21 +18,6 @@ from torchrl_maxmin.clustering.em import sum_by_segment
 from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
 from torchrl_maxmin.core.progress import progress_bar
 
-__all__ = [
-    "L2_CANDIDATES",
-    "LeftOutUsers",
-    "NumGroupsChoice",
-    "adjusted_rand_index",
-    "choose_penalty",
-    "heldout_rows",
-    "leave_users_out",
-    "match_groups",
-    "predictive_log_likelihood",
-    "select_l2",
-    "select_num_groups",
-    "user_folds",
-]
-
 #: Penalties that are tried where one is chosen.
 L2_CANDIDATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 
@@ -83,13 +68,11 @@ class NumGroupsChoice:
             answer = "your users do not differ: no more groups than one predict left-out users better"
         lines = [f"{answer} (K={self.num_groups})"]
         for k in tried:
-            parts = [f"left-out users {self.heldout_log_likelihood[k]:.4f} nats a pair"]
+            line = f"  K={k}: left-out users {self.heldout_log_likelihood[k]:.4f} nats a pair"
             if self.heldout_pairs:
-                parts.append(f"left-out pairs {self.heldout_pairs[k]:.4f}")
-                parts.append(f"BIC {self.bic[k]:.0f}")
-                if k > 1:
-                    parts.append(f"stability {self.stability[k]:.2f}")
-            lines.append(f"  K={k}: " + ", ".join(parts))
+                line += f", left-out pairs {self.heldout_pairs[k]:.4f}, BIC {self.bic[k]:.0f}"
+                line += f", stability {self.stability[k]:.2f}" if k > 1 else ""
+            lines.append(line)
         if self.heldout_pairs:
             lines.append(
                 f"  left-out pairs alone would say K={self.num_groups_by_pairs}, "
@@ -219,7 +202,10 @@ class _Diagnostics:
         on_known = fit_choices(self.known, k, self.seed, **fit)
         self.user_ll[k] = predictive_log_likelihood(on_known, self.heldout)
         everything = fit_choices(self.choices, k, self.seed, **fit)
-        num_users, num_parameters = len(everything.responsibilities), k * self.choices.num_features + k - 1
+        num_users, num_parameters = (
+            len(everything.responsibilities),
+            k * self.choices.features.shape[1] + k - 1,
+        )
         self.bic[k] = -2 * everything.log_likelihood + math.log(num_users) * num_parameters
         refits = [self._refitted_groups(k, refit, fit) for refit in range(self.num_refits)]
         indices = [adjusted_rand_index(a, b) for a, b in combinations(refits, 2)]
@@ -369,8 +355,5 @@ def choose_penalty(
 
 def match_groups(weight: Tensor, reference: Tensor) -> Tensor:
     """The order of the rows of ``weight`` [K, D] that points most where ``reference`` [K, D] does."""
-    cosine = (
-        torch.nn.functional.normalize(reference.double(), dim=-1)
-        @ torch.nn.functional.normalize(weight.double(), dim=-1).T
-    )
-    return torch.from_numpy(linear_sum_assignment(cosine.numpy(), maximize=True)[1])
+    unit, other = (torch.nn.functional.normalize(heads.double(), dim=-1) for heads in (reference, weight))
+    return torch.from_numpy(linear_sum_assignment((unit @ other.T).numpy(), maximize=True)[1])

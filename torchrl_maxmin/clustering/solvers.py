@@ -11,17 +11,6 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-__all__ = [
-    "BLOCK_ROWS_COPIED",
-    "NEWTON_MAX_FEATURES",
-    "ConvexLosses",
-    "PairLosses",
-    "fit_bradley_terry",
-    "minimise",
-    "tiled_margins",
-    "tiled_slope_sum",
-]
-
 #: Above this many features a Hessian a group costs more than the steps it saves.
 NEWTON_MAX_FEATURES = 1024
 
@@ -50,14 +39,7 @@ def minimise(losses: ConvexLosses, start: Tensor) -> Tensor:
     """Minimise K convex losses to convergence, never ending above ``start``.
 
     Newton's method with a Cholesky factor and backtracking up to :data:`NEWTON_MAX_FEATURES`
-    features, L-BFGS (SciPy) above.
-
-    Args:
-        losses: what is minimised.
-        start: float64 [K, D].
-
-    Returns:
-        Weights [K, D].
+    features, L-BFGS (SciPy) above; from ``start`` float64 [K, D] to weights [K, D].
     """
     return _newton(losses, start) if start.shape[1] <= NEWTON_MAX_FEATURES else _lbfgs(losses, start)
 

@@ -74,7 +74,7 @@ def check_assumptions(
     """
     largest, smallest = constants
     num_groups = len(mixture.log_prior)
-    num_parameters = num_groups * choices.num_features
+    num_parameters = num_groups * choices.features.shape[1]
     distance = _distance_to_bradley_terry(choices, mixture)
     checks: list[tuple[str, bool | None, str]] = [
         _linear(calibration),

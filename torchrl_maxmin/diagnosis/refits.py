@@ -128,7 +128,7 @@ def bias_of_fit(
             groups = torch.from_numpy(rng.choice(num_groups, size=num_users, p=shares))
             own = margins.gather(1, groups[choices.row_users].unsqueeze(1)).double().numpy()
             sign = np.where(rng.random(own.shape) < expit(own), 1, -1)
-            chosen = choices.differences * torch.from_numpy(sign).to(choices.dtype)
+            chosen = choices.differences * torch.from_numpy(sign).to(choices.features.dtype)
             simulated = replace(choices, differences=chosen)
             fits = fitter(simulated, num_groups, like=mixture, start=start), fitter(simulated, 1)
             resamples.append(measure(simulated, *fits))

@@ -113,7 +113,7 @@ def summarise_evidence(evidence: Evidence) -> dict[str, Any]:
     return {
         "num_users": len(evidence.choices.user_offsets) - 1,
         "num_pairs": evidence.choices.num_choices,
-        "num_features": evidence.choices.num_features,
+        "num_features": evidence.choices.features.shape[1],
         "num_groups": evidence.num_groups,
         "one_reward_serves": evidence.one_reward_serves,
         "beta": evidence.beta,

@@ -11,32 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeGuard
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.settings import CheckedSettings
-
-__all__ = [
-    "ASSISTANT_TURN",
-    "ChatSettings",
-    "ChatTemplate",
-    "Message",
-    "SplitText",
-    "Text",
-    "as_transcript",
-    "ends_within_turn",
-    "is_conversational",
-    "prompt_and_responses",
-    "render_prompt",
-    "set_chat_template",
-    "speaker_of",
-    "split_prompt",
-    "text_of",
-    "turns_of",
-]
-
 
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
@@ -62,12 +43,8 @@ def turns_of(prompt: Text, completion: Text) -> list[Message]:
 
     A string is a turn. An answer to a prompt that ends within the assistant's turn goes on with that turn.
     """
-    opening: list[Any] = (
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else [*prompt]
-    )
-    answer: list[Any] = (
-        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
-    )
+    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else [*prompt]
+    answer = [*_as_messages(completion)]
     if answer and ends_within_turn(opening) and speaker_of(answer[0]) == "Assistant":
         begun = opening.pop()
         answer[0] = {**begun, **answer[0], "content": begun["content"] + answer[0]["content"]}
@@ -148,7 +125,8 @@ def text_of(value: Any, row: int, column: str) -> Any:
     if isinstance(value, list) and value:
         if len(value) == 1 and isinstance(value[0], str):
             return value[0]
-        if all(_is_message(message) for message in value):
+        messages = (message if isinstance(message, dict) else {} for message in value)
+        if all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
             return value
         raise UserError(
             f"row {row}: column {column!r} holds a list that is no conversation; every message needs "
@@ -156,10 +134,6 @@ def text_of(value: Any, row: int, column: str) -> Any:
         )
     held = "an empty list" if value == [] else type(value).__name__
     raise UserError(f"row {row}: column {column!r} holds {held}, not text; drop the row or mend it")
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _as_messages(text: Any) -> list[Message]:
@@ -181,10 +155,8 @@ def _split_messages(
     prompt: Any, sides: list[list[Message]], row: int
 ) -> tuple[list[Message], list[list[Message]]]:
     if speaker_of(sides[0][0]) != "Assistant":  # whole conversations repeat the prompt
-        shared = 0
-        shortest = min(len(side) for side in sides)
-        while shared < shortest - 1 and all(_same(side[shared], sides[0][shared]) for side in sides):
-            shared += 1
+        turns = list(zip(*([(m["role"], m["content"]) for m in side] for side in sides), strict=False))[:-1]
+        shared = sum(1 for _ in takewhile(lambda turn: len(set(turn)) == 1, turns))
         while shared and ends_within_turn(sides[0][:shared]):  # a whole turn, which no answer goes on with
             shared -= 1
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
@@ -196,10 +168,6 @@ def _split_messages(
             "give a prompt, and responses that begin with the assistant"
         )
     return prompt, sides
-
-
-def _same(one: Message, other: Message) -> bool:
-    return (one["role"], one["content"]) == (other["role"], other["content"])
 
 
 def speaker_of(message: Message) -> str:
@@ -238,16 +206,15 @@ def set_chat_template(
     Raises:
         UserError: for a system prompt without a template, and for a template that does not render.
     """
-    if chat_template is not None:
+    if chat_template == "none":
+        tokenizer.chat_template = None
+    elif chat_template is not None:
         path = Path(chat_template)
-        if "{" not in chat_template and chat_template != "none" and not path.is_file():
+        if "{" not in chat_template and not path.is_file():
             raise UserError(
                 f"--chat_template {chat_template!r} is no file and no Jinja template; give one, or none"
             )
-        if chat_template == "none":
-            tokenizer.chat_template = None
-        else:
-            tokenizer.chat_template = chat_template if "{" in chat_template else path.read_text()
+        tokenizer.chat_template = chat_template if "{" in chat_template else path.read_text()
     if system_prompt is not None:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
@@ -255,10 +222,10 @@ def set_chat_template(
             )
         first = _SYSTEM_FIRST % json.dumps(system_prompt, ensure_ascii=False)
         template = tokenizer.chat_template
-        named = isinstance(template, dict)  # one for plain chat, others for tools or retrieval
-        tokenizer.chat_template = (
-            {name: first + each for name, each in template.items()} if named else first + template
-        )
+        if isinstance(template, dict):  # one for plain chat, others for tools or retrieval
+            tokenizer.chat_template = {name: first + each for name, each in template.items()}
+        else:
+            tokenizer.chat_template = first + template
     if (chat_template is not None or system_prompt is not None) and tokenizer.chat_template:
         ChatTemplate(tokenizer).prompt([{"role": "user", "content": "a"}])
     return tokenizer

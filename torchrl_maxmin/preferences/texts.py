@@ -15,7 +15,6 @@ from typing import Any
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import (
     ChatTemplate,
-    Message,
     SplitText,
     Text,
     as_transcript,
@@ -23,26 +22,9 @@ from torchrl_maxmin.preferences.chat import (
     is_conversational,
     prompt_and_responses,
     render_prompt,
-    set_chat_template,
     text_of,
     turns_of,
 )
-
-__all__ = [
-    "Message",
-    "Text",
-    "TextEncoder",
-    "as_completion",
-    "cut_start",
-    "distinct_texts",
-    "is_conversational",
-    "plain_text",
-    "read_texts",
-    "set_chat_template",
-    "text_key",
-    "turns_of",
-    "with_one_bos",
-]
 
 
 def text_key(text: Text) -> str:

@@ -21,21 +21,6 @@ from torchrl_maxmin.models.loading import import_transformers
 from torchrl_maxmin.models.sequences import pad_right
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, Text, TextReader
 
-__all__ = [
-    "CALIBRATIONS",
-    "HEADS",
-    "Calibration",
-    "RewardHeads",
-    "RewardModel",
-    "TokenModel",
-    "has_linear_score",
-    "mean_of_present",
-    "permute_rows_",
-    "reset_row_",
-    "score_texts",
-]
-
-
 HEADS = ("linear", "mlp", "low_rank")
 CALIBRATIONS = ("sft_std", "sft_mean", "win_rate", "none")
 
@@ -230,23 +215,12 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for json."""
-        return {
-            "method": self.method,
-            "shift": self.shift.tolist(),
-            "scale": self.scale.tolist(),
-            "reference": None if self.reference is None else self.reference.tolist(),
-        }
+        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Calibration:
         """Rebuild what :meth:`to_dict` gave."""
-        reference = state["reference"]
-        return cls(
-            state["method"],
-            torch.tensor(state["shift"]),
-            torch.tensor(state["scale"]),
-            None if reference is None else torch.tensor(reference),
-        )
+        return cls(**{k: torch.tensor(v) if isinstance(v, list) else v for k, v in state.items()})
 
 
 class TokenModel(Protocol):
@@ -342,11 +316,8 @@ class RewardModel(nn.Module):
         Returns:
             Rewards [N, K] on the CPU, whatever the batch size or padding.
         """
-        columns = [
-            score_texts(model, prompts, completions, batch_size, max_length, ended)
-            for model in self.scorers()
-        ]
-        scores = torch.cat(columns, -1)
+        texts = prompts, completions, batch_size, max_length, ended
+        scores = torch.cat([score_texts(model, *texts) for model in self.scorers()], -1)
         return self.calibration.apply(scores) if calibrated else scores
 
     def reward_fn(

@@ -47,8 +47,7 @@ class SequenceClassifier(nn.Module):
             raise UserError(
                 f"no label {label} among the {labels} of {type(model).__name__}, which count from 0"
             )
-        self.model, self.tokenizer, self.label = model, tokenizer, label
-        self.layout = layout
+        self.model, self.tokenizer, self.layout, self.label = model, tokenizer, layout, label
         self.reader = TextReader(model, tokenizer, layout=layout)
         self.num_groups: int = labels if label is None else 1
         self._reads_score = isinstance(getattr(model, "score", None), nn.Linear)
@@ -179,11 +178,7 @@ class RewardEnsemble(RewardModel):
             raise UserError(
                 f"{len(names)} models, {len(layouts)} layouts and {len(labels)} labels do not match"
             )
-        members = [
-            _load_member(name, layout, label, dtype)
-            for name, layout, label in zip(names, layouts, labels, strict=True)
-        ]
-        ensemble = cls(members)
+        ensemble = cls([_load_member(*each, dtype) for each in zip(names, layouts, labels, strict=True)])
         if prior is not None:
             if len(prior) != ensemble.num_groups or min(prior) <= 0:
                 raise UserError(f"prior must be {ensemble.num_groups} positive shares, one a group")
@@ -219,12 +214,10 @@ class RewardEnsemble(RewardModel):
         """Write every member to a folder of its own, and ``ensemble.json``."""
         entries: list[dict[str, Any]] = []
         for index, member in enumerate(self.scorers()):
-            name = f"member_{index}"
-            member.save_pretrained(Path(folder) / name)
-            entry: dict[str, Any] = {"name_or_path": name}
+            entries.append({"name_or_path": f"member_{index}"})
+            member.save_pretrained(Path(folder) / f"member_{index}")
             if isinstance(member, SequenceClassifier):
-                entry |= {"layout": member.layout, "label": member.label}
-            entries.append(entry)
+                entries[-1] |= {"layout": member.layout, "label": member.label}
         state = {
             "members": entries,
             "prior": self.log_prior.exp().tolist(),

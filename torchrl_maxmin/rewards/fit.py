@@ -16,10 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, posterior, run_em, sum_by_segment
-from torchrl_maxmin.clustering.identifiability import (
-    IdentifiabilityReport,
-    identifiability_report,
-)
+from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
 from torchrl_maxmin.clustering.linear import PairChoices, fit_choices, row_weights_of
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, select_num_groups
 from torchrl_maxmin.core.errors import UserError
@@ -85,12 +82,11 @@ class MixtureFit:
         accuracies = self.heldout.get("head_accuracy", [None] * len(shares))
         intervals = self.heldout.get("head_accuracy_interval", [None] * len(shares))
         for k, (share, count, accuracy) in enumerate(zip(shares, users, accuracies, strict=True)):
-            told = ""
+            line = f"  group {k}: {count} users, mixing weight {share:.3f}"
             if accuracy is not None:
-                told = f", held-out accuracy {accuracy:.3f}"
-                if None not in intervals[k]:
-                    told += " [{:.3f}, {:.3f}]".format(*intervals[k])
-            lines.append(f"  group {k}: {count} users, mixing weight {share:.3f}{told}")
+                line += f", held-out accuracy {accuracy:.3f}"
+                line += "" if None in intervals[k] else " [{:.3f}, {:.3f}]".format(*intervals[k])
+            lines.append(line)
         if "log_likelihood" in self.heldout:
             lines.append(f"held-out log-likelihood {self.heldout['log_likelihood']:.4f} nats a pair")
         if self.choice is not None:
@@ -170,9 +166,8 @@ def fit_mixture(
         warm = WarmStart(torch.ones(data.num_users, 1))
     else:
         reading = {name: options[name] for name in _READING if name in options}
-        differences = feature_differences(
-            data, model, max_length, device, tuning.scoring_batch_size, **reading
-        )
+        size = tuning.scoring_batch_size
+        differences = feature_differences(data, model, max_length, device, size, **reading)
         choices = PairChoices(differences, data.user_offsets, row_weights_of(data))
         restarts = {"num_restarts": num_restarts, "assignment": assignment}
         warm = linear_warm_start(choices, num_groups, max_groups, seed, **restarts)
@@ -289,14 +284,8 @@ def linear_warm_start(
     """Fit the linear mixture; with ``"auto"`` choose K first."""
     choice = None
     if num_groups == "auto":
-        choice = select_num_groups(
-            choices.differences,
-            choices.user_offsets,
-            max_groups,
-            seed=seed,
-            row_weights=choices.row_weights,
-            **fit,
-        )
+        data = choices.differences, choices.user_offsets
+        choice = select_num_groups(*data, max_groups, seed=seed, row_weights=choices.row_weights, **fit)
         num_groups = choice.num_groups
     return WarmStart(fit_choices(choices, int(num_groups), seed, **fit).responsibilities, choice)
 

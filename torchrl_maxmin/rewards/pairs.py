@@ -24,21 +24,10 @@ from torchrl_maxmin.models.loading import (
     require_model,
 )
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, last_index, pad_right, states_width
+from torchrl_maxmin.preferences.chat import Text, set_chat_template
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
-from torchrl_maxmin.preferences.texts import Text, set_chat_template
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, TextReader
-
-__all__ = [
-    "Batches",
-    "FineTuning",
-    "FineTuningSettings",
-    "PairTokens",
-    "TokenRows",
-    "feature_differences",
-    "load_feature_trunk",
-    "text_features",
-]
 
 _ENCODED_AT_ONCE = 4096
 
@@ -160,7 +149,7 @@ def load_feature_trunk(
         name_or_path: Hugging Face model.
         pooling: see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
         layout: likewise.
-        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        chat_template: see :func:`~torchrl_maxmin.preferences.chat.set_chat_template`.
         system_prompt: likewise.
 
     Raises:
@@ -210,9 +199,8 @@ def text_features(
         else:
             states, present = reader.states(backbone, tokens, mask)
             pooled = reader.pool(states, present)
-        sums = [
-            (x * real[..., None].to(x.dtype)).sum(1) for x, real in ((states, present), (embed(tokens), mask))
-        ]
+        sides = (states, present), (embed(tokens), mask)
+        sums = [(x * real[..., None].to(x.dtype)).sum(1) for x, real in sides]
         features[part] = torch.cat([pooled, *sums], -1).float().cpu()
     return features
 

@@ -26,15 +26,8 @@ from torchrl_maxmin.models.sequences import (
     segment_ids,
     takes,
 )
-from torchrl_maxmin.preferences.chat import prompt_and_responses
-from torchrl_maxmin.preferences.texts import (
-    Text,
-    TextEncoder,
-    cut_start,
-    is_conversational,
-    set_chat_template,
-    with_one_bos,
-)
+from torchrl_maxmin.preferences.chat import Text, is_conversational, prompt_and_responses, set_chat_template
+from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, with_one_bos
 
 __all__ = ["LAYOUTS", "POOLINGS", "SCORED_AT_ONCE", "TextLayout", "TextReader", "load_reader", "takes_pairs"]
 
@@ -143,7 +136,7 @@ def load_reader(
         name_or_path: Hugging Face model.
         pooling: see :class:`TextReader`.
         layout: likewise.
-        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        chat_template: see :func:`~torchrl_maxmin.preferences.chat.set_chat_template`.
         system_prompt: likewise.
 
     Raises:
@@ -235,24 +228,20 @@ class TextLayout:
             raise ValueError(f"{len(prompts)} prompts, but {len(completions)} completions")
         if not prompts:
             return []
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        limit = min(limits) if limits else None
+        limit = min((most for most in (max_length, self.max_length) if most is not None), default=None)
         if self.kind == "continuation":
             return self._encoder(prompts, completions, limit, ended)
         ended = [True] * len(prompts) if ended is None else ended
         texts = list(zip(prompts, completions, ended, strict=True))
         rows: list[list[int]] = [[] for _ in texts]
         for chat in (False, True):
-            places = [
-                i
-                for i, (prompt, completion, _) in enumerate(texts)
-                if self._is_chat(prompt, completion) == chat
-            ]
+            places = [i for i, text in enumerate(texts) if self._is_chat(*text[:2]) == chat]
             if places:
                 part = self._of_kind(chat, [texts[i] for i in places], limit)
                 for i, row in zip(places, part, strict=True):
                     rows[i] = row
-        return [cut_start(row, limit, None if self.bidirectional else self._bos()) for row in rows]
+        bos = None if self.bidirectional else self.tokenizer.bos_token_id
+        return [cut_start(row, limit, bos) for row in rows]
 
     def _is_chat(self, prompt: Text, completion: Text) -> bool:
         if self.kind != "auto" or not self._encoder.has_template:
@@ -277,19 +266,13 @@ class TextLayout:
             kind = "text_pair" if self._takes_pairs else "{prompt} {completion}"
         if kind == "text_pair":
             return self._pairs(prompts, completions, limit)
-        template = {
-            "auto": "{prompt}{completion}",
-            "concat": "{prompt}{completion}",
-            "response": "{completion}",
-        }
-        texts = [
-            template.get(kind, kind).format(prompt=p, completion=c)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-        rows = self._ids(texts, limit=limit)
+        whole = "{prompt}{completion}"
+        template = {"auto": whole, "concat": whole, "response": "{completion}"}.get(kind, kind)
+        sides = zip(prompts, completions, strict=True)
+        rows = self._ids([template.format(prompt=p, completion=c) for p, c in sides], limit=limit)
         if self.bidirectional:
             return rows
-        eos = self._eos()
+        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         bare = [row[:-1] if eos and row[-1:] == eos else row for row in rows]  # some tokenizers append it
         return [[*row, *eos] if has_end else row for row, has_end in zip(bare, ended, strict=True)]
 
@@ -299,8 +282,7 @@ class TextLayout:
         rows: list[list[int]] = [[] for _ in prompts]
         for part, first in ((paired, [prompts[i] for i in paired]), (alone, None)):
             if part:
-                second = [completions[i] for i in part]
-                texts = (second,) if first is None else (first, second)
+                texts = [side for side in (first, [completions[i] for i in part]) if side is not None]
                 for i, row in zip(part, self._ids(*texts, limit=limit), strict=True):
                     rows[i] = row
         return rows
@@ -310,12 +292,6 @@ class TextLayout:
         truncation = {"truncation": True, "max_length": limit} if self.bidirectional and limit else {}
         rows = self.tokenizer(*texts, add_special_tokens=special, **truncation).input_ids
         return [with_one_bos(row, self.tokenizer) for row in rows]
-
-    def _eos(self) -> list[int]:
-        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-
-    def _bos(self) -> int | None:
-        return self.tokenizer.bos_token_id
 
 
 def takes_pairs(tokenizer: Any) -> bool:

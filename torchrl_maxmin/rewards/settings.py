@@ -10,8 +10,8 @@ import numpy as np
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.chat import ChatSettings
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, is_conversational
+from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational
+from torchrl_maxmin.preferences.texts import TextEncoder
 from torchrl_maxmin.rewards.pairs import PairTokens
 from torchrl_maxmin.rewards.reader import LAYOUTS, POOLINGS, TextReader, load_reader
 
@@ -89,12 +89,8 @@ class MixtureSettings(ChatSettings):
 
     def reading_options(self) -> dict[str, Any]:
         """Arguments of :func:`~torchrl_maxmin.rewards.pairs.load_feature_trunk`."""
-        return {
-            "pooling": self.pooling,
-            "layout": self.text_layout,
-            "chat_template": self.chat_template,
-            "system_prompt": self.system_prompt,
-        }
+        same = {name: getattr(self, name) for name in ("pooling", "chat_template", "system_prompt")}
+        return {**same, "layout": self.text_layout}
 
     def load_pairs(self, name: str, model: str | None = None) -> PreferenceDataset:
         """Load pairs as these settings say, conversations as messages.
@@ -161,15 +157,12 @@ def _cut_alike(data: PreferenceDataset, reader: TextReader, limit: int) -> list[
         for start in range(0, len(data), _ENCODED_AT_ONCE):
             part = slice(start, start + _ENCODED_AT_ONCE)
             texts = zip(data.prompts[part], data.chosen[part], data.rejected[part], strict=True)
-            long = [
-                (start + i, *row)
-                for i, row in enumerate(texts)
-                if any(_may_be_cut(row[0], side, limit) for side in row[1:])
-            ]
+            rows = enumerate(texts, start)
+            long = [(i, p, *sides) for i, (p, *sides) in rows if any(_may_be_cut(p, s, limit) for s in sides)]
             if long:
                 places, prompts, chosen, rejected = map(list, zip(*long, strict=True))
                 sides = (reader.encode(prompts, side, limit) for side in (chosen, rejected))
-                alike += [place for place, *rows in zip(places, *sides, strict=True) if rows[0] == rows[1]]
+                alike += [place for place, one, other in zip(places, *sides, strict=True) if one == other]
             advance(len(data.prompts[part]))
     return alike
 
@@ -197,9 +190,8 @@ def tokens_report(data: PreferenceDataset, reader: TextReader, max_length: int) 
     tokenizer = reader.tokenizer
     reader.layout.max_length = None  # lengths before they are cut
     encoder = TextEncoder(tokenizer)
-    lines = [
-        f"the first pair, as the model reads it ({type(tokenizer).__name__}, layout {reader.layout.kind}):"
-    ]
+    kind = f"{type(tokenizer).__name__}, layout {reader.layout.kind}"
+    lines = [f"the first pair, as the model reads it ({kind}):"]
     for name, side in (("chosen", data.chosen), ("rejected", data.rejected)):
         (row,) = reader.encode(data.prompts[:1], side[:1])
         lines.append(f"  {name:<9}{len(row)} tokens: {_tokens(tokenizer, row)}")
@@ -212,24 +204,21 @@ def tokens_report(data: PreferenceDataset, reader: TextReader, max_length: int) 
     lengths = pairs.rows.lengths
     low, median, high = np.quantile(lengths, [0.05, 0.5, 0.95])
     cut = int((lengths > limit).sum())
-    lines.append(
-        f"tokens a text: median {median:.0f}, 90% between {low:.0f} and {high:.0f}, at most {lengths.max()}"
-    )
-    lines.append(
-        f"--max_length {limit} cuts {cut:,} of {len(lengths):,} texts"
-        + (" (the model has no more positions)" if limit < max_length else "")
-    )
-    alike = len(_cut_alike(data, reader, limit))
-    if alike:
+    most = " (the model has no more positions)" if limit < max_length else ""
+    lines += [
+        f"tokens a text: median {median:.0f}, 90% between {low:.0f} and {high:.0f}, at most {lengths.max()}",
+        f"--max_length {limit} cuts {cut:,} of {len(lengths):,} texts{most}",
+    ]
+    if alike := len(_cut_alike(data, reader, limit)):
         lines.append(
             f"! it leaves chosen and rejected the same tokens in {alike:,} pairs; these are left out"
         )
     return "\n".join(lines)
 
 
-def _tokens(tokenizer: object, row: list[int]) -> str:
+def _tokens(tokenizer: Any, row: list[int]) -> str:
     """Tokens side by side, a long row without its middle."""
-    tokens = tokenizer.convert_ids_to_tokens(row)  # type: ignore[attr-defined]
+    tokens = tokenizer.convert_ids_to_tokens(row)
     if len(tokens) > _SHOWN:
         half = _SHOWN // 2
         tokens = [*tokens[:half], f"... {len(tokens) - _SHOWN} more ...", *tokens[-half:]]

@@ -20,24 +20,11 @@ from torchrl_maxmin.core.importing import import_named
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sampling import sample_responses, to_texts
 from torchrl_maxmin.models.sequences import has_ended, in_batches
-from torchrl_maxmin.preferences.texts import Text, as_completion, distinct_texts
+from torchrl_maxmin.preferences.chat import Text
+from torchrl_maxmin.preferences.texts import as_completion, distinct_texts
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.world import World
-
-__all__ = [
-    "FunctionRewards",
-    "MixtureRewards",
-    "NonFiniteRewards",
-    "RewardModule",
-    "ask",
-    "count_columns",
-    "distinct_rows",
-    "extra_columns",
-    "fill_absent",
-    "load_functions",
-    "reference_rewards",
-]
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> floats [N] or [N, k]
 _RESPONSE_KEYS: tuple[NestedKey, ...] = ("prompt_tokens", "prompt_mask", "action", "action_mask")
@@ -211,11 +198,9 @@ class FunctionRewards:
             UserError: for what is no number, and another number of groups than at first.
         """
         index = responses.get("prompt_index", None)
-        known = None if index is None else self.prompts
-        texts = to_texts(self.tokenizer, responses, known)
-        columns = {}
-        if index is not None:
-            columns = {name: [values[i] for i in index.tolist()] for name, values in self.columns.items()}
+        texts = to_texts(self.tokenizer, responses, None if index is None else self.prompts)
+        rows = [] if index is None else index.tolist()
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items() if rows}
         values = [ask(f, *texts, "reward function", columns) for f in self.functions]
         for function, width, given in zip(self.functions, self.widths, values, strict=True):
             if given.shape[1] != width:
@@ -274,17 +259,24 @@ def _call(
     columns: Mapping[str, Sequence[Any]],
 ) -> Any:
     """Call by name where the function names what TRL gives by name, else by place."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return function(prompts, completions)
+    parameters = _parameters(function)
     named = {"prompts": prompts, "completions": completions}
     others = {name: columns[name] for name in _taken(function, columns)}
     if not named.keys() & parameters.keys():
         return function(prompts, completions, **others)
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {name: texts for name, texts in named.items() if takes_all or name in parameters}
+    named = {name: texts for name, texts in named.items() if _takes_all(parameters) or name in parameters}
     return function(**{**others, **named})
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of C
+        return {}
+
+
+def _takes_all(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _holds_none(answer: Any) -> bool:
@@ -296,24 +288,17 @@ def _holds_none(answer: Any) -> bool:
 
 def _taken(function: RewardFunction, names: Iterable[str]) -> list[str]:
     """The names among these that a function takes by keyword."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return []
+    parameters = _parameters(function)
     by_name = bool({"prompts", "completions"} & parameters.keys())
-    places = [] if by_name else list(parameters)[:2]  # what is given by place
-    names = [name for name in names if name not in ("prompts", "completions", *places)]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return names
-    return [name for name in names if name in parameters]
+    given = {"prompts", "completions", *([] if by_name else list(parameters)[:2])}  # by name or by place
+    return [n for n in names if n not in given and (_takes_all(parameters) or n in parameters)]
 
 
 def fill_absent(rewards: Tensor, neutral: Tensor) -> Tensor:
     """Replace NaN in rewards [B, K], no reward, by its group's mean over the other responses.
 
-    A group's mean is then that of the responses that have a reward. Where none has, all get the group's
-    ``neutral`` reward [K], the reference's mean: equal rewards prefer no response. The group stays in the
-    utilities that the adversary answers, as one that is as well off as under the reference.
+    Where no response has a reward, all get the group's ``neutral`` reward [K], the reference's mean: equal
+    rewards prefer no response, and the adversary sees a group as well off as under the reference.
     """
     means = rewards.nanmean(0)
     means = torch.where(means.isnan(), neutral.to(means), means)
@@ -381,20 +366,20 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
     Raises:
         UserError: for a name that leads nowhere.
     """
-    functions: list[RewardFunction] = []
-    for spec in specs:
-        if spec.endswith(".json"):
-            if not Path(spec).is_file():
-                raise UserError(f"no world file {spec!r}")
-            functions.append(World.load(spec))
-            continue
-        try:
-            functions.append(import_named(spec))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"no reward function {spec!r}: write module:function, importable from here"
-            ) from error
-    return functions
+    return [_load_function(spec) for spec in specs]
+
+
+def _load_function(spec: str) -> RewardFunction:
+    if spec.endswith(".json"):
+        if not Path(spec).is_file():
+            raise UserError(f"no world file {spec!r}")
+        return World.load(spec)
+    try:
+        return import_named(spec)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"no reward function {spec!r}: write module:function, importable from here"
+        ) from error
 
 
 def reference_rewards(

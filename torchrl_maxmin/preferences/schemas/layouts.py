@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.preferences.chat import split_prompt
+from torchrl_maxmin.preferences.chat import Text, split_prompt
 from torchrl_maxmin.preferences.io.columns import (
     PROMPT_ALIASES,
     Roles,
@@ -26,7 +26,6 @@ from torchrl_maxmin.preferences.io.columns import (
 from torchrl_maxmin.preferences.io.files import require_columns
 from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked, tied
 from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values, ratings, scores
-from torchrl_maxmin.preferences.texts import Text
 
 if TYPE_CHECKING:
     from datasets import Dataset

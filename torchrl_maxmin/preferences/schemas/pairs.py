@@ -13,7 +13,7 @@ import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
-from torchrl_maxmin.preferences.chat import as_transcript
+from torchrl_maxmin.preferences.chat import Text, as_transcript
 from torchrl_maxmin.preferences.io.columns import (
     EACH_ROW,
     GROUP_ALIASES,
@@ -26,25 +26,12 @@ from torchrl_maxmin.preferences.io.columns import (
     shown,
     spill,
 )
-from torchrl_maxmin.preferences.texts import Text
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = [
-    "Comparison",
-    "Judgement",
-    "Layout",
-    "LoadOptions",
-    "Origin",
-    "PairTable",
-    "best_of",
-    "build_pairs",
-    "ranked",
-    "tied",
-]
 
 _BATCH_PAIRS = 5_000
 _BATCH_CHARACTERS = 16 << 20  # a batch ends at whichever comes first
