@@ -41,8 +41,7 @@ def expectation(
     if row_weights is None:
         soft, log_likelihood = em_responsibilities(margins, None, user_offsets, log_prior)
     else:
-        log_choice = nn.functional.logsigmoid(margins.double()) * row_weights.unsqueeze(-1)
-        step = posterior(sum_by_segment(log_choice, user_offsets), log_prior)
+        step = posterior(log_likelihood_by_user(margins, user_offsets, row_weights), log_prior)
         soft, log_likelihood = step.responsibilities.to(margins.dtype), step.log_likelihood.to(margins.dtype)
     return Expectation(harden(soft) if assignment == "hard" else soft, log_likelihood)
 
@@ -50,6 +49,16 @@ def expectation(
 def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
     """Sums [S, K] of the rows of ``values`` [N, K] between offsets [S + 1]; 0 where there are none."""
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+
+
+def log_likelihood_by_user(
+    margins: Tensor, user_offsets: Tensor, row_weights: Tensor | None = None
+) -> Tensor:
+    """Log-likelihood [U, K] in float64 of every user's choices with these margins [P, K]."""
+    log_choice = nn.functional.logsigmoid(margins.double())
+    if row_weights is not None:
+        log_choice = log_choice * row_weights.unsqueeze(-1)
+    return sum_by_segment(log_choice, user_offsets)
 
 
 def offsets_of(counts: Tensor) -> Tensor:

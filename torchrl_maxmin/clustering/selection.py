@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import comb
 from torch import Tensor
 
-from torchrl_maxmin.clustering.em import sum_by_segment
+from torchrl_maxmin.clustering.em import log_likelihood_by_user
 from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
 from torchrl_maxmin.core.progress import progress_bar
 
@@ -202,11 +202,8 @@ class _Diagnostics:
         on_known = fit_choices(self.known, k, self.seed, **fit)
         self.user_ll[k] = predictive_log_likelihood(on_known, self.heldout)
         everything = fit_choices(self.choices, k, self.seed, **fit)
-        num_users, num_parameters = (
-            len(everything.responsibilities),
-            k * self.choices.features.shape[1] + k - 1,
-        )
-        self.bic[k] = -2 * everything.log_likelihood + math.log(num_users) * num_parameters
+        penalty = math.log(len(everything.responsibilities)) * (everything.weight.numel() + k - 1)
+        self.bic[k] = -2 * everything.log_likelihood + penalty
         refits = [self._refitted_groups(k, refit, fit) for refit in range(self.num_refits)]
         indices = [adjusted_rand_index(a, b) for a, b in combinations(refits, 2)]
         self.stability[k] = sum(indices) / len(indices)
@@ -235,10 +232,7 @@ def heldout_rows(user_offsets: Tensor, fraction: float, seed: int) -> Tensor:
 def predictive_log_likelihood(known: LinearMixture, heldout: PairChoices) -> Tensor:
     """Log-likelihood [U] of further pairs of the users that ``known`` was fitted on, by their posterior."""
     margins = heldout.differences @ known.weight.T
-    log_choice = torch.nn.functional.logsigmoid(margins.double())
-    if heldout.row_weights is not None:
-        log_choice = log_choice * heldout.row_weights.unsqueeze(-1)
-    by_user = sum_by_segment(log_choice, heldout.user_offsets)
+    by_user = log_likelihood_by_user(margins, heldout.user_offsets, heldout.row_weights)
     return torch.logsumexp(known.responsibilities.double().log() + by_user, -1)
 
 

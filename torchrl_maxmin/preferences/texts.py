@@ -135,7 +135,7 @@ class TextEncoder:
             UserError: for an empty prompt where the tokenizer has no BOS, and for a conversation that the
                 chat template refuses.
         """
-        rows = self._by_kind(prompts, [is_conversational(prompt) for prompt in prompts])
+        rows = self._by_kind(prompts)
         bos = self.tokenizer.bos_token_id
         for place, row in enumerate(rows):
             if not row and bos is not None:
@@ -210,14 +210,12 @@ class TextEncoder:
 
     # -- parts ------------------------------------------------------------------------------------
 
-    def _by_kind(self, prompts: Sequence[Text], conversational: Sequence[bool]) -> list[list[int]]:
+    def _by_kind(self, prompts: Sequence[Text]) -> list[list[int]]:
         """Token rows of prompts, each kind in one call of the tokenizer."""
         rows: list[list[int]] = [[] for _ in prompts]
-        through_template = [self.has_template and chat for chat in conversational]
+        through_template = [self.has_template and is_conversational(prompt) for prompt in prompts]
         for template in (False, True):
             places = [i for i, chosen in enumerate(through_template) if chosen == template]
-            if not places:
-                continue
             texts = [self.prompt_text(prompts[i]) for i in places]
             for i, row in zip(places, self._ids(texts, special=not template), strict=True):
                 row = row[: len(row) - self._suffix] if self._suffix and not template else row

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, posterior, run_em, sum_by_segment
+from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mixing_weights, posterior, run_em
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
 from torchrl_maxmin.clustering.linear import PairChoices, fit_choices, row_weights_of
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, select_num_groups
@@ -233,8 +233,8 @@ def heldout_figures(
     """
     unknown = mixture.log_prior.exp().cpu()
     known = torch.stack([responsibilities.get(user, unknown) for user in user_ids])
-    margins = pairs.margins(mixture, batch_size).double()
-    by_user = sum_by_segment(nn.functional.logsigmoid(margins), pairs.user_offsets)
+    margins = pairs.margins(mixture, batch_size)
+    by_user = log_likelihood_by_user(margins, pairs.user_offsets)
     predictive = posterior(by_user, known.double().log()).log_likelihood.sum().item() / len(pairs)
     groups = known.argmax(-1)
     right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()

@@ -199,8 +199,8 @@ class FunctionRewards:
         """
         index = responses.get("prompt_index", None)
         texts = to_texts(self.tokenizer, responses, None if index is None else self.prompts)
-        rows = [] if index is None else index.tolist()
-        columns = {name: [values[i] for i in rows] for name, values in self.columns.items() if rows}
+        columns = {} if index is None else self.columns
+        columns = {name: [values[i] for i in index.tolist()] for name, values in columns.items()}
         values = [ask(f, *texts, "reward function", columns) for f in self.functions]
         for function, width, given in zip(self.functions, self.widths, values, strict=True):
             if given.shape[1] != width:
@@ -234,8 +234,7 @@ def ask(
         NonFiniteRewards: for NaN or infinity.
         UserError: where the answer is anything else.
     """
-    answer = _call(function, prompts, completions, columns or {})
-    role = _named(function, role)
+    answer, role = _call(function, prompts, completions, columns or {}), _named(function, role)
     if isinstance(answer, Tensor):
         answer = answer.detach().cpu()
     try:
@@ -245,8 +244,8 @@ def ask(
     except (TypeError, ValueError) as error:
         raise UserError(f"the {role} gives no numbers ({error}); {_WANTED}") from error
     if values.ndim not in (1, 2) or len(values) != len(prompts):
-        shape = list(values.shape)
-        raise UserError(f"the {role} gives numbers of shape {shape} for {len(prompts)} responses; {_WANTED}")
+        found = f"numbers of shape {list(values.shape)} for {len(prompts)} responses"
+        raise UserError(f"the {role} gives {found}; {_WANTED}")
     if not np.isfinite(values).all():
         raise NonFiniteRewards(f"the {role} gives NaN or infinity for some response; {_WANTED}")
     return np.where(absent, np.nan, values).reshape(len(prompts), -1)

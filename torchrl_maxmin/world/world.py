@@ -99,13 +99,9 @@ class World:
     def raw_utilities(self, reviews: Sequence[str]) -> np.ndarray:
         """Utilities [N, 2] of whole reviews, before division by ``utility_std``."""
         words = [review.split() for review in reviews]
-        mood = np.array(
-            [sum(w in PRAISE for w in r) - sum(w in COMPLAINT for w in r) for r in words], dtype=float
-        )
-        length = np.array([len(r) for r in words], dtype=float)
-        return np.stack([np.tanh(mood / self.sentiment_scale), -length / 10], axis=-1).reshape(
-            -1, len(GROUPS)
-        )
+        moods = [sum(w in PRAISE for w in r) - sum(w in COMPLAINT for w in r) for r in words]
+        mood, length = np.array(moods, dtype=float), np.array(list(map(len, words)), dtype=float)
+        return np.stack([np.tanh(mood / self.sentiment_scale), -length / 10], axis=-1)
 
     def utilities(self, reviews: Sequence[str]) -> np.ndarray:
         """Utilities [N, 2] of whole reviews in standard deviations of the reference policy."""
@@ -148,12 +144,8 @@ def sample_reviews(num_reviews: int, seed: int) -> list[tuple[str, str]]:
         ``(prompt, completion)`` strings; the completion may be empty for a 4-word review.
     """
     rng = random.Random(seed)
-    rows = []
-    for _ in range(num_reviews):
-        review = sample_review(rng)
-        cut = rng.randint(2, 4)
-        rows.append((" ".join(review[:cut]), " ".join(review[cut:])))
-    return rows
+    drawn = ((sample_review(rng), rng.randint(2, 4)) for _ in range(num_reviews))
+    return [(" ".join(review[:cut]), " ".join(review[cut:])) for review, cut in drawn]
 
 
 def sample_prompts(num_prompts: int, seed: int, heldout: bool) -> list[str]:
@@ -229,17 +221,12 @@ def write_world(
     torch.manual_seed(seed)
     import_transformers().GPT2LMHeadModel(build_config()).save_pretrained(folder / "base_model")
     build_tokenizer().save_pretrained(folder / "base_model")
-    texts = (
-        {"prompt": prompt, "completion": completion}
-        for prompt, completion in sample_reviews(num_texts, seed)
-        if not is_heldout(prompt)
-    )
-    write_rows(folder / "sft.jsonl", texts)
-    write_rows(
-        folder / "prompts.jsonl", ({"prompt": p} for p in sample_prompts(num_prompts, seed, heldout=False))
-    )
+    texts = sample_reviews(num_texts, seed)
+    write_rows(folder / "sft.jsonl", ({"prompt": p, "completion": c} for p, c in texts if not is_heldout(p)))
+    known = sample_prompts(num_prompts, seed, heldout=False)
     test = sample_prompts(num_test_prompts, _TEST_SEED, heldout=True)
-    write_rows(folder / "prompts_test.jsonl", ({"prompt": p} for p in test))
+    for name, prompts in (("prompts", known), ("prompts_test", test)):
+        write_rows(folder / f"{name}.jsonl", ({"prompt": prompt} for prompt in prompts))
 
 
 def write_preferences(
@@ -283,12 +270,10 @@ def write_preferences(
             prompts = [known[i] for i in generator.integers(len(known), size=len(users))]
             for start in range(0, len(users), 512):
                 part = prompts[start : start + 512]
-                _, texts = to_texts(
-                    tokenizer, sample_responses(policy, encode_prompts(tokenizer, part), 2, 1024)
-                )
-                raw.append(
-                    world.raw_utilities([f"{p} {c}" for p, c in zip(np.repeat(part, 2), texts, strict=True)])
-                )
+                responses = sample_responses(policy, encode_prompts(tokenizer, part), 2, 1024)
+                _, texts = to_texts(tokenizer, responses)
+                reviews = [f"{p} {c}" for p, c in zip(np.repeat(part, 2), texts, strict=True)]
+                raw.append(world.raw_utilities(reviews))
                 for i, prompt in enumerate(part):
                     first, second = texts[2 * i], texts[2 * i + 1]
                     if first != second:
@@ -306,22 +291,15 @@ def write_preferences(
     world.save(folder / "world.json")
     drawn.sort(key=lambda row: row[0])
     owner = np.array([groups[row[0]] for row in drawn])
-    prefers_first = world.label(
-        [f"{p} {a}" for _, p, a, _ in drawn], [f"{p} {b}" for _, p, _, b in drawn], owner, seed
-    )
-    for (user, prompt, first, second), yes in zip(drawn, prefers_first, strict=True):
-        chosen, rejected = (first, second) if yes else (second, first)
-        rows.append(
-            {
-                "prompt": prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                "user_id": f"user-{user:03d}",
-                "group": world.group_names[groups[user]],
-            }
-        )
-    write_rows(folder / "preferences.jsonl", (row for i, row in enumerate(rows) if i % each < pairs_per_user))
-    write_rows(
-        folder / "preferences_test.jsonl", (row for i, row in enumerate(rows) if i % each >= pairs_per_user)
-    )
+    sides = [f"{p} {a}" for _, p, a, _ in drawn], [f"{p} {b}" for _, p, _, b in drawn]
+    prefers_first = world.label(*sides, owner, seed)
+    columns = ("prompt", "chosen", "rejected", "user_id", "group")
+    for (user, prompt, *texts), yes in zip(drawn, prefers_first, strict=True):
+        group = world.group_names[groups[user]]
+        ordered = texts if yes else reversed(texts)
+        rows.append(dict(zip(columns, (prompt, *ordered, f"user-{user:03d}", group), strict=True)))
+    known_rows = [row for i, row in enumerate(rows) if i % each < pairs_per_user]
+    test_rows = [row for i, row in enumerate(rows) if i % each >= pairs_per_user]
+    write_rows(folder / "preferences.jsonl", known_rows)
+    write_rows(folder / "preferences_test.jsonl", test_rows)
     return world

@@ -24,7 +24,7 @@ from torchrl_maxmin.preferences.io.columns import (
     shown,
 )
 from torchrl_maxmin.preferences.io.files import require_columns
-from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked, tied
+from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked
 from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values, ratings, scores
 
 if TYPE_CHECKING:
@@ -52,16 +52,13 @@ def find_layout(table: Dataset, name: str | None = None) -> tuple[Layout, Roles]
     if len(table) == 0:  # first: a file without rows has no columns either
         raise UserError("the preference data has no rows")
     paths = column_paths(table)
-    if name is not None and name not in {layout.name for layout in LAYOUTS}:
+    wanted = [layout for layout in LAYOUTS if name in (None, layout.name)]
+    if not wanted:
         raise UserError(f"no layout {name!r}; choose one of {', '.join(layout.name for layout in LAYOUTS)}")
-    for layout in LAYOUTS:
-        if name in (None, layout.name):
-            roles = layout.find(paths)
-            if roles is not None:
-                return layout, roles
-    known = "; ".join(
-        f"{layout.columns} ({layout.name})" for layout in LAYOUTS if name in (None, layout.name)
-    )
+    for layout in wanted:
+        if (roles := layout.find(paths)) is not None:
+            return layout, roles
+    known = "; ".join(f"{layout.columns} ({layout.name})" for layout in wanted)
     missing = [column for column in ("prompt", "chosen", "rejected") if column not in paths]
     raise UserError(
         f"preference data needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
@@ -157,11 +154,10 @@ def _flagged(cells: dict[str, Any], count: int, row: int) -> int:
 
 
 def _flag(value: Any, name: str, row: int) -> bool:
-    if str(value).lower() in ("1", "1.0", "true"):
-        return True
-    if str(value).lower() in ("0", "0.0", "false"):
-        return False
-    raise UserError(f"row {row}: column {name!r} holds {shown(value)}, not 0 or 1")
+    word = str(value).lower()
+    if word not in ("1", "1.0", "true", "0", "0.0", "false"):
+        raise UserError(f"row {row}: column {name!r} holds {shown(value)}, not 0 or 1")
+    return word in ("1", "1.0", "true")
 
 
 # -- rankings --------------------------------------------------------------------------------------
@@ -220,7 +216,7 @@ def _judge(row: int, prompt: Text, texts: list[Text], winner: int) -> Judgement:
     if winner != TIE:
         return Judgement(row, prompt, texts, *best_of(len(texts), winner))
     if len(texts) == 2:
-        return Judgement(row, prompt, texts, *tied())
+        return Judgement(row, prompt, texts, *ranked([0, 0]))
     raise UserError(f"row {row}: a tie of {len(texts)} responses does not say which of them are equal")
 
 

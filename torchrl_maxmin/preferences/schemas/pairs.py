@@ -97,11 +97,6 @@ class Judgement(NamedTuple):
     pairs_left_out: int = 0
 
 
-def tied() -> tuple[list[int], list[Comparison]]:
-    """Ranks and comparisons of two responses that are equally good."""
-    return [0, 0], [Comparison(0, 1, tie=True)]
-
-
 def best_of(count: int, best: int) -> tuple[list[int], list[Comparison]]:
     """Ranks and comparisons of one response preferred to all others, whose order was not asked.
 
@@ -123,11 +118,11 @@ Comparison(better=1, worse=2, tie=False)])
     """
     levels = {value: rank for rank, value in enumerate(sorted(set(values)))}
     ranks = [levels[value] for value in values]
-    comparisons = [
+    pairs = combinations(range(len(ranks)), 2)
+    return ranks, [
         Comparison(i, j, tie=ranks[i] == ranks[j]) if ranks[i] <= ranks[j] else Comparison(j, i)
-        for i, j in combinations(range(len(ranks)), 2)
+        for i, j in pairs
     ]
-    return ranks, comparisons
 
 
 @dataclass(frozen=True)
