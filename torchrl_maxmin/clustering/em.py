@@ -51,14 +51,12 @@ def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
 
 
-def log_likelihood_by_user(
-    margins: Tensor, user_offsets: Tensor, row_weights: Tensor | None = None
-) -> Tensor:
+def log_likelihood_by_user(margins: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """Log-likelihood [U, K] in float64 of every user's choices with these margins [P, K]."""
     log_choice = nn.functional.logsigmoid(margins.double())
     if row_weights is not None:
         log_choice = log_choice * row_weights.unsqueeze(-1)
-    return sum_by_segment(log_choice, user_offsets)
+    return sum_by_segment(log_choice, offsets)
 
 
 def offsets_of(counts: Tensor) -> Tensor:

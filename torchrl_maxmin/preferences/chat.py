@@ -51,23 +51,13 @@ def turns_of(prompt: Text, completion: Text) -> list[Message]:
     return [*opening, *answer]
 
 
-def prompt_and_responses(
-    prompt: Any, responses: Sequence[Any], row: int, columns: Sequence[str]
-) -> tuple[str, list[str]]:
-    """Return :func:`split_prompt`'s texts as strings, conversations as transcripts.
+def as_transcript(prompt: Any, responses: Sequence[Any]) -> tuple[str, list[str]]:
+    """Return prompt and responses of :func:`split_prompt` as strings, conversations as transcripts.
 
     Example:
-        >>> shared = "\\n\\nHuman: Hi\\n\\nAssistant:"
-        >>> prompt_and_responses(None, [shared + " A", shared + " B"], 0, "ab")
-        ('\\n\\nHuman: Hi\\n\\nAssistant:', [' A', ' B'])
-        >>> prompt_and_responses([{"role": "user", "content": "Hi"}], ["A", "B"], 0, "ab")
+        >>> as_transcript(*split_prompt([{"role": "user", "content": "Hi"}], ["A", "B"], 0, "ab"))
         ('\\n\\nHuman: Hi\\n\\nAssistant:', [' A', ' B'])
     """
-    return as_transcript(*split_prompt(prompt, responses, row, columns))
-
-
-def as_transcript(prompt: Any, responses: Sequence[Any]) -> tuple[str, list[str]]:
-    """Return prompt and responses of :func:`split_prompt` as strings."""
     if isinstance(prompt, str):
         return prompt, list(responses)
     if ends_within_turn(prompt):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,9 +118,8 @@ class PreferenceDataset:
         if read := [name for name in mixed if name in named]:
             raise UserError(mixed[read[0]])
         try:
-            pairs, origin = build_pairs(
-                table, *find_layout(table, layout), user_column, group_column, options
-            )
+            found = find_layout(table, layout)
+            pairs, origin = build_pairs(table, *found, user_column, group_column, options)
         except UserError as error:
             if not mixed:
                 raise
@@ -234,10 +234,9 @@ class PreferenceDataset:
 
         The pairs of a ranking, and the two halves of a tie, stay together.
         """
-        generator = np.random.default_rng(seed)
-        ids = self.ranking_ids
+        generator, ids = np.random.default_rng(seed), self.ranking_ids
         held: list[int] = []
-        for start, stop in zip(self.user_offsets[:-1].tolist(), self.user_offsets[1:].tolist(), strict=True):
+        for start, stop in pairwise(self.user_offsets.tolist()):
             _, first, judgement = np.unique(ids[start:stop], return_index=True, return_inverse=True)
             drawn = generator.permutation(len(first))[: int(fraction * len(first))]
             mine = np.argsort(np.argsort(first))[judgement]

@@ -196,7 +196,7 @@ class _Texts:
 def _scan(data: Any) -> _Texts:
     import pyarrow.compute as pc
 
-    texts = _Texts(np.empty(len(data), dtype=np.int64), np.empty(len(data), dtype=np.int64))
+    texts = _Texts(*np.empty((2, len(data)), dtype=np.int64))
     columns = (data.prompts, data.chosen, data.rejected)
     done = 0
     with late_bar("checking pairs", len(data)) as reach:

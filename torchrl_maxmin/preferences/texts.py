@@ -20,8 +20,8 @@ from torchrl_maxmin.preferences.chat import (
     as_transcript,
     ends_within_turn,
     is_conversational,
-    prompt_and_responses,
     render_prompt,
+    split_prompt,
     text_of,
     turns_of,
 )
@@ -237,7 +237,7 @@ class TextEncoder:
             return SplitText("", str(completion))
         if self.has_template:
             return self._template.split(prompt, completion, ended)
-        start, (answer,) = prompt_and_responses(prompt, [completion], 0, ["completion"])
+        start, (answer,) = as_transcript(*split_prompt(prompt, [completion], 0, ["completion"]))
         return SplitText(start, answer)
 
     def _without_prefix(self, parts: Sequence[SplitText], alone: list[list[int]]) -> list[list[int]]:

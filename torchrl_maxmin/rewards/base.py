@@ -114,11 +114,10 @@ def mean_of_present(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 def _within_prompt_variance(rewards: Tensor) -> Tensor:
     """Variance [X, K] over the samples that have a reward; NaN with fewer than two."""
-    absent = rewards.isnan()
-    if not bool(absent.any()):
+    if not bool(rewards.isnan().any()):
         return rewards.var(1)
     squares = (rewards - rewards.nanmean(1, keepdim=True)).square().nansum(1)
-    freedom = (~absent).sum(1) - 1
+    freedom = (~rewards.isnan()).sum(1) - 1
     return torch.where(freedom > 0, squares / freedom, torch.nan)
 
 

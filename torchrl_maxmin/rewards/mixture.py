@@ -283,7 +283,7 @@ class RewardMixture(RewardModel):
         else:
             vectors = self._vectors(tokens, mask)
         if self.heads is None:
-            rewards = reward_heads_min(vectors, self.model.score.weight, self.model.score.bias)[0]
+            rewards = reward_heads_min(vectors, self.output.weight, self.output.bias)[0]
         else:
             rewards = self.heads(vectors)
         return self.calibration.apply(rewards) if calibrated else rewards

@@ -26,7 +26,13 @@ from torchrl_maxmin.models.sequences import (
     segment_ids,
     takes,
 )
-from torchrl_maxmin.preferences.chat import Text, is_conversational, prompt_and_responses, set_chat_template
+from torchrl_maxmin.preferences.chat import (
+    Text,
+    as_transcript,
+    is_conversational,
+    set_chat_template,
+    split_prompt,
+)
 from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, with_one_bos
 
 __all__ = ["LAYOUTS", "POOLINGS", "SCORED_AT_ONCE", "TextLayout", "TextReader", "load_reader", "takes_pairs"]
@@ -256,34 +262,27 @@ class TextLayout:
             whole = self._encoder.conversations(prompts, completions, ended)
             return self._ids(whole, limit=limit, special=False)  # the template has its own special tokens
         plain = [_plain_texts(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
-        return self._plain([p for p, _ in plain], [c for _, c in plain], limit, ended)
-
-    def _plain(
-        self, prompts: list[str], completions: list[str], limit: int | None, ended: Sequence[bool]
-    ) -> list[list[int]]:
         kind = self.kind
         if kind == "auto" and self.bidirectional:
             kind = "text_pair" if self._takes_pairs else "{prompt} {completion}"
         if kind == "text_pair":
-            return self._pairs(prompts, completions, limit)
-        whole = "{prompt}{completion}"
-        template = {"auto": whole, "concat": whole, "response": "{completion}"}.get(kind, kind)
-        sides = zip(prompts, completions, strict=True)
-        rows = self._ids([template.format(prompt=p, completion=c) for p, c in sides], limit=limit)
+            return self._pairs(plain, limit)
+        joined = "{prompt}{completion}"
+        template = {"auto": joined, "concat": joined, "response": "{completion}"}.get(kind, kind)
+        rows = self._ids([template.format(prompt=p, completion=c) for p, c in plain], limit=limit)
         if self.bidirectional:
             return rows
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         bare = [row[:-1] if eos and row[-1:] == eos else row for row in rows]  # some tokenizers append it
         return [[*row, *eos] if has_end else row for row, has_end in zip(bare, ended, strict=True)]
 
-    def _pairs(self, prompts: list[str], completions: list[str], limit: int | None) -> list[list[int]]:
-        paired = [i for i, prompt in enumerate(prompts) if prompt]
-        alone = [i for i, prompt in enumerate(prompts) if not prompt]
-        rows: list[list[int]] = [[] for _ in prompts]
-        for part, first in ((paired, [prompts[i] for i in paired]), (alone, None)):
+    def _pairs(self, texts: list[tuple[str, str]], limit: int | None) -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in texts]
+        for alone in (False, True):  # an empty prompt leaves one text
+            part = [i for i, (prompt, _) in enumerate(texts) if bool(prompt) != alone]
             if part:
-                texts = [side for side in (first, [completions[i] for i in part]) if side is not None]
-                for i, row in zip(part, self._ids(*texts, limit=limit), strict=True):
+                sides = list(map(list, zip(*(texts[i] for i in part), strict=True)))[alone:]
+                for i, row in zip(part, self._ids(*sides, limit=limit), strict=True):
                     rows[i] = row
         return rows
 
@@ -311,5 +310,5 @@ def _plain_texts(prompt: Text, completion: Text, row: int) -> tuple[str, str]:
     """Prompt and completion as strings; conversations as the transcripts that preference data become."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
-    start, (end,) = prompt_and_responses(prompt, [completion], row, ["completion"])
+    start, (end,) = as_transcript(*split_prompt(prompt, [completion], row, ["completion"]))
     return start, end

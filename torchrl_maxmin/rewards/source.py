@@ -23,7 +23,6 @@ from torchrl_maxmin.models.sequences import has_ended, in_batches
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import as_completion, distinct_texts
 from torchrl_maxmin.rewards.base import RewardModel
-from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.world import World
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> floats [N] or [N, k]
@@ -148,7 +147,6 @@ class RewardModule(TensorDictModuleBase):
         batch = values[0].shape[:-1]
         flat = [value.reshape(-1, value.shape[-1]) for value in values]
         if len(flat) == 2:
-            assert isinstance(self.model, RewardMixture)
             rewards = self.model(flat[0], flat[1].bool())
         else:
             rows = TensorDict(dict(zip(_RESPONSE_KEYS, flat, strict=True)), [len(flat[0])])
@@ -339,7 +337,7 @@ def count_columns(
     Raises:
         UserError: where it fails, or its answer is not one that :func:`ask` takes.
     """
-    places = (0, -1 if len(prompts) < 2 else 1)
+    places = (0, min(1, len(prompts) - 1))
     pair = [prompts[place] for place in places]
     completions = [as_completion(text, pair[0]) for text in ("c", "d e")]
     given = {name: [values[place] for place in places] for name, values in (columns or {}).items()}

@@ -91,7 +91,7 @@ def _pairs(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions
 def _find_summaries(paths: Sequence[str]) -> Roles | None:
     if "summaries" not in paths or "choice" not in paths:
         return None
-    prompt = _prompt(paths) + tuple(path for path in ("info.article",) if path in paths)
+    prompt = _prompt(paths) + (("info.article",) if "info.article" in paths else ())
     return Roles(prompt=prompt, responses=("summaries",), verdict=("choice",)) if prompt else None
 
 
@@ -223,8 +223,8 @@ def _judge(row: int, prompt: Text, texts: list[Text], winner: int) -> Judgement:
 def _find_ratings(paths: Sequence[str]) -> Roles | None:
     if "Q_overall" not in paths or "response" not in paths:
         return None
-    context = tuple(path for path in ("context",) if path in paths)
-    return Roles(responses=(*context, "response"), verdict=("Q_overall",))
+    responses = ("context", "response") if "context" in paths else ("response",)
+    return Roles(responses=responses, verdict=("Q_overall",))
 
 
 def _find_scores(paths: Sequence[str]) -> Roles | None:

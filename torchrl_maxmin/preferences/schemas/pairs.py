@@ -253,8 +253,8 @@ def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[J
 
 
 def _as_json(judgement: Judgement) -> Judgement:
-    responses = [json.dumps(response, default=str) for response in judgement.responses]
-    return judgement._replace(prompt=json.dumps(judgement.prompt, default=str), responses=responses)
+    prompt, *responses = (json.dumps(text, default=str) for text in (judgement.prompt, *judgement.responses))
+    return judgement._replace(prompt=prompt, responses=responses)
 
 
 def _as_transcripts(judgement: Judgement) -> Judgement:
