@@ -95,8 +95,8 @@ class MStep(Protocol):
         max_repairs: how often a group is repaired at most; on users of one kind it would empty for ever.
     """
 
-    weight: Tensor | None
-    max_repairs: int
+    weight: Tensor | None = None
+    max_repairs: int = 0
 
     def expectation(self, log_prior: Tensor) -> Expectation:
         """The E-step at the rewards as they are, soft."""
@@ -106,9 +106,10 @@ class MStep(Protocol):
 
     def penalty(self) -> float | None:
         """The penalty, a choice, where M-steps converge: EM then watches the penalised likelihood."""
+        return None
 
     def restart(self, k: int, donor: int) -> None:
-        """Start group k, which is empty, anew from the largest one."""
+        """Start group k, which is empty, anew from the largest one, where the start matters."""
 
 
 @dataclass(frozen=True)

@@ -223,9 +223,10 @@ class LinearMixture:
         return expectation(margins, user_offsets, self.log_prior, "soft", row_weights)
 
 
-class _ExactStep:
-    """M-steps that converge, in float64."""
+class _ExactStep(MStep):
+    """M-steps that converge, in float64; they are convex, so their start does not matter."""
 
+    weight: Tensor
     max_repairs = 1
 
     def __init__(self, choices: LinearChoices, start: Tensor, settings: EMSettings):
@@ -241,14 +242,11 @@ class _ExactStep:
     def penalty(self) -> float:
         return (self.l2 * self.weight.square().sum()).item()
 
-    def restart(self, k: int, donor: int) -> None:
-        """Nothing: the M-step is convex, so its start does not matter."""
 
-
-class _AdamStep:
+class _AdamStep(MStep):
     """A few Adam steps a round; the whole of the data in memory. Other starts stand in for repairs."""
 
-    max_repairs = 0
+    weight: Tensor
 
     def __init__(self, choices: PairChoices, start: Tensor, settings: EMSettings):
         self.choices, self.settings = choices, settings
@@ -272,12 +270,6 @@ class _AdamStep:
             self.optimizer.step()
         self.weight.requires_grad_(False)
         return {}
-
-    def penalty(self) -> None:
-        return None
-
-    def restart(self, k: int, donor: int) -> None:
-        raise NotImplementedError("other starts stand in for repairs")
 
 
 class _GradientStep(_AdamStep):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.em import Expectation, expectation
+from torchrl_maxmin.clustering.em import Expectation, MStep, expectation
 from torchrl_maxmin.clustering.linear import UserRows, row_weights_of
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.loading import (
@@ -259,7 +259,7 @@ class FineTuningSettings:
         return self.num_rounds * self.steps_per_round
 
 
-class FineTuning:
+class FineTuning(MStep):
     """An M-step of EM that takes optimizer steps on the responsibility-weighted Bradley-Terry loss.
 
     Args:
@@ -269,7 +269,6 @@ class FineTuning:
         advance: moves a progress bar by a step.
     """
 
-    weight = None
     max_repairs = 1
 
     def __init__(
@@ -338,9 +337,6 @@ class FineTuning:
             (loss + self.settings.reward_l2 * penalty).backward()
             nll += loss.item()
         return nll
-
-    def penalty(self) -> None:
-        """None: these M-steps do not converge."""
 
     def restart(self, k: int, donor: int) -> None:
         """Start group k's head anew from the donor's, with a little noise."""
