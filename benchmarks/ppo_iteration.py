@@ -43,7 +43,7 @@ def prepare(folder: Path) -> dict:
     import torch
 
     from torchrl_maxmin.rewards import RewardMixture
-    from torchrl_maxmin.world.files import write_world
+    from torchrl_maxmin.world.world import write_world
 
     write_world(folder, 0, num_texts=10, num_prompts=400, num_test_prompts=10)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import expit
 
 from torchrl_maxmin.world import World
-from torchrl_maxmin.world.files import write_rows
+from torchrl_maxmin.world.world import write_rows
 
 FILES = ("preferences.jsonl", "preferences_test.jsonl")
 

@@ -16,7 +16,7 @@ from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.world import World
-from torchrl_maxmin.world.files import write_preferences, write_rows
+from torchrl_maxmin.world.world import write_preferences, write_rows
 
 #: Kind -> how much its users care for each group's utility; the last was in no training set.
 KINDS = {"sentiment": (1.0, 0.0), "conciseness": (0.0, 1.0), "in between": (0.5, 0.5)}

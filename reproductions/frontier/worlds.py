@@ -13,8 +13,8 @@ from torchrl_maxmin.rewards import select_num_groups
 from torchrl_maxmin.rewards.pairs import feature_differences
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 from torchrl_maxmin.world import World
-from torchrl_maxmin.world.files import write_preferences, write_rows, write_world
 from torchrl_maxmin.world.grammar import COMPLAINT, sample_review
+from torchrl_maxmin.world.world import write_preferences, write_rows, write_world
 
 #: The world of all experiments.
 WORLD = "10:1"

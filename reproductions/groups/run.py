@@ -39,7 +39,7 @@ from torchrl_maxmin.rewards import MixtureFit, fit_mixture
 from torchrl_maxmin.trainers.reward import user_accuracy
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 from torchrl_maxmin.world import World, sample_prompts
-from torchrl_maxmin.world.files import RESPONSE_LENGTH, write_preferences, write_world
+from torchrl_maxmin.world.world import RESPONSE_LENGTH, write_preferences, write_world
 
 sys.path.append(str(Path(__file__).parents[1]))
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from torchrl_maxmin.world.files import write_rows
+from torchrl_maxmin.world.world import write_rows
 
 __all__ = ["FILES", "GROUPS", "PROMPTS", "TASTES", "tastes", "write_chats"]
 

@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import fit_bradley_terry
+from torchrl_maxmin.clustering.solvers import fit_bradley_terry
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.diagnosis import diagnose

@@ -24,7 +24,7 @@ from torchrl_maxmin.models import TokenPolicy
 from torchrl_maxmin.models.loading import load_causal_lm, load_tokenizer
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.rewards import RewardMixture
-from torchrl_maxmin.world.files import write_preferences, write_world
+from torchrl_maxmin.world.world import write_preferences, write_world
 
 RECIPE = """
 world: {num_texts: 600, num_prompts: 120, num_test_prompts: 12, test_pairs_per_user: 2}
@@ -302,7 +302,7 @@ def test_folders_load_without_this_package(seed, tmp_path):
 
 def test_a_policy_with_one_answer_gives_nothing_to_compare(tmp_path, make_model, monkeypatch):
     from torchrl_maxmin.world import World
-    from torchrl_maxmin.world import files as world_data
+    from torchrl_maxmin.world import world as world_data
 
     write_world(tmp_path, seed=0, num_texts=20, num_prompts=10, num_test_prompts=5)
     monkeypatch.setattr(world_data, "to_texts", lambda tokenizer, td: ([], ["same"] * len(td)))

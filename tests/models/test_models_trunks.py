@@ -10,8 +10,14 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models import TokenCritic, TokenPolicy
 from torchrl_maxmin.models.loading import load_causal_lm, load_tokenizer, require_causal_lm
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses
-from torchrl_maxmin.models.sequences import backbone_of, pad_right
-from torchrl_maxmin.models.trunks import max_positions, require_positions, states_width, text_config
+from torchrl_maxmin.models.sequences import (
+    backbone_of,
+    max_positions,
+    pad_right,
+    require_positions,
+    states_width,
+    text_config,
+)
 from torchrl_maxmin.rewards.pairs import load_feature_trunk, text_features
 
 

@@ -22,13 +22,8 @@ from tensordict import TensorDict
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.sampling import encode_prompts, to_texts
 from torchrl_maxmin.preferences import PreferenceDataset, encode
-from torchrl_maxmin.preferences.texts import (
-    TextEncoder,
-    cut_start,
-    distinct_texts,
-    plain_text,
-    set_chat_template,
-)
+from torchrl_maxmin.preferences.chat import set_chat_template
+from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, distinct_texts, plain_text
 from torchrl_maxmin.rewards.reader import TextLayout
 
 ASK = [{"role": "user", "content": "a b"}]

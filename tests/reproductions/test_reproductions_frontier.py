@@ -20,7 +20,7 @@ from torchrl_maxmin.models import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.world import World, sample_prompts
-from torchrl_maxmin.world.files import write_rows
+from torchrl_maxmin.world.world import write_rows
 
 FOLDER = on_path("frontier")
 

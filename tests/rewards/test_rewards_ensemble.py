@@ -9,8 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.rewards import Calibration, RewardMixture
-from torchrl_maxmin.rewards.classifier import SequenceClassifier
-from torchrl_maxmin.rewards.ensemble import RewardEnsemble, load_reward_model
+from torchrl_maxmin.rewards.ensemble import RewardEnsemble, SequenceClassifier, load_reward_model
 from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.welfare import HardMin
 

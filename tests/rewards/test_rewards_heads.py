@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.rewards.heads import HEADS, RewardHeads, permute_rows_, reset_row_
+from torchrl_maxmin.rewards.base import HEADS, RewardHeads, permute_rows_, reset_row_
 
 
 def make(kind, **options):

@@ -5,7 +5,7 @@ from rewards_models import COMPLETIONS, PROMPTS, bert_tokenizer, chat_tokenizer
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import encode
-from torchrl_maxmin.preferences.texts import set_chat_template
+from torchrl_maxmin.preferences.chat import set_chat_template
 from torchrl_maxmin.rewards.reader import TextLayout, takes_pairs
 
 BERT, CHAT = bert_tokenizer(), chat_tokenizer()

@@ -10,7 +10,7 @@ from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sampling import encode_prompts
 from torchrl_maxmin.models.sequences import pad_left, pad_right
 from torchrl_maxmin.rewards import Calibration, RewardMixture
-from torchrl_maxmin.rewards.module import RewardModule
+from torchrl_maxmin.rewards.source import RewardModule
 
 CHAT = chat_tokenizer()
 FULL = (("tokens", "full"), ("masks", "all_attention_mask"))

@@ -184,7 +184,7 @@ def test_data_check_shows_a_pair_as_the_model_reads_it(stages, capsys):
 def test_pairs_that_are_cut_alike_are_named_and_left_out(stages, tmp_path, capsys, monkeypatch):
     """Two answers that differ at their start alone are one text once the start is gone."""
     printed = []
-    monkeypatch.setattr("torchrl_maxmin.rewards.pairs.console.print", printed.append)
+    monkeypatch.setattr("torchrl_maxmin.rewards.settings.console.print", printed.append)
     rows = [json.loads(line) for line in (stages / "pairs.jsonl").read_text().splitlines()]
     rows[3] |= {"chosen": assistant("a " + "b " * 20), "rejected": assistant("c " + "b " * 20)}
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

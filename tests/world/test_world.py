@@ -16,8 +16,8 @@ from torchrl_maxmin.world import (
     sample_prompts,
     sample_reviews,
 )
-from torchrl_maxmin.world.files import write_preferences, write_world
 from torchrl_maxmin.world.grammar import WORDS
+from torchrl_maxmin.world.world import write_preferences, write_world
 
 
 @pytest.mark.parametrize(("name", "scale"), [("10:1", 8.0), ("80:20", 4.0)])

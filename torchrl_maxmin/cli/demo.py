@@ -25,7 +25,7 @@ from torchrl_maxmin.trainers.reward import run_reward
 from torchrl_maxmin.trainers.reward_config import RewardConfig
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 from torchrl_maxmin.world import World
-from torchrl_maxmin.world.files import write_preferences, write_world
+from torchrl_maxmin.world.world import write_preferences, write_world
 
 __all__ = ["DemoConfig", "run_demo"]
 

@@ -77,8 +77,8 @@ def data(arguments: list[str]) -> int:
         raise UserError(f"all {report.pairs} pairs are copies of one pair; nothing can be learned from them")
     Console().print(report)
     if given.model_name_or_path:
-        from torchrl_maxmin.rewards.pairs import tokens_report
         from torchrl_maxmin.rewards.reader import load_reader
+        from torchrl_maxmin.rewards.settings import tokens_report
 
         reader = load_reader(
             given.model_name_or_path, chat_template=given.chat_template, system_prompt=given.system_prompt

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import posterior, sum_by_segment
+from torchrl_maxmin.clustering.em import posterior, sum_by_segment
 from torchrl_maxmin.clustering.linear import LinearMixture
 
 __all__ = ["UserAssignment", "assign_user", "assign_users"]

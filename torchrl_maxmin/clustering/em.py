@@ -1,18 +1,78 @@
-"""EM over users: the one loop, whatever its M-step fits."""
+"""EM over users: the E-step, and the one loop, whatever its M-step fits."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from maxmin_kernels import em_responsibilities
+from maxmin_kernels.em.naive import posterior as kernel_posterior
 from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.choices import Expectation, harden
 
-__all__ = ["Choices", "EMFit", "EMSettings", "MStep", "converged", "mixing_weights", "run_em"]
+class Expectation(NamedTuple):
+    """Result of an E-step.
+
+    Attributes:
+        responsibilities: [U, K].
+        log_likelihood: of every user, the group summed out [U].
+        gradient: of the M-step's weighted log-likelihood in the heads [K, D], where it was asked for.
+    """
+
+    responsibilities: Tensor
+    log_likelihood: Tensor
+    gradient: Tensor | None = None
+
+
+def expectation(
+    margins: Tensor,
+    user_offsets: Tensor,
+    log_prior: Tensor,
+    assignment: str = "soft",
+    row_weights: Tensor | None = None,
+) -> Expectation:
+    """E-step on margins [P, K]: responsibilities [U, K] (one-hot when ``hard``) and log-likelihood [U].
+
+    Both are summed in float64 and come back in the dtype of the margins.
+    """
+    if row_weights is None:
+        soft, log_likelihood = em_responsibilities(margins, None, user_offsets, log_prior)
+    else:
+        step = posterior(log_likelihood_by_user(margins, user_offsets, row_weights), log_prior)
+        soft, log_likelihood = step.responsibilities.to(margins.dtype), step.log_likelihood.to(margins.dtype)
+    return Expectation(harden(soft) if assignment == "hard" else soft, log_likelihood)
+
+
+def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums [S, K] of the rows of ``values`` [N, K] between offsets [S + 1]; 0 where there are none."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+
+
+def log_likelihood_by_user(margins: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """Log-likelihood [U, K] in float64 of every user's choices with these margins [P, K]."""
+    log_choice = nn.functional.logsigmoid(margins.double())
+    if row_weights is not None:
+        log_choice = log_choice * row_weights.unsqueeze(-1)
+    return sum_by_segment(log_choice, offsets)
+
+
+def offsets_of(counts: Tensor) -> Tensor:
+    """Where each of segments of these sizes [S] begins, and the last ends: [S + 1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def posterior(user_log_likelihood: Tensor, log_prior: Tensor) -> Expectation:
+    """Bayes' rule on log-likelihoods by user and group [U, K]; whom none explains gets the prior."""
+    return Expectation(*kernel_posterior(user_log_likelihood + log_prior, log_prior))
+
+
+def harden(responsibilities: Tensor) -> Tensor:
+    """Every user wholly in their likeliest group, one-hot [U, K]."""
+    hard = nn.functional.one_hot(responsibilities.argmax(-1), responsibilities.shape[-1])
+    return hard.to(responsibilities.dtype)
 
 
 class Choices(Protocol):
@@ -35,8 +95,8 @@ class MStep(Protocol):
         max_repairs: how often a group is repaired at most; on users of one kind it would empty for ever.
     """
 
-    weight: Tensor | None
-    max_repairs: int
+    weight: Tensor | None = None
+    max_repairs: int = 0
 
     def expectation(self, log_prior: Tensor) -> Expectation:
         """The E-step at the rewards as they are, soft."""
@@ -46,9 +106,10 @@ class MStep(Protocol):
 
     def penalty(self) -> float | None:
         """The penalty, a choice, where M-steps converge: EM then watches the penalised likelihood."""
+        return None
 
     def restart(self, k: int, donor: int) -> None:
-        """Start group k, which is empty, anew from the largest one."""
+        """Start group k, which is empty, anew from the largest one, where the start matters."""
 
 
 @dataclass(frozen=True)

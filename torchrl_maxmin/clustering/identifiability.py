@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import PairChoices, expectation
-from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.em import expectation, offsets_of
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
     choose_penalty,
@@ -21,16 +21,6 @@ from torchrl_maxmin.clustering.selection import (
 )
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.stats import accuracy_by_group
-
-__all__ = [
-    "GroupAccuracy",
-    "IdentifiabilityReport",
-    "balanced_misassignment_bound",
-    "expected_misassignment",
-    "group_accuracy",
-    "identifiability_report",
-    "more_pairs_needed",
-]
 
 #: Expected misassignment, averaged over groups, above which groups are called not identifiable.
 MISASSIGNMENT_BAR = 0.05
@@ -47,8 +37,7 @@ class GroupAccuracy:
         users: how many users with held-out pairs the group holds.
         pairs: how many such pairs, ties halved.
         accuracy: share of pairs whose margin is positive, each user counted once; None without pairs.
-        low: lower end of the t interval over users; None with one user.
-        high: upper end.
+        low, high: ends of the t interval over users; None with one user.
     """
 
     users: int
@@ -125,24 +114,21 @@ class IdentifiabilityReport:
                 self._verdict(),
             ]
         for k, group in enumerate(self.group_accuracy):
+            found = "no held-out pairs"
             if group.accuracy is not None:
                 ends = "" if group.low is None else f" [{group.low:.3f}, {group.high:.3f}]"
-                lines.append(
-                    f"group {k}: {group.users} users, accuracy on held-out pairs {group.accuracy:.3f}{ends}"
-                )
-            else:
-                lines.append(f"group {k}: no held-out pairs")
+                found = f"{group.users} users, accuracy on held-out pairs {group.accuracy:.3f}{ends}"
+            lines.append(f"group {k}: {found}")
         return "\n".join(lines)
 
     def _verdict(self) -> str:
         if self.identifiable:
             return f"{self.num_groups} groups are identifiable from this many pairs"
-        wanted = f"under {MISASSIGNMENT_BAR:.0%}"
+        wanted, more = f"under {MISASSIGNMENT_BAR:.0%}", "more pairs per user"
         if self.more_pairs_per_user is None:
-            most = f"{_MOST_MORE_PAIRS} more pairs per user"
-            return f"not identifiable: even {most} would not bring it {wanted}"
-        more = f"about {self.more_pairs_per_user} more pairs per user"
-        return f"not identifiable from this many pairs: {more} would bring it {wanted}"
+            return f"not identifiable: even {_MOST_MORE_PAIRS} {more} would not bring it {wanted}"
+        about = f"about {self.more_pairs_per_user} {more}"
+        return f"not identifiable from this many pairs: {about} would bring it {wanted}"
 
 
 def identifiability_report(
@@ -195,24 +181,25 @@ def identifiability_report(
         )
     mixture = fit_choices(choices, num_groups, seed, l2=best, **fit)
     mixture = mixture.ordered(mixture.responsibilities.sum(0).argsort(descending=True))
-    posterior = left_out.posterior
-    posterior = posterior[:, match_groups(posterior.T, mixture.responsibilities.T)]
+    matched = match_groups(left_out.posterior.T, mixture.responsibilities.T)
+    posterior = left_out.posterior[:, matched]
     plain, balanced = expected_misassignment(posterior)
     high = balanced_misassignment_bound(posterior, seed=seed)
     margins = differences @ mixture.weight.T
+    wide = margins.double()
+    unit = torch.nn.functional.normalize(wide, dim=0)  # uncentred: which side a difference is on is chance
     identifiable, counts = high <= MISASSIGNMENT_BAR, user_offsets.diff()
     more = 0 if identifiable else more_pairs_needed(margins, counts, mixture.log_prior, seed)
     held = heldout_rows(user_offsets, 0.2, seed)
     known = fit_choices(choices.keep_rows(~held), num_groups, seed, l2=best, **fit)
     known = known.ordered(match_groups(known.weight, mixture.weight))
-    first, median, third = np.quantile(choices.choices_by_user.numpy(), (0.25, 0.5, 0.75)).tolist()
     return IdentifiabilityReport(
         num_users=len(user_offsets) - 1,
         num_groups=num_groups,
-        pairs_per_user=(first, median, third),
+        pairs_per_user=tuple(np.quantile(choices.choices_by_user.numpy(), (0.25, 0.5, 0.75)).tolist()),
         prompt_overlap=None if prompts is None else _prompt_overlap(prompts, choices.row_users),
-        head_correlation=_correlation(margins).tolist(),
-        rms_margin_difference=_rms_difference(margins).tolist(),
+        head_correlation=(unit.T @ unit).tolist(),
+        rms_margin_difference=(torch.cdist(wide.T, wide.T) / len(wide) ** 0.5).tolist(),
         responsibility_entropy=torch.special.entr(posterior).sum(-1).mean().item(),
         misassignment=plain,
         balanced_misassignment=balanced,
@@ -255,8 +242,9 @@ def balanced_misassignment_bound(
         seed: of the bootstrap.
     """
     num_users = len(posterior)
-    shares = np.full(num_users, 1 / num_users)
-    drawn = np.random.default_rng(seed).multinomial(num_users, shares, num_resamples)
+    drawn = np.random.default_rng(seed).multinomial(
+        num_users, np.full(num_users, 1 / num_users), num_resamples
+    )
     kept, mass = (drawn @ tensor.numpy() for tensor in _kept_and_mass(posterior))
     return float(np.quantile(1 - (kept / mass.clip(1e-12)).mean(-1), quantile))
 
@@ -307,7 +295,7 @@ def _simulated_misassignment(margins: Tensor, pairs_per_user: Tensor, log_prior:
     for k in range(len(log_prior)):
         drawn = torch.randint(len(pairs_per_user), (_SIMULATED_USERS,), generator=generator)
         counts = pairs_per_user[drawn]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        offsets = offsets_of(counts)
         rows = margins[torch.randint(len(margins), (int(offsets[-1]),), generator=generator)]
         agrees = torch.rand(len(rows), generator=generator) < torch.sigmoid(rows[:, k])
         answered = torch.where(agrees.unsqueeze(-1), rows, -rows)
@@ -350,14 +338,3 @@ def _prompt_overlap(prompts: Sequence[Any], row_users: Tensor) -> float:
     for prompt, user in zip(prompts, row_users.tolist(), strict=True):
         users.setdefault(prompt, set()).add(user)
     return sum(len(seen) > 1 for seen in users.values()) / len(users)
-
-
-def _correlation(margins: Tensor) -> Tensor:
-    """Correlation [K, K] of heads over pairs, uncentred: the side a difference is written on is chance."""
-    unit = torch.nn.functional.normalize(margins.double(), dim=0)
-    return unit.T @ unit
-
-
-def _rms_difference(margins: Tensor) -> Tensor:
-    """Root mean square difference [K, K] of the heads' margins over pairs."""
-    return torch.cdist(margins.double().T, margins.double().T) / len(margins) ** 0.5

@@ -1,4 +1,4 @@
-"""Mixtures of linear Bradley-Terry rewards on frozen features.
+"""Users' choices between pairs, and mixtures of linear Bradley-Terry rewards fitted to them.
 
 They take seconds, find who belongs together, and say whether the users differ at all. They are the warm start
 of the real reward model and never a reward themselves: frozen heads cluster users well and are useless to
@@ -7,31 +7,172 @@ train a policy on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.choices import Expectation, PairChoices, expectation
-from torchrl_maxmin.clustering.em import Choices, EMSettings, MStep, run_em
+from torchrl_maxmin.clustering.em import (
+    Choices,
+    EMFit,
+    EMSettings,
+    Expectation,
+    MStep,
+    expectation,
+    offsets_of,
+    run_em,
+    sum_by_segment,
+)
+from torchrl_maxmin.clustering.solvers import (
+    BLOCK_ROWS_COPIED,
+    PairLosses,
+    minimise,
+    tiled_margins,
+    tiled_slope_sum,
+)
+from torchrl_maxmin.preferences.dataset import PreferenceDataset
 
-__all__ = ["LinearMixture", "fit_choices", "fit_linear_mixture"]
+#: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
+BLOCK_ROWS = 262_144
 
-M_STEPS = ("adam", "exact", "gradient")
+
+def row_weights_of(data: PreferenceDataset) -> Tensor | None:
+    """Return how much each pair of a data set counts [P] fp32; None where every pair counts once."""
+    return None if bool((data.weights == 1).all()) else data.weights.float()
+
+
+def user_blocks(user_offsets: Tensor, block_rows: int) -> Iterator[tuple[slice, slice]]:
+    """Cut the rows into blocks of whole users: (users, rows), each of about ``block_rows`` rows."""
+    num_users, num_rows = len(user_offsets) - 1, int(user_offsets[-1])
+    cuts = torch.searchsorted(user_offsets, torch.arange(0, num_rows, block_rows)).tolist()
+    for first, last in pairwise(sorted({0, *cuts, num_users})):
+        yield slice(first, last), slice(int(user_offsets[first]), int(user_offsets[last]))
+
+
+class UserRows:
+    """Rows of choices, those of a user side by side.
+
+    Attributes:
+        user_offsets: int64 [U + 1].
+        row_weights: how much each row counts [P]; None counts each once.
+    """
+
+    user_offsets: Tensor
+    row_weights: Tensor | None
+
+    @cached_property
+    def row_users(self) -> Tensor:
+        """The user of every row [P]."""
+        return torch.repeat_interleave(self.user_offsets.diff())
+
+    @cached_property
+    def choices_by_user(self) -> Tensor:
+        """Choices of each user, ties halved: float64 [U]."""
+        if self.row_weights is None:
+            return self.user_offsets.diff().double()
+        return sum_by_segment(self.row_weights.double(), self.user_offsets)
+
+    @cached_property
+    def num_choices(self) -> float:
+        """All users' choices together: what the penalty and log-likelihoods a choice refer to."""
+        return self.choices_by_user.sum().item()
+
+
+@dataclass(frozen=True)
+class PairChoices(UserRows):
+    """Pairs under linear Bradley-Terry rewards: P(chosen) = sigmoid(w . difference).
+
+    Attributes:
+        differences: features(chosen) - features(rejected) [P, D]; may be a memory-mapped file.
+        user_offsets, row_weights: see :class:`UserRows`; a tie is the pair both ways, each counted one half.
+    """
+
+    differences: Tensor
+    user_offsets: Tensor
+    row_weights: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """What heads are applied to [P, D]; fits come back in its dtype."""
+        return self.differences
+
+    def take_users(self, users: Tensor) -> PairChoices:
+        """These users' pairs, in the order of ``users`` [U'], which may name a user twice."""
+        counts = self.user_offsets.diff()[users]
+        offsets = offsets_of(counts)
+        shift = self.user_offsets[users] - offsets[:-1]
+        rows = torch.arange(int(offsets[-1])) + shift.repeat_interleave(counts)
+        return self._take_rows(rows, offsets)
+
+    def keep_rows(self, kept: Tensor) -> PairChoices:
+        """The rows where ``kept`` [P] holds; users may be left without any."""
+        return self._take_rows(kept.nonzero().flatten(), offsets_of(kept.long())[self.user_offsets])
+
+    def _take_rows(self, rows: Tensor, user_offsets: Tensor) -> PairChoices:
+        row_weights = None if self.row_weights is None else self.row_weights[rows]
+        return PairChoices(self.differences[rows], user_offsets, row_weights)
+
+    def expectation(
+        self,
+        weight: Tensor,
+        log_prior: Tensor,
+        assignment: str = "soft",
+        *,
+        gradient: bool = False,
+        block_rows: int | None = None,
+    ) -> Expectation:
+        """One E-step in one pass over the rows, with the gradient of the M-step that follows it.
+
+        Blocks hold whole users, so a block's responsibilities are final when its margins are at
+        hand, and nothing of size P x K or P x D is alive beside the features. By Fisher's identity
+        the gradient is that of the observed log-likelihood.
+
+        Args:
+            weight: heads [K, D]; its dtype is computed in.
+            log_prior: log mixing weights [K].
+            assignment: ``soft`` or ``hard``.
+            gradient: whether the gradient is wanted.
+            block_rows: rows of a block, about; None chooses.
+        """
+        responsibilities = weight.new_empty(len(self.user_offsets) - 1, len(weight))
+        log_likelihood = weight.new_empty(len(responsibilities))
+        slope_sum = torch.zeros_like(weight)
+        if block_rows is None:
+            block_rows = BLOCK_ROWS if weight.dtype == self.differences.dtype else BLOCK_ROWS_COPIED
+        for users, rows in user_blocks(self.user_offsets, block_rows):
+            x = self.differences[rows].to(weight.dtype)
+            row_weights = None if self.row_weights is None else self.row_weights[rows].to(weight.dtype)
+            margins = tiled_margins(x, weight)
+            offsets = self.user_offsets[users.start : users.stop + 1] - rows.start
+            responsibilities[users], log_likelihood[users], _ = expectation(
+                margins, offsets, log_prior, assignment, row_weights
+            )
+            if gradient:
+                slope = margins.neg_().sigmoid_()
+                slope *= responsibilities[users].repeat_interleave(offsets.diff(), 0, output_size=len(x))
+                if row_weights is not None:
+                    slope *= row_weights.unsqueeze(-1)
+                slope_sum += tiled_slope_sum(slope, x)
+        return Expectation(responsibilities, log_likelihood, slope_sum if gradient else None)
+
+    def maximise(self, responsibilities: Tensor, start: Tensor, l2: float) -> Tensor:
+        """The M-step, to convergence: float64 heads [K, D], from ``start`` [K, D]."""
+        shares = responsibilities.double()
+        losses = PairLosses(self.differences, self.row_users, shares, l2 * self.num_choices, self.row_weights)
+        return minimise(losses, start.double())
 
 
 class LinearChoices(Choices, Protocol):
     """Choices under linear rewards, heads being [K, D]."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype that fits come back in."""
-
-    @property
-    def num_features(self) -> int:
-        """D."""
+    def features(self) -> Tensor:
+        """What heads are applied to [.., D]; fits come back in its dtype."""
 
     def expectation(self, weight: Tensor, log_prior: Tensor) -> Expectation:
         """The E-step."""
@@ -82,14 +223,14 @@ class LinearMixture:
         return expectation(margins, user_offsets, self.log_prior, "soft", row_weights)
 
 
-@dataclass
-class _ExactStep:
-    """M-steps that converge, in float64."""
+class _ExactStep(MStep):
+    """M-steps that converge, in float64; they are convex, so their start does not matter."""
 
-    choices: LinearChoices
     weight: Tensor
-    l2: float
-    max_repairs: int = 1
+    max_repairs = 1
+
+    def __init__(self, choices: LinearChoices, start: Tensor, settings: EMSettings):
+        self.choices, self.weight, self.l2 = choices, start.double(), settings.l2
 
     def expectation(self, log_prior: Tensor) -> Expectation:
         return self.choices.expectation(self.weight, log_prior)
@@ -101,14 +242,11 @@ class _ExactStep:
     def penalty(self) -> float:
         return (self.l2 * self.weight.square().sum()).item()
 
-    def restart(self, k: int, donor: int) -> None:
-        """Nothing: the M-step is convex, so its start does not matter."""
 
-
-class _AdamStep:
+class _AdamStep(MStep):
     """A few Adam steps a round; the whole of the data in memory. Other starts stand in for repairs."""
 
-    max_repairs = 0
+    weight: Tensor
 
     def __init__(self, choices: PairChoices, start: Tensor, settings: EMSettings):
         self.choices, self.settings = choices, settings
@@ -133,12 +271,6 @@ class _AdamStep:
         self.weight.requires_grad_(False)
         return {}
 
-    def penalty(self) -> None:
-        return None
-
-    def restart(self, k: int, donor: int) -> None:
-        raise NotImplementedError("other starts stand in for repairs")
-
 
 class _GradientStep(_AdamStep):
     """One Adam step a round on the gradient that the E-step's own pass over blocks of rows gives."""
@@ -155,6 +287,13 @@ class _GradientStep(_AdamStep):
         self.weight.grad = 2 * self.settings.l2 * self.weight - self.gradient / self.choices.num_choices
         self.optimizer.step()
         return {}
+
+
+M_STEPS: dict[str, Callable[[Any, Tensor, EMSettings], MStep]] = {
+    "adam": _AdamStep,
+    "exact": _ExactStep,
+    "gradient": _GradientStep,
+}
 
 
 def fit_linear_mixture(
@@ -228,44 +367,21 @@ def fit_choices(
         raise ValueError(f"m_step is one of {', '.join(M_STEPS)}, not {m_step!r}")
     if generator is None and seed is not None:
         generator = torch.Generator().manual_seed(seed)
-    starts = _random_starts(num_groups, choices.num_features, num_restarts, generator)
-    starts = (begin.to(choices.dtype) for begin in (starts if start is None else [start]))
-    if m_step == "exact":
-        return _best_fit(_fit_exact(choices, begin, em) for begin in starts)
-    assert isinstance(choices, PairChoices)
-    step = _AdamStep if m_step == "adam" else _GradientStep
-    return _best_fit(_fit(choices, step(choices, begin, em), em) for begin in starts)
-
-
-def _random_starts(
-    num_groups: int, num_features: int, num_restarts: int, generator: torch.Generator | None
-) -> Iterator[Tensor]:
-    """Random heads [K, D] to start from; one group is convex and takes one start."""
-    for _ in range(num_restarts if num_groups > 1 else 1):
-        yield torch.randn(num_groups, num_features, generator=generator) * num_features**-0.5
-
-
-def _best_fit(fits: Iterable[tuple[LinearMixture, float]]) -> LinearMixture:
-    """Return the fit with the best score, the first of equals; it learns what the others reached."""
-    fitted, scores = zip(*fits, strict=True)
-    return replace(fitted[scores.index(max(scores))], restart_scores=list(scores))
-
-
-def _fit_exact(choices: LinearChoices, start: Tensor, settings: EMSettings) -> tuple[LinearMixture, float]:
-    """Fit by M-steps that converge; one group is the plain model, and needs no EM."""
-    if len(start) == 1:
-        everyone = torch.ones(len(choices.choices_by_user), 1)
-        start = choices.maximise(everyone, torch.zeros_like(start), settings.l2)
-        settings = replace(settings, num_rounds=0)
-    return _fit(choices, _ExactStep(choices, start.double(), settings.l2), settings)
-
-
-def _fit(choices: LinearChoices, m_step: MStep, settings: EMSettings) -> tuple[LinearMixture, float]:
-    """A mixture in the dtype of the data, and its score."""
-    fit = run_em(choices, m_step, settings)
-    assert fit.weight is not None
-    assert fit.log_prior is not None
+    shape, dtype = (num_groups, choices.features.shape[1]), choices.features.dtype
+    fits: list[EMFit] = []
+    for _ in range(num_restarts if num_groups > 1 and start is None else 1):
+        drawn = torch.randn(shape, generator=generator) * shape[1] ** -0.5 if start is None else start
+        weight = drawn.to(dtype)
+        if m_step == "exact" and num_groups == 1:  # the plain model, which needs no EM
+            everyone = torch.ones(len(choices.choices_by_user), 1)
+            weight = choices.maximise(everyone, torch.zeros_like(weight), em.l2)
+            em = replace(em, num_rounds=0)
+        fits.append(run_em(choices, M_STEPS[m_step](choices, weight, em), em))
+    best = max(fits, key=attrgetter("score"))  # the first of equals
+    assert best.weight is not None
+    assert best.log_prior is not None
     weight, log_prior, responsibilities = (
-        tensor.to(choices.dtype) for tensor in (fit.weight, fit.log_prior, fit.responsibilities)
+        tensor.to(dtype) for tensor in (best.weight, best.log_prior, best.responsibilities)
     )
-    return LinearMixture(weight, log_prior, responsibilities, fit.log_likelihood, fit.history), fit.score
+    scores = [fit.score for fit in fits]
+    return LinearMixture(weight, log_prior, responsibilities, best.log_likelihood, best.history, scores)

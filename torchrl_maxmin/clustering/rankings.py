@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import Expectation, posterior, sum_by_segment
+from torchrl_maxmin.clustering.em import Expectation, offsets_of, posterior, sum_by_segment
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.solvers import minimise
 
@@ -37,14 +37,9 @@ class RankingChoices:
     user_offsets: Tensor
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype that fits come back in."""
-        return self.item_features.dtype
-
-    @property
-    def num_features(self) -> int:
-        """D."""
-        return self.item_features.shape[1]
+    def features(self) -> Tensor:
+        """What heads are applied to [N, D]; fits come back in its dtype."""
+        return self.item_features
 
     @cached_property
     def choices_by_user(self) -> Tensor:
@@ -106,13 +101,9 @@ def _stages(ranking_offsets: Tensor, user_offsets: Tensor) -> _Stages:
     last[ranking_offsets[1:] - 1] = True
     chosen = (~last).nonzero().flatten()
     lengths = ranking_offsets[1:].repeat_interleave(sizes)[chosen] - chosen
-    offsets = _cumulative(lengths)
+    offsets = offsets_of(lengths)
     items = torch.arange(int(offsets[-1])) + (chosen - offsets[:-1]).repeat_interleave(lengths)
-    return _Stages(chosen, items, offsets, _cumulative(sizes - 1)[user_offsets])
-
-
-def _cumulative(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return _Stages(chosen, items, offsets, offsets_of(sizes - 1)[user_offsets])
 
 
 def segment_logsumexp(values: Tensor, offsets: Tensor) -> Tensor:

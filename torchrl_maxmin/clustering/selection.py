@@ -14,24 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import comb
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import PairChoices, sum_by_segment
-from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.em import log_likelihood_by_user
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
 from torchrl_maxmin.core.progress import progress_bar
-
-__all__ = [
-    "L2_CANDIDATES",
-    "LeftOutUsers",
-    "NumGroupsChoice",
-    "adjusted_rand_index",
-    "choose_penalty",
-    "heldout_rows",
-    "leave_users_out",
-    "match_groups",
-    "predictive_log_likelihood",
-    "select_l2",
-    "select_num_groups",
-    "user_folds",
-]
 
 #: Penalties that are tried where one is chosen.
 L2_CANDIDATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
@@ -83,13 +68,11 @@ class NumGroupsChoice:
             answer = "your users do not differ: no more groups than one predict left-out users better"
         lines = [f"{answer} (K={self.num_groups})"]
         for k in tried:
-            parts = [f"left-out users {self.heldout_log_likelihood[k]:.4f} nats a pair"]
+            line = f"  K={k}: left-out users {self.heldout_log_likelihood[k]:.4f} nats a pair"
             if self.heldout_pairs:
-                parts.append(f"left-out pairs {self.heldout_pairs[k]:.4f}")
-                parts.append(f"BIC {self.bic[k]:.0f}")
-                if k > 1:
-                    parts.append(f"stability {self.stability[k]:.2f}")
-            lines.append(f"  K={k}: " + ", ".join(parts))
+                line += f", left-out pairs {self.heldout_pairs[k]:.4f}, BIC {self.bic[k]:.0f}"
+                line += f", stability {self.stability[k]:.2f}" if k > 1 else ""
+            lines.append(line)
         if self.heldout_pairs:
             lines.append(
                 f"  left-out pairs alone would say K={self.num_groups_by_pairs}, "
@@ -219,8 +202,8 @@ class _Diagnostics:
         on_known = fit_choices(self.known, k, self.seed, **fit)
         self.user_ll[k] = predictive_log_likelihood(on_known, self.heldout)
         everything = fit_choices(self.choices, k, self.seed, **fit)
-        num_users, num_parameters = len(everything.responsibilities), k * self.choices.num_features + k - 1
-        self.bic[k] = -2 * everything.log_likelihood + math.log(num_users) * num_parameters
+        penalty = math.log(len(everything.responsibilities)) * (everything.weight.numel() + k - 1)
+        self.bic[k] = -2 * everything.log_likelihood + penalty
         refits = [self._refitted_groups(k, refit, fit) for refit in range(self.num_refits)]
         indices = [adjusted_rand_index(a, b) for a, b in combinations(refits, 2)]
         self.stability[k] = sum(indices) / len(indices)
@@ -249,10 +232,7 @@ def heldout_rows(user_offsets: Tensor, fraction: float, seed: int) -> Tensor:
 def predictive_log_likelihood(known: LinearMixture, heldout: PairChoices) -> Tensor:
     """Log-likelihood [U] of further pairs of the users that ``known`` was fitted on, by their posterior."""
     margins = heldout.differences @ known.weight.T
-    log_choice = torch.nn.functional.logsigmoid(margins.double())
-    if heldout.row_weights is not None:
-        log_choice = log_choice * heldout.row_weights.unsqueeze(-1)
-    by_user = sum_by_segment(log_choice, heldout.user_offsets)
+    by_user = log_likelihood_by_user(margins, heldout.user_offsets, heldout.row_weights)
     return torch.logsumexp(known.responsibilities.double().log() + by_user, -1)
 
 
@@ -369,8 +349,5 @@ def choose_penalty(
 
 def match_groups(weight: Tensor, reference: Tensor) -> Tensor:
     """The order of the rows of ``weight`` [K, D] that points most where ``reference`` [K, D] does."""
-    cosine = (
-        torch.nn.functional.normalize(reference.double(), dim=-1)
-        @ torch.nn.functional.normalize(weight.double(), dim=-1).T
-    )
-    return torch.from_numpy(linear_sum_assignment(cosine.numpy(), maximize=True)[1])
+    unit, other = (torch.nn.functional.normalize(heads.double(), dim=-1) for heads in (reference, weight))
+    return torch.from_numpy(linear_sum_assignment((unit @ other.T).numpy(), maximize=True)[1])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
-
-__all__ = ["NEWTON_MAX_FEATURES", "ConvexLosses", "minimise"]
+from torch import Tensor, nn
 
 #: Above this many features a Hessian a group costs more than the steps it saves.
 NEWTON_MAX_FEATURES = 1024
 
+#: Rows that are worked on at a time where a block of the features is copied, to compute in a wider type.
+BLOCK_ROWS_COPIED = 8192
+_TILE_ROWS = 1024
 _MAX_STEPS = 100
 # A Newton step that promises less than this share of the loss is taken in full, and is the last:
 # convergence is quadratic, so what is left behind it is below rounding.
@@ -36,14 +39,7 @@ def minimise(losses: ConvexLosses, start: Tensor) -> Tensor:
     """Minimise K convex losses to convergence, never ending above ``start``.
 
     Newton's method with a Cholesky factor and backtracking up to :data:`NEWTON_MAX_FEATURES`
-    features, L-BFGS (SciPy) above.
-
-    Args:
-        losses: what is minimised.
-        start: float64 [K, D].
-
-    Returns:
-        Weights [K, D].
+    features, L-BFGS (SciPy) above; from ``start`` float64 [K, D] to weights [K, D].
     """
     return _newton(losses, start) if start.shape[1] <= NEWTON_MAX_FEATURES else _lbfgs(losses, start)
 
@@ -109,3 +105,100 @@ def _lbfgs(losses: ConvexLosses, start: Tensor) -> Tensor:
     options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20}
     found = minimize(total, start.flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
     return torch.from_numpy(found.x).view_as(start)
+
+
+# -- pairs -----------------------------------------------------------------------------------------
+
+# Products of many rows with few columns: in tiles they take about 0.6 of the plain product's time.
+
+
+def tiled_margins(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T [P, K]."""
+    margins = x.new_empty(len(x), len(weight))
+    tiles, tiled = _tiles(x)
+    by_tile = torch.bmm(weight.expand(len(tiles), -1, -1), tiles.transpose(1, 2))
+    margins[:tiled].view(len(tiles), _TILE_ROWS, len(weight)).copy_(by_tile.transpose(1, 2))
+    torch.mm(x[tiled:], weight.T, out=margins[tiled:])
+    return margins
+
+
+def tiled_slope_sum(slope: Tensor, x: Tensor) -> Tensor:
+    """slope.T @ x [K, D]."""
+    tiles, tiled = _tiles(x)
+    by_tile = torch.bmm(_tiles(slope)[0].transpose(1, 2), tiles)
+    return by_tile.sum(0).addmm_(slope[tiled:].T, x[tiled:])
+
+
+def _tiles(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows that fill whole tiles, as [tiles, rows of a tile, columns], and how many they are."""
+    tiled = len(rows) - len(rows) % _TILE_ROWS
+    return rows[:tiled].unflatten(0, (tiled // _TILE_ROWS, _TILE_ROWS)), tiled
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """-sum_p c_pk log sigmoid(w_k . x_p) + penalty |w_k|^2, with c the responsibility of the row's user."""
+
+    differences: Tensor
+    row_users: Tensor
+    responsibilities: Tensor
+    penalty: float
+    row_weights: Tensor | None = None
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for low in range(0, len(self.differences), BLOCK_ROWS_COPIED):
+            rows = slice(low, low + BLOCK_ROWS_COPIED)
+            share = self.responsibilities[self.row_users[rows]]
+            if self.row_weights is not None:
+                share = share * self.row_weights[rows].double().unsqueeze(-1)
+            yield self.differences[rows].double(), share
+
+    def value_and_gradient(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [K] and gradients [K, D] in float64."""
+        value = self.penalty * weight.square().sum(-1)
+        gradient = 2 * self.penalty * weight
+        for x, share in self._blocks():
+            margins = x @ weight.T
+            value = value - (share * nn.functional.logsigmoid(margins)).sum(0)
+            gradient = gradient - (share * torch.sigmoid(-margins)).T @ x
+        return value, gradient
+
+    def hessian(self, weight: Tensor) -> Tensor:
+        """Second derivatives [K, D, D]; they only shape the steps, so float32 products are enough."""
+        num_groups, num_features = weight.shape
+        hessian = torch.zeros(num_groups, num_features, num_features)
+        for x, share in self._blocks():
+            probability = torch.sigmoid(x @ weight.T)
+            curvature = (share * probability * (1 - probability)).float()
+            x = x.float()
+            for k in range(num_groups):
+                hessian[k].addmm_((curvature[:, k : k + 1] * x).T, x)
+        return hessian.double() + 2 * self.penalty * torch.eye(num_features, dtype=torch.float64)
+
+
+def fit_bradley_terry(differences: Tensor, *, l2: float = 1e-4, row_weights: Tensor | None = None) -> Tensor:
+    """Fit one linear Bradley-Terry reward: logistic regression without an intercept, L2-penalised.
+
+    Maximises mean log sigmoid(w . x) - l2 |w|^2 to convergence, in float64.
+
+    Args:
+        differences: features(chosen) - features(rejected) [P, D].
+        l2: penalty on the squared weights, in units of pairs.
+        row_weights: how much each pair counts [P].
+
+    Returns:
+        Weights [D] in the dtype of ``differences``.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+        >>> x[x[:, 0] < 0] *= -1  # the first feature decides
+        >>> fit_bradley_terry(x, l2=1e-3).argmax().item()
+        0
+    """
+    everyone = torch.zeros(len(differences), dtype=torch.int64)
+    num_choices = len(differences) if row_weights is None else row_weights.double().sum().item()
+    shares = torch.ones(1, 1, dtype=torch.float64)
+    losses = PairLosses(differences, everyone, shares, l2 * num_choices, row_weights)
+    start = torch.zeros(1, differences.shape[1], dtype=torch.float64)
+    return minimise(losses, start)[0].to(differences.dtype)

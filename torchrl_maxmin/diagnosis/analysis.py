@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
     NumGroupsChoice,

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import PairChoices, fit_bradley_terry
 from torchrl_maxmin.clustering.identifiability import MISASSIGNMENT_BAR
-from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
+from torchrl_maxmin.clustering.solvers import fit_bradley_terry
 from torchrl_maxmin.diagnosis.exact import ExactOutcome
 
 __all__ = ["check_assumptions", "feature_constants"]
@@ -74,7 +74,7 @@ def check_assumptions(
     """
     largest, smallest = constants
     num_groups = len(mixture.log_prior)
-    num_parameters = num_groups * choices.num_features
+    num_parameters = num_groups * choices.features.shape[1]
     distance = _distance_to_bradley_terry(choices, mixture)
     checks: list[tuple[str, bool | None, str]] = [
         _linear(calibration),

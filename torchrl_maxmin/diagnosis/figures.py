@@ -9,8 +9,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import expit
 
-from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
 from torchrl_maxmin.diagnosis.exact import ExactOutcome, exact_outcome
 from torchrl_maxmin.diagnosis.theorem import distinctness, diversity
 

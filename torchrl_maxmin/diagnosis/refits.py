@@ -11,9 +11,8 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.identifiability import balanced_misassignment_bound, expected_misassignment
-from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
 from torchrl_maxmin.clustering.selection import heldout_rows, leave_users_out, match_groups, user_folds
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.diagnosis.figures import Figures
@@ -129,7 +128,7 @@ def bias_of_fit(
             groups = torch.from_numpy(rng.choice(num_groups, size=num_users, p=shares))
             own = margins.gather(1, groups[choices.row_users].unsqueeze(1)).double().numpy()
             sign = np.where(rng.random(own.shape) < expit(own), 1, -1)
-            chosen = choices.differences * torch.from_numpy(sign).to(choices.dtype)
+            chosen = choices.differences * torch.from_numpy(sign).to(choices.features.dtype)
             simulated = replace(choices, differences=chosen)
             fits = fitter(simulated, num_groups, like=mixture, start=start), fitter(simulated, 1)
             resamples.append(measure(simulated, *fits))

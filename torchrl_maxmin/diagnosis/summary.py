@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice
 from torchrl_maxmin.diagnosis.exact import ExactOutcome
 from torchrl_maxmin.diagnosis.figures import Figures
@@ -114,7 +113,7 @@ def summarise_evidence(evidence: Evidence) -> dict[str, Any]:
     return {
         "num_users": len(evidence.choices.user_offsets) - 1,
         "num_pairs": evidence.choices.num_choices,
-        "num_features": evidence.choices.num_features,
+        "num_features": evidence.choices.features.shape[1],
         "num_groups": evidence.num_groups,
         "one_reward_serves": evidence.one_reward_serves,
         "beta": evidence.beta,

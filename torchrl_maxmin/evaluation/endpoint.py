@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.preferences.texts import Text, plain_text
+from torchrl_maxmin.preferences.chat import Text
+from torchrl_maxmin.preferences.texts import plain_text
 
 __all__ = ["EndpointJudge"]
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.preferences.texts import Text
+from torchrl_maxmin.preferences.chat import Text
 
 __all__ = ["Judge", "Judgements", "judge_pairs", "reward_judge", "truth_judge"]
 

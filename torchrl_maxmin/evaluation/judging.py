@@ -16,7 +16,8 @@ from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.evaluation.endpoint import EndpointJudge
 from torchrl_maxmin.evaluation.judges import Judge, judge_pairs
 from torchrl_maxmin.models.sampling import to_texts
-from torchrl_maxmin.preferences.texts import Text, as_completion
+from torchrl_maxmin.preferences.chat import Text
+from torchrl_maxmin.preferences.texts import as_completion
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.ensemble import is_reward_model

@@ -36,13 +36,11 @@ from torchrl_maxmin.models.loading import (
     set_pad_token,
 )
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.models.sequences import penalise_missing_eos
-from torchrl_maxmin.models.trunks import require_positions
-from torchrl_maxmin.preferences.chat import ChatSettings
+from torchrl_maxmin.models.sequences import penalise_missing_eos, require_positions
+from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational
 from torchrl_maxmin.preferences.io.files import load_prompts
-from torchrl_maxmin.preferences.texts import Text, is_conversational
 from torchrl_maxmin.rewards import Calibration, load_reward_model
-from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+from torchrl_maxmin.rewards.base import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
 from torchrl_maxmin.rollouts.certificate import policy_certificate, score_responses
 

@@ -9,8 +9,14 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
-from torchrl_maxmin.models.sequences import pad_left, position_ids, takes
-from torchrl_maxmin.models.trunks import answering, max_positions, undisturbed
+from torchrl_maxmin.models.sequences import (
+    answering,
+    max_positions,
+    pad_left,
+    position_ids,
+    takes,
+    undisturbed,
+)
 
 __all__ = ["check_first_rollout", "check_model", "deviation", "rounding_bound"]
 

@@ -21,8 +21,7 @@ from torchrl_maxmin.models.loading import (
     plain_generation,
 )
 from torchrl_maxmin.models.output_head import OutputHead
-from torchrl_maxmin.models.sequences import backbone_of, hidden_states, mask_after_eos
-from torchrl_maxmin.models.trunks import states_width
+from torchrl_maxmin.models.sequences import backbone_of, hidden_states, mask_after_eos, states_width
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.trunks import text_config
+from torchrl_maxmin.models.sequences import text_config
 
 __all__ = [
     "end_tokens",

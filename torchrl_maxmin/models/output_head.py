@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
-from torchrl_maxmin.models.sequences import backbone_of, hidden_states
-from torchrl_maxmin.models.trunks import answering, max_positions, undisturbed
+from torchrl_maxmin.models.sequences import answering, backbone_of, hidden_states, max_positions, undisturbed
 
 __all__ = ["OutputHead"]
 

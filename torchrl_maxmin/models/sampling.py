@@ -10,7 +10,8 @@ from tensordict import TensorDict
 
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sequences import in_batches, pad_left
-from torchrl_maxmin.preferences.texts import Text, TextEncoder
+from torchrl_maxmin.preferences.chat import Text
+from torchrl_maxmin.preferences.texts import TextEncoder
 
 __all__ = ["encode_prompts", "sample_responses", "to_texts"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.io.columns import PROMPT_ALIASES, USER_ALIASES, ArrowColumn
 from torchrl_maxmin.preferences.io.files import load_table, mixed_columns
 from torchrl_maxmin.preferences.report import DataReport, check_pairs
 from torchrl_maxmin.preferences.schemas.layouts import find_layout
 from torchrl_maxmin.preferences.schemas.pairs import LoadOptions, Origin, PairTable, build_pairs
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
+from torchrl_maxmin.preferences.texts import TextEncoder, text_key
 
 __all__ = ["USER_ALIASES", "PreferenceDataset", "Ranking", "encode"]
 
@@ -116,9 +118,8 @@ class PreferenceDataset:
         if read := [name for name in mixed if name in named]:
             raise UserError(mixed[read[0]])
         try:
-            pairs, origin = build_pairs(
-                table, *find_layout(table, layout), user_column, group_column, options
-            )
+            found = find_layout(table, layout)
+            pairs, origin = build_pairs(table, *found, user_column, group_column, options)
         except UserError as error:
             if not mixed:
                 raise
@@ -214,17 +215,15 @@ class PreferenceDataset:
         order = np.lexsort((ids, users))
         last = np.append(np.diff(ids[order]) != 0, True)  # a judgement has one user
         ordered = self.select_rows(order)
-        ranks: dict[str, tuple[int, Text]] = {}
+        found: dict[str, tuple[int, Text]] = {}
         sides = zip(ordered.prompts, ordered.chosen, ordered.rejected, strict=True)
         for row, (prompt, *texts) in enumerate(sides):
             for text, rank in zip(texts, self.pairs.ranks[ordered.rows[row]].tolist(), strict=True):
-                ranks[text_key(text)] = rank, text
+                found[text_key(text)] = rank, text
             if last[row]:
-                found = sorted(ranks.values(), key=itemgetter(0))
-                yield Ranking(
-                    prompt, [text for _, text in found], [rank for rank, _ in found], int(users[order[row]])
-                )
-                ranks = {}
+                ranks, responses = zip(*sorted(found.values(), key=itemgetter(0)), strict=True)
+                yield Ranking(prompt, list(responses), list(ranks), int(users[order[row]]))
+                found = {}
 
     def select_rows(self, rows: Sequence[int] | np.ndarray) -> PreferenceDataset:
         """A data set of these rows; users without a row are left out."""
@@ -235,10 +234,9 @@ class PreferenceDataset:
 
         The pairs of a ranking, and the two halves of a tie, stay together.
         """
-        generator = np.random.default_rng(seed)
-        ids = self.ranking_ids
+        generator, ids = np.random.default_rng(seed), self.ranking_ids
         held: list[int] = []
-        for start, stop in zip(self.user_offsets[:-1].tolist(), self.user_offsets[1:].tolist(), strict=True):
+        for start, stop in pairwise(self.user_offsets.tolist()):
             _, first, judgement = np.unique(ids[start:stop], return_index=True, return_inverse=True)
             drawn = generator.permutation(len(first))[: int(fraction * len(first))]
             mine = np.argsort(np.argsort(first))[judgement]

@@ -76,11 +76,11 @@ class DataReport:
     def lines(self) -> list[tuple[str, str]]:
         """Name and value of every figure that is worth a line."""
         low, q1, median, q3, high = self.pairs_per_user
-        roles = dict.fromkeys(self.columns.values())
-        used = "; ".join(
-            f"{role}: {', '.join(path for path in self.columns if self.columns[path] == role)}"
-            for role in roles
-        )
+        roles: dict[str, list[str]] = {}
+        for path, role in self.columns.items():
+            roles.setdefault(role, []).append(path)
+        used = "; ".join(f"{role}: {', '.join(paths)}" for role, paths in roles.items())
+        left_out = f"{self.identical:,} identical, {self.beyond_cap:,} beyond the cap of pairs"
         lines = [
             ("layout", self.layout),
             ("rows", f"{self.rows:,}"),
@@ -89,8 +89,8 @@ class DataReport:
             ("pairs per user", f"quartiles {q1:g} / {median:g} / {q3:g}, from {low:g} to {high:g}"),
             ("prompts", f"{self.prompts:,} distinct, {self.shared_prompts:.0%} seen by two or more users"),
             ("ties", f"{self.ties:,} {'halved' if self.ties_kept else 'dropped'}"),
-            ("rankings", f"{self.rankings:,} of three or more responses"),
-            ("left out", f"{self.identical:,} identical, {self.beyond_cap:,} beyond the cap of pairs"),
+            ("rankings", f"{self.rankings:,} of three or more responses" if self.rankings else ""),
+            ("left out", left_out if self.identical + self.beyond_cap else ""),
             ("duplicates", f"{self.duplicates:,}"),
             ("empty", f"{self.empty_responses:,} responses, {self.empty_prompts:,} prompts"),
             ("longest text", f"{self.longest_text:,} characters"),
@@ -98,21 +98,11 @@ class DataReport:
             ("columns ignored", ", ".join(self.ignored)),
             ("true groups", ", ".join(f"{name} {count:,}" for name, count in self.groups.items())),
         ]
-        empty = {
-            "rankings": self.rankings == 0,
-            "left out": self.identical + self.beyond_cap == 0,
-            "columns ignored": not self.ignored,
-            "true groups": not self.groups,
-        }
-        return [(name, value) for name, value in lines if not empty.get(name)]
+        return [(name, value) for name, value in lines if value]
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                *(f"{name:<17}{value}" for name, value in self.lines()),
-                *(f"! {sentence}" for sentence in self.warnings),
-            ]
-        )
+        figures = [f"{name:<17}{value}" for name, value in self.lines()]
+        return "\n".join(figures + [f"! {sentence}" for sentence in self.warnings])
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
@@ -206,7 +196,7 @@ class _Texts:
 def _scan(data: Any) -> _Texts:
     import pyarrow.compute as pc
 
-    texts = _Texts(np.empty(len(data), dtype=np.int64), np.empty(len(data), dtype=np.int64))
+    texts = _Texts(*np.empty((2, len(data)), dtype=np.int64))
     columns = (data.prompts, data.chosen, data.rejected)
     done = 0
     with late_bar("checking pairs", len(data)) as reach:

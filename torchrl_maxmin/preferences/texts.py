@@ -2,7 +2,7 @@
 
 A text is a string, or a conversation as Hugging Face's chat templates have it: a list of messages with
 ``role`` and ``content``. Conversations go through the tokenizer's chat template where it has one, and become
-transcripts (:mod:`torchrl_maxmin.preferences.transcripts`) where not. Strings stay as they are.
+transcripts (:mod:`torchrl_maxmin.preferences.chat`) where not. Strings stay as they are.
 """
 
 from __future__ import annotations
@@ -13,34 +13,18 @@ from functools import cached_property
 from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.preferences.chat_templates import ChatTemplate, SplitText, set_chat_template
-from torchrl_maxmin.preferences.transcripts import (
-    Message,
+from torchrl_maxmin.preferences.chat import (
+    ChatTemplate,
+    SplitText,
     Text,
     as_transcript,
     ends_within_turn,
     is_conversational,
-    prompt_and_responses,
     render_prompt,
+    split_prompt,
     text_of,
     turns_of,
 )
-
-__all__ = [
-    "Message",
-    "Text",
-    "TextEncoder",
-    "as_completion",
-    "cut_start",
-    "distinct_texts",
-    "is_conversational",
-    "plain_text",
-    "read_texts",
-    "set_chat_template",
-    "text_key",
-    "turns_of",
-    "with_one_bos",
-]
 
 
 def text_key(text: Text) -> str:
@@ -151,7 +135,7 @@ class TextEncoder:
             UserError: for an empty prompt where the tokenizer has no BOS, and for a conversation that the
                 chat template refuses.
         """
-        rows = self._by_kind(prompts, [is_conversational(prompt) for prompt in prompts])
+        rows = self._by_kind(prompts)
         bos = self.tokenizer.bos_token_id
         for place, row in enumerate(rows):
             if not row and bos is not None:
@@ -226,14 +210,12 @@ class TextEncoder:
 
     # -- parts ------------------------------------------------------------------------------------
 
-    def _by_kind(self, prompts: Sequence[Text], conversational: Sequence[bool]) -> list[list[int]]:
+    def _by_kind(self, prompts: Sequence[Text]) -> list[list[int]]:
         """Token rows of prompts, each kind in one call of the tokenizer."""
         rows: list[list[int]] = [[] for _ in prompts]
-        through_template = [self.has_template and chat for chat in conversational]
+        through_template = [self.has_template and is_conversational(prompt) for prompt in prompts]
         for template in (False, True):
             places = [i for i, chosen in enumerate(through_template) if chosen == template]
-            if not places:
-                continue
             texts = [self.prompt_text(prompts[i]) for i in places]
             for i, row in zip(places, self._ids(texts, special=not template), strict=True):
                 row = row[: len(row) - self._suffix] if self._suffix and not template else row
@@ -255,7 +237,7 @@ class TextEncoder:
             return SplitText("", str(completion))
         if self.has_template:
             return self._template.split(prompt, completion, ended)
-        start, (answer,) = prompt_and_responses(prompt, [completion], 0, ["completion"])
+        start, (answer,) = as_transcript(*split_prompt(prompt, [completion], 0, ["completion"]))
         return SplitText(start, answer)
 
     def _without_prefix(self, parts: Sequence[SplitText], alone: list[list[int]]) -> list[list[int]]:

@@ -15,23 +15,6 @@ from torch import Tensor, nn
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import import_transformers, reading
 
-__all__ = [
-    "ADAPTERS",
-    "LoraSettings",
-    "adapter_names",
-    "add_adapters",
-    "copy_adapter_",
-    "each_adapter",
-    "import_peft",
-    "load_adapters",
-    "permute_adapters_",
-    "quiet_peft",
-    "require_adaptable",
-    "save_adapters",
-    "save_base",
-    "set_adapter_dropout",
-]
-
 ADAPTERS = ("per_group", "shared")
 _FOLDER = "adapters"
 
@@ -79,14 +62,32 @@ def add_adapters(trunk: nn.Module, names: Sequence[str], settings: LoraSettings)
     """
     conv = import_transformers().pytorch_utils.Conv1D  # GPT-2's linear layers are stored transposed
     transposed = any(isinstance(module, conv) for module in trunk.modules())
-    import_peft()
+    peft = import_peft()
+    targets = settings.target_modules
+    if targets is not None and not isinstance(targets, str):
+        targets = "all-linear" if list(targets) == ["all-linear"] else list(targets)  # as a flag gives it
+
+    def adapted(target_modules: Sequence[str] | str | None) -> Any:
+        config = peft.LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=target_modules,
+            fan_in_fan_out=transposed,
+        )
+        with quiet_peft():
+            model = peft.get_peft_model(trunk, config, adapter_name=names[0])
+            for name in names[1:]:
+                model.add_adapter(name, config)
+        return model
+
     try:
         try:
-            model = _adapt(trunk, names, settings, settings.target_modules, transposed)
+            model = adapted(targets)
         except ValueError:
-            if settings.target_modules is not None:
+            if targets is not None:
                 raise
-            model = _adapt(trunk, names, settings, "all-linear", transposed)
+            model = adapted("all-linear")
     except ValueError as error:
         raise UserError(
             f"peft cannot adapt {type(trunk).__name__}: {error}; check lora_r, and name the layers "
@@ -94,30 +95,6 @@ def add_adapters(trunk: nn.Module, names: Sequence[str], settings: LoraSettings)
         ) from error
     model.set_requires_grad(list(names), True)
     return model.eval()
-
-
-def _adapt(
-    trunk: nn.Module,
-    names: Sequence[str],
-    settings: LoraSettings,
-    targets: Sequence[str] | str | None,
-    transposed: bool,
-) -> Any:
-    peft = import_peft()
-    if targets is not None and not isinstance(targets, str):
-        targets = "all-linear" if list(targets) == ["all-linear"] else list(targets)  # as a flag gives it
-    config = peft.LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        fan_in_fan_out=transposed,
-    )
-    with quiet_peft():
-        model = peft.get_peft_model(trunk, config, adapter_name=names[0])
-        for name in names[1:]:
-            model.add_adapter(name, config)
-    return model
 
 
 def require_adaptable(config: Any, settings: LoraSettings) -> None:
@@ -150,11 +127,8 @@ def save_adapters(model: Any, folder: Path, names: Sequence[str]) -> None:
 def save_base(model: Any, folder: Path) -> None:
     """Write the trunk below the adapters, as it was without them."""
     base = model.get_base_model()
-    state = {
-        name.replace(".base_layer.", "."): value
-        for name, value in base.state_dict().items()
-        if ".lora_" not in name
-    }
+    own = {name: value for name, value in base.state_dict().items() if ".lora_" not in name}
+    state = {name.replace(".base_layer.", "."): value for name, value in own.items()}
     base.save_pretrained(folder, state_dict=state)
 
 

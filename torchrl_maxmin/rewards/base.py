@@ -1,19 +1,225 @@
-"""The base of every model of group rewards, wherever its rewards come from."""
+"""The base of every model of group rewards: heads, their calibration, scores of texts, reward functions.
+
+A Bradley-Terry likelihood fixes a reward only up to an offset for every prompt, and its scale by the label
+noise. A minimum over heads compares what the likelihood leaves open, so a convention has to be chosen, named
+and kept.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import mean_over_ranks
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.loading import import_transformers
 from torchrl_maxmin.models.sequences import pad_right
-from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, Text, TextReader
 
-__all__ = ["RewardModel", "TokenModel", "score_texts"]
+HEADS = ("linear", "mlp", "low_rank")
+CALIBRATIONS = ("sft_std", "sft_mean", "win_rate", "none")
+
+
+class RewardHeads(nn.Module):
+    """Rewards of K groups, ``reward_k = w_k . f(h)``: whatever the groups share lies in f.
+
+    ``linear``
+        f is the identity.
+    ``mlp``
+        f is one hidden layer as wide as the trunk, with GELU.
+    ``low_rank``
+        f(h) = B h with B [rank, H]: groups differ by their weights on few common features, so
+        that a small minority learns little more than its weights (SharedRep-RLHF, arXiv 2509.03672).
+
+    Args:
+        kind: one of the above.
+        hidden_size: H.
+        num_groups: K.
+        rank: features of ``low_rank``; K when None.
+
+    Raises:
+        UserError: for an unknown kind, or a rank below 1 or without ``low_rank``.
+
+    Example:
+        >>> heads = RewardHeads("low_rank", hidden_size=16, num_groups=3, rank=2)
+        >>> heads(torch.randn(5, 16)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, kind: str, hidden_size: int, num_groups: int, rank: int | None = None):
+        super().__init__()
+        if kind not in HEADS:
+            raise UserError(f"head {kind!r} is none of {', '.join(HEADS)}")
+        if rank is not None and (kind != "low_rank" or rank < 1):
+            raise UserError("rank is a positive number of features of the head 'low_rank'")
+        self.kind, self.rank = kind, rank
+        self.features: nn.Module = nn.Identity()
+        width = hidden_size
+        if kind == "mlp":
+            self.features = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU())
+        elif kind == "low_rank":
+            width = rank or num_groups
+            self.features = nn.Linear(hidden_size, width, bias=False)
+            nn.init.normal_(self.features.weight, std=(hidden_size + 1) ** -0.5)
+        self.output = nn.Linear(width, num_groups, bias=False)
+        nn.init.normal_(self.output.weight, std=(width + 1) ** -0.5)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Rewards [N, K] in fp32 of vectors [N, H], or of [N, K, H] where every group has its own."""
+        features = self.features(vectors.float())
+        if features.dim() == 3:
+            return (features * self.output.weight).sum(-1)
+        return reward_heads_min(features, self.output.weight)[0]
+
+
+@torch.no_grad()
+def permute_rows_(output: nn.Linear, order: Tensor) -> None:
+    """Put row ``order[k]`` of the last layer, which is a group's own, at k."""
+    for parameter in (output.weight, output.bias):
+        if parameter is not None:
+            parameter.copy_(parameter[order.to(parameter.device)])
+
+
+@torch.no_grad()
+def reset_row_(output: nn.Linear, k: int, donor: int, noise_scale: float) -> None:
+    """Give group k the donor's row of the last layer, and noise of ``noise_scale`` times its deviation."""
+    weight = output.weight
+    weight[k] = weight[donor] + noise_scale * weight[donor].std() * torch.randn_like(weight[donor])
+    if output.bias is not None:
+        output.bias[k] = output.bias[donor]
+
+
+def has_linear_score(config: Any) -> bool:
+    """Whether the sequence classifiers of a config's type end in one linear layer named ``score``.
+
+    Decoders' do; RoFormer's, a decoder too, ends in a head of several layers.
+    """
+    transformers = import_transformers()
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return False
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def mean_of_present(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Return the mean of what is there: NaN stands for no value."""
+    return values.nanmean(dim) if bool(values.isnan().any()) else values.mean(dim)
+
+
+def _within_prompt_variance(rewards: Tensor) -> Tensor:
+    """Variance [X, K] over the samples that have a reward; NaN with fewer than two."""
+    if not bool(rewards.isnan().any()):
+        return rewards.var(1)
+    squares = (rewards - rewards.nanmean(1, keepdim=True)).square().nansum(1)
+    freedom = (~rewards.isnan()).sum(1) - 1
+    return torch.where(freedom > 0, squares / freedom, torch.nan)
+
+
+def _places(flags: Tensor) -> list[int]:
+    return flags.nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Shift and scale of every head: calibrated = (raw - shift) / scale.
+
+    ``sft_std``
+        zero mean over samples of the reference policy, unit *within-prompt* standard
+        deviation. A constant added to a head changes nothing; an offset of its own for
+        every prompt leaves the scale as it is (the pooled deviation would not).
+    ``sft_mean``
+        zero mean, the head's own scale.
+    ``win_rate``
+        the Bradley-Terry probability of beating a reference sample (:meth:`apply`), in
+        [0, 1]: what Nash and alpha-fair welfare need.
+    ``none``
+        raw rewards.
+
+    Attributes:
+        method: one of the names above.
+        shift: [K] fp32.
+        scale: [K] fp32, positive.
+        reference: raw rewards [M, K] of reference samples, for ``win_rate`` only.
+
+    Example:
+        >>> rewards = torch.tensor([[[1.0, 10.0], [3.0, 30.0]], [[2.0, 20.0], [4.0, 40.0]]])
+        >>> Calibration.fit(rewards).apply(rewards).mean((0, 1))
+        tensor([0., 0.])
+    """
+
+    method: str
+    shift: Tensor
+    scale: Tensor
+    reference: Tensor | None = None
+
+    @classmethod
+    def identity(cls, num_groups: int) -> Calibration:
+        """Raw rewards, unchanged."""
+        return cls("none", torch.zeros(num_groups), torch.ones(num_groups))
+
+    @classmethod
+    def fit(cls, rewards: Tensor, method: str = "sft_std") -> Calibration:
+        """Fit a convention on rewards of reference samples.
+
+        Args:
+            rewards: raw rewards [X, n, K] of n samples of the reference policy for each of X prompts; NaN
+                where a sample has none, which then counts nowhere.
+            method: see the class.
+
+        Raises:
+            UserError: for an unknown method, a group without any reward, fewer than two samples a
+                prompt where the within-prompt deviation is needed, or a head that is constant.
+        """
+        if method not in CALIBRATIONS:
+            raise UserError(f"unknown calibration {method!r}; choose one of {', '.join(CALIBRATIONS)}")
+        wide = rewards.double()
+        groups = rewards.shape[-1]
+        shift, scale = mean_of_present(wide, (0, 1)), torch.ones(groups, dtype=torch.float64)
+        if bool(shift.isnan().any()):
+            raise UserError(
+                f"no reference sample has a reward for group(s) {_places(shift.isnan())}; mend its reward "
+                "function, or raise --calibration_prompts"
+            )
+        if method == "none":
+            return cls.identity(groups)
+        if method == "sft_std":
+            if rewards.shape[1] < 2:
+                raise UserError("calibration sft_std needs two or more reference samples a prompt")
+            scale = mean_of_present(_within_prompt_variance(wide), 0).sqrt()
+            if bool(scale.isnan().any()):
+                raise UserError(
+                    f"no prompt has two reference samples with a reward for group(s) {_places(scale.isnan())}"
+                )
+            flat = scale <= 1e-8 * (1 + shift.abs())
+            if bool(flat.any()):
+                raise UserError(
+                    f"reward head(s) {_places(flat)} give every reference sample of a prompt the same "
+                    "reward, so they have no scale; train them longer, or use --calibration sft_mean"
+                )
+        reference = rewards.reshape(-1, groups).float() if method == "win_rate" else None
+        return cls(method, shift.float(), scale.float(), reference)
+
+    def apply(self, rewards: Tensor) -> Tensor:
+        """Calibrate raw rewards [..., K]; same shape, fp32."""
+        if self.reference is not None:
+            gaps = rewards.float().unsqueeze(-2) - self.reference.to(rewards.device)
+            return torch.where(rewards.isnan(), torch.nan, mean_of_present(torch.sigmoid(gaps), -2))
+        return (rewards.float() - self.shift.to(rewards.device)) / self.scale.to(rewards.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for json."""
+        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Calibration:
+        """Rebuild what :meth:`to_dict` gave."""
+        return cls(**{k: torch.tensor(v) if isinstance(v, list) else v for k, v in state.items()})
 
 
 class TokenModel(Protocol):
@@ -109,11 +315,8 @@ class RewardModel(nn.Module):
         Returns:
             Rewards [N, K] on the CPU, whatever the batch size or padding.
         """
-        columns = [
-            score_texts(model, prompts, completions, batch_size, max_length, ended)
-            for model in self.scorers()
-        ]
-        scores = torch.cat(columns, -1)
+        texts = prompts, completions, batch_size, max_length, ended
+        scores = torch.cat([score_texts(model, *texts) for model in self.scorers()], -1)
         return self.calibration.apply(scores) if calibrated else scores
 
     def reward_fn(

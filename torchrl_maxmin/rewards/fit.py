@@ -15,21 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.choices import PairChoices, posterior, row_weights_of, sum_by_segment
-from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, run_em
-from torchrl_maxmin.clustering.identifiability import (
-    IdentifiabilityReport,
-    identifiability_report,
-)
-from torchrl_maxmin.clustering.linear import fit_choices
+from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mixing_weights, posterior, run_em
+from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
+from torchrl_maxmin.clustering.linear import PairChoices, fit_choices, row_weights_of
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, select_num_groups
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
-from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import PairTokens, feature_differences
+from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens, feature_differences
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.stats import accuracy_by_group
 
@@ -87,12 +82,11 @@ class MixtureFit:
         accuracies = self.heldout.get("head_accuracy", [None] * len(shares))
         intervals = self.heldout.get("head_accuracy_interval", [None] * len(shares))
         for k, (share, count, accuracy) in enumerate(zip(shares, users, accuracies, strict=True)):
-            told = ""
+            line = f"  group {k}: {count} users, mixing weight {share:.3f}"
             if accuracy is not None:
-                told = f", held-out accuracy {accuracy:.3f}"
-                if None not in intervals[k]:
-                    told += " [{:.3f}, {:.3f}]".format(*intervals[k])
-            lines.append(f"  group {k}: {count} users, mixing weight {share:.3f}{told}")
+                line += f", held-out accuracy {accuracy:.3f}"
+                line += "" if None in intervals[k] else " [{:.3f}, {:.3f}]".format(*intervals[k])
+            lines.append(line)
         if "log_likelihood" in self.heldout:
             lines.append(f"held-out log-likelihood {self.heldout['log_likelihood']:.4f} nats a pair")
         if self.choice is not None:
@@ -148,7 +142,7 @@ def fit_mixture(
         on_round: called after every round with the state that ``resume`` takes.
         resume: go on from such a state; the result is bit-equal to a run that never stopped.
         **optimizer: rounds, steps, rates and batch sizes: fields of
-            :class:`~torchrl_maxmin.rewards.fine_tuning.FineTuningSettings`.
+            :class:`~torchrl_maxmin.rewards.pairs.FineTuningSettings`.
 
     Raises:
         UserError: for fewer users than groups, or ``use_true_groups`` without true groups.
@@ -172,9 +166,8 @@ def fit_mixture(
         warm = WarmStart(torch.ones(data.num_users, 1))
     else:
         reading = {name: options[name] for name in _READING if name in options}
-        differences = feature_differences(
-            data, model, max_length, device, tuning.scoring_batch_size, **reading
-        )
+        size = tuning.scoring_batch_size
+        differences = feature_differences(data, model, max_length, device, size, **reading)
         choices = PairChoices(differences, data.user_offsets, row_weights_of(data))
         restarts = {"num_restarts": num_restarts, "assignment": assignment}
         warm = linear_warm_start(choices, num_groups, max_groups, seed, **restarts)
@@ -240,8 +233,8 @@ def heldout_figures(
     """
     unknown = mixture.log_prior.exp().cpu()
     known = torch.stack([responsibilities.get(user, unknown) for user in user_ids])
-    margins = pairs.margins(mixture, batch_size).double()
-    by_user = sum_by_segment(nn.functional.logsigmoid(margins), pairs.user_offsets)
+    margins = pairs.margins(mixture, batch_size)
+    by_user = log_likelihood_by_user(margins, pairs.user_offsets)
     predictive = posterior(by_user, known.double().log()).log_likelihood.sum().item() / len(pairs)
     groups = known.argmax(-1)
     right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
@@ -291,14 +284,8 @@ def linear_warm_start(
     """Fit the linear mixture; with ``"auto"`` choose K first."""
     choice = None
     if num_groups == "auto":
-        choice = select_num_groups(
-            choices.differences,
-            choices.user_offsets,
-            max_groups,
-            seed=seed,
-            row_weights=choices.row_weights,
-            **fit,
-        )
+        data = choices.differences, choices.user_offsets
+        choice = select_num_groups(*data, max_groups, seed=seed, row_weights=choices.row_weights, **fit)
         num_groups = choice.num_groups
     return WarmStart(fit_choices(choices, int(num_groups), seed, **fit).responsibilities, choice)
 

@@ -22,13 +22,17 @@ from torchrl_maxmin.models.loading import (
     reading,
     same_vocabulary,
 )
-from torchrl_maxmin.models.sequences import backbone_of
-from torchrl_maxmin.models.trunks import states_width
-from torchrl_maxmin.preferences.texts import set_chat_template
+from torchrl_maxmin.models.sequences import backbone_of, states_width
+from torchrl_maxmin.preferences.chat import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
-from torchrl_maxmin.rewards.base import RewardModel
-from torchrl_maxmin.rewards.calibration import Calibration
-from torchrl_maxmin.rewards.heads import RewardHeads, has_linear_score, permute_rows_, reset_row_
+from torchrl_maxmin.rewards.base import (
+    Calibration,
+    RewardHeads,
+    RewardModel,
+    has_linear_score,
+    permute_rows_,
+    reset_row_,
+)
 from torchrl_maxmin.rewards.reader import Text, TextReader
 
 __all__ = ["RewardMixture"]
@@ -42,7 +46,7 @@ class RewardMixture(RewardModel):
     Linear heads on a decoder are an ordinary ``AutoModelForSequenceClassification`` with
     ``num_labels=K``; its folder loads without this package and gives the same raw scores.
     Every other form is a trunk, read by a :class:`~torchrl_maxmin.rewards.reader.TextReader`, and
-    :class:`~torchrl_maxmin.rewards.heads.RewardHeads` beside it. What ``transformers`` has no
+    :class:`~torchrl_maxmin.rewards.base.RewardHeads` beside it. What ``transformers`` has no
     place for (mixing weights, calibration, the form) lies in ``mixture.json``.
 
     Args:
@@ -110,7 +114,7 @@ class RewardMixture(RewardModel):
         Args:
             name_or_path: folder or hub name of the model.
             num_groups: K.
-            head: ``linear``, ``mlp`` or ``low_rank``, see :class:`~torchrl_maxmin.rewards.heads.RewardHeads`.
+            head: ``linear``, ``mlp`` or ``low_rank``, see :class:`~torchrl_maxmin.rewards.base.RewardHeads`.
             rank: features of ``low_rank``; K when None.
             pooling: ``last``, ``mean`` or ``cls``, see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
             layout: how prompt and completion become one text, see
@@ -124,7 +128,7 @@ class RewardMixture(RewardModel):
             lora_target_modules: names of the layers, or ``all-linear``; when None peft's choice, and all
                 linear layers where it has none.
             dtype: of the trunk; heads and adapters train in fp32.
-            chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`; saved with the
+            chat_template: see :func:`~torchrl_maxmin.preferences.chat.set_chat_template`; saved with the
                 tokenizer.
             system_prompt: likewise.
 
@@ -147,12 +151,7 @@ class RewardMixture(RewardModel):
 
     @classmethod
     def _from_classifier(
-        cls,
-        name_or_path: str,
-        num_groups: int,
-        dtype: torch.dtype,
-        layout: str | None,
-        chat: tuple[str | None, str | None],
+        cls, name_or_path: str, num_groups: int, dtype: torch.dtype, layout: str | None, chat: tuple[Any, Any]
     ) -> RewardMixture:
         """A decoder's sequence classifier; its head is drawn from N(0, 1 / (hidden + 1))."""
         from transformers import AutoModelForSequenceClassification
@@ -204,7 +203,6 @@ class RewardMixture(RewardModel):
         if not (folder / _HEADS_FILE).is_file():
             raise UserError(f"{folder} lacks {_HEADS_FILE}, so it would score at random; save it again")
         model, _ = load_trunk(form["base"] or str(folder), getattr(torch, form["dtype"]))
-        tokenizer = load_tokenizer(str(folder))
         names = [] if form["adapters"] is None else lora.adapter_names(form["adapters"], form["num_groups"])
         width = states_width(model)
         with torch.device("meta"):
@@ -213,7 +211,7 @@ class RewardMixture(RewardModel):
             heads.load_state_dict(load_file(folder / _HEADS_FILE), assign=True)
         return {
             "model": lora.load_adapters(model, folder, names) if names else model,
-            "tokenizer": tokenizer,
+            "tokenizer": load_tokenizer(str(folder)),
             "heads": heads.requires_grad_(),
             "pooling": form["pooling"],
             "adapters": form["adapters"],
@@ -241,15 +239,14 @@ class RewardMixture(RewardModel):
         else:
             from safetensors.torch import save_file
 
+            whole = include_base or not self.adapters
             state["heads"] = {
                 "kind": self.heads.kind,
                 "rank": self.heads.rank,
                 "num_groups": self.num_groups,
                 "pooling": self.reader.pooling,
                 "adapters": self.adapters,
-                "base": None
-                if include_base or not self.adapters
-                else self.model.get_base_model().name_or_path,
+                "base": None if whole else self.model.get_base_model().name_or_path,
                 "dtype": dtype,
             }
             save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, folder / _HEADS_FILE)
@@ -281,12 +278,12 @@ class RewardMixture(RewardModel):
         known = tokens < self.model.get_input_embeddings().num_embeddings
         tokens, mask = tokens.masked_fill(~known, self.reader.pad_id), mask & known
         if self.adapters == "per_group":
-            passes = [self._vectors(tokens, mask) for _ in lora.each_adapter(self.model, self._names)]
-            vectors = torch.stack(passes, 1)
+            names = lora.each_adapter(self.model, self._names)
+            vectors = torch.stack([self._vectors(tokens, mask) for _ in names], 1)
         else:
             vectors = self._vectors(tokens, mask)
         if self.heads is None:
-            rewards = reward_heads_min(vectors, self.model.score.weight, self.model.score.bias)[0]
+            rewards = reward_heads_min(vectors, self.output.weight, self.output.bias)[0]
         else:
             rewards = self.heads(vectors)
         return self.calibration.apply(rewards) if calibrated else rewards

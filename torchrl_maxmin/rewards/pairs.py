@@ -1,17 +1,19 @@
-"""Preference pairs as a model reads them: tokens, batches, frozen features, what a limit of length cuts."""
+"""Preference pairs as a model reads them: tokens, frozen features, and the M-step that fine-tunes it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.choices import UserRows, row_weights_of
-from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.progress import console, progress_bar
+from torchrl_maxmin.clustering.em import Expectation, MStep, expectation
+from torchrl_maxmin.clustering.linear import UserRows, row_weights_of
+from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.loading import (
     ensure_pad_token,
     import_transformers,
@@ -21,27 +23,13 @@ from torchrl_maxmin.models.loading import (
     load_trunk,
     require_model,
 )
-from torchrl_maxmin.models.sequences import backbone_of, hidden_states, last_index, pad_right
-from torchrl_maxmin.models.trunks import states_width
+from torchrl_maxmin.models.sequences import backbone_of, hidden_states, last_index, pad_right, states_width
+from torchrl_maxmin.preferences.chat import Text, set_chat_template
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, is_conversational, set_chat_template
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, TextReader
 
-__all__ = [
-    "Batches",
-    "PairTokens",
-    "TokenRows",
-    "drop_pairs_cut_alike",
-    "feature_differences",
-    "load_feature_trunk",
-    "text_features",
-    "tokens_report",
-]
-
 _ENCODED_AT_ONCE = 4096
-_SPECIAL_TOKENS = 16  # more than any tokenizer puts around a text
-_SHOWN = 60  # tokens of a long text, half of them from each end
 
 Encoder = Callable[[Sequence[Text], Sequence[Text]], list[list[int]]]
 
@@ -161,7 +149,7 @@ def load_feature_trunk(
         name_or_path: Hugging Face model.
         pooling: see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
         layout: likewise.
-        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        chat_template: see :func:`~torchrl_maxmin.preferences.chat.set_chat_template`.
         system_prompt: likewise.
 
     Raises:
@@ -211,9 +199,8 @@ def text_features(
         else:
             states, present = reader.states(backbone, tokens, mask)
             pooled = reader.pool(states, present)
-        sums = [
-            (x * real[..., None].to(x.dtype)).sum(1) for x, real in ((states, present), (embed(tokens), mask))
-        ]
+        sides = (states, present), (embed(tokens), mask)
+        sums = [(x * real[..., None].to(x.dtype)).sum(1) for x, real in sides]
         features[part] = torch.cat([pooled, *sums], -1).float().cpu()
     return features
 
@@ -235,117 +222,147 @@ def feature_differences(
     return differences / differences.std(0).clamp_min(1e-6)
 
 
-# -- what a limit of length cuts -------------------------------------------------------------------
+# -- fine-tuning -----------------------------------------------------------------------------------
 
 
-def drop_pairs_cut_alike(
-    data: PreferenceDataset, reader: TextReader, max_length: int | None
-) -> PreferenceDataset:
-    """Leave out pairs whose two texts differ in nothing but what is cut off, and say which.
+@dataclass(frozen=True, kw_only=True)
+class FineTuningSettings:
+    """Settings of the M-step.
+
+    Attributes:
+        num_rounds: M-steps, over which the learning rates rise and fall.
+        steps_per_round: optimizer steps of an M-step.
+        batch_size: pairs a step.
+        micro_batch_size: pairs that are in memory with their gradients at once; None takes all of a step.
+        scoring_batch_size: texts that are read at once where no gradient is wanted.
+        learning_rate: of the trunk.
+        head_learning_rate: of the heads.
+        reward_l2: penalty on squared rewards, which keeps offsets small.
+        weight_decay: of AdamW.
+        seed: of the batches.
+    """
+
+    num_rounds: int = 4
+    steps_per_round: int = 50
+    batch_size: int = 64
+    micro_batch_size: int | None = None
+    scoring_batch_size: int = SCORED_AT_ONCE
+    learning_rate: float = 1e-5
+    head_learning_rate: float = 1e-4
+    reward_l2: float = 1e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all rounds."""
+        return self.num_rounds * self.steps_per_round
+
+
+class FineTuning(MStep):
+    """An M-step of EM that takes optimizer steps on the responsibility-weighted Bradley-Terry loss.
 
     Args:
-        data: the pairs.
-        reader: what turns texts into tokens.
-        max_length: most tokens of a text.
-
-    Raises:
-        UserError: if no pair is left.
+        mixture: the reward model, which it trains.
+        pairs: training pairs as tokens.
+        settings: of the optimizer.
+        advance: moves a progress bar by a step.
     """
-    limit = min((most for most in (max_length, reader.max_length) if most is not None), default=None)
-    alike = [] if limit is None else _cut_alike(data, reader, limit)
-    if not alike:
-        return data
-    if len(alike) == len(data):
-        raise UserError(
-            f"--max_length {limit} cuts the chosen and the rejected text of every pair to the same tokens; "
-            "raise it"
+
+    max_repairs = 1
+
+    def __init__(
+        self,
+        mixture: RewardMixture,
+        pairs: PairTokens,
+        settings: FineTuningSettings,
+        advance: Callable[..., None] = lambda note: None,
+    ):
+        self.mixture, self.pairs, self.settings, self.advance = mixture, pairs, settings, advance
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": mixture.trunk_parameters(), "lr": settings.learning_rate},
+                {"params": mixture.head_parameters(), "lr": settings.head_learning_rate},
+            ],
+            weight_decay=settings.weight_decay,
         )
-    rows = data.ranking_ids[alike].tolist()
-    shown = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
-    console.print(
-        f"{len(alike)} of {len(data)} pairs left out: --max_length {limit} leaves chosen and rejected the "
-        f"same tokens (rows {shown})"
-    )
-    return data.select_rows(np.setdiff1d(np.arange(len(data)), alike))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._warmup_cosine)
+        self.batches = Batches(len(pairs), settings.batch_size, settings.seed)
 
+    def expectation(self, log_prior: Tensor) -> Expectation:
+        """The E-step at the model as it is.
 
-def _cut_alike(data: PreferenceDataset, reader: TextReader, limit: int) -> list[int]:
-    """Pairs of which a limit of tokens leaves nothing different."""
-    alike: list[int] = []
-    with progress_bar("looking for pairs that are cut alike", len(data)) as advance:
-        for start in range(0, len(data), _ENCODED_AT_ONCE):
-            part = slice(start, start + _ENCODED_AT_ONCE)
-            texts = zip(data.prompts[part], data.chosen[part], data.rejected[part], strict=True)
-            long = [
-                (start + i, *row)
-                for i, row in enumerate(texts)
-                if any(_may_be_cut(row[0], side, limit) for side in row[1:])
-            ]
-            if long:
-                places, prompts, chosen, rejected = map(list, zip(*long, strict=True))
-                sides = (reader.encode(prompts, side, limit) for side in (chosen, rejected))
-                alike += [place for place, *rows in zip(places, *sides, strict=True) if rows[0] == rows[1]]
-            advance(len(data.prompts[part]))
-    return alike
+        Raises:
+            FloatingPointError: if the likelihood is not finite.
+        """
+        margins = self.pairs.margins(self.mixture, self.settings.scoring_batch_size)
+        step = expectation(margins, self.pairs.user_offsets, log_prior, row_weights=self.pairs.row_weights)
+        if not bool(step.log_likelihood.isfinite().all()):
+            raise FloatingPointError("the log-likelihood is not finite; lower the rates")
+        return step
 
+    def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
+        """Take the optimizer steps of a round; returns the last step's loss."""
+        loss = 0.0
+        self.mixture.train()  # adapters' dropout alone: the trunk has none
+        for _ in range(self.settings.steps_per_round):
+            self.optimizer.zero_grad()
+            loss = self.backward(next(self.batches), responsibilities)
+            nn.utils.clip_grad_norm_(self.mixture.parameters(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.advance(note=f"loss {loss:.3f}")
+        self.mixture.eval()
+        return {"loss": loss}
 
-def _may_be_cut(prompt: Text, completion: Text, limit: int) -> bool:
-    """A text of fewer bytes than tokens are allowed is not cut, whatever the tokenizer."""
-    if not (isinstance(prompt, str) and isinstance(completion, str)):
-        return True  # a chat template adds to them
-    return len(prompt.encode()) + len(completion.encode()) + _SPECIAL_TOKENS > limit
+    def backward(self, rows: list[int], responsibilities: Tensor) -> float:
+        """Add the gradient of the loss on these pairs to the parameters', a micro-batch at a time.
 
+        Every micro-batch is divided by the pairs of them all, so that their size changes nothing but memory.
 
-def tokens_report(data: PreferenceDataset, reader: TextReader, max_length: int) -> str:
-    """Describe pairs as a model's tokens.
+        Returns:
+            The loss without its penalty.
+        """
+        nll = 0.0
+        size = self.settings.micro_batch_size or len(rows)
+        for low in range(0, len(rows), size):
+            part = rows[low : low + size]
+            chosen, rejected = self.pairs.scores(self.mixture, part)
+            weights = responsibilities[self.pairs.row_users[part]]
+            if self.pairs.row_weights is not None:
+                weights = weights * self.pairs.row_weights[part].unsqueeze(-1)
+            weights = weights.to(chosen)
+            loss = -(weights * nn.functional.logsigmoid(chosen - rejected)).sum(-1).sum() / len(rows)
+            penalty = (weights * (chosen.square() + rejected.square())).sum(-1).sum() / len(rows) / 2
+            (loss + self.settings.reward_l2 * penalty).backward()
+            nll += loss.item()
+        return nll
 
-    Args:
-        data: the pairs; conversations as messages.
-        reader: what turns texts into the model's tokens.
-        max_length: longest text in tokens; never more than the model has positions for.
+    def restart(self, k: int, donor: int) -> None:
+        """Start group k's head anew from the donor's, with a little noise."""
+        self.mixture.reset_head_(k, donor)
 
-    Returns:
-        A few lines: the first pair with every token, quantiles of the lengths, texts that are cut, and pairs
-        of which the cut leaves nothing different.
-    """
-    limit = max_length if reader.max_length is None else min(max_length, reader.max_length)
-    tokenizer = reader.tokenizer
-    reader.layout.max_length = None  # lengths before they are cut
-    encoder = TextEncoder(tokenizer)
-    lines = [
-        f"the first pair, as the model reads it ({type(tokenizer).__name__}, layout {reader.layout.kind}):"
-    ]
-    for name, side in (("chosen", data.chosen), ("rejected", data.rejected)):
-        (row,) = reader.encode(data.prompts[:1], side[:1])
-        lines.append(f"  {name:<9}{len(row)} tokens: {_tokens(tokenizer, row)}")
-    if encoder.has_template and not is_conversational(data.prompts[0]):
-        lines.append(
-            "! the tokenizer has a chat template, which plain strings do not go through; an "
-            "instruction-tuned model expects lists of messages"
-        )
-    pairs = PairTokens(data, reader.encode, reader.pad_id)
-    lengths = pairs.rows.lengths
-    low, median, high = np.quantile(lengths, [0.05, 0.5, 0.95])
-    cut = int((lengths > limit).sum())
-    lines.append(
-        f"tokens a text: median {median:.0f}, 90% between {low:.0f} and {high:.0f}, at most {lengths.max()}"
-    )
-    lines.append(
-        f"--max_length {limit} cuts {cut:,} of {len(lengths):,} texts"
-        + (" (the model has no more positions)" if limit < max_length else "")
-    )
-    alike = len(_cut_alike(data, reader, limit))
-    if alike:
-        lines.append(
-            f"! it leaves chosen and rejected the same tokens in {alike:,} pairs; these are left out"
-        )
-    return "\n".join(lines)
+    def _warmup_cosine(self, step: int) -> float:
+        total = self.settings.total_steps
+        warmup = max(1, total // 20)
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last round."""
+        return {
+            "model": self.mixture.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "batches": self.batches.state_dict(),
+            "random": torch.get_rng_state(),
+        }
 
-def _tokens(tokenizer: object, row: list[int]) -> str:
-    """Tokens side by side, a long row without its middle."""
-    tokens = tokenizer.convert_ids_to_tokens(row)  # type: ignore[attr-defined]
-    if len(tokens) > _SHOWN:
-        half = _SHOWN // 2
-        tokens = [*tokens[:half], f"... {len(tokens) - _SHOWN} more ...", *tokens[-half:]]
-    return " ".join(map(str, tokens))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.mixture.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.batches.load_state_dict(state["batches"])
+        torch.set_rng_state(state["random"])

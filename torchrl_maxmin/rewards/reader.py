@@ -21,20 +21,19 @@ from torchrl_maxmin.models.sequences import (
     hidden_states,
     keep_last,
     last_index,
+    max_positions,
     pack_left,
     segment_ids,
     takes,
 )
-from torchrl_maxmin.models.trunks import max_positions
-from torchrl_maxmin.preferences.texts import (
+from torchrl_maxmin.preferences.chat import (
     Text,
-    TextEncoder,
-    cut_start,
+    as_transcript,
     is_conversational,
     set_chat_template,
-    with_one_bos,
+    split_prompt,
 )
-from torchrl_maxmin.preferences.transcripts import prompt_and_responses
+from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, with_one_bos
 
 __all__ = ["LAYOUTS", "POOLINGS", "SCORED_AT_ONCE", "TextLayout", "TextReader", "load_reader", "takes_pairs"]
 
@@ -143,7 +142,7 @@ def load_reader(
         name_or_path: Hugging Face model.
         pooling: see :class:`TextReader`.
         layout: likewise.
-        chat_template: see :func:`~torchrl_maxmin.preferences.texts.set_chat_template`.
+        chat_template: see :func:`~torchrl_maxmin.preferences.chat.set_chat_template`.
         system_prompt: likewise.
 
     Raises:
@@ -235,24 +234,20 @@ class TextLayout:
             raise ValueError(f"{len(prompts)} prompts, but {len(completions)} completions")
         if not prompts:
             return []
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        limit = min(limits) if limits else None
+        limit = min((most for most in (max_length, self.max_length) if most is not None), default=None)
         if self.kind == "continuation":
             return self._encoder(prompts, completions, limit, ended)
         ended = [True] * len(prompts) if ended is None else ended
         texts = list(zip(prompts, completions, ended, strict=True))
         rows: list[list[int]] = [[] for _ in texts]
         for chat in (False, True):
-            places = [
-                i
-                for i, (prompt, completion, _) in enumerate(texts)
-                if self._is_chat(prompt, completion) == chat
-            ]
+            places = [i for i, text in enumerate(texts) if self._is_chat(*text[:2]) == chat]
             if places:
                 part = self._of_kind(chat, [texts[i] for i in places], limit)
                 for i, row in zip(places, part, strict=True):
                     rows[i] = row
-        return [cut_start(row, limit, None if self.bidirectional else self._bos()) for row in rows]
+        bos = None if self.bidirectional else self.tokenizer.bos_token_id
+        return [cut_start(row, limit, bos) for row in rows]
 
     def _is_chat(self, prompt: Text, completion: Text) -> bool:
         if self.kind != "auto" or not self._encoder.has_template:
@@ -267,41 +262,27 @@ class TextLayout:
             whole = self._encoder.conversations(prompts, completions, ended)
             return self._ids(whole, limit=limit, special=False)  # the template has its own special tokens
         plain = [_plain_texts(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
-        return self._plain([p for p, _ in plain], [c for _, c in plain], limit, ended)
-
-    def _plain(
-        self, prompts: list[str], completions: list[str], limit: int | None, ended: Sequence[bool]
-    ) -> list[list[int]]:
         kind = self.kind
         if kind == "auto" and self.bidirectional:
             kind = "text_pair" if self._takes_pairs else "{prompt} {completion}"
         if kind == "text_pair":
-            return self._pairs(prompts, completions, limit)
-        template = {
-            "auto": "{prompt}{completion}",
-            "concat": "{prompt}{completion}",
-            "response": "{completion}",
-        }
-        texts = [
-            template.get(kind, kind).format(prompt=p, completion=c)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-        rows = self._ids(texts, limit=limit)
+            return self._pairs(plain, limit)
+        joined = "{prompt}{completion}"
+        template = {"auto": joined, "concat": joined, "response": "{completion}"}.get(kind, kind)
+        rows = self._ids([template.format(prompt=p, completion=c) for p, c in plain], limit=limit)
         if self.bidirectional:
             return rows
-        eos = self._eos()
+        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         bare = [row[:-1] if eos and row[-1:] == eos else row for row in rows]  # some tokenizers append it
         return [[*row, *eos] if has_end else row for row, has_end in zip(bare, ended, strict=True)]
 
-    def _pairs(self, prompts: list[str], completions: list[str], limit: int | None) -> list[list[int]]:
-        paired = [i for i, prompt in enumerate(prompts) if prompt]
-        alone = [i for i, prompt in enumerate(prompts) if not prompt]
-        rows: list[list[int]] = [[] for _ in prompts]
-        for part, first in ((paired, [prompts[i] for i in paired]), (alone, None)):
+    def _pairs(self, texts: list[tuple[str, str]], limit: int | None) -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in texts]
+        for alone in (False, True):  # an empty prompt leaves one text
+            part = [i for i, (prompt, _) in enumerate(texts) if bool(prompt) != alone]
             if part:
-                second = [completions[i] for i in part]
-                texts = (second,) if first is None else (first, second)
-                for i, row in zip(part, self._ids(*texts, limit=limit), strict=True):
+                sides = list(map(list, zip(*(texts[i] for i in part), strict=True)))[alone:]
+                for i, row in zip(part, self._ids(*sides, limit=limit), strict=True):
                     rows[i] = row
         return rows
 
@@ -310,12 +291,6 @@ class TextLayout:
         truncation = {"truncation": True, "max_length": limit} if self.bidirectional and limit else {}
         rows = self.tokenizer(*texts, add_special_tokens=special, **truncation).input_ids
         return [with_one_bos(row, self.tokenizer) for row in rows]
-
-    def _eos(self) -> list[int]:
-        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-
-    def _bos(self) -> int | None:
-        return self.tokenizer.bos_token_id
 
 
 def takes_pairs(tokenizer: Any) -> bool:
@@ -335,5 +310,5 @@ def _plain_texts(prompt: Text, completion: Text, row: int) -> tuple[str, str]:
     """Prompt and completion as strings; conversations as the transcripts that preference data become."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
-    start, (end,) = prompt_and_responses(prompt, [completion], row, ["completion"])
+    start, (end,) = as_transcript(*split_prompt(prompt, [completion], row, ["completion"]))
     return start, end

@@ -1,17 +1,25 @@
-"""Settings of every stage that fits a mixture to preferences."""
+"""Settings of every stage that fits a mixture to preferences, and the pairs that they leave."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.chat import ChatSettings
-from torchrl_maxmin.rewards.pairs import drop_pairs_cut_alike
-from torchrl_maxmin.rewards.reader import LAYOUTS, POOLINGS, load_reader
+import numpy as np
 
-__all__ = ["MixtureSettings"]
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import console, progress_bar
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational
+from torchrl_maxmin.preferences.texts import TextEncoder
+from torchrl_maxmin.rewards.pairs import PairTokens
+from torchrl_maxmin.rewards.reader import LAYOUTS, POOLINGS, TextReader, load_reader
+
+__all__ = ["MixtureSettings", "drop_pairs_cut_alike", "tokens_report"]
+
+_ENCODED_AT_ONCE = 4096
+_SPECIAL_TOKENS = 16  # more than any tokenizer puts around a text
+_SHOWN = 60  # tokens of a long text, half of them from each end
 
 
 @dataclass(kw_only=True)
@@ -81,12 +89,8 @@ class MixtureSettings(ChatSettings):
 
     def reading_options(self) -> dict[str, Any]:
         """Arguments of :func:`~torchrl_maxmin.rewards.pairs.load_feature_trunk`."""
-        return {
-            "pooling": self.pooling,
-            "layout": self.text_layout,
-            "chat_template": self.chat_template,
-            "system_prompt": self.system_prompt,
-        }
+        same = {name: getattr(self, name) for name in ("pooling", "chat_template", "system_prompt")}
+        return {**same, "layout": self.text_layout}
 
     def load_pairs(self, name: str, model: str | None = None) -> PreferenceDataset:
         """Load pairs as these settings say, conversations as messages.
@@ -113,3 +117,109 @@ class MixtureSettings(ChatSettings):
         if model is None:
             return data
         return drop_pairs_cut_alike(data, load_reader(model, **self.reading_options()), self.max_length)
+
+
+def drop_pairs_cut_alike(
+    data: PreferenceDataset, reader: TextReader, max_length: int | None
+) -> PreferenceDataset:
+    """Leave out pairs whose two texts differ in nothing but what is cut off, and say which.
+
+    Args:
+        data: the pairs.
+        reader: what turns texts into tokens.
+        max_length: most tokens of a text.
+
+    Raises:
+        UserError: if no pair is left.
+    """
+    limit = min((most for most in (max_length, reader.max_length) if most is not None), default=None)
+    alike = [] if limit is None else _cut_alike(data, reader, limit)
+    if not alike:
+        return data
+    if len(alike) == len(data):
+        raise UserError(
+            f"--max_length {limit} cuts the chosen and the rejected text of every pair to the same tokens; "
+            "raise it"
+        )
+    rows = data.ranking_ids[alike].tolist()
+    shown = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
+    console.print(
+        f"{len(alike)} of {len(data)} pairs left out: --max_length {limit} leaves chosen and rejected the "
+        f"same tokens (rows {shown})"
+    )
+    return data.select_rows(np.setdiff1d(np.arange(len(data)), alike))
+
+
+def _cut_alike(data: PreferenceDataset, reader: TextReader, limit: int) -> list[int]:
+    """Pairs of which a limit of tokens leaves nothing different."""
+    alike: list[int] = []
+    with progress_bar("looking for pairs that are cut alike", len(data)) as advance:
+        for start in range(0, len(data), _ENCODED_AT_ONCE):
+            part = slice(start, start + _ENCODED_AT_ONCE)
+            texts = zip(data.prompts[part], data.chosen[part], data.rejected[part], strict=True)
+            rows = enumerate(texts, start)
+            long = [(i, p, *sides) for i, (p, *sides) in rows if any(_may_be_cut(p, s, limit) for s in sides)]
+            if long:
+                places, prompts, chosen, rejected = map(list, zip(*long, strict=True))
+                sides = (reader.encode(prompts, side, limit) for side in (chosen, rejected))
+                alike += [place for place, one, other in zip(places, *sides, strict=True) if one == other]
+            advance(len(data.prompts[part]))
+    return alike
+
+
+def _may_be_cut(prompt: Text, completion: Text, limit: int) -> bool:
+    """A text of fewer bytes than tokens are allowed is not cut, whatever the tokenizer."""
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        return True  # a chat template adds to them
+    return len(prompt.encode()) + len(completion.encode()) + _SPECIAL_TOKENS > limit
+
+
+def tokens_report(data: PreferenceDataset, reader: TextReader, max_length: int) -> str:
+    """Describe pairs as a model's tokens.
+
+    Args:
+        data: the pairs; conversations as messages.
+        reader: what turns texts into the model's tokens.
+        max_length: longest text in tokens; never more than the model has positions for.
+
+    Returns:
+        A few lines: the first pair with every token, quantiles of the lengths, texts that are cut, and pairs
+        of which the cut leaves nothing different.
+    """
+    limit = max_length if reader.max_length is None else min(max_length, reader.max_length)
+    tokenizer = reader.tokenizer
+    reader.layout.max_length = None  # lengths before they are cut
+    encoder = TextEncoder(tokenizer)
+    kind = f"{type(tokenizer).__name__}, layout {reader.layout.kind}"
+    lines = [f"the first pair, as the model reads it ({kind}):"]
+    for name, side in (("chosen", data.chosen), ("rejected", data.rejected)):
+        (row,) = reader.encode(data.prompts[:1], side[:1])
+        lines.append(f"  {name:<9}{len(row)} tokens: {_tokens(tokenizer, row)}")
+    if encoder.has_template and not is_conversational(data.prompts[0]):
+        lines.append(
+            "! the tokenizer has a chat template, which plain strings do not go through; an "
+            "instruction-tuned model expects lists of messages"
+        )
+    pairs = PairTokens(data, reader.encode, reader.pad_id)
+    lengths = pairs.rows.lengths
+    low, median, high = np.quantile(lengths, [0.05, 0.5, 0.95])
+    cut = int((lengths > limit).sum())
+    most = " (the model has no more positions)" if limit < max_length else ""
+    lines += [
+        f"tokens a text: median {median:.0f}, 90% between {low:.0f} and {high:.0f}, at most {lengths.max()}",
+        f"--max_length {limit} cuts {cut:,} of {len(lengths):,} texts{most}",
+    ]
+    if alike := len(_cut_alike(data, reader, limit)):
+        lines.append(
+            f"! it leaves chosen and rejected the same tokens in {alike:,} pairs; these are left out"
+        )
+    return "\n".join(lines)
+
+
+def _tokens(tokenizer: Any, row: list[int]) -> str:
+    """Tokens side by side, a long row without its middle."""
+    tokens = tokenizer.convert_ids_to_tokens(row)
+    if len(tokens) > _SHOWN:
+        half = _SHOWN // 2
+        tokens = [*tokens[:half], f"... {len(tokens) - _SHOWN} more ...", *tokens[-half:]]
+    return " ".join(map(str, tokens))

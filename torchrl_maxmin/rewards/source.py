@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import UserError
@@ -18,24 +20,13 @@ from torchrl_maxmin.core.importing import import_named
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sampling import sample_responses, to_texts
 from torchrl_maxmin.models.sequences import has_ended, in_batches
-from torchrl_maxmin.preferences.texts import Text, as_completion, distinct_texts
+from torchrl_maxmin.preferences.chat import Text
+from torchrl_maxmin.preferences.texts import as_completion, distinct_texts
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.world import World
 
-__all__ = [
-    "FunctionRewards",
-    "MixtureRewards",
-    "NonFiniteRewards",
-    "ask",
-    "count_columns",
-    "distinct_rows",
-    "extra_columns",
-    "fill_absent",
-    "load_functions",
-    "reference_rewards",
-]
-
 RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> floats [N] or [N, k]
+_RESPONSE_KEYS: tuple[NestedKey, ...] = ("prompt_tokens", "prompt_mask", "action", "action_mask")
 _WANTED = "it must give one number, or one a group, for every response"
 
 
@@ -98,6 +89,76 @@ class MixtureRewards:
         return self.mixture(tokens[:, :longest], mask[:, :longest]) if longest else self.mixture(tokens, mask)
 
 
+class RewardModule(TensorDictModuleBase):
+    """Writes the rewards of K groups for tokens that a policy wrote.
+
+    TorchRL's ``HFRewardModelWrapper`` takes models with one reward; this one keeps all K as the
+    last dimension, and reads the same keys if told to.
+
+    Args:
+        model: mixture or ensemble.
+        tokenizer: the policy's; where it is not the model's own, prompt and response travel as text.
+        in_keys: prompt tokens, prompt mask, response tokens and response mask, as
+            :class:`~torchrl_maxmin.models.language.TokenPolicy` writes them; or two keys, tokens
+            and mask of whole texts in the model's own vocabulary, such as TorchRL's
+            ``("tokens", "full")`` and ``("masks", "all_attention_mask")``.
+        out_key: where rewards [*B, K] go.
+        calibrated: apply the model's calibration.
+        prompts: the texts that the tensordict's ``prompt_index`` counts, strings or conversations; a model
+            with another tokenizer then reads them, in place of what their tokens read back as.
+        eos_token_ids: tokens that end a response, such as ``policy.eos_token_ids``; the tokenizer's EOS when
+            None.
+
+    Raises:
+        ValueError: for another number of keys, and for whole texts in another vocabulary.
+
+    Example:
+        >>> rewards = RewardModule(mixture, tokenizer)  # doctest: +SKIP
+        >>> rewards(policy(prompts))["next", "reward"].shape  # doctest: +SKIP
+        torch.Size([64, 2])
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        tokenizer: Any,
+        *,
+        in_keys: Sequence[NestedKey] = _RESPONSE_KEYS,
+        out_key: NestedKey = ("next", "reward"),
+        calibrated: bool = True,
+        prompts: Sequence[Text] | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        if len(in_keys) not in (2, 4):
+            raise ValueError(f"in_keys are tokens and mask, of prompt and response or of both, not {in_keys}")
+        self.source = MixtureRewards(model, tokenizer, prompts, eos_token_ids)
+        if len(in_keys) == 2 and not self.source.shared_vocabulary:
+            raise ValueError(
+                "whole texts can be read in the model's own vocabulary alone; give keys of prompt and answer"
+            )
+        self.in_keys, self.out_keys = list(in_keys), [out_key]
+        self.model, self.calibrated = model, calibrated
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write rewards [*B, K]."""
+        values = [tensordict.get(key, as_padded_tensor=True) for key in self.in_keys]
+        batch = values[0].shape[:-1]
+        flat = [value.reshape(-1, value.shape[-1]) for value in values]
+        if len(flat) == 2:
+            rewards = self.model(flat[0], flat[1].bool())
+        else:
+            rows = TensorDict(dict(zip(_RESPONSE_KEYS, flat, strict=True)), [len(flat[0])])
+            if (index := tensordict.get("prompt_index", None)) is not None:
+                rows["prompt_index"] = index.reshape(-1)
+            rewards = self.source(rows)
+        if self.calibrated:
+            rewards = self.model.calibration.apply(rewards)
+        tensordict.set(self.out_keys[0], rewards.reshape(*batch, -1))
+        return tensordict
+
+
 class FunctionRewards:
     """Rewards [B, K] by plain functions ``f(prompts, completions, **columns)``, as TRL's trainers call them.
 
@@ -135,11 +196,9 @@ class FunctionRewards:
             UserError: for what is no number, and another number of groups than at first.
         """
         index = responses.get("prompt_index", None)
-        known = None if index is None else self.prompts
-        texts = to_texts(self.tokenizer, responses, known)
-        columns = {}
-        if index is not None:
-            columns = {name: [values[i] for i in index.tolist()] for name, values in self.columns.items()}
+        texts = to_texts(self.tokenizer, responses, None if index is None else self.prompts)
+        columns = {} if index is None else self.columns
+        columns = {name: [values[i] for i in index.tolist()] for name, values in columns.items()}
         values = [ask(f, *texts, "reward function", columns) for f in self.functions]
         for function, width, given in zip(self.functions, self.widths, values, strict=True):
             if given.shape[1] != width:
@@ -173,8 +232,7 @@ def ask(
         NonFiniteRewards: for NaN or infinity.
         UserError: where the answer is anything else.
     """
-    answer = _call(function, prompts, completions, columns or {})
-    role = _named(function, role)
+    answer, role = _call(function, prompts, completions, columns or {}), _named(function, role)
     if isinstance(answer, Tensor):
         answer = answer.detach().cpu()
     try:
@@ -184,8 +242,8 @@ def ask(
     except (TypeError, ValueError) as error:
         raise UserError(f"the {role} gives no numbers ({error}); {_WANTED}") from error
     if values.ndim not in (1, 2) or len(values) != len(prompts):
-        shape = list(values.shape)
-        raise UserError(f"the {role} gives numbers of shape {shape} for {len(prompts)} responses; {_WANTED}")
+        found = f"numbers of shape {list(values.shape)} for {len(prompts)} responses"
+        raise UserError(f"the {role} gives {found}; {_WANTED}")
     if not np.isfinite(values).all():
         raise NonFiniteRewards(f"the {role} gives NaN or infinity for some response; {_WANTED}")
     return np.where(absent, np.nan, values).reshape(len(prompts), -1)
@@ -198,17 +256,24 @@ def _call(
     columns: Mapping[str, Sequence[Any]],
 ) -> Any:
     """Call by name where the function names what TRL gives by name, else by place."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return function(prompts, completions)
+    parameters = _parameters(function)
     named = {"prompts": prompts, "completions": completions}
     others = {name: columns[name] for name in _taken(function, columns)}
     if not named.keys() & parameters.keys():
         return function(prompts, completions, **others)
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {name: texts for name, texts in named.items() if takes_all or name in parameters}
+    named = {name: texts for name, texts in named.items() if _takes_all(parameters) or name in parameters}
     return function(**{**others, **named})
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of C
+        return {}
+
+
+def _takes_all(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _holds_none(answer: Any) -> bool:
@@ -220,24 +285,17 @@ def _holds_none(answer: Any) -> bool:
 
 def _taken(function: RewardFunction, names: Iterable[str]) -> list[str]:
     """The names among these that a function takes by keyword."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return []
+    parameters = _parameters(function)
     by_name = bool({"prompts", "completions"} & parameters.keys())
-    places = [] if by_name else list(parameters)[:2]  # what is given by place
-    names = [name for name in names if name not in ("prompts", "completions", *places)]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return names
-    return [name for name in names if name in parameters]
+    given = {"prompts", "completions", *([] if by_name else list(parameters)[:2])}  # by name or by place
+    return [n for n in names if n not in given and (_takes_all(parameters) or n in parameters)]
 
 
 def fill_absent(rewards: Tensor, neutral: Tensor) -> Tensor:
     """Replace NaN in rewards [B, K], no reward, by its group's mean over the other responses.
 
-    A group's mean is then that of the responses that have a reward. Where none has, all get the group's
-    ``neutral`` reward [K], the reference's mean: equal rewards prefer no response. The group stays in the
-    utilities that the adversary answers, as one that is as well off as under the reference.
+    Where no response has a reward, all get the group's ``neutral`` reward [K], the reference's mean: equal
+    rewards prefer no response, and the adversary sees a group as well off as under the reference.
     """
     means = rewards.nanmean(0)
     means = torch.where(means.isnan(), neutral.to(means), means)
@@ -279,7 +337,7 @@ def count_columns(
     Raises:
         UserError: where it fails, or its answer is not one that :func:`ask` takes.
     """
-    places = (0, -1 if len(prompts) < 2 else 1)
+    places = (0, min(1, len(prompts) - 1))
     pair = [prompts[place] for place in places]
     completions = [as_completion(text, pair[0]) for text in ("c", "d e")]
     given = {name: [values[place] for place in places] for name, values in (columns or {}).items()}
@@ -305,20 +363,20 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
     Raises:
         UserError: for a name that leads nowhere.
     """
-    functions: list[RewardFunction] = []
-    for spec in specs:
-        if spec.endswith(".json"):
-            if not Path(spec).is_file():
-                raise UserError(f"no world file {spec!r}")
-            functions.append(World.load(spec))
-            continue
-        try:
-            functions.append(import_named(spec))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"no reward function {spec!r}: write module:function, importable from here"
-            ) from error
-    return functions
+    return [_load_function(spec) for spec in specs]
+
+
+def _load_function(spec: str) -> RewardFunction:
+    if spec.endswith(".json"):
+        if not Path(spec).is_file():
+            raise UserError(f"no world file {spec!r}")
+        return World.load(spec)
+    try:
+        return import_named(spec)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"no reward function {spec!r}: write module:function, importable from here"
+        ) from error
 
 
 def reference_rewards(

@@ -18,7 +18,7 @@ from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sequences import in_batches, penalise_missing_eos
 from torchrl_maxmin.rewards import Calibration
-from torchrl_maxmin.rewards.calibration import mean_of_present
+from torchrl_maxmin.rewards.base import mean_of_present
 from torchrl_maxmin.rewards.source import NonFiniteRewards, fill_absent, reference_rewards
 
 __all__ = ["CalibratedRewards", "LanguageRollouts"]

@@ -26,7 +26,7 @@ from torchrl_maxmin.models.full import FullCopies
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer, require_causal_lm
 from torchrl_maxmin.models.sampling import encode_prompts
-from torchrl_maxmin.models.trunks import require_positions
+from torchrl_maxmin.models.sequences import require_positions
 from torchrl_maxmin.objectives import kl_estimate, scalarise_advantage
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model

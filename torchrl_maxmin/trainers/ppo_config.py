@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.objectives.functional import KL_ESTIMATORS
 from torchrl_maxmin.preferences.chat import ChatSettings
-from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+from torchrl_maxmin.rewards.base import CALIBRATIONS
 from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
 
 __all__ = ["PPOConfig"]

@@ -24,9 +24,10 @@ from torchrl_maxmin.core.run import (
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import is_encoder, load_tokenizer, require_trunk
 from torchrl_maxmin.models.sampling import encode_prompts
-from torchrl_maxmin.models.trunks import max_positions
+from torchrl_maxmin.models.sequences import max_positions
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, text_key
+from torchrl_maxmin.preferences.chat import Text
+from torchrl_maxmin.preferences.texts import TextEncoder, text_key
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
 from torchrl_maxmin.rewards.adapters import require_adaptable
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards

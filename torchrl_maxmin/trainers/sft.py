@@ -27,13 +27,11 @@ from torchrl_maxmin.models.loading import (
     plain_generation,
     require_causal_lm,
 )
-from torchrl_maxmin.models.sequences import pad_right
-from torchrl_maxmin.models.trunks import max_positions
+from torchrl_maxmin.models.sequences import max_positions, pad_right
 from torchrl_maxmin.preferences import load_table
-from torchrl_maxmin.preferences.chat import ChatSettings
+from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational, speaker_of, split_prompt
 from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns
-from torchrl_maxmin.preferences.texts import Text, TextEncoder, cut_start, is_conversational, read_texts
-from torchrl_maxmin.preferences.transcripts import speaker_of, split_prompt
+from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, read_texts
 
 __all__ = ["SFTConfig", "run_sft"]
 

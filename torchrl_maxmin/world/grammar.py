@@ -40,25 +40,9 @@ FUNCTION = (
     "the a i we it was felt seemed looked and but while because with my at in its this that , .".split()
 )
 
-WORDS: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        [
-            *FUNCTION,
-            *POSITIVE,
-            *NEGATIVE,
-            *POSITIVE_VERBS,
-            *NEGATIVE_VERBS,
-            *NEUTRAL,
-            *NEUTRAL_VERBS,
-            *ASPECTS,
-            *PEOPLE,
-            *COMPANIONS,
-            *PLACES,
-            *TIMES,
-            *ADVERBS,
-        ]
-    )
-)
+_OPINIONS = POSITIVE + NEGATIVE + POSITIVE_VERBS + NEGATIVE_VERBS + NEUTRAL + NEUTRAL_VERBS
+_THINGS = ASPECTS + PEOPLE + COMPANIONS + PLACES + TIMES + ADVERBS
+WORDS: tuple[str, ...] = tuple(dict.fromkeys(FUNCTION + _OPINIONS + _THINGS))
 
 PRAISE = frozenset([*POSITIVE, *POSITIVE_VERBS])
 COMPLAINT = frozenset([*NEGATIVE, *NEGATIVE_VERBS])
@@ -67,13 +51,8 @@ MIN_WORDS, MAX_WORDS = 4, 24
 _MOODS = {"glad": 0.85, "mixed": 0.5, "cross": 0.15}  # chance that an opinion is praise
 
 
-def _opinion(rng: random.Random, praise: float) -> tuple[list[str], list[str]]:
-    """Adjectives and verbs of one polarity, drawn with the mood's chance of praise."""
-    return (POSITIVE, POSITIVE_VERBS) if rng.random() < praise else (NEGATIVE, NEGATIVE_VERBS)
-
-
 def _clause(rng: random.Random, praise: float) -> list[str]:
-    adjectives, verbs = _opinion(rng, praise)
+    adjectives, verbs = (POSITIVE, POSITIVE_VERBS) if rng.random() < praise else (NEGATIVE, NEGATIVE_VERBS)
     adverb = [rng.choice(ADVERBS)] if rng.random() < 0.4 else []
     kind = rng.random()
     if kind < 0.30:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -21,26 +21,6 @@ with suppress(ImportError):  # without it there are no tables
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = [
-    "EACH_ROW",
-    "GROUP_ALIASES",
-    "PROMPT_ALIASES",
-    "USER_ALIASES",
-    "ArrowColumn",
-    "Roles",
-    "cell",
-    "column_paths",
-    "find_user_column",
-    "first_of",
-    "in_batches",
-    "labels_of",
-    "numbered_columns",
-    "outer_column",
-    "read_column",
-    "rows_of",
-    "shown",
-    "spill",
-]
 
 Row = TypeVar("Row")
 
@@ -153,9 +133,10 @@ class ArrowColumn(Sequence[Any]):
         """These rows of the column as one Arrow array, taken chunk by chunk."""
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
+        cuts = np.searchsorted(owner[order], chunks := np.unique(owner))[1:]
         pieces = [
             self._chunks[chunk].take(pa.array(part - self._starts[chunk]))
-            for chunk, part in _runs(owner[order], rows[order])
+            for chunk, part in zip(chunks.tolist(), np.split(rows[order], cuts), strict=False)
         ]
         gathered = pa.concat_arrays(pieces) if pieces else pa.array([], self._type)
         back = np.empty_like(order)
@@ -198,14 +179,6 @@ class ArrowColumn(Sequence[Any]):
     def __repr__(self) -> str:
         head = ", ".join(repr(self[i]) for i in range(min(3, len(self))))
         return f"ArrowColumn([{head}{', ...' if len(self) > 3 else ''}], {len(self)} rows)"
-
-
-def _runs(owner: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows by owner, where those of an owner stand side by side."""
-    cuts = np.flatnonzero(np.diff(owner)) + 1
-    for part_owner, part in zip(np.split(owner, cuts), np.split(rows, cuts), strict=True):
-        if len(part):
-            yield int(part_owner[0]), part
 
 
 # -- columns by name -------------------------------------------------------------------------------
@@ -251,13 +224,9 @@ def numbered_columns(paths: Sequence[str], stems: Sequence[str]) -> tuple[str, .
     """The columns of the first stem that comes as ``stem_a, stem_b ..``, ``stem_0 ..`` or ``stem_1 ..``."""
     for stem in stems:
         for marks in (string.ascii_lowercase, string.digits, string.digits[1:]):
-            columns = []
-            for mark in marks:
-                if f"{stem}_{mark}" not in paths:
-                    break
-                columns.append(f"{stem}_{mark}")
+            columns = tuple(takewhile(paths.__contains__, (f"{stem}_{mark}" for mark in marks)))
             if len(columns) > 1:
-                return tuple(columns)
+                return columns
     return ()
 
 
@@ -344,9 +313,8 @@ def rows_of(
     part = table.with_format(None).select_columns(names)
     total = len(table) if rows is None else len(rows)
     for start in range(0, total, _READ_ROWS):
-        batch = (
-            part[start : start + _READ_ROWS] if rows is None else part[list(rows[start : start + _READ_ROWS])]
-        )
+        read = slice(start, start + _READ_ROWS)
+        batch = part[read] if rows is None else part[list(rows[read])]
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(names, values, strict=True))
 

@@ -15,8 +15,9 @@ from uuid import uuid4
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
+from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.io.columns import in_batches, spill
-from torchrl_maxmin.preferences.texts import Text, read_texts
+from torchrl_maxmin.preferences.texts import read_texts
 
 with suppress(ImportError):  # it comes with datasets, and load_table says where that is missing
     import pyarrow as pa
@@ -82,9 +83,8 @@ def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0][:200]
         raise UserError(
-            f"cannot read data from {str(source)!r} ({type(error).__name__}: {reason}); "
+            f"cannot read data from {str(source)!r} ({type(error).__name__}: {_first_line(error)}); "
             "give a json, jsonl, csv or parquet file, a saved dataset, or a hub name that can be reached"
         ) from error
 
@@ -138,12 +138,8 @@ def require_columns(table: Dataset, wanted: Sequence[str], what: str) -> None:
     missing = [name for name in wanted if name not in table.column_names]
     if missing:
         mixed = mixed_columns(table)
-        if missing[0] in mixed:
-            raise UserError(mixed[missing[0]])
-        raise UserError(
-            f"{what} needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
-            "Rename your columns to match"
-        )
+        lacks = f"{what} needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
+        raise UserError(mixed.get(missing[0], f"{lacks}Rename your columns to match"))
 
 
 def load_prompts(source: str | Path | Any, split: str, what: str) -> tuple[Dataset, list[Text]]:
@@ -326,8 +322,8 @@ def _unlike_parts(name: str, rows: list[NumberedRow]) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return (kinds | {list: "a list", dict: "an object"}).get(type(value), "nothing")
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return (kinds | {dict: "an object"}).get(type(value), "nothing")
 
 
 # -- csv and parquet -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.preferences.chat import Text, split_prompt
 from torchrl_maxmin.preferences.io.columns import (
     PROMPT_ALIASES,
     Roles,
@@ -23,10 +24,8 @@ from torchrl_maxmin.preferences.io.columns import (
     shown,
 )
 from torchrl_maxmin.preferences.io.files import require_columns
-from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked, tied
+from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked
 from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values, ratings, scores
-from torchrl_maxmin.preferences.texts import Text
-from torchrl_maxmin.preferences.transcripts import split_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,16 +52,13 @@ def find_layout(table: Dataset, name: str | None = None) -> tuple[Layout, Roles]
     if len(table) == 0:  # first: a file without rows has no columns either
         raise UserError("the preference data has no rows")
     paths = column_paths(table)
-    if name is not None and name not in {layout.name for layout in LAYOUTS}:
+    wanted = [layout for layout in LAYOUTS if name in (None, layout.name)]
+    if not wanted:
         raise UserError(f"no layout {name!r}; choose one of {', '.join(layout.name for layout in LAYOUTS)}")
-    for layout in LAYOUTS:
-        if name in (None, layout.name):
-            roles = layout.find(paths)
-            if roles is not None:
-                return layout, roles
-    known = "; ".join(
-        f"{layout.columns} ({layout.name})" for layout in LAYOUTS if name in (None, layout.name)
-    )
+    for layout in wanted:
+        if (roles := layout.find(paths)) is not None:
+            return layout, roles
+    known = "; ".join(f"{layout.columns} ({layout.name})" for layout in wanted)
     missing = [column for column in ("prompt", "chosen", "rejected") if column not in paths]
     raise UserError(
         f"preference data needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
@@ -95,7 +91,7 @@ def _pairs(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions
 def _find_summaries(paths: Sequence[str]) -> Roles | None:
     if "summaries" not in paths or "choice" not in paths:
         return None
-    prompt = _prompt(paths) + tuple(path for path in ("info.article",) if path in paths)
+    prompt = _prompt(paths) + (("info.article",) if "info.article" in paths else ())
     return Roles(prompt=prompt, responses=("summaries",), verdict=("choice",)) if prompt else None
 
 
@@ -158,11 +154,10 @@ def _flagged(cells: dict[str, Any], count: int, row: int) -> int:
 
 
 def _flag(value: Any, name: str, row: int) -> bool:
-    if str(value).lower() in ("1", "1.0", "true"):
-        return True
-    if str(value).lower() in ("0", "0.0", "false"):
-        return False
-    raise UserError(f"row {row}: column {name!r} holds {shown(value)}, not 0 or 1")
+    word = str(value).lower()
+    if word not in ("1", "1.0", "true", "0", "0.0", "false"):
+        raise UserError(f"row {row}: column {name!r} holds {shown(value)}, not 0 or 1")
+    return word in ("1", "1.0", "true")
 
 
 # -- rankings --------------------------------------------------------------------------------------
@@ -221,15 +216,15 @@ def _judge(row: int, prompt: Text, texts: list[Text], winner: int) -> Judgement:
     if winner != TIE:
         return Judgement(row, prompt, texts, *best_of(len(texts), winner))
     if len(texts) == 2:
-        return Judgement(row, prompt, texts, *tied())
+        return Judgement(row, prompt, texts, *ranked([0, 0]))
     raise UserError(f"row {row}: a tie of {len(texts)} responses does not say which of them are equal")
 
 
 def _find_ratings(paths: Sequence[str]) -> Roles | None:
     if "Q_overall" not in paths or "response" not in paths:
         return None
-    context = tuple(path for path in ("context",) if path in paths)
-    return Roles(responses=(*context, "response"), verdict=("Q_overall",))
+    responses = ("context", "response") if "context" in paths else ("response",)
+    return Roles(responses=responses, verdict=("Q_overall",))
 
 
 def _find_scores(paths: Sequence[str]) -> Roles | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
+from torchrl_maxmin.preferences.chat import Text, as_transcript
 from torchrl_maxmin.preferences.io.columns import (
     EACH_ROW,
     GROUP_ALIASES,
@@ -25,26 +26,12 @@ from torchrl_maxmin.preferences.io.columns import (
     shown,
     spill,
 )
-from torchrl_maxmin.preferences.texts import Text
-from torchrl_maxmin.preferences.transcripts import as_transcript
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = [
-    "Comparison",
-    "Judgement",
-    "Layout",
-    "LoadOptions",
-    "Origin",
-    "PairTable",
-    "best_of",
-    "build_pairs",
-    "ranked",
-    "tied",
-]
 
 _BATCH_PAIRS = 5_000
 _BATCH_CHARACTERS = 16 << 20  # a batch ends at whichever comes first
@@ -110,11 +97,6 @@ class Judgement(NamedTuple):
     pairs_left_out: int = 0
 
 
-def tied() -> tuple[list[int], list[Comparison]]:
-    """Ranks and comparisons of two responses that are equally good."""
-    return [0, 0], [Comparison(0, 1, tie=True)]
-
-
 def best_of(count: int, best: int) -> tuple[list[int], list[Comparison]]:
     """Ranks and comparisons of one response preferred to all others, whose order was not asked.
 
@@ -136,11 +118,11 @@ Comparison(better=1, worse=2, tie=False)])
     """
     levels = {value: rank for rank, value in enumerate(sorted(set(values)))}
     ranks = [levels[value] for value in values]
-    comparisons = [
+    pairs = combinations(range(len(ranks)), 2)
+    return ranks, [
         Comparison(i, j, tie=ranks[i] == ranks[j]) if ranks[i] <= ranks[j] else Comparison(j, i)
-        for i, j in combinations(range(len(ranks)), 2)
+        for i, j in pairs
     ]
-    return ranks, comparisons
 
 
 @dataclass(frozen=True)
@@ -271,8 +253,8 @@ def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[J
 
 
 def _as_json(judgement: Judgement) -> Judgement:
-    responses = [json.dumps(response, default=str) for response in judgement.responses]
-    return judgement._replace(prompt=json.dumps(judgement.prompt, default=str), responses=responses)
+    prompt, *responses = (json.dumps(text, default=str) for text in (judgement.prompt, *judgement.responses))
+    return judgement._replace(prompt=prompt, responses=responses)
 
 
 def _as_transcripts(judgement: Judgement) -> Judgement:

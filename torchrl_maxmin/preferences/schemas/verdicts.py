@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.preferences.io.columns import Roles, cell, labels_of, read_column, rows_of, shown
+from torchrl_maxmin.preferences.chat import split_prompt
+from torchrl_maxmin.preferences.io.columns import (
+    Roles,
+    cell,
+    in_batches,
+    labels_of,
+    read_column,
+    rows_of,
+    shown,
+)
 from torchrl_maxmin.preferences.schemas.pairs import Comparison, Judgement, LoadOptions
-from torchrl_maxmin.preferences.transcripts import split_prompt
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
@@ -246,40 +254,28 @@ def _within(
     generator = np.random.default_rng(options.seed)
     keep_ties = options.ties == "halve"
     order = np.argsort(keys, kind="stable")
-    waiting: list[tuple[np.ndarray, Judgement]] = []
-    size = 0
-    for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-        mine = values[rows]
-        pairs, total = pairs_within(mine, margin, keep_ties, options.max_pairs, generator)
-        used = np.unique([place for pair in pairs for place in pair[:2]]).astype(np.int64)
-        local = {place: i for i, place in enumerate(used.tolist())}
-        pairs = [Comparison(local[pair.better], local[pair.worse], pair.tie) for pair in pairs]
-        _, ranks = np.unique(-mine[used], return_inverse=True)
-        ties = 0 if keep_ties else len(rows) * (len(rows) - 1) // 2 - total
-        judgement = Judgement(int(rows[0]), "", (), ranks.tolist(), pairs, ties, total - len(pairs))
-        waiting.append((rows[used], judgement))
-        size += len(used)
-        if size >= _READ_ROWS:
-            yield from _with_texts(table, roles, waiting, compose)
-            waiting, size = [], 0
-    yield from _with_texts(table, roles, waiting, compose)
 
+    def without_texts() -> Iterator[tuple[tuple[np.ndarray, Judgement], int]]:
+        for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            mine = values[rows]
+            pairs, total = pairs_within(mine, margin, keep_ties, options.max_pairs, generator)
+            used = np.unique([place for pair in pairs for place in pair[:2]]).astype(np.int64)
+            local = {place: i for i, place in enumerate(used.tolist())}
+            pairs = [Comparison(local[pair.better], local[pair.worse], pair.tie) for pair in pairs]
+            _, ranks = np.unique(-mine[used], return_inverse=True)
+            ties = 0 if keep_ties else len(rows) * (len(rows) - 1) // 2 - total
+            judgement = Judgement(int(rows[0]), "", (), ranks.tolist(), pairs, ties, total - len(pairs))
+            yield (rows[used], judgement), len(used)
 
-def _with_texts(
-    table: Dataset, roles: Roles, waiting: list[tuple[np.ndarray, Judgement]], compose: Compose
-) -> Iterator[Judgement]:
-    """The judgements with the texts of their rows, read in one go."""
-    cells = rows_of(table, roles, np.concatenate([rows for rows, _ in waiting]) if waiting else [])
-    for rows, judgement in waiting:
-        if not len(rows):
+    for batch in in_batches(without_texts(), len(keys), _READ_ROWS - 1):  # texts of a batch in one go
+        cells = rows_of(table, roles, np.concatenate([rows for rows, _ in batch]))
+        for rows, judgement in batch:
+            if len(rows):
+                prompts, texts = zip(*(compose(next(cells)) for _ in rows), strict=True)
+                columns = [roles.responses[-1]] * len(rows)
+                prompt, responses = split_prompt(prompts[0], texts, judgement.row, columns)
+                judgement = judgement._replace(prompt=prompt, responses=responses)
             yield judgement
-            continue
-        composed = [compose(next(cells)) for _ in rows]
-        columns = [roles.responses[-1]] * len(rows)
-        prompt, responses = split_prompt(
-            composed[0][0], [response for _, response in composed], judgement.row, columns
-        )
-        yield judgement._replace(prompt=prompt, responses=responses)
 
 
 def _in_order(columns: np.ndarray) -> np.ndarray:
