@@ -15,8 +15,14 @@ from scripts import load_script
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis import diagnose
-from torchrl_maxmin.diagnosis.figures import calibrated_margins, corrected, interval_ends
-from torchrl_maxmin.diagnosis.refits import Fitter, bias_of_fit, jackknife_error
+from torchrl_maxmin.diagnosis.figures import (
+    Fitter,
+    bias_of_fit,
+    calibrated_margins,
+    corrected,
+    interval_ends,
+    jackknife_error,
+)
 from torchrl_maxmin.diagnosis.report import plot_diagnosis, verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.diagnosis.theorem import diversity
 from torchrl_maxmin.rewards import Calibration
