@@ -375,5 +375,5 @@ def test_figure_holds_the_numbers(two, one, tmp_path):
 
 
 def test_report_without_matplotlib_says_so(two, tmp_path, monkeypatch):
-    monkeypatch.setattr("torchrl_maxmin.diagnosis.report.find_spec", lambda name: None)
+    monkeypatch.setattr("torchrl_maxmin.evaluation.plots.find_spec", lambda name: None)
     assert "Matplotlib is missing" in write_diagnosis(tmp_path, two[-1].summary).read_text()

@@ -172,7 +172,7 @@ def diagnose(
     fitter = Fitter(l2, seed, settings)
     single, mixture = fitter(choices, 1), fitter(choices, num_groups)
     fitted, outcome = pair_figures(choices, mixture, single, beta)
-    refit = choices, mixture, fitter, lambda *fits: pair_figures(*fits, beta)[0]
+    refit = choices, mixture, fitter, lambda pairs, *fits: pair_figures(pairs, fits[0], fits[1], beta)[0]
     bias, bias_error = bias_of_fit(*refit, fitted, num_bootstrap) or (None, None)
     found = corrected(fitted, bias)
     errors = jackknife_error(*refit, num_jackknife)

@@ -77,7 +77,7 @@ def margins_of(choices: PairChoices, fit: LinearMixture) -> np.ndarray:
     return (choices.differences @ fit.weight.T).double().numpy()
 
 
-def calibrated_margins(margins: ArrayLike, row_weights: ArrayLike | None = None) -> np.ndarray:
+def calibrated_margins(margins: ArrayLike, row_weights: np.ndarray | None = None) -> np.ndarray:
     """Scale rewards to deviation 1 within a pair, as ``sft_std`` has it; a zero reward stays.
 
     Args:

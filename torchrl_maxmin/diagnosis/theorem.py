@@ -47,7 +47,7 @@ REALISABLE = 0.01
 BLOCK_ROWS = 8192
 
 
-def diversity(probabilities: ArrayLike, row_weights: ArrayLike | None = None) -> np.ndarray:
+def diversity(probabilities: ArrayLike, row_weights: np.ndarray | None = None) -> np.ndarray:
     """Compute the diversity between groups (Definition 1): total variation of their preference probabilities.
 
     A comparison has two outcomes, so that half the sum of absolute differences is |p_i - p_j|; it is
