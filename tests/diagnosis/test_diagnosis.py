@@ -15,8 +15,14 @@ from scripts import load_script
 from torchrl_maxmin.clustering.linear import PairChoices
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis import diagnose
-from torchrl_maxmin.diagnosis.figures import calibrated_margins, corrected, interval_ends
-from torchrl_maxmin.diagnosis.refits import Fitter, bias_of_fit, jackknife_error
+from torchrl_maxmin.diagnosis.figures import (
+    Fitter,
+    bias_of_fit,
+    calibrated_margins,
+    corrected,
+    interval_ends,
+    jackknife_error,
+)
 from torchrl_maxmin.diagnosis.report import plot_diagnosis, verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.diagnosis.theorem import diversity
 from torchrl_maxmin.rewards import Calibration
@@ -369,5 +375,5 @@ def test_figure_holds_the_numbers(two, one, tmp_path):
 
 
 def test_report_without_matplotlib_says_so(two, tmp_path, monkeypatch):
-    monkeypatch.setattr("torchrl_maxmin.diagnosis.report.find_spec", lambda name: None)
+    monkeypatch.setattr("torchrl_maxmin.evaluation.plots.find_spec", lambda name: None)
     assert "Matplotlib is missing" in write_diagnosis(tmp_path, two[-1].summary).read_text()

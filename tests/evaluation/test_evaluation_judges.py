@@ -7,8 +7,7 @@ from judge_server import Server, completion, ok, shorter
 from scipy.special import expit
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.evaluation.endpoint import EndpointJudge
-from torchrl_maxmin.evaluation.judges import judge_pairs, reward_judge, truth_judge
+from torchrl_maxmin.evaluation.judges import EndpointJudge, judge_pairs, reward_judge, truth_judge
 from torchrl_maxmin.evaluation.judging import PairJudges, UtilityJudge, load_judge
 from torchrl_maxmin.stats.rates import rates_by_group, win_matrix
 

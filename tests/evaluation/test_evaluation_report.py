@@ -14,7 +14,7 @@ from rich.console import Console
 
 from torchrl_maxmin.evaluation import plot_training, plot_win_rates, rich_table, summarise, write_report
 
-MODULES = ["endpoint", "gap", "judges", "plots", "policies", "report", "results", "summary"]
+MODULES = ["gap", "judges", "plots", "policies", "report", "results", "summary"]
 
 
 def test_report_holds_the_numbers(tmp_path, summary):
@@ -128,7 +128,7 @@ def test_missing_matplotlib_names_the_extra(tmp_path, summary, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
     with pytest.raises(ImportError, match=r"torchrl-maxmin\[plot\]"):
         plot_win_rates(summary, tmp_path / "x")
-    monkeypatch.setattr("torchrl_maxmin.evaluation.report.find_spec", lambda name: None)
+    monkeypatch.setattr("torchrl_maxmin.evaluation.plots.find_spec", lambda name: None)
     text = write_report(tmp_path, summary).read_text()
     assert "Matplotlib is missing" in text
     assert "figures/win_rates.png" not in text

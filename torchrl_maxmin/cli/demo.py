@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from torchrl_maxmin.cli.histories import training_histories
 from torchrl_maxmin.cli.parsing import config_from_mapping
+from torchrl_maxmin.cli.tools import training_histories
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import prepare_output_dir, resolve_device, write_config
@@ -138,9 +138,17 @@ def run_demo(config: DemoConfig) -> Path:
     prepare_output_dir(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     write_config(folder, replace(config, output_dir=str(folder), recipe=str(folder / "recipe.yaml")))
-    workers = config.num_workers or (1 if device.type == "cuda" else 2)
-    seconds = run_tasks(tasks, workers)
-    _write_results(config, folder, seconds, start)
+    seconds = run_tasks(tasks, config.num_workers or (1 if device.type == "cuda" else 2))
+    results = []
+    for seed in config.seeds:
+        result = SeedResult.load(folder / f"seed-{seed}" / "evaluation" / "result")
+        timings = {name.split("/")[1]: s for name, s in seconds.items() if name.startswith(f"seed {seed}/")}
+        result.extra["timings"] = timings
+        results.append(result)
+    summary = summarise(results, wall_seconds=time.perf_counter() - start)
+    write_summary(folder, summary)
+    write_report(folder, summary, histories=training_histories(folder, summary))
+    console.print(rich_table(summary))
     return folder
 
 
@@ -185,66 +193,33 @@ def _prepare(task: _Prepare) -> None:
     sizes = task.sizes
     write_world(task.folder, task.seed, sizes.num_texts, sizes.num_prompts, sizes.num_test_prompts)
     run_sft(task.sft)
-    write_preferences(
-        task.folder,
-        World.preset(task.world),
-        task.sft.output_dir,
-        task.seed,
-        task.num_users,
-        task.pairs_per_user,
-        sizes.test_pairs_per_user,
-        device=task.sft.device,
-    )
+    counts = task.num_users, task.pairs_per_user, sizes.test_pairs_per_user
+    world, policy = World.preset(task.world), task.sft.output_dir
+    write_preferences(task.folder, world, policy, task.seed, *counts, device=task.sft.device)
 
 
 def _seed_tasks(
     config: DemoConfig, recipe: dict[str, dict[str, Any]], folder: Path, seed: int, device: str
 ) -> dict[str, Task]:
-    home = folder / f"seed-{seed}"
-    name = f"seed {seed}"
-    common: dict[str, Any] = {"seed": seed, "device": device}
+    home, name = folder / f"seed-{seed}", f"seed {seed}"
     reference, world = str(home / "sft"), str(home / "world.json")
 
-    def reward(kind: str, num_groups: int | str) -> RewardConfig:
-        settings = _stage(
-            RewardConfig,
-            recipe,
-            "reward",
-            model_name_or_path=reference,
-            dataset_name=str(home / "preferences.jsonl"),
-            eval_dataset_name=str(home / "preferences_test.jsonl"),
-            output_dir=str(home / f"reward_{kind}"),
-            num_groups=num_groups,
-            **common,
-        )
+    def stage(config_class: type, section: str, output: str, dataset: str, **fixed: Any) -> Any:
+        fixed |= {"output_dir": str(home / output), "dataset_name": str(home / dataset)}
+        settings = _stage(config_class, recipe, section, seed=seed, device=device, **fixed)
         settings.check()
         return settings
+
+    def reward(kind: str, num_groups: int | str) -> RewardConfig:
+        fixed = {"eval_dataset_name": str(home / "preferences_test.jsonl"), "num_groups": num_groups}
+        fixed["model_name_or_path"] = reference
+        return stage(RewardConfig, "reward", f"reward_{kind}", "preferences.jsonl", **fixed)
 
     def ppo(kind: str, **rewards: Any) -> PPOConfig:
-        settings = _stage(
-            PPOConfig,
-            recipe,
-            "ppo",
-            model_name_or_path=reference,
-            dataset_name=str(home / "prompts.jsonl"),
-            output_dir=str(home / kind),
-            monitor_funcs=[world],
-            **rewards,
-            **common,
-        )
-        settings.check()
-        return settings
+        fixed = {"model_name_or_path": reference, "monitor_funcs": [world], **rewards}
+        return stage(PPOConfig, "ppo", kind, "prompts.jsonl", **fixed)
 
-    sft = _stage(
-        SFTConfig,
-        recipe,
-        "sft",
-        model_name_or_path=str(home / "base_model"),
-        dataset_name=str(home / "sft.jsonl"),
-        output_dir=reference,
-        **common,
-    )
-    sft.check()
+    sft = stage(SFTConfig, "sft", "sft", "sft.jsonl", model_name_or_path=str(home / "base_model"))
     sizes = _stage(WorldSizes, recipe, "world")
     sizes.check()
     prepared = _Prepare(home, config.world, seed, config.num_users, config.pairs_per_user, sizes, sft)
@@ -261,31 +236,15 @@ def _seed_tasks(
             trained = ppo(kind, reward_model_path=str(home / f"reward_{kind}"))
             tasks[f"{name}/{kind}"] = Task(run_ppo, trained, (f"{name}/reward_{kind}",))
     paths = {"sft": reference, **{kind: str(home / kind) for kind in config.policies}}
-    evaluation = _stage(
+    evaluation = stage(
         EvaluateConfig,
-        recipe,
         "evaluate",
+        "evaluation",
+        "prompts_test.jsonl",
         policies=[f"{kind}={path}" for kind, path in paths.items()],
-        dataset_name=str(home / "prompts_test.jsonl"),
-        output_dir=str(home / "evaluation"),
         judge=world,
         reward_model_path=str(home / "reward_maxmin") if "maxmin" in config.policies else None,
-        **common,
     )
-    evaluation.check()
     needed = ready + tuple(f"{name}/{kind}" for kind in config.policies)
     tasks[f"{name}/evaluate"] = Task(measure_policies, evaluation, needed)
     return tasks
-
-
-def _write_results(config: DemoConfig, folder: Path, seconds: dict[str, float], start: float) -> None:
-    results = []
-    for seed in config.seeds:
-        result = SeedResult.load(folder / f"seed-{seed}" / "evaluation" / "result")
-        timings = {name.split("/")[1]: s for name, s in seconds.items() if name.startswith(f"seed {seed}/")}
-        result.extra["timings"] = timings
-        results.append(result)
-    summary = summarise(results, wall_seconds=time.perf_counter() - start)
-    write_summary(folder, summary)
-    write_report(folder, summary, histories=training_histories(folder, summary))
-    console.print(rich_table(summary))

@@ -81,22 +81,15 @@ def _run_stage(verb: str, arguments: list[str]) -> int:
     stage = ENV_PPO if verb == "ppo" and mentions(arguments, "env_id") else STAGES[verb]
     module_name, config_name, function_name, line = stage
     module = importlib.import_module(module_name)
-    config_class = getattr(module, config_name)
-    config = parse_config(verb, line, config_class, arguments)
-    folder = getattr(module, function_name)(config)
-    _say(f"{verb} done: {folder}")
+    config = parse_config(verb, line, getattr(module, config_name), arguments)
+    _say(f"{verb} done: {getattr(module, function_name)(config)}")
     return 0
 
 
 def _usage() -> str:
-    verbs = {name: row[-1] for name, row in [*STAGES.items(), *OTHERS.items()]}
-    return "\n".join(
-        [
-            "usage: torchrl-maxmin VERB [--flags]     (torchrl-maxmin VERB --help lists them)",
-            "",
-            *(f"  {name:<10}{line}" for name, line in verbs.items()),
-        ]
-    )
+    usage = "usage: torchrl-maxmin VERB [--flags]     (torchrl-maxmin VERB --help lists them)\n"
+    verbs = [f"  {name:<10}{row[-1]}" for name, row in (STAGES | OTHERS).items()]
+    return "\n".join([usage, *verbs])
 
 
 def _say(text: str, error: bool = False) -> None:

@@ -63,9 +63,8 @@ def mentions(arguments: Sequence[str], name: str) -> bool:
     """
     files = [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
     files += [after for word, after in pairwise(arguments) if word == "--config"]
-    if any(word.partition("=")[0] == f"--{name}" for word in arguments):
-        return True
-    return any(name in keys for keys in map(_keys_of, files))
+    flagged = any(word.partition("=")[0] == f"--{name}" for word in arguments)
+    return flagged or any(name in keys for keys in map(_keys_of, files))
 
 
 def _keys_of(path: str) -> set[Any]:
@@ -123,16 +122,10 @@ def _closest(name: str, known: Sequence[str], prefix: str) -> str:
 
 def _config_first(words: list[str]) -> list[str]:
     """``--config`` before all else: the parser lets what comes later win."""
-    first: list[str] = []
-    others: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        target = first if word.partition("=")[0] == "--config" else others
-        target.append(word)
-        if word == "--config" and rest:
-            target.append(rest.pop(0))
-    return first + others
+    before = ["", *words]
+    chosen = [w.startswith("--config=") or "--config" in (w, b) for w, b in zip(words, before, strict=False)]
+    places = sorted(range(len(words)), key=lambda i: not chosen[i])
+    return [words[i] for i in places]
 
 
 def _join_lists(config_class: type, arguments: Sequence[str]) -> list[str]:

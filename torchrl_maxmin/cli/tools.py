@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from torchrl_maxmin.cli.parsing import OneLineParser
 from torchrl_maxmin.core.errors import UserError
 
-__all__ = ["data", "env", "report"]
+__all__ = ["data", "env", "report", "training_histories"]
 
-PACKAGES = (
-    "torchrl-maxmin",
-    "torch",
-    "torchrl",
-    "tensordict",
-    "triton",
-    "transformers",
-    "datasets",
-    "numpy",
-    "scipy",
-)
+PACKAGES = ("torchrl-maxmin", "torch", "torchrl", "tensordict", "triton", "transformers", "datasets",
+            "numpy", "scipy")  # fmt: skip
 
 
 def data(arguments: list[str]) -> int:
@@ -92,7 +85,6 @@ def report(arguments: list[str]) -> int:
     parser = OneLineParser(prog="torchrl-maxmin report", description="Report of a run.")
     parser.add_argument("folder", help="folder with a summary.json")
     folder = Path(parser.parse_args(arguments).folder)
-    from torchrl_maxmin.cli.histories import training_histories
     from torchrl_maxmin.diagnosis.report import verdict_table, write_diagnosis
     from torchrl_maxmin.evaluation import load_summary, rich_table, write_report
 
@@ -107,6 +99,36 @@ def report(arguments: list[str]) -> int:
     Console().print(table)
     _write(f"report: {path}")
     return 0
+
+
+def training_histories(folder: Path, summary: Mapping[str, Any]) -> dict[str, list[list[dict[str, float]]]]:
+    """Read metrics by policy, then seed, then iteration; empty for a folder that no demo wrote.
+
+    Rewards are the true utilities, less the reference's: every policy logs them beside its own
+    rewards, which live on another scale for each.
+
+    Args:
+        folder: what the demo wrote.
+        summary: its ``summary.json``.
+    """
+    from torchrl_maxmin.core.run import read_metrics
+
+    histories: dict[str, list[list[dict[str, float]]]] = {}
+    for entry in summary["policies"]["sft"]["per_seed"]:
+        reference = {f"rewards/{k}/mean": mean for k, mean in enumerate(entry["utility"].values())}
+        for kind in summary["policies"]:
+            home = folder / f"seed-{entry['seed']}" / kind
+            if (home / "metrics.jsonl").is_file():
+                rows = [
+                    {name: value for name, value in row.items() if not name.startswith("rewards/")}
+                    | {
+                        name: row[name.replace("rewards", "monitor")] - mean
+                        for name, mean in reference.items()
+                    }
+                    for row in read_metrics(home)
+                ]
+                histories.setdefault(kind, []).append(rows)
+    return histories
 
 
 def env(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown_table", "write_csv"]
+__all__ = ["markdown_table", "write_csv", "write_paragraphs"]
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], spec: str = "") -> Path:
@@ -38,3 +38,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: s
     """
     lines = ["| " + " | ".join(header) + " |", "|---" + rule * (len(header) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def write_paragraphs(path: Path, parts: Sequence[str]) -> Path:
+    """Write paragraphs of Markdown, the folder made if missing; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path

@@ -22,17 +22,26 @@ from torchrl_maxmin.clustering.selection import (
     select_num_groups,
 )
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.diagnosis.assumptions import check_assumptions, feature_constants
-from torchrl_maxmin.diagnosis.figures import PairFigures, corrected, interval_ends, margins_of, pair_outcome
-from torchrl_maxmin.diagnosis.refits import (
+from torchrl_maxmin.diagnosis.figures import (
     Fitter,
     bias_of_fit,
+    corrected,
     heldout_accuracy,
+    interval_ends,
     jackknife_error,
+    margins_of,
     misassignment,
+    pair_figures,
+    pair_outcome,
 )
-from torchrl_maxmin.diagnosis.summary import Evidence, summarise_evidence
-from torchrl_maxmin.diagnosis.theorem import PROOF_GAPS
+from torchrl_maxmin.diagnosis.theorem import (
+    PROOF_GAPS,
+    check_assumptions,
+    distinctness,
+    feature_constants,
+    lemma1_bound,
+    theorem1_bound,
+)
 
 __all__ = ["Diagnosis", "check_pairs", "diagnose"]
 
@@ -160,39 +169,89 @@ def diagnose(
             for k in {1, num_groups}
         }  # fmt: skip
     fitter = Fitter(l2, seed, settings)
-    single = fitter(choices, 1)
-    mixture = fitter(choices, num_groups)
-    measure = PairFigures(beta)
-    fitted, outcome = measure(choices, mixture, single)
-    refit = choices, mixture, fitter, lambda *fits: measure(*fits)[0]
+    single, mixture = fitter(choices, 1), fitter(choices, num_groups)
+    fitted, outcome = pair_figures(choices, mixture, single, beta)
+    refit = choices, mixture, fitter, lambda pairs, *fits: pair_figures(pairs, fits[0], fits[1], beta)[0]
     bias, bias_error = bias_of_fit(*refit, fitted, num_bootstrap) or (None, None)
     found = corrected(fitted, bias)
     errors = jackknife_error(*refit, num_jackknife)
-    ends = interval_ends(found, errors, bias_error, min(num_jackknife, len(user_offsets) - 1), confidence)
+    num_users = len(user_offsets) - 1
+    ends = interval_ends(found, errors, bias_error, min(num_jackknife, num_users), confidence)
     accuracy = heldout_accuracy(choices, mixture, fitter, judgements, heldout_fraction, confidence)
     misassigned = misassignment(choices, num_groups, fitter, num_folds)
-    constants = feature_constants(x)
+    bound, eigenvalue = feature_constants(x)
+    # Theorem 1 has rewards in log odds, not calibrated.
     raw = pair_outcome(margins_of(choices, mixture), margins_of(choices, single), beta)
-    evidence = Evidence(
-        choices=choices,
-        mixture=mixture,
-        single=single,
-        choice=choice,
-        fitted=fitted,
-        found=found,
-        ends=ends,
-        outcome=outcome,
-        raw=raw,
-        constants=constants,
-        accuracy=accuracy["groups"],
-        beta=beta,
+
+    def entry(name: str, *index: int) -> dict[str, Any]:
+        low, high = (None, None) if ends is None else (end[index].tolist() for end in ends[name])
+        mean, as_fitted = (figures[name][index].tolist() for figures in (found, fitted))
+        return {"mean": mean, "low": low, "high": high, "fitted": as_fitted}
+
+    smallest = raw.smallest_probability
+    constants = {
+        "smallest_eigenvalue": eigenvalue,
+        "lipschitz": 1 / smallest if smallest > 0 else np.inf,
+        "feature_bound": bound,
+    }
+    given = found["epsilon"], found["share"]
+    lemma = lemma1_bound(*given, bound)
+    printed, squared = (
+        theorem1_bound(*given, beta=beta, squared=square, **constants) for square in (False, True)
     )
-    summary = summarise_evidence(evidence) | {
+    away = (mixture.weight.double() - single.weight.double()).norm(dim=1)
+    reference = distinctness(found["diversity"]).reference
+    users = np.bincount(mixture.assignments.numpy(), minlength=num_groups)
+    # One reward serves where one group was chosen over more; null where nothing was there to choose from.
+    compared = choice is not None and len(choice.heldout_log_likelihood) > 1
+    summary = {
+        "num_users": num_users,
+        "num_pairs": choices.num_choices,
+        "num_features": choices.features.shape[1],
+        "num_groups": num_groups,
+        "one_reward_serves": False if num_groups > 1 else True if compared else None,
+        "beta": beta,
+        "diversity": {**entry("diversity"), "largest": float(found["diversity"].max())},
+        "groups": [
+            {
+                "name": f"group {k}",
+                "share": entry("share", k),
+                "users": int(users[k]),
+                "epsilon": entry("epsilon", k),
+                "epsilon_from": f"group {reference[k]}" if num_groups > 1 else None,
+                "distance_to_mixture": entry("distance_to_mixture", k),
+                "lemma1": {"bound": float(lemma[k]), "measured": float(away[k])},
+                "theorem1": {
+                    "printed": float(printed[k]),
+                    "squared": float(squared[k]),
+                    "measured": float(raw.single_gap.gap[k]),
+                    "reason": _why_no_bound(found["epsilon"][k], eigenvalue, num_groups),
+                },
+                "accuracy": accuracy["groups"][k],
+                "alignment_gap": {name: entry(f"{name}_gap", k) for name in ("single", "maxmin")},
+            }
+            for k in range(num_groups)
+        ],
+        "constants": constants,
+        "maxmin": {
+            "weights": outcome.weights.tolist(),
+            "utilities": outcome.maxmin.tolist(),
+            "single_utilities": outcome.single.tolist(),
+            "dual_value": outcome.dual_value,
+        },
+        "intervals": "none" if ends is None else "grouped jackknife over users, at this number of groups",
+        "choice": None
+        if choice is None
+        else {
+            "heldout_log_likelihood": {str(k): v for k, v in choice.heldout_log_likelihood.items()},
+            "standard_error": {str(k): v for k, v in choice.standard_error.items()},
+            "report": choice.report(),
+        },
         "l2": {str(k): value for k, value in l2.items()},
         "misassignment": misassigned,
         "recovery": None if true_groups is None else _recovery(mixture, true_groups),
         "assumptions": check_assumptions(
-            choices, mixture, found, raw, constants, misassigned, accuracy["calibration"]
+            choices, mixture, found, raw, (bound, eigenvalue), misassigned, accuracy["calibration"]
         ),
         "proof_gaps": list(PROOF_GAPS),
     }
@@ -203,6 +262,16 @@ def _fit_settings(num_features: int) -> dict[str, Any]:
     if num_features <= WIDEST_EXACT:
         return {"m_step": "exact", "convergence_tolerance": 1e-4, "num_rounds": 100, "num_restarts": 2}
     return {"m_step": "adam", "num_rounds": 50, "num_restarts": 4}
+
+
+def _why_no_bound(epsilon: float, eigenvalue: float, num_groups: int) -> str | None:
+    if num_groups == 1:
+        return "one group: there is nobody to differ from, and the bound is 0"
+    if epsilon <= 0:
+        return "epsilon is not positive: no group is farther from another than all others are"
+    if eigenvalue == 0:
+        return "the features are linearly dependent on these pairs (smallest eigenvalue 0): the bound is 0"
+    return None
 
 
 def _recovery(mixture: LinearMixture, true_groups: Sequence[Any]) -> dict[str, Any]:

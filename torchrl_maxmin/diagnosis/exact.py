@@ -16,14 +16,8 @@ from scipy.special import expit, log_expit, log_softmax
 from torchrl_maxmin.evaluation.gap import AlignmentGap, alignment_gap
 from torchrl_maxmin.welfare.dual import solve_dual
 
-__all__ = [
-    "ExactOutcome",
-    "exact_outcome",
-    "pair_probabilities",
-    "policy_utilities",
-    "single_reward",
-    "tilted_policy",
-]
+__all__ = ["ExactOutcome", "exact_outcome", "pair_probabilities", "policy_utilities", "single_reward",
+           "tilted_policy"]  # fmt: skip
 
 _NEWTON_STEPS = 100
 
@@ -191,12 +185,12 @@ def exact_outcome(rewards: ArrayLike, single: ArrayLike, beta: float) -> ExactOu
     values = np.asarray(rewards, dtype=np.float64)
     solution = solve_dual(torch.from_numpy(values), beta)
     weights = solution.weights.numpy()
-    log_single = tilted_policy(single, beta)
-    log_maxmin = tilted_policy(values @ weights, beta)
-    own = [tilted_policy(values[..., k], beta) for k in range(values.shape[-1])]
+    log_single, log_maxmin, *own = (
+        tilted_policy(reward, beta) for reward in (single, values @ weights, *np.moveaxis(values, -1, 0))
+    )
     of_single, of_maxmin = (policy_utilities(policy, values, beta) for policy in (log_single, log_maxmin))
-    of_best = np.stack(
-        [policy_utilities(policy, values[..., k : k + 1], beta)[:, 0] for k, policy in enumerate(own)], axis=1
+    of_best = np.concatenate(
+        [policy_utilities(policy, values[..., k : k + 1], beta) for k, policy in enumerate(own)], axis=1
     )
     return ExactOutcome(
         single=of_single.mean(axis=0),

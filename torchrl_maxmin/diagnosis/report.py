@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_maxmin.core.tables import markdown_table, write_csv
+from torchrl_maxmin.core.tables import markdown_table, write_csv, write_paragraphs
 from torchrl_maxmin.evaluation.plots import (
     COLOURS,
     FONT,
     MARKERS,
     add_legend,
+    figure_parts,
+    figure_text,
     new_figure,
     tidy,
     write_figure,
@@ -95,20 +96,16 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
         ImportError: If ``figures`` is True and Matplotlib is missing.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_groups(folder / "groups.csv", summary)
-    parts = ["# What one reward costs these users", verdict(summary), _data(summary)]
-    if figures is None:
-        figures = find_spec("matplotlib") is not None
-        if not figures:
-            parts.append("No figure: Matplotlib is missing (`pip install 'torchrl-maxmin[plot]'`).")
-    if figures:
+
+    def draw() -> list[str]:
         plot_diagnosis(summary, folder / "figures" / "diagnosis")
-        parts.append(
-            "![Accuracy and alignment gap by group](figures/diagnosis.png)\n\n"
-            "Numbers: [figures/diagnosis.csv](figures/diagnosis.csv)"
-        )
-    parts += [
+        return [figure_text("diagnosis", "Accuracy and alignment gap by group")]
+
+    parts = [
+        "# What one reward costs these users",
+        verdict(summary),
+        _data(summary),
+        *figure_parts(draw, figures, "figure"),
         "## Groups\n\n" + _group_table(summary),
         "## Diversity between groups\n\n" + _diversity_table(summary),
         "## Accuracy on held-out pairs\n\n" + _accuracy_table(summary),
@@ -117,9 +114,9 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
         "## Known gaps of the printed proof\n\n" + "\n".join(f"- {gap}" for gap in summary["proof_gaps"]),
         "## How to read this\n\n" + _caveats(summary),
     ]
-    path = folder / "report.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    report = write_paragraphs(folder / "report.md", parts)
+    _write_groups(folder / "groups.csv", summary)
+    return report
 
 
 def plot_diagnosis(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
@@ -253,36 +250,20 @@ def _accuracy_table(summary: Mapping[str, Any]) -> str:
 
 
 def _bounds(summary: Mapping[str, Any]) -> str:
-    constants = summary["constants"]
+    constants, lipschitz = summary["constants"], summary["constants"]["lipschitz"]
     rows = []
     for group in summary["groups"]:
         lemma, theorem = group["lemma1"], group["theorem1"]
-        rows.append(
-            [
-                group["name"], f"{lemma['bound']:.3g}", f"{lemma['measured']:.3g}",
-                f"{theorem['printed']:.3g}", f"{theorem['squared']:.3g}",
-                f"{theorem['measured']:.3g}", theorem["reason"] or "",
-            ]
-        )  # fmt: skip
-    lipschitz = constants["lipschitz"]
+        numbers = [lemma["bound"], lemma["measured"]]
+        numbers += [theorem[name] for name in ("printed", "squared", "measured")]
+        rows.append([group["name"], *(f"{number:.3g}" for number in numbers), theorem["reason"] or ""])
+    header = ["group", "Lemma 1, bound", "parameters apart, measured", "Theorem 1, printed"]
+    header += ["Theorem 1, squared", "alignment gap in log odds, measured", "note"]
     return (
         "As printed: parameters are at least epsilon (1 - share) / (4 D) apart, and the alignment gap is at "
         "least lambda / (64 beta^2 L) epsilon (1 - share) / D^2. Here D = "
         f"{constants['feature_bound']:.3g}, lambda = {constants['smallest_eigenvalue']:.3g}, L = 1 / c = "
-        + ("infinite" if lipschitz is None else f"{lipschitz:.3g}")
-        + ".\n\n"
-        + markdown_table(
-            [
-                "group",
-                "Lemma 1, bound",
-                "parameters apart, measured",
-                "Theorem 1, printed",
-                "Theorem 1, squared",
-                "alignment gap in log odds, measured",
-                "note",
-            ],
-            rows,
-        )
+        f"{'infinite' if lipschitz is None else format(lipschitz, '.3g')}.\n\n" + markdown_table(header, rows)
     )
 
 
@@ -323,11 +304,8 @@ def _write_groups(path: Path, summary: Mapping[str, Any]) -> None:
     for group in summary["groups"]:
         row = {"group": group["name"], "users": group["users"]}
         for key in ("share", "epsilon", "distance_to_mixture"):
-            row |= {
-                key: group[key]["mean"],
-                f"{key}_low": group[key]["low"],
-                f"{key}_high": group[key]["high"],
-            }
+            row[key] = group[key]["mean"]
+            row |= {f"{key}_{end}": group[key][end] for end in ("low", "high")}
         for name in ("single", "mixture"):
             found = group["accuracy"][name]
             row[f"accuracy_{name}"] = None if found is None else found["mean"]

@@ -23,7 +23,7 @@ from torchrl_maxmin.core.run import (
     write_config,
 )
 from torchrl_maxmin.core.tables import write_csv
-from torchrl_maxmin.diagnosis.analysis import Diagnosis, check_pairs, diagnose
+from torchrl_maxmin.diagnosis.analysis import check_pairs, diagnose
 from torchrl_maxmin.diagnosis.report import verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.models.loading import require_model
@@ -31,6 +31,9 @@ from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards.settings import MixtureSettings
 
 __all__ = ["DiagnoseConfig", "run_diagnose"]
+
+# Settings that diagnose takes under the same name.
+_OPTIONS = ("max_groups", "beta", "heldout_fraction", "num_folds", "num_jackknife", "num_bootstrap", "seed")
 
 
 @dataclass
@@ -127,21 +130,22 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         pairs.differences,
         pairs.user_offsets,
         num_groups=num_groups,
-        max_groups=config.max_groups,
-        beta=config.beta,
         row_weights=pairs.row_weights,
         judgements=pairs.judgements,
         true_groups=pairs.groups,
         l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
-        heldout_fraction=config.heldout_fraction,
-        num_folds=config.num_folds,
-        num_jackknife=config.num_jackknife,
-        num_bootstrap=config.num_bootstrap,
-        seed=config.seed,
+        **{name: getattr(config, name) for name in _OPTIONS},
     )
     write_summary(folder, {**found.summary, "verdict": verdict(found.summary)})
     write_diagnosis(folder, found.summary)
-    _write_users(folder / "users.csv", pairs.user_ids, found)
+    responsibilities = found.mixture.responsibilities
+    likeliest = responsibilities.argmax(-1).tolist()
+    users = [
+        {"user": user, "group": group}
+        | {f"responsibility_{k}": f"{value:.6f}" for k, value in enumerate(row)}
+        for user, group, row in zip(pairs.user_ids, likeliest, responsibilities.tolist(), strict=True)
+    ]
+    write_csv(folder / "users.csv", users)
     write_config(folder, config)
     console.print(verdict_table(found.summary))
     return folder
@@ -210,15 +214,3 @@ def _from_arrays(path: Path) -> _Pairs:
         weights,
         groups=groups,
     )
-
-
-def _write_users(path: Path, user_ids: list[str], found: Diagnosis) -> None:
-    """Write likeliest group and responsibilities of every user."""
-    responsibilities = found.mixture.responsibilities
-    groups = responsibilities.argmax(-1).tolist()
-    rows = [
-        {"user": user, "group": group}
-        | {f"responsibility_{k}": f"{value:.6f}" for k, value in enumerate(row)}
-        for user, group, row in zip(user_ids, groups, responsibilities.tolist(), strict=True)
-    ]
-    write_csv(path, rows)

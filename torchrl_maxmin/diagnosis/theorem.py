@@ -1,4 +1,4 @@
-"""Diversity between groups, and what the paper's Lemma 1 and Theorem 1 say of it (arXiv 2402.08925, v2).
+"""Diversity between groups, Lemma 1 and Theorem 1 of arXiv 2402.08925 (v2), and what they assume.
 
 The bounds are given as they are printed. They are a diagnostic, not a certificate: :data:`PROOF_GAPS`
 names where the printed proof does not carry them.
@@ -6,16 +6,26 @@ names where the printed proof does not carry them.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
+
+from torchrl_maxmin.clustering.identifiability import MISASSIGNMENT_BAR
+from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
+from torchrl_maxmin.clustering.solvers import fit_bradley_terry
+from torchrl_maxmin.diagnosis.exact import ExactOutcome
 
 __all__ = [
     "PROOF_GAPS",
     "Distinctness",
+    "check_assumptions",
     "distinctness",
     "diversity",
+    "feature_constants",
     "lemma1_bound",
     "theorem1_bound",
 ]
@@ -31,8 +41,13 @@ PROOF_GAPS = (
     "probabilities (Lemma 3); the distance that remains is measured here.",
 )
 
+#: A single reward that misses the mixture's probabilities by more than this does not realise it.
+REALISABLE = 0.01
 
-def diversity(probabilities: ArrayLike, row_weights: ArrayLike | None = None) -> np.ndarray:
+BLOCK_ROWS = 8192
+
+
+def diversity(probabilities: ArrayLike, row_weights: np.ndarray | None = None) -> np.ndarray:
     """Compute the diversity between groups (Definition 1): total variation of their preference probabilities.
 
     A comparison has two outcomes, so that half the sum of absolute differences is |p_i - p_j|; it is
@@ -54,16 +69,13 @@ def diversity(probabilities: ArrayLike, row_weights: ArrayLike | None = None) ->
         raise ValueError(f"probabilities must be [P, K] and not empty, got {list(p.shape)}")
     if not (np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1):
         raise ValueError("probabilities must lie in [0, 1]")
-    weights = None if row_weights is None else np.asarray(row_weights, dtype=np.float64)
     out = np.zeros((p.shape[1], p.shape[1]))
-    for i in range(p.shape[1]):
-        for j in range(i):
-            out[i, j] = out[j, i] = np.average(np.abs(p[:, i] - p[:, j]), weights=weights)
+    for i, j in zip(*np.tril_indices(len(out), -1), strict=True):
+        out[i, j] = out[j, i] = np.average(np.abs(p[:, i] - p[:, j]), weights=row_weights)
     return out
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Distinctness:
+class Distinctness(NamedTuple):
     """Lead of a group: how much farther than all others it is from some group (Lemma 1).
 
     Attributes:
@@ -88,15 +100,13 @@ def distinctness(between: ArrayLike) -> Distinctness:
         [0.1, -0.1, 0.4]
     """
     d = np.asarray(between, dtype=np.float64)
-    count = len(d)
-    if count == 1:
+    if len(d) == 1:
         return Distinctness(np.zeros(1), np.zeros(1, dtype=int))
-    lead = np.full((count, count), -np.inf)
-    for u in range(count):
-        others = [k for k in range(count) if k != u]
+    lead = np.full(d.shape, -np.inf)
+    for u in range(len(d)):
+        others = np.delete(np.arange(len(d)), u)
         lead[u, others] = d[u, others] - d[np.ix_(others, others)].max(axis=0)
-    reference = lead.argmax(axis=1)
-    return Distinctness(lead.max(axis=1), reference)
+    return Distinctness(lead.max(axis=1), lead.argmax(axis=1))
 
 
 def lemma1_bound(epsilon: ArrayLike, shares: ArrayLike, feature_bound: float) -> np.ndarray:
@@ -144,3 +154,128 @@ def theorem1_bound(
     if squared:
         distance = distance**2
     return smallest_eigenvalue / (64 * beta**2 * lipschitz) * distance / feature_bound**2
+
+
+def feature_constants(differences: Tensor) -> tuple[float, float]:
+    """Compute D and lambda_psi of a pair's two responses, put at +-difference / 2.
+
+    Bradley-Terry sees differences alone, so that this is the smallest D that bounds all features.
+
+    Args:
+        differences: [P, D].
+
+    Returns:
+        The largest norm, and the smallest eigenvalue of the second moment (0 with fewer pairs than features).
+
+    Example:
+        >>> feature_constants(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+        (2.0, 0.5)
+    """
+    largest = max(float(block.double().norm(dim=1).max()) for block in differences.split(BLOCK_ROWS)) / 2
+    num_pairs, num_features = differences.shape
+    if num_pairs < num_features:
+        return largest, 0.0
+    moment = torch.zeros(num_features, num_features, dtype=torch.float64)
+    for block in differences.split(BLOCK_ROWS):
+        moment.addmm_(block.double().T, block.double())
+    smallest = float(torch.linalg.eigvalsh(moment / num_pairs)[0]) / 4
+    # Eigenvalues that rounding alone makes positive are none.
+    return largest, smallest if smallest > 1e-12 else 0.0
+
+
+def check_assumptions(
+    choices: PairChoices,
+    mixture: LinearMixture,
+    found: Mapping[str, np.ndarray],
+    outcome: ExactOutcome,
+    constants: tuple[float, float],
+    misassigned: Mapping[str, float],
+    calibration: Mapping[str, float] | None,
+) -> list[dict[str, Any]]:
+    """Check whether every assumption holds here: true, false, or null where these data cannot say.
+
+    Args:
+        choices: The pairs.
+        mixture: The groups' rewards.
+        found: Epsilon, shares and diversity.
+        outcome: The policies on pairs.
+        constants: What :func:`feature_constants` gives.
+        misassigned: Expected misassignment.
+        calibration: Held-out accuracy less what the fit expected, with its interval.
+
+    Returns:
+        A list of ``{"assumption", "holds", "told"}``.
+    """
+    largest, smallest = constants
+    num_groups = len(mixture.log_prior)
+    num_parameters = num_groups * choices.features.shape[1]
+    leading = [f"group {k} ({value:.3f})" for k, value in enumerate(found["epsilon"]) if value > 0]
+    alone = "one group: there is no minority" if num_groups == 1 else "no group is"
+    distance = _distance_to_bradley_terry(choices, mixture)
+    checks: list[tuple[str, bool | None, str]] = [
+        ("rewards are linear in these features", *_linear(calibration)),
+        (
+            "features are bounded by D",
+            True,
+            f"on these pairs D = {largest:.3g} (half the longest difference); other responses may be longer",
+        ),
+        (
+            "features are linearly independent (smallest eigenvalue above 0)",
+            smallest > 0,
+            f"the smallest eigenvalue of their second moment is {smallest:.3g}",
+        ),
+        (
+            "unlimited data",
+            False,
+            f"{choices.num_choices:g} choices of {len(choices.user_offsets) - 1} users for {num_parameters} "
+            "parameters; the intervals say what that leaves open",
+        ),
+        (
+            "one Bradley-Terry reward gives the mixture's probabilities",
+            distance <= REALISABLE,
+            f"the best one misses them by {distance:.4f} on average over the pairs",
+        ),
+        (
+            "every policy gives every response at least probability c",
+            outcome.smallest_probability > 0,
+            f"c = {outcome.smallest_probability:.3g} for policies that choose between a pair's responses; "
+            "a language model gives whole responses no such floor",
+        ),
+        (
+            "a minority is farther from some group than all others are (epsilon above 0)",
+            bool(leading),
+            "holds for " + ", ".join(leading) if leading else alone,
+        ),
+        (
+            "the groups are known",
+            None if num_groups == 1 else misassigned["balanced_high"] <= MISASSIGNMENT_BAR,
+            "one group: nobody can be misplaced"
+            if num_groups == 1
+            else f"{misassigned['balanced']:.1%} of the users (averaged over groups) are expected in a wrong "
+            f"group, up to {misassigned['balanced_high']:.1%} by chance of the users",
+        ),
+    ]
+    return [{"assumption": name, "holds": holds, "told": why} for name, holds, why in checks]
+
+
+def _linear(calibration: Mapping[str, float] | None) -> tuple[bool | None, str]:
+    if calibration is None:
+        return None, "cannot be said without held-out pairs"
+    low, high = calibration["low"], calibration["high"]
+    off = f"{calibration['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    why = f"held-out accuracy less what the fit expected is {off}"
+    if low > 0 or high < 0:
+        return False, why + ": the probabilities are off, by misfit, too few pairs or wrong groups"
+    return None, why + ": not contradicted, which is no proof"
+
+
+def _distance_to_bradley_terry(choices: PairChoices, mixture: LinearMixture) -> float:
+    """Measure the mean distance between the mixture's probabilities and the best linear Bradley-Terry's."""
+    x = choices.differences
+    shares = mixture.log_prior.double().softmax(-1)
+    p = torch.sigmoid((x @ mixture.weight.T).double()) @ shares
+    # Every pair in both directions, each as often as the mixture would choose it.
+    counts = torch.ones(len(x)).double() if choices.row_weights is None else choices.row_weights.double()
+    weights = torch.cat([p * counts, (1 - p) * counts]).to(x.dtype)
+    best = fit_bradley_terry(torch.cat([x, -x]), l2=1e-9, row_weights=weights)
+    return float(((torch.sigmoid((x @ best).double()) - p).abs() * counts).sum() / counts.sum())

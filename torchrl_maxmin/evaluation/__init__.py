@@ -5,9 +5,8 @@ groups is :mod:`torchrl_maxmin.diagnosis`.
 """
 
 from torchrl_maxmin._moved import moved_names
-from torchrl_maxmin.evaluation.endpoint import EndpointJudge
 from torchrl_maxmin.evaluation.gap import AlignmentGap, alignment_gap
-from torchrl_maxmin.evaluation.judges import judge_pairs, reward_judge, truth_judge
+from torchrl_maxmin.evaluation.judges import EndpointJudge, judge_pairs, reward_judge, truth_judge
 from torchrl_maxmin.evaluation.plots import plot_training, plot_win_rates
 from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import SeedResult

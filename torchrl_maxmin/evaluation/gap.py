@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike
 __all__ = ["AlignmentGap", "alignment_gap"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AlignmentGap:
+class AlignmentGap(NamedTuple):
     """Alignment gap by group.
 
     Attributes:
@@ -56,12 +55,9 @@ def alignment_gap(policy_utilities: ArrayLike, best_utilities: ArrayLike) -> Ali
             f"{list(np.shape(policy_utilities))} and {list(np.shape(best_utilities))}"
         )
     difference = best - policy
-    num_prompts = difference.shape[0]
-    if num_prompts > 1:
-        error = difference.std(axis=0, ddof=1) / np.sqrt(num_prompts)
-    else:
-        error = np.full(difference.shape[1], np.nan)
-    return AlignmentGap(difference.mean(axis=0), error, num_prompts)
+    count, mean = len(difference), difference.mean(axis=0)
+    error = difference.std(axis=0, ddof=1) / np.sqrt(count) if count > 1 else np.full_like(mean, np.nan)
+    return AlignmentGap(mean, error, count)
 
 
 def _by_prompt(utilities: ArrayLike) -> np.ndarray:

@@ -13,8 +13,7 @@ from tensordict import TensorDict
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
-from torchrl_maxmin.evaluation.endpoint import EndpointJudge
-from torchrl_maxmin.evaluation.judges import Judge, judge_pairs
+from torchrl_maxmin.evaluation.judges import EndpointJudge, Judge, judge_pairs
 from torchrl_maxmin.models.sampling import to_texts
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import as_completion
@@ -166,11 +165,13 @@ def load_judge(
     if isinstance(function, World):
         count_columns(function, "judge", prompts)
         return UtilityJudge("world", list(function.group_names), list(function.shares), function=function)
+    if not isinstance(function, Mapping) and _takes_pairs(
+        function, [] if table is None else table.column_names
+    ):
+        function = {"group 0": function}
     if isinstance(function, Mapping):
         judges = {str(name): judge for name, judge in function.items()}
         return _answering(PairJudges("comparisons", judges), prompts[0])
-    if _takes_pairs(function, [] if table is None else table.column_names):
-        return _answering(PairJudges("comparisons", {"group 0": function}), prompts[0])
     count = count_columns(function, "judge", prompts, columns)
     names = [f"group {k}" for k in range(count)]
     return UtilityJudge("function", names, [1 / count] * count, function=function)
@@ -183,9 +184,9 @@ def _endpoint_judges(url: str, model: str | None, criteria: Sequence[str] | None
             'such as brief="short, plain answers"'
         )
     split = [text.partition("=") for text in criteria]
-    odd = [text for text, (name, _, words) in zip(criteria, split, strict=True) if not name or not words]
-    if odd:
-        raise UserError(f"--judge_criteria takes name=words; {odd[0]!r} is not that")
+    for text, (name, _, words) in zip(criteria, split, strict=True):
+        if not name or not words:
+            raise UserError(f"--judge_criteria takes name=words; {text!r} is not that")
     judges: dict[str, Judge] = {name: EndpointJudge(url, model, words) for name, _, words in split}
     if len(judges) < len(split):
         raise UserError("--judge_criteria names a group twice; give each a name of its own")
@@ -193,16 +194,15 @@ def _endpoint_judges(url: str, model: str | None, criteria: Sequence[str] | None
 
 
 def _takes_pairs(function: Any, columns: Sequence[str]) -> bool:
-    """Say whether a callable takes prompts and two lists of responses, and not responses and a column."""
+    """Whether a callable takes prompts and two lists of responses, and not responses and a column."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
-    if len(names) != 3:
-        return False
-    return names[1] != "completions" and (names[2] not in columns or names[1] in columns)
+    other = len(names) != 3 or names[1] == "completions"
+    return not other and (names[2] not in columns or names[1] in columns)
 
 
 def _answering(judges: PairJudges, prompt: Text) -> PairJudges:

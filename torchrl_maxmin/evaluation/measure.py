@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -178,8 +179,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         for name, path in folders.items():
             seed_everything(config.seed)
             policy = _load_policy(path, tokenizer, config, device)
-            sampled = sample_responses(policy, prompts, config.num_samples)
-            responses[name] = sampled
+            responses[name] = sampled = sample_responses(policy, prompts, config.num_samples)
             if mixture is not None:
                 scorers[name] = MixtureRewards(mixture, tokenizer, texts, policy.eos_token_ids)
             if isinstance(judge, UtilityJudge):
@@ -202,16 +202,8 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         extra |= _mixture_figures(
             config, scorers, reward, trained, judge.group_names, utilities, responses, prompts, reference
         )
-    result = SeedResult(
-        seed=config.seed,
-        group_names=judge.group_names,
-        group_shares=judge.group_shares,
-        utilities=utilities,
-        kl=kl,
-        length=length,
-        wins=wins,
-        extra=extra,
-    )
+    groups = judge.group_names, judge.group_shares
+    result = SeedResult(config.seed, *groups, utilities, kl, length, extra, wins)
     result.save(folder / "result")
     write_config(folder, config)
     return result, folder
@@ -223,7 +215,12 @@ def _shared_tokenizer(config: EvaluateConfig, folders: dict[str, str], texts: Se
     Raises:
         UserError: where a policy reads other tokens than the reference, or other words around a message.
     """
-    own = {name: load_tokenizer(path) for name, path in folders.items() if _has_tokenizer(path)}
+    files = ("tokenizer_config.json", "tokenizer.json")  # a folder may hold weights alone
+    own = {
+        name: load_tokenizer(path)
+        for name, path in folders.items()
+        if not Path(path).is_dir() or any((Path(path) / file).is_file() for file in files)
+    }
     tokenizer = own.get(REFERENCE) or load_tokenizer(folders[REFERENCE])
     templated = config.chat_template is None and any(map(is_conversational, texts))
     for name, other in own.items():
@@ -244,19 +241,10 @@ def _shared_tokenizer(config: EvaluateConfig, folders: dict[str, str], texts: Se
     return config.apply_chat(tokenizer)
 
 
-def _has_tokenizer(name_or_path: str) -> bool:
-    """Whether a policy came with a tokenizer; a folder may hold weights alone."""
-    folder, files = Path(name_or_path), ("tokenizer_config.json", "tokenizer.json")
-    return not folder.is_dir() or any((folder / file).is_file() for file in files)
-
-
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
+    length, temperature = config.response_length, config.temperature
     return TokenPolicy.from_pretrained(
-        path,
-        tokenizer,
-        max_new_tokens=config.response_length,
-        temperature=config.temperature,
-        device=device,
+        path, tokenizer, max_new_tokens=length, temperature=temperature, device=device
     )
 
 
@@ -295,31 +283,17 @@ def _mixture_figures(
         extra["certificate"] = {**_NOTHING, "reason": reason}
         return extra
     names = {head: name for name, head in heads.items()}
-    extra["calibration"] = {
-        "used": trained.get("calibration", {}).get("method"),
-        "utilities": _by_convention(
-            raw.reshape(len(prompts), config.num_samples, -1),
-            scorers[config.certify].in_batches(responses[config.certify]),
-            names,
-        ),
-    }
+    target = scorers[config.certify].in_batches(responses[config.certify])
+    conventions: dict[str, dict[str, float]] = {}
+    for method in CALIBRATIONS:
+        with contextlib.suppress(UserError):  # one sample a prompt, or a constant head, has no scale
+            calibration = Calibration.fit(raw.reshape(len(prompts), config.num_samples, -1), method)
+            means = calibration.apply(target).mean(0).tolist()
+            conventions[method] = {names.get(k, f"group {k}"): mean for k, mean in enumerate(means)}
+    used = trained.get("calibration", {}).get("method")
+    extra["calibration"] = {"used": used, "utilities": conventions}
     extra["certificate"] = _certificate(config, scorers[config.certify], trained, prompts, reference)
     return extra
-
-
-def _by_convention(
-    reference: torch.Tensor, target: torch.Tensor, names: dict[int, str]
-) -> dict[str, dict[str, float]]:
-    """Average a policy's raw rewards [N, K] under every calibration that [X, n, K] allow."""
-    conventions = {}
-    for method in CALIBRATIONS:
-        try:
-            calibration = Calibration.fit(reference, method)
-        except UserError:  # one sample a prompt, or a constant head, has no scale
-            continue
-        means = calibration.apply(target).mean(0).tolist()
-        conventions[method] = {names.get(k, f"group {k}"): mean for k, mean in enumerate(means)}
-    return conventions
 
 
 _NOTHING: dict[str, Any] = {"value": None, "low": None, "high": None}
@@ -357,17 +331,13 @@ def _certificate(
     if trained.get("reward_funcs") or len(calibration.shift) != source.num_groups:
         return {**_NOTHING, "reason": f"{config.certify} was not trained on this reward mixture"}
     seed_everything(config.seed)
-    some = prompts[: config.certificate_prompts]
     device = next(reference.parameters()).device
-    tokenizer = source.tokenizer
-    policy = _load_policy(config.folders()[config.certify], tokenizer, config, device)
+    policy = _load_policy(config.folders()[config.certify], source.tokenizer, config, device)
     penalty = trained.get("missing_eos_penalty", 0.0)
 
     def rewards(responses: TensorDict) -> torch.Tensor:
         calibrated = calibration.apply(source.in_batches(responses)).double()
         return penalise_missing_eos(calibrated, responses, source.eos_token_ids, penalty)
 
-    certificate = policy_certificate(
-        policy, reference, rewards, some, config.certificate_samples // 2 * 2, beta
-    )
-    return asdict(certificate)
+    some = prompts[: config.certificate_prompts]
+    return asdict(policy_certificate(policy, reference, rewards, some, config.certificate_samples, beta))

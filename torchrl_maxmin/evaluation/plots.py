@@ -7,7 +7,8 @@ the ``plot`` extra and is imported only when a figure is drawn; no backend and n
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,8 @@ import numpy as np
 
 from torchrl_maxmin.core.tables import write_csv
 
-__all__ = [
-    "COLOURS",
-    "DASHES",
-    "FONT",
-    "MARKERS",
-    "add_legend",
-    "new_figure",
-    "plot_training",
-    "plot_win_rates",
-    "tidy",
-    "write_figure",
-]
+__all__ = ["COLOURS", "DASHES", "FONT", "MARKERS", "add_legend", "figure_parts", "figure_text", "new_figure",
+           "plot_training", "plot_win_rates", "tidy", "write_figure"]  # fmt: skip
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow is left out, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -78,6 +69,24 @@ def write_figure(figure: Any, path: str | Path, rows: list[dict[str, Any]]) -> l
     return [png, svg, write_csv(table, rows)]
 
 
+def figure_parts(draw: Callable[[], list[str]], figures: bool | None, what: str) -> list[str]:
+    """Draw a report's figures; returns their paragraphs, or the one that says why there is none.
+
+    Args:
+        draw: Draws, and returns the paragraphs.
+        figures: None draws where Matplotlib is there.
+        what: Word for what is missing without it.
+    """
+    if figures is None and find_spec("matplotlib") is None:
+        return [f"No {what}: Matplotlib is missing (`pip install 'torchrl-maxmin[plot]'`)."]
+    return draw() if figures in (None, True) else []
+
+
+def figure_text(name: str, alt: str, note: str = "") -> str:
+    """Make the paragraph that shows ``figures/<name>.png`` and names the file of its numbers."""
+    return f"![{alt}](figures/{name}.png)\n\n{note}Numbers: [figures/{name}.csv](figures/{name}.csv)"
+
+
 def plot_training(
     histories: Mapping[str, History | Sequence[History]],
     path: str | Path,
@@ -109,15 +118,18 @@ def plot_training(
         ['.png', '.svg', '.csv']
     """
     seeds = {policy: _as_seeds(history) for policy, history in histories.items()}
-    num_groups = _num_groups(seeds)
+    keys = {key for runs in seeds.values() for run in runs for row in run for key in row}
+    found = [int(match[1]) for match in map(_MEAN_KEY.match, keys) if match]
+    if not found:
+        raise ValueError("no 'rewards/{k}/mean' in the histories: nothing to draw")
+    num_groups = max(found) + 1
     names = [f"group {k}" for k in range(num_groups)] if group_names is None else list(group_names)
     if len(names) != num_groups:
         raise ValueError(f"{len(names)} group names for {num_groups} groups in the histories")
     utility, weight = "rewards/{}/mean", "maxmin/weights/{}"
-    weighted = any(weight.format(0) in row for runs in seeds.values() for run in runs for row in run)
+    weighted = weight.format(0) in keys
     num_rows = 2 if weighted else 1
-    width = max(3.6 * len(seeds), 5.0)
-    figure = new_figure(width + 0.6, 3.1 * num_rows + 0.9)
+    figure = new_figure(max(3.6 * len(seeds), 5.0) + 0.6, 3.1 * num_rows + 0.9)
     axes = figure.subplots(num_rows, len(seeds), squeeze=False, sharex="col", sharey="row")
     rows: list[dict[str, Any]] = []
     for column, (policy, runs) in enumerate(seeds.items()):
@@ -125,7 +137,7 @@ def plot_training(
         for row, key in enumerate((utility, weight)[:num_rows]):
             axis = axes[row][column]
             for k, name in enumerate(names):
-                curves = [_curve(run, key.format(k)) for run in runs]
+                curves = [np.array([row.get(key.format(k), np.nan) for row in run], float) for run in runs]
                 curves = [curve for curve in curves if np.isfinite(curve).any()]
                 if not curves:
                     continue
@@ -229,18 +241,6 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
 def _as_seeds(history: History | Sequence[History]) -> list[History]:
     runs: list[Any] = list(history)
     return [runs] if runs and isinstance(runs[0], Mapping) else runs
-
-
-def _num_groups(seeds: Mapping[str, list[History]]) -> int:
-    keys = {key for runs in seeds.values() for run in runs for row in run for key in row}
-    found = [int(match[1]) for match in map(_MEAN_KEY.match, keys) if match]
-    if not found:
-        raise ValueError("no 'rewards/{k}/mean' in the histories: nothing to draw")
-    return max(found) + 1
-
-
-def _curve(run: History, key: str) -> np.ndarray:
-    return np.array([row.get(key, np.nan) for row in run], dtype=float)
 
 
 def _draw_curves(axis: Any, curves: list[np.ndarray], k: int, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -49,42 +50,39 @@ def policy_summary(
     """
     results = [result for result in results if policy in result.policies]
     rates = _rates(results, policy, REFERENCE, names, settings)
-    rows = {
-        result.seed: {
-            "seed": result.seed,
-            "win_rate_vs_sft": dict(zip(names, by_group, strict=True)),
-            "worst_group_win_rate": by_group.min(),
-            "average_win_rate": by_group.mean(),
-        }
-        for result, by_group in zip(results, _per_seed(rates.groups), strict=True)
-    }
+    rows: dict[int, dict[str, Any]] = {result.seed: {"seed": result.seed} for result in results}
+
+    def by_seed(interval: Interval, of: Sequence[SeedResult] = results) -> Any:
+        return zip((rows[result.seed] for result in of), np.asarray(interval.per_seed), strict=True)
+
+    for row, rate in by_seed(rates.groups):
+        row["win_rate_vs_sft"] = dict(zip(names, rate, strict=True))
+        row |= {"worst_group_win_rate": rate.min(), "average_win_rate": rate.mean()}
     out: dict[str, Any] = {
         "win_rate_vs_sft": _by_group(names, rates.groups),
         "utility": dict.fromkeys(names),  # judges that compare pairs say nothing of size
         "utility_interval": dict.fromkeys(names, NO_INTERVAL),
-        "worst_group": rates.worst_group_name,
-        **headline("worst_group_win_rate", rates.worst_group),
-        **headline("average_win_rate", rates.average),
+        **_totals(rates),
         "notes": list(rates.worst_group.notes),
     }
     if all(result.utilities for result in results):
         utility = _mean_over_samples(results, "utilities", policy, settings)
         out["utility"] = dict(zip(names, utility.estimate, strict=True))
         out["utility_interval"] = _by_group(names, utility)
-        for row, value in zip(rows.values(), _per_seed(utility), strict=True):
+        for row, value in by_seed(utility):
             row["utility"] = dict(zip(names, value, strict=True))
     with_baseline = [result for result in results if BASELINE in result.policies]
     if with_baseline:
         against = _rates(with_baseline, policy, BASELINE, names, settings).groups
         out["win_rate_vs_single"] = _by_group(names, against)
-        for result, value in zip(with_baseline, _per_seed(against), strict=True):
-            rows[result.seed]["win_rate_vs_single"] = dict(zip(names, value, strict=True))
+        for row, value in by_seed(against, with_baseline):
+            row["win_rate_vs_single"] = dict(zip(names, value, strict=True))
     for key in ("kl", "length"):
         measured = all(policy in getattr(result, key) for result in results)
         interval = _mean_over_samples(results, key, policy, settings) if measured else None
         out |= headline(key, interval)
         if interval is not None:
-            for row, value in zip(rows.values(), _per_seed(interval), strict=True):
+            for row, value in by_seed(interval):
                 row[key] = value
     out["length_correlation"] = _length_correlation(policy, results, names, settings)
     out["per_seed"] = list(rows.values())
@@ -99,23 +97,11 @@ def pairs_summary(
     Arguments are those of :func:`policy_summary`.
     """
     out = []
-    for i, other in enumerate(policies):
-        for policy in policies[i + 1 :]:
-            both = [r for r in results if policy in r.policies and other in r.policies]
-            if not both:
-                continue
+    for other, policy in combinations(policies, 2):
+        if both := [r for r in results if policy in r.policies and other in r.policies]:
             rates = _rates(both, policy, other, names, settings)
-            out.append(
-                {
-                    "policy": policy,
-                    "other": other,
-                    "seeds": [result.seed for result in both],
-                    "win_rate": _by_group(names, rates.groups),
-                    "worst_group": rates.worst_group_name,
-                    **headline("worst_group_win_rate", rates.worst_group),
-                    **headline("average_win_rate", rates.average),
-                }
-            )
+            pair = {"policy": policy, "other": other, "seeds": [result.seed for result in both]}
+            out.append(pair | {"win_rate": _by_group(names, rates.groups), **_totals(rates)})
     return out
 
 
@@ -152,17 +138,17 @@ def _rates(
     return rates_by_group(win_matrices(results, policy, other), names, warn=False, **settings)
 
 
+def _totals(rates: GroupWinRates) -> dict[str, Any]:
+    totals = headline("worst_group_win_rate", rates.worst_group) | headline("average_win_rate", rates.average)
+    return {"worst_group": rates.worst_group_name, **totals}
+
+
 def _mean_over_samples(
     results: Sequence[SeedResult], field: str, policy: str, settings: Mapping[str, Any]
 ) -> Interval:
     """Average a field of the records over samples, prompts and seeds."""
     values = [getattr(result, field)[policy].mean(axis=1, dtype=np.float64) for result in results]
     return interval_over_seeds(np.stack(values), scale="identity", **settings)
-
-
-def _per_seed(interval: Interval) -> np.ndarray:
-    assert interval.per_seed is not None
-    return interval.per_seed
 
 
 def _by_group(names: Sequence[str], interval: Interval) -> dict[str, dict[str, Any]]:
@@ -186,10 +172,6 @@ def _length_correlation(
         return {name: {**NO_INTERVAL, "reason": reason} for name in names}
     length = np.stack([result.length[policy] for result in results]).astype(np.float64)
     utility = np.stack([result.utilities[policy] for result in results]).astype(np.float64)
-    found = [length_correlation(utility[..., k], length, **settings) for k in range(len(names))]
-    reason = "every prompt's responses are of one length or one utility"
-    missing = {**NO_INTERVAL, "reason": reason}
-    return {
-        name: missing if interval is None else interval.to_dict()
-        for name, interval in zip(names, found, strict=True)
-    }
+    missing = {**NO_INTERVAL, "reason": "every prompt's responses are of one length or one utility"}
+    found = {name: length_correlation(utility[..., k], length, **settings) for k, name in enumerate(names)}
+    return {name: missing if interval is None else interval.to_dict() for name, interval in found.items()}

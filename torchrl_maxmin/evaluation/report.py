@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrl_maxmin.core.tables import markdown_table
-from torchrl_maxmin.evaluation.plots import plot_training, plot_win_rates
+from torchrl_maxmin.core.tables import markdown_table, write_paragraphs
+from torchrl_maxmin.evaluation.plots import figure_parts, figure_text, plot_training, plot_win_rates
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +17,7 @@ __all__ = ["interval_text", "number_text", "rich_table", "write_report"]
 _ROWS = {
     "worst_group_relative_gain": "worst group",
     "average_relative_gain": "average over groups",
-    "majority_relative_change": "majority",
+    "majority_relative_change": "majority ({})",
 }
 
 
@@ -54,8 +53,22 @@ def write_report(
         ...     write_report(folder, summarise([result]), figures=False).name
         'report.md'
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    figures_folder = Path(folder) / "figures"
+
+    def draw() -> list[str]:
+        plot_win_rates(summary, figures_folder / "win_rates")
+        alt = "Win rates against sft by policy and group, with intervals"
+        drawn = [figure_text("win_rates", alt, "Bars are the intervals of the table. ")]
+        if histories:
+            plot_training(histories, figures_folder / "training", group_names=_names(summary))
+        if (figures_folder / "training.png").is_file():
+            alt, note = (
+                "Group utilities and weights over training",
+                "Thin lines are seeds, thick lines their mean. ",
+            )
+            drawn.append(figure_text("training", alt, note))
+        return drawn
+
     parts = [
         f"# {title}",
         _what_was_done(summary),
@@ -63,36 +76,13 @@ def write_report(
         _comparison_block(summary),
         *_pairs_block(summary),
         *_size_block(summary),
-    ]
-    if figures is None:
-        figures = find_spec("matplotlib") is not None
-        if not figures:
-            parts.append("No figures: Matplotlib is missing (`pip install 'torchrl-maxmin[plot]'`).")
-    if figures:
-        plot_win_rates(summary, folder / "figures" / "win_rates")
-        parts.append(
-            "![Win rates against sft by policy and group, with intervals](figures/win_rates.png)\n\n"
-            "Bars are the intervals of the table. Numbers: "
-            "[figures/win_rates.csv](figures/win_rates.csv)"
-        )
-        if histories:
-            names = [group["name"] for group in summary["groups"]]
-            plot_training(histories, folder / "figures" / "training", group_names=names)
-        if (folder / "figures" / "training.png").is_file():
-            parts.append(
-                "![Group utilities and weights over training](figures/training.png)\n\n"
-                "Thin lines are seeds, thick lines their mean. Numbers: "
-                "[figures/training.csv](figures/training.csv)"
-            )
-    parts += [
+        *figure_parts(draw, figures, "figures"),
         _em_block(summary),
         _certificate_block(summary),
         *_calibration_block(summary),
         _caveats(summary),
     ]
-    path = folder / "report.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return write_paragraphs(Path(folder) / "report.md", parts)
 
 
 def rich_table(summary: Mapping[str, Any]) -> Table:
@@ -129,6 +119,10 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
             number_text(policy["kl"], ".2f"),
         )
     return table
+
+
+def _names(summary: Mapping[str, Any]) -> list[str]:
+    return [group["name"] for group in summary["groups"]]
 
 
 def _seeds(summary: Mapping[str, Any]) -> str:
@@ -178,8 +172,7 @@ def _rates(entry: Mapping[str, Any], rates: Mapping[str, Any], names: Sequence[s
 
 
 def _policy_table(summary: Mapping[str, Any]) -> str:
-    """Tabulate win rates against sft by policy and group."""
-    names = [group["name"] for group in summary["groups"]]
+    names = _names(summary)
     header = ["policy", *names, "worst group (biased low)", "average", "KL (nats)", "length"]
     rows = [
         [name, *_rates(policy, policy["win_rate_vs_sft"], names), number_text(policy["kl"], ".2f"),
@@ -194,7 +187,7 @@ def _pairs_block(summary: Mapping[str, Any]) -> list[str]:
     pairs = [pair for pair in summary.get("pairs", []) if pair["other"] != "sft"]
     if not pairs:
         return []
-    names = [group["name"] for group in summary["groups"]]
+    names = _names(summary)
     header = ["policy", "against", *names, "worst group (biased low)", "average"]
     rows = [[pair["policy"], pair["other"], *_rates(pair, pair["win_rate"], names)] for pair in pairs]
     return ["## Policies against each other\n\n" + markdown_table(header, rows)]
@@ -205,15 +198,14 @@ def _size_block(summary: Mapping[str, Any]) -> list[str]:
     policies = summary["policies"]
     if not all("length_correlation" in policy for policy in policies.values()):
         return []
-    names = [group["name"] for group in summary["groups"]]
+    names = _names(summary)
     rows: list[list[str]] = []
     reasons: dict[str, None] = {}
     for name, policy in policies.items():
-        utilities = [policy["utility_interval"][group] for group in names]
         correlations = [policy["length_correlation"][group] for group in names]
         reasons |= dict.fromkeys(entry["reason"] for entry in correlations if entry["mean"] is None)
         sizes = [interval_text(policy["kl_interval"], ".2f"), interval_text(policy["length_interval"], ".1f")]
-        utility = [interval_text(entry) for entry in utilities]
+        utility = [interval_text(policy["utility_interval"][group]) for group in names]
         rows.append([name, *utility, *sizes, *(interval_text(entry, "+.2f") for entry in correlations)])
     header = ["policy", *(f"utility, {group}" for group in names), "KL (nats)", "length"]
     header += [f"length with utility, {group}" for group in names]
@@ -235,19 +227,25 @@ def _comparison_block(summary: Mapping[str, Any]) -> str:
         return heading + f"Not compared: the results hold no {policy}, no {baseline}, or a win rate of zero."
     intervals = {key: compared[f"{key}_interval"] for key in _ROWS}
     by_t = all(str(interval["method"])[0] == "t" for interval in intervals.values())
-    header = ["relative change of the win rate against sft", "estimate"]
-    header += ["t over seeds"] if by_t else []
-    header += ["bootstrap", "by seed"]
-    rows = []
-    for key, label in _ROWS.items():
-        interval = intervals[key]
-        if key == "majority_relative_change":
-            label = f"{label} ({compared['majority_group']})"
-        cells = [label, number_text(compared[key], "+.1%")]
-        cells += [_ends_text(interval, "+.1%")] if by_t else []
-        cells += [_ends_text(interval, "+.1%", "bootstrap_")]
-        cells += [" ".join(number_text(entry[key], "+.0%") for entry in compared["per_seed"])]
-        rows.append(cells)
+    header = [
+        "relative change of the win rate against sft",
+        "estimate",
+        "t over seeds",
+        "bootstrap",
+        "by seed",
+    ]
+    rows = [
+        [
+            label.format(compared["majority_group"]),
+            number_text(compared[key], "+.1%"),
+            _ends_text(intervals[key], "+.1%"),
+            _ends_text(intervals[key], "+.1%", "bootstrap_"),
+            " ".join(number_text(entry[key], "+.0%") for entry in compared["per_seed"]),
+        ]
+        for key, label in _ROWS.items()
+    ]
+    if not by_t:
+        header, *rows = ([*row[:2], *row[3:]] for row in (header, *rows))
     text = heading + markdown_table(header, rows)
     head_to_head = summary["policies"][policy].get("win_rate_vs_single")
     if head_to_head:
@@ -267,24 +265,24 @@ def _comparison_block(summary: Mapping[str, Any]) -> str:
 
 def _em_block(summary: Mapping[str, Any]) -> str:
     em = summary["em"]
-    users = ", ".join(
-        f"{group['name']} {group['users']}" for group in summary["groups"] if group["users"] is not None
-    )
+    users = [f"{group['name']} {group['users']}" for group in summary["groups"] if group["users"] is not None]
+    worst = em.get("user_accuracy_min")
     lines = [
         "## Groups found",
         "",
         f"- Users assigned to the right group: {number_text(em['user_accuracy'], '.3f')}"
-        + (f" (worst seed {em['user_accuracy_min']:.3f})" if em.get("user_accuracy_min") is not None else ""),
+        + (f" (worst seed {worst:.3f})" if worst is not None else ""),
         f"- Number of groups selected: {number_text(em['num_groups_selected'], '.0f')}",
         f"- Held-out log-likelihood, nats a pair: {number_text(em['heldout_log_likelihood'], '.3f')}",
+        *([f"- Users: {', '.join(users)}"] if users else []),
     ]
-    if users:
-        lines.append(f"- Users: {users}")
     shown = {"user_accuracy", "num_groups_selected", "heldout_log_likelihood", "per_seed"}
-    for key, value in em.items():
-        smallest = key.endswith("_min") and key.removesuffix("_min") in em
-        if not (key in shown or key.removesuffix("_min") in shown or smallest or value is None):
-            lines.append(f"- {key.replace('_', ' ')}: {_compact(value)}")
+    smallest = {f"{key}_min" for key in (*em, *shown)}
+    lines += [
+        f"- {key.replace('_', ' ')}: {_compact(value)}"
+        for key, value in em.items()
+        if key not in shown | smallest and value is not None
+    ]
     return "\n".join(lines)
 
 
@@ -350,27 +348,19 @@ def _caveats(summary: Mapping[str, Any]) -> str:
         if count < 10
         else f"{count} seeds: chance in training is measured by these alone."
     )
-    return "\n".join(
-        [
-            "## How to read this",
-            "",
-            *_about_the_judge(summary),
-            "- The minimum over groups of noisy win rates is biased low, most where groups are close. The "
-            "interval of the worst group is [smallest low, smallest high] over groups.",
-            f"- {seeds}",
-            *_about_rates(summary),
-        ]
-    )
-
-
-def _about_rates(summary: Mapping[str, Any]) -> list[str]:
-    """List policies whose intervals may be too narrow, as their notes say."""
-    noted: dict[str, list[str]] = {}
+    noted: dict[str, list[str]] = {}  # policies whose intervals may be too narrow
     for name, policy in summary["policies"].items():
         for note in policy.get("notes", []):
             if "biased low" not in note and "one seed" not in note:
                 noted.setdefault(note, []).append(name)
-    return [f"- {', '.join(names)}: {note}." for note, names in noted.items()]
+    lines = [
+        *_about_the_judge(summary),
+        "The minimum over groups of noisy win rates is biased low, most where groups are close. The "
+        "interval of the worst group is [smallest low, smallest high] over groups.",
+        seeds,
+        *(f"{', '.join(names)}: {note}." for note, names in noted.items()),
+    ]
+    return "\n- ".join(["## How to read this\n", *lines])
 
 
 def _judge_kinds(summary: Mapping[str, Any]) -> set[str | None]:
@@ -381,20 +371,20 @@ def _about_the_judge(summary: Mapping[str, Any]) -> list[str]:
     kinds = _judge_kinds(summary)
     if kinds == {"world"}:
         return [
-            "- The world is synthetic and its conflict between groups was chosen. The size of the effect is "
+            "The world is synthetic and its conflict between groups was chosen. The size of the effect is "
             "a fact about this world, not about people.",
-            "- Win rates use the groups' true utilities, which training never sees.",
+            "Win rates use the groups' true utilities, which training never sees.",
         ]
     if kinds == {"reward heads"}:
         return [
-            "- The judge is a reward mixture. Where the policies were trained on it, win rates are "
+            "The judge is a reward mixture. Where the policies were trained on it, win rates are "
             "optimistic: a policy learns its judge's mistakes too."
         ]
-    lines = ["- Win rates are what the judge says; they are as good as the judge."]
+    lines = ["Win rates are what the judge says; they are as good as the judge."]
     for extra in summary.get("extra", []):
         if extra.get("judge_first_place"):
             bias = ", ".join(f"{name} {value:+.3f}" for name, value in extra["judge_first_place"].items())
             lines.append(
-                f"- Both orders were asked. What stood first won oftener by (seed {extra['seed']}): {bias}."
+                f"Both orders were asked. What stood first won oftener by (seed {extra['seed']}): {bias}."
             )
     return lines

@@ -99,13 +99,13 @@ class SeedResult:
                         f"seed {self.seed}: {name} of '{policy}' must be [N, M] = "
                         f"{[self.num_prompts, *samples]}, got {list(array.shape)}"
                     )
-        for name in _FIELDS:
-            for policy, array in getattr(self, name).items():
-                if not np.isfinite(array).all():
-                    raise ValueError(
-                        f"seed {self.seed}: {name} of '{policy}' holds NaN or infinity; a comparison would "
-                        "count it as a loss. Drop or repair those samples first."
-                    )
+        for place, array in self._arrays().items():
+            if not np.isfinite(array).all():
+                name, policy = place.split("/", 1)
+                raise ValueError(
+                    f"seed {self.seed}: {name} of '{policy}' holds NaN or infinity; a comparison would "
+                    "count it as a loss. Drop or repair those samples first."
+                )
 
     @property
     def num_prompts(self) -> int:
@@ -121,6 +121,11 @@ class SeedResult:
     def _scores(self) -> dict[str, np.ndarray]:
         return self.wins or self.utilities
 
+    def _arrays(self) -> dict[str, Any]:
+        return {
+            f"{name}/{policy}": array for name in _FIELDS for policy, array in getattr(self, name).items()
+        }
+
     def win_matrix(self, policy: str, other: str) -> np.ndarray:
         """Compute how often each group prefers one policy to another, prompt by prompt: [N, G]."""
         if self.wins:
@@ -131,11 +136,7 @@ class SeedResult:
         """Write ``arrays.npz`` and ``result.json`` into ``folder`` (made if missing) and return it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {
-            f"{name}/{policy}": array for name in _FIELDS for policy, array in getattr(self, name).items()
-        }
-        with open(folder / _ARRAYS_FILE, "wb") as file:
-            np.savez_compressed(file, **arrays)
+        np.savez_compressed(folder / _ARRAYS_FILE, **self._arrays())
         record = {
             "seed": int(self.seed),
             "group_names": list(self.group_names),
@@ -158,16 +159,9 @@ class SeedResult:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no saved result: {name} is missing")
         record = json.loads((folder / _JSON_FILE).read_text(encoding="utf-8"))
-        fields: dict[str, dict[str, np.ndarray]] = {name: {} for name in _FIELDS}
+        policies = record.pop("policies")
         with np.load(folder / _ARRAYS_FILE, allow_pickle=False) as archive:
-            for policy in record["policies"]:
-                for name, arrays in fields.items():
-                    if f"{name}/{policy}" in archive:
-                        arrays[policy] = archive[f"{name}/{policy}"]
-        return cls(
-            seed=record["seed"],
-            group_names=record["group_names"],
-            group_shares=record["group_shares"],
-            extra=record["extra"],
-            **fields,
-        )
+            for name in _FIELDS:
+                there = [policy for policy in policies if f"{name}/{policy}" in archive]
+                record[name] = {policy: archive[f"{name}/{policy}"] for policy in there}
+        return cls(**record)

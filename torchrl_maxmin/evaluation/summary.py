@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.evaluation.policies import (
-    BASELINE,
-    headline,
-    pairs_summary,
-    policy_summary,
-    win_matrices,
-)
+from torchrl_maxmin.evaluation.policies import BASELINE, headline, pairs_summary, policy_summary, win_matrices
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.stats.clustered import NUM_RESAMPLES
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
@@ -99,15 +94,15 @@ def summarise(
     first = results[0]
     names = list(first.group_names)
     shares = np.mean([result.group_shares for result in results], axis=0).tolist()
-    seeds = [int(result.seed) for result in results]
     # One seed, so one set of resamples a number of seeds: policies on the same seeds are compared paired.
     settings = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
-    ordered = _ordered_policies(results)
-    policies = {policy: policy_summary(policy, results, names, settings) for policy in ordered}
+    rank = {REFERENCE: 0, BASELINE: 1, MAXMIN: 2, ORACLE: 4}
+    there = dict.fromkeys(policy for result in results for policy in result.policies)
+    ordered = sorted(there, key=lambda policy: rank.get(policy, 3))
     users = first.extra.get("group_users")
     known = {"em", "certificate", "calibration", "group_users", "timings"}
     summary = {
-        "seeds": seeds,
+        "seeds": [int(result.seed) for result in results],
         "num_prompts": first.num_prompts,
         "confidence": confidence,
         "num_resamples": num_resamples,
@@ -117,7 +112,7 @@ def summarise(
             for k, name in enumerate(names)
         ],
         "em": _em_summary(results),
-        "policies": policies,
+        "policies": {policy: policy_summary(policy, results, names, settings) for policy in ordered},
         "pairs": pairs_summary(ordered, results, names, settings),
         "comparison": _comparison(results, names, shares, settings),
         "certificate": _certificate_summary(results),
@@ -187,28 +182,20 @@ def _checked(results: Sequence[SeedResult]) -> list[SeedResult]:
         raise ValueError(f"seeds repeat: {seeds}; a run counted twice would narrow every interval")
     first = results[0]
     for result in results[1:]:
+        pair = f"seeds {first.seed} and {result.seed}"
         if list(result.group_names) != list(first.group_names):
-            raise ValueError(
-                f"seeds {first.seed} and {result.seed} name other groups: {first.group_names} and "
-                f"{result.group_names}; order them alike"
-            )
+            names = f"{first.group_names} and {result.group_names}"
+            raise ValueError(f"{pair} name other groups: {names}; order them alike")
         if bool(result.wins) != bool(first.wins):
             raise ValueError(
-                f"seeds {first.seed} and {result.seed} were judged in two ways, by utilities and by "
-                "comparisons; judge all seeds alike"
+                f"{pair} were judged in two ways, by utilities and by comparisons; judge all seeds alike"
             )
         if result.num_prompts != first.num_prompts:
             raise ValueError(
-                f"seeds {first.seed} and {result.seed} have {first.num_prompts} and {result.num_prompts} "
-                "held-out prompts; all seeds must be evaluated on the same ones"
+                f"{pair} have {first.num_prompts} and {result.num_prompts} held-out prompts; all seeds must "
+                "be evaluated on the same ones"
             )
     return results
-
-
-def _ordered_policies(results: list[SeedResult]) -> list[str]:
-    found = list(dict.fromkeys(policy for result in results for policy in result.policies))
-    rank = {REFERENCE: 0, BASELINE: 1, MAXMIN: 2, ORACLE: 4}
-    return sorted(found, key=lambda policy: rank.get(policy, 3))
 
 
 def _comparison(
@@ -222,49 +209,44 @@ def _comparison(
         "majority_relative_change": lambda means: means[..., majority],
     }
 
-    def against(other: str, key: str) -> tuple[list[SeedResult], Any]:
+    def against(other: str, key: str) -> tuple[list[int], Any]:
         both = [r for r in results if MAXMIN in r.policies and other in r.policies]
         if not both:
             return [], None
         maxmin, others = (win_matrices(both, policy, REFERENCE) for policy in (MAXMIN, other))
-        return both, relative_change(maxmin, others, statistic_of[key], **settings)
+        change = relative_change(maxmin, others, statistic_of[key], **settings)
+        return [result.seed for result in both], change
 
     out: dict[str, Any] = {"policy": MAXMIN, "baseline": BASELINE, "majority_group": names[majority]}
     rows: dict[int, dict[str, Any]] = {}
     for key in statistic_of:
-        both, change = against(BASELINE, key)
+        seeds, change = against(BASELINE, key)
         out |= headline(key, change)
-        for s, result in enumerate(both):
-            rows.setdefault(result.seed, {"seed": result.seed})[key] = change.per_seed[s]
+        for s, seed in enumerate(seeds):
+            rows.setdefault(seed, {"seed": seed})[key] = change.per_seed[s]
     out["per_seed"] = list(rows.values())
-    both, gain = against(ORACLE, "worst_group_relative_gain")
+    seeds, gain = against(ORACLE, "worst_group_relative_gain")
     if gain is not None:
         ends = ("estimate", "low", "high", "bootstrap_low", "bootstrap_high", "per_seed")
         ratio = dataclasses.replace(gain, **{end: getattr(gain, end) + 1 for end in ends})
         out |= headline("oracle_ratio", ratio)
-        out["oracle_ratio_per_seed"] = [
-            {"seed": result.seed, "oracle_ratio": ratio.per_seed[s]} for s, result in enumerate(both)
-        ]
+        by_seed = zip(seeds, ratio.per_seed, strict=True)
+        out["oracle_ratio_per_seed"] = [{"seed": seed, "oracle_ratio": value} for seed, value in by_seed]
     return out
 
 
 def _em_summary(results: list[SeedResult]) -> dict[str, Any]:
     """Summarise ``extra["em"]`` over seeds: means, smallest values as ``<key>_min``, every seed's own."""
-    per_seed = [{"seed": result.seed, **result.extra.get("em", {})} for result in results]
     entries = [result.extra["em"] for result in results if result.extra.get("em")]
-    out: dict[str, Any] = {
-        "user_accuracy": None,
-        "num_groups_selected": None,
-        "heldout_log_likelihood": None,
-        **_mean_tree(entries),
-    }
+    out: dict[str, Any] = dict.fromkeys(("user_accuracy", "num_groups_selected", "heldout_log_likelihood"))
+    out |= _mean_tree(entries)
     for key in [key for key, value in out.items() if _is_number(value) and key != "num_groups_selected"]:
         # A mean hides the seed that failed: its neighbour is the smallest.
         out[f"{key}_min"] = min(entry[key] for entry in entries if _is_number(entry.get(key)))
     chosen = [e["num_groups_selected"] for e in entries if _is_number(e.get("num_groups_selected"))]
     if chosen:
         out["num_groups_selected"] = statistics.mode(sorted(chosen))
-    out["per_seed"] = per_seed
+    out["per_seed"] = [{"seed": result.seed, **result.extra.get("em", {})} for result in results]
     return out
 
 
@@ -273,26 +255,21 @@ def _certificate_summary(results: list[SeedResult]) -> dict[str, Any]:
 
     One seed without a number makes the whole null: a certificate holds for all seeds or for none.
     """
-    given = [(result.seed, result.extra.get("certificate")) for result in results]
-    empty: dict[str, Any] = {"value": None, "low": None, "high": None}
-    if all(certificate is None for _, certificate in given):
+    keys = ("value", "low", "high", "reason")
+    empty: dict[str, Any] = dict.fromkeys(keys[:3])
+    if all(result.extra.get("certificate") is None for result in results):
         return {**empty, "reason": "not computed", "per_seed": []}
     per_seed: list[dict[str, Any]] = [
-        {"seed": seed, **{key: (certificate or {}).get(key) for key in ("value", "low", "high", "reason")}}
-        for seed, certificate in given
+        {"seed": r.seed} | {key: (r.extra.get("certificate") or {}).get(key) for key in keys} for r in results
     ]
     silent = [entry for entry in per_seed if not all(_is_number(entry[key]) for key in empty)]
     if silent:
         first = f"seed {silent[0]['seed']}: {silent[0]['reason'] or 'not computed'}"
         reason = first if len(silent) == 1 else f"{len(silent)} of {len(per_seed)} seeds have none ({first})"
         return {**empty, "reason": reason, "per_seed": per_seed}
-    return {
-        "value": float(np.mean([entry["value"] for entry in per_seed])),
-        "low": min(entry["low"] for entry in per_seed),
-        "high": max(entry["high"] for entry in per_seed),
-        "reason": None,
-        "per_seed": per_seed,
-    }
+    values, lows, highs = ([entry[key] for entry in per_seed] for key in empty)
+    ends = {"low": min(lows), "high": max(highs)}
+    return {"value": float(np.mean(values)), **ends, "reason": None, "per_seed": per_seed}
 
 
 def _calibration_summary(results: list[SeedResult]) -> dict[str, Any] | None:
@@ -306,15 +283,11 @@ def _calibration_summary(results: list[SeedResult]) -> dict[str, Any] | None:
         return None
     for entry in per_seed:
         if "worst_group" not in entry and "utilities" in entry:
-            entry["worst_group"] = {
-                convention: min(by_group, key=by_group.get)
-                for convention, by_group in entry["utilities"].items()
-            }
-    worst: dict[str, dict[str, int]] = {}
+            entry["worst_group"] = {name: min(by, key=by.get) for name, by in entry["utilities"].items()}
+    worst: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in per_seed:
         for convention, group in entry.get("worst_group", {}).items():
-            counts = worst.setdefault(convention, {})
-            counts[group] = counts.get(group, 0) + 1
+            worst[convention][group] += 1
     changing = [e["seed"] for e in per_seed if len(set(e.get("worst_group", {}).values())) > 1]
     return {
         "used": per_seed[0].get("used"),
@@ -327,9 +300,8 @@ def _calibration_summary(results: list[SeedResult]) -> dict[str, Any] | None:
 
 def _is_number(value: Any) -> bool:
     """Say whether ``value`` is a finite number (a bool is not)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return False
-    return math.isfinite(value)
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _mean_tree(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -354,10 +326,6 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

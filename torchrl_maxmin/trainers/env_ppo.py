@@ -30,6 +30,7 @@ from torchrl_maxmin.models.mlp import make_actor, make_critic
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.objectives import VectorGAE
 from torchrl_maxmin.rollouts.environment import EnvRollouts
+from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo import Metrics, PPOParts, find_state, restore, train
@@ -174,7 +175,7 @@ def train_env_policy(config: EnvPPOConfig, parts: EnvParts, started: float | Non
             **exact_summary(env, actor, config.objective),
         }
         env.close()
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", {"schema_version": SCHEMA_VERSION, **summary})
     parts.rollouts.env.close(raise_if_closed=False)
     return folder
 

@@ -104,7 +104,7 @@ class Learner:
     def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
         """Compute the gradient of a minibatch; returns the loss's outputs, and ``loss``, their sum."""
         whole = len(minibatch) <= self.micro_batch_size
-        outputs = []
+        outputs: list[Any] = []
         for part in [minibatch] if whole else self.loss.micro_batches(minibatch, self.micro_batch_size):
             losses = self.loss(part)
             losses["loss"] = sum(value for name, value in losses.items() if name.startswith("loss_"))

@@ -39,6 +39,7 @@ from torchrl_maxmin.rewards.source import (
 )
 from torchrl_maxmin.rollouts.certificate import policy_certificate
 from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
+from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
@@ -73,6 +74,7 @@ def train_policy(config: PPOConfig, parts: LanguageParts) -> Path:
     if train(config, **vars(parts)):
         parts.models.save(folder)
         outcome = {
+            "schema_version": SCHEMA_VERSION,
             "calibration": parts.rollouts.rewards.calibration.to_dict(),
             "group_weights": parts.statistics.adversary.weights.tolist(),
             "kl_coef": float(parts.advantages.kl.coef),

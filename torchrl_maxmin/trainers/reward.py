@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torchrl_maxmin.core.run import (
     write_config,
     write_json,
 )
+from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import is_encoder, load_tokenizer, require_trunk
 from torchrl_maxmin.models.sampling import encode_prompts
@@ -31,6 +31,7 @@ from torchrl_maxmin.preferences.texts import TextEncoder, text_key
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
 from torchrl_maxmin.rewards.adapters import require_adaptable
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
+from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.reward_config import RewardConfig
 
 __all__ = ["RewardConfig", "run_reward", "user_accuracy"]
@@ -111,7 +112,12 @@ def run_reward(config: RewardConfig) -> Path:
         ) as error:  # a head without a scale is still a head: keep what was trained, and say so
             figures["calibration_error"] = str(error)
     fit.model.save_pretrained(folder)
-    _write_groups(folder / "groups.csv", fit)
+    users = [
+        {"user": user, "group": int(np.argmax(row))}
+        | {f"responsibility_{k}": float(v) for k, v in enumerate(row)}
+        for user, row in fit.responsibilities.items()
+    ]
+    write_csv(folder / "groups.csv", users, ".6g")
     write_json(folder / "summary.json", figures)
     write_config(folder, config)
     return folder
@@ -193,16 +199,9 @@ def _pair_rewards(mixture: RewardMixture, data: PreferenceDataset, config: Rewar
     return torch.stack([mixture.score(prompts, side, batch_size=size) for side in sides], 1)
 
 
-def _write_groups(path: Path, fit: MixtureFit) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["user", "group", *(f"responsibility_{k}" for k in range(fit.model.num_groups))])
-        for user, row in fit.responsibilities.items():
-            writer.writerow([user, int(np.argmax(row)), *(f"{value:.6g}" for value in row)])
-
-
 def _figures(fit: MixtureFit, data: PreferenceDataset) -> dict[str, Any]:
     figures: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
         "num_groups": fit.model.num_groups,
         "mixing_weights": fit.log_prior.exp().tolist(),
         "users": fit.responsibilities_matrix.argmax(-1).bincount(minlength=fit.model.num_groups).tolist(),

@@ -32,6 +32,7 @@ from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational, speaker_of, split_prompt
 from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns
 from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, read_texts
+from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 
 __all__ = ["SFTConfig", "run_sft"]
 
@@ -199,7 +200,9 @@ def run_sft(config: SFTConfig) -> Path:
         }
 
     loss = _train(config, model, rows, collate, folder, device)
-    write_json(folder / "summary.json", {"rows": len(rows), "train_loss": loss})
+    write_json(
+        folder / "summary.json", {"schema_version": SCHEMA_VERSION, "rows": len(rows), "train_loss": loss}
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_config(folder, config)
