@@ -13,23 +13,7 @@ from torchrl_maxmin.evaluation.summary import load_summary, summarise, write_sum
 from torchrl_maxmin.stats import GroupWinRates, group_win_rates, rates_by_group, user_win_rates, win_matrix
 
 __all__ = [
-    "AlignmentGap",
-    "EndpointJudge",
-    "GroupWinRates",
-    "SeedResult",
-    "alignment_gap",
-    "group_win_rates",
-    "judge_pairs",
-    "load_summary",
-    "plot_training",
-    "plot_win_rates",
-    "rates_by_group",
-    "reward_judge",
-    "rich_table",
-    "summarise",
-    "truth_judge",
-    "user_win_rates",
-    "win_matrix",
-    "write_report",
-    "write_summary",
-]
+    "AlignmentGap", "EndpointJudge", "GroupWinRates", "SeedResult", "alignment_gap", "group_win_rates",
+    "judge_pairs", "load_summary", "plot_training", "plot_win_rates", "rates_by_group", "reward_judge",
+    "rich_table", "summarise", "truth_judge", "user_win_rates", "win_matrix", "write_report", "write_summary",
+]  # fmt: skip
