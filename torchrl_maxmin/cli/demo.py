@@ -139,12 +139,11 @@ def run_demo(config: DemoConfig) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     write_config(folder, replace(config, output_dir=str(folder), recipe=str(folder / "recipe.yaml")))
     seconds = run_tasks(tasks, config.num_workers or (1 if device.type == "cuda" else 2))
-    results = []
-    for seed in config.seeds:
-        result = SeedResult.load(folder / f"seed-{seed}" / "evaluation" / "result")
-        timings = {name.split("/")[1]: s for name, s in seconds.items() if name.startswith(f"seed {seed}/")}
+    results = [SeedResult.load(folder / f"seed-{seed}" / "evaluation" / "result") for seed in config.seeds]
+    for result in results:
+        own = f"seed {result.seed}/"
+        timings = {name.removeprefix(own): s for name, s in seconds.items() if name.startswith(own)}
         result.extra["timings"] = timings
-        results.append(result)
     summary = summarise(results, wall_seconds=time.perf_counter() - start)
     write_summary(folder, summary)
     write_report(folder, summary, histories=training_histories(folder, summary))

@@ -6,6 +6,7 @@ Everything is computed on linear Bradley-Terry mixtures over given features: sec
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ __all__ = ["Diagnosis", "check_pairs", "diagnose"]
 
 #: Exact M-steps invert a D x D matrix; above so many features a few Adam steps a round are taken instead.
 WIDEST_EXACT = 256
+
+ONE_USER = "all pairs come from one user, so groups cannot be told apart; check --user_column"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -275,12 +278,10 @@ def _why_no_bound(epsilon: float, eigenvalue: float, num_groups: int) -> str | N
 
 
 def _recovery(mixture: LinearMixture, true_groups: Sequence[Any]) -> dict[str, Any]:
-    names = list(dict.fromkeys(true_groups))
-    truth = torch.tensor([names.index(group) for group in true_groups])
-    return {
-        "true_groups": {str(name): int((truth == i).sum()) for i, name in enumerate(names)},
-        "adjusted_rand_index": adjusted_rand_index(mixture.assignments, truth),
-    }
+    sizes = Counter(true_groups)
+    truth = torch.tensor([list(sizes).index(group) for group in true_groups])
+    found = adjusted_rand_index(mixture.assignments, truth)
+    return {"true_groups": {str(k): v for k, v in sizes.items()}, "adjusted_rand_index": found}
 
 
 def check_pairs(
@@ -295,7 +296,7 @@ def check_pairs(
         raise UserError("the features hold NaN or infinity; drop those pairs or repair the features")
     num_users = len(user_offsets) - 1
     if num_users < 2:
-        raise UserError("all pairs come from one user, so groups cannot be told apart; check --user_column")
+        raise UserError(ONE_USER)
     if int(user_offsets[-1]) != len(differences) or bool((user_offsets.diff() < 0).any()):
         raise UserError(f"user_offsets must rise from 0 to the {len(differences)} pairs")
     if num_groups is not None and not 1 <= num_groups <= num_users:

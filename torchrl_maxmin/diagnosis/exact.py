@@ -136,8 +136,7 @@ def single_reward(rewards: ArrayLike, shares: ArrayLike) -> np.ndarray:
     num_responses = values.shape[1]
     first, second = np.triu_indices(num_responses, 1)
     target = pair_probabilities(values) @ share  # [X, pairs]
-    sides = np.zeros((len(first), num_responses))
-    sides[np.arange(len(first)), first], sides[np.arange(len(first)), second] = 1.0, -1.0
+    sides = np.eye(num_responses)[first] - np.eye(num_responses)[second]
     reward = (values - values.mean(axis=1, keepdims=True)) @ share
     gauge = np.full((num_responses, num_responses), 1 / num_responses)  # no pair fixes the mean
 

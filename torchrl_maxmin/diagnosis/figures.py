@@ -255,13 +255,8 @@ def heldout_accuracy(
 ) -> dict[str, Any]:
     """Score single and mixture on held-out pairs of known users, by the group of their other pairs.
 
-    Args:
-        choices: All pairs.
-        mixture: The fit to all, whose order of groups holds.
-        fitter: Fits.
-        judgements: What each pair follows from [P]; pairs of one judgement stay together.
-        fraction: Share of each user's judgements that is held out.
-        confidence: Coverage asked for.
+    A ``fraction`` of each user's ``judgements`` (what each pair follows from [P]) is held out, pairs of one
+    judgement together. The first arguments are those of :func:`jackknife_error`.
 
     Returns:
         ``groups``: by group single, mixture and difference with intervals over users, or a ``reason``;

@@ -137,26 +137,23 @@ def plot_diagnosis(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
     left, right = figure.subplots(1, 2)
     rows: list[dict[str, Any]] = []
     series = [
-        (left, "accuracy on held-out pairs", "accuracy", (("single", 0), ("mixture", 1))),
-        (right, "alignment gap (less is better)", "alignment_gap", (("single", 0), ("maxmin", 1))),
+        (left, "accuracy on held-out pairs", "accuracy", ("single", "mixture")),
+        (right, "alignment gap (less is better)", "alignment_gap", ("single", "maxmin")),
     ]
-    labels = {"single": "one reward for all", "mixture": "a reward a group / MaxMin"}
-    for axis, title, key, sides in series:
-        for name, side in sides:
-            points = [(k, group[key].get(name)) for k, group in enumerate(groups)]
-            points = [(k, point) for k, point in points if point is not None]
+    for axis, title, key, names in series:
+        for side, name in enumerate(names):
+            points = [(k, group[key][name]) for k, group in enumerate(groups) if group[key].get(name)]
             if not points:
                 continue
             where = np.array([k for k, _ in points]) + (0.13 if side else -0.13)
-            means = np.array([point["mean"] for _, point in points])
-            low, high = (
-                np.array([point[e] if point[e] is not None else point["mean"] for _, point in points])
-                for e in ("low", "high")
+            means, low, high = (
+                np.array([point["mean"] if point[end] is None else point[end] for _, point in points])
+                for end in ("mean", "low", "high")
             )
             axis.errorbar(
                 where, means, yerr=np.clip([means - low, high - means], 0, None), fmt=MARKERS[side],
                 color=COLOURS[side], markersize=7, capsize=6, capthick=2, elinewidth=2.2,
-                label=labels.get(name),
+                label=("one reward for all", "a reward a group / MaxMin")[side],
             )  # fmt: skip
             rows += [
                 {"figure": key, "group": groups[k]["name"], "model": name,
@@ -179,9 +176,9 @@ def plot_diagnosis(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
                   color="0.35", fontsize=FONT - 2)  # fmt: skip
     low, high = right.get_ylim()
     right.set_ylim(min(0.0, low), 1.0 if summary["one_reward_serves"] else high)
-    handles, names = left.get_legend_handles_labels()
+    handles, labels = left.get_legend_handles_labels()
     if handles:
-        add_legend(figure, handles, names)
+        add_legend(figure, handles, labels)
     return write_figure(figure, path, rows)
 
 
@@ -232,7 +229,7 @@ def _diversity_table(summary: Mapping[str, Any]) -> str:
 
 
 def _accuracy_table(summary: Mapping[str, Any]) -> str:
-    rows = []
+    rows, notes = [], set()
     for group in summary["groups"]:
         found = group["accuracy"]
         if found["single"] is None:
@@ -240,12 +237,8 @@ def _accuracy_table(summary: Mapping[str, Any]) -> str:
             continue
         cells = [interval_text(found[name]) for name in ("single", "mixture", "difference")]
         rows.append([group["name"], str(found["users"]), *cells])
+        notes |= {f"- {group['name']}: {note}." for note in found.get("notes", [])}
     text = markdown_table(["group", "users", "one reward", "a reward a group", "difference"], rows)
-    notes = {
-        f"- {group['name']}: {note}."
-        for group in summary["groups"]
-        for note in group["accuracy"].get("notes", [])
-    }
     return text + ("\n\n" + "\n".join(sorted(notes)) if notes else "")
 
 

@@ -23,11 +23,10 @@ from torchrl_maxmin.core.run import (
     write_config,
 )
 from torchrl_maxmin.core.tables import write_csv
-from torchrl_maxmin.diagnosis.analysis import check_pairs, diagnose
+from torchrl_maxmin.diagnosis.analysis import ONE_USER, check_pairs, diagnose
 from torchrl_maxmin.diagnosis.report import verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.models.loading import require_model
-from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards.settings import MixtureSettings
 
 __all__ = ["DiagnoseConfig", "run_diagnose"]
@@ -119,12 +118,16 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         require_model(str(config.model_name_or_path))
         data = config.load_pairs(config.dataset_name, config.model_name_or_path)
         if data.num_users < 2:
-            raise UserError(
-                "all pairs come from one user, so groups cannot be told apart; check --user_column"
-            )
+            raise UserError(ONE_USER)
         data.require_users(num_groups or 2)
         folder = prepare_output_dir(config.output_dir)
-        pairs = _from_texts(config, data, device)
+        from torchrl_maxmin.rewards.pairs import feature_differences
+
+        model, reading = str(config.model_name_or_path), config.reading_options()
+        differences = feature_differences(data, model, config.max_length, device, **reading)
+        weights = None if bool((data.weights == 1).all()) else data.weights.float()
+        known = data.user_offsets, data.user_ids
+        pairs = _Pairs(differences, *known, weights, data.ranking_ids, data.groups)
     seed_everything(config.seed)
     found = diagnose(
         pairs.differences,
@@ -151,15 +154,6 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     return folder
 
 
-def _from_texts(config: DiagnoseConfig, data: PreferenceDataset, device: torch.device) -> _Pairs:
-    from torchrl_maxmin.rewards.pairs import feature_differences
-
-    model = str(config.model_name_or_path)
-    differences = feature_differences(data, model, config.max_length, device, **config.reading_options())
-    weights = None if bool((data.weights == 1).all()) else data.weights.float()
-    return _Pairs(differences, data.user_offsets, data.user_ids, weights, data.ranking_ids, data.groups)
-
-
 def _from_arrays(path: Path) -> _Pairs:
     """Read features from an npz file, rows sorted by user in order of first appearance."""
     try:
@@ -175,10 +169,11 @@ def _from_arrays(path: Path) -> _Pairs:
     if "differences" in arrays:
         differences = arrays["differences"]
     elif {"chosen", "rejected"} <= set(arrays):
-        if arrays["chosen"].shape != arrays["rejected"].shape:
-            shapes = f"{list(arrays['chosen'].shape)} and {list(arrays['rejected'].shape)}"
+        chosen, rejected = arrays["chosen"], arrays["rejected"]
+        if chosen.shape != rejected.shape:
+            shapes = f"{list(chosen.shape)} and {list(rejected.shape)}"
             raise UserError(f"{path}: chosen and rejected must be of one shape, got {shapes}")
-        differences = arrays["chosen"] - arrays["rejected"]
+        differences = chosen - rejected
     else:
         raise UserError(
             f"{path} holds {there}; it needs differences, or chosen and rejected [pairs, features]"

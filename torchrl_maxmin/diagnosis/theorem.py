@@ -19,16 +19,8 @@ from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
 from torchrl_maxmin.clustering.solvers import fit_bradley_terry
 from torchrl_maxmin.diagnosis.exact import ExactOutcome
 
-__all__ = [
-    "PROOF_GAPS",
-    "Distinctness",
-    "check_assumptions",
-    "distinctness",
-    "diversity",
-    "feature_constants",
-    "lemma1_bound",
-    "theorem1_bound",
-]
+__all__ = ["PROOF_GAPS", "Distinctness", "check_assumptions", "distinctness", "diversity",
+           "feature_constants", "lemma1_bound", "theorem1_bound"]  # fmt: skip
 
 #: Steps of the printed proof of Theorem 1 that do not hold as they stand.
 PROOF_GAPS = (
@@ -150,9 +142,7 @@ def theorem1_bound(
         >>> theorem1_bound([0.4], [0.2], **settings).round(4).tolist()
         [0.005]
     """
-    distance = np.maximum(epsilon, 0) * (1 - np.asarray(shares, dtype=np.float64))
-    if squared:
-        distance = distance**2
+    distance = (np.maximum(epsilon, 0) * (1 - np.asarray(shares, np.float64))) ** (2 if squared else 1)
     return smallest_eigenvalue / (64 * beta**2 * lipschitz) * distance / feature_bound**2
 
 
@@ -272,8 +262,7 @@ def _linear(calibration: Mapping[str, float] | None) -> tuple[bool | None, str]:
 def _distance_to_bradley_terry(choices: PairChoices, mixture: LinearMixture) -> float:
     """Measure the mean distance between the mixture's probabilities and the best linear Bradley-Terry's."""
     x = choices.differences
-    shares = mixture.log_prior.double().softmax(-1)
-    p = torch.sigmoid((x @ mixture.weight.T).double()) @ shares
+    p = torch.sigmoid((x @ mixture.weight.T).double()) @ mixture.log_prior.double().softmax(-1)
     # Every pair in both directions, each as often as the mixture would choose it.
     counts = torch.ones(len(x)).double() if choices.row_weights is None else choices.row_weights.double()
     weights = torch.cat([p * counts, (1 - p) * counts]).to(x.dtype)

@@ -115,11 +115,10 @@ class PairJudges:
         """
         names = list(responses)
         wins = {name: np.full((len(prompts), len(names), len(self.judges)), 0.5) for name in names}
-        pairs = [(i, j) for j in range(len(names)) for i in range(j)]
         first_place = []
+        pairs = [(i, j, names[i], names[j]) for j in range(len(names)) for i in range(j)]
         with progress_bar("judging pairs of policies", len(pairs)) as advance:
-            for i, j in pairs:
-                one, other = names[i], names[j]
+            for i, j, one, other in pairs:
                 found = judge_pairs(self.judges, prompts, responses[one], responses[other])
                 wins[one][:, j], wins[other][:, i] = found.wins, 1 - found.wins
                 first_place.append(found.first_place)

@@ -211,17 +211,15 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
             where, means, yerr=errors, fmt=marker, color=colour, markersize=6, capsize=7, capthick=2,
             elinewidth=2.2, label=f"{group['name']} ({group['share']:.0%})",
         )  # fmt: skip
-        for x, rate, low, high in zip(where, rates, *ends, strict=True):
+        for policy, x, rate, low, high in zip(policies, where, rates, *ends, strict=True):
             # Numbers stand on the far side of the line at 1/2, so that it does not strike them through.
             end, shift, side = (high, 5, "bottom") if rate["mean"] >= 0.5 else (low, -5, "top")
             axis.annotate(
                 f"{rate['mean']:.2f}", (x, end), xytext=(0, shift), textcoords="offset points",
                 ha="center", va=side, fontsize=FONT - 1, color="0.2",
             )  # fmt: skip
-        rows += [
-            {"policy": policy, "group": group["name"], "mean": rate["mean"], "low": low, "high": high}
-            for policy, rate, low, high in zip(policies, rates, *ends, strict=True)
-        ]
+            row = {"policy": policy, "group": group["name"], "mean": rate["mean"], "low": low, "high": high}
+            rows.append(row)
     axis.axhline(0.5, color="0.35", linewidth=1.4, linestyle="--", zorder=0)
     axis.text(
         1.01, 0.5, "as good\nas sft", transform=axis.get_yaxis_transform(), color="0.35", ha="left",

@@ -132,14 +132,12 @@ def _seeds(summary: Mapping[str, Any]) -> str:
 def _what_was_done(summary: Mapping[str, Any]) -> str:
     groups = " and ".join(f"{group['name']} ({group['share']:.0%})" for group in summary["groups"])
     policies = ", ".join(summary["policies"])
-    wall = summary.get("wall_seconds")
+    wall, judged = summary.get("wall_seconds"), _judge_kinds(summary) & {"endpoint", "comparisons"}
     took = "" if wall is None else f" The whole run took {wall:.0f} s."
     source = "t intervals over seeds with the component of the prompts that they share"
     if len(summary["seeds"]) == 1:
         source = "t intervals over prompts, as there is one seed"
-    who = "a group's own utility prefers"
-    if _judge_kinds(summary) & {"endpoint", "comparisons"}:
-        who = "a group's judge, asked in both orders, prefers"
+    who = "a group's judge, asked in both orders, prefers" if judged else "a group's own utility prefers"
     return (
         f"Policies ({policies}) were trained with {_seeds(summary)} "
         f"({', '.join(map(str, summary['seeds']))}) for a population of {groups}, and each was sampled on "
@@ -174,11 +172,10 @@ def _rates(entry: Mapping[str, Any], rates: Mapping[str, Any], names: Sequence[s
 def _policy_table(summary: Mapping[str, Any]) -> str:
     names = _names(summary)
     header = ["policy", *names, "worst group (biased low)", "average", "KL (nats)", "length"]
-    rows = [
-        [name, *_rates(policy, policy["win_rate_vs_sft"], names), number_text(policy["kl"], ".2f"),
-         number_text(policy["length"], ".1f")]
-        for name, policy in summary["policies"].items()
-    ]  # fmt: skip
+    rows = []
+    for name, policy in summary["policies"].items():
+        sizes = number_text(policy["kl"], ".2f"), number_text(policy["length"], ".1f")
+        rows.append([name, *_rates(policy, policy["win_rate_vs_sft"], names), *sizes])
     return markdown_table(header, rows)
 
 
@@ -249,17 +246,15 @@ def _comparison_block(summary: Mapping[str, Any]) -> str:
     text = heading + markdown_table(header, rows)
     head_to_head = summary["policies"][policy].get("win_rate_vs_single")
     if head_to_head:
-        text += "\n\nHead to head, each group prefers " + policy + " to " + baseline + " with win rate: "
-        text += ", ".join(f"{name} {interval_text(rate)}" for name, rate in head_to_head.items()) + "."
+        rates = ", ".join(f"{name} {interval_text(rate)}" for name, rate in head_to_head.items())
         text += (
-            " The baseline is trained for the majority, so the majority's preference for it is expected: "
-            "what it gives up is the last row of the table."
+            f"\n\nHead to head, each group prefers {policy} to {baseline} with win rate: {rates}. The "
+            "baseline is trained for the majority, so the majority's preference for it is expected: what it "
+            "gives up is the last row of the table."
         )
     if compared.get("oracle_ratio") is not None:
-        text += (
-            "\n\nWorst group relative to MaxMin on the true utilities: "
-            f"{interval_text(compared['oracle_ratio_interval'])}."
-        )
+        ratio = interval_text(compared["oracle_ratio_interval"])
+        text += f"\n\nWorst group relative to MaxMin on the true utilities: {ratio}."
     return text
 
 
@@ -317,13 +312,13 @@ def _calibration_block(summary: Mapping[str, Any]) -> list[str]:
         + ", ".join(f"{group} (in {count})" for group, count in sorted(counts.items()))
         for convention, counts in calibration["worst_group"].items()
     )
-    verdict = (
-        "**The worst group changes with the convention** (seeds "
-        + ", ".join(map(str, calibration["seeds_where_it_changes"]))
-        + "): who is protected is then a choice of scale, not a finding."
-        if calibration["worst_group_changes"]
-        else "The worst group is the same under every convention."
-    )
+    verdict = "The worst group is the same under every convention."
+    if calibration["worst_group_changes"]:
+        seeds = ", ".join(map(str, calibration["seeds_where_it_changes"]))
+        verdict = (
+            f"**The worst group changes with the convention** (seeds {seeds}): who is protected is then a "
+            "choice of scale, not a finding."
+        )
     used = f" Training used `{calibration['used']}`." if calibration.get("used") else ""
     if calibration.get("used") == "none":
         used += (

@@ -19,15 +19,8 @@ from scipy.special import expit, logit
 
 from torchrl_maxmin.stats.interval import CoverageWarning, Interval
 
-__all__ = [
-    "FEWEST_USERS",
-    "MOST_EXTREME_RATE",
-    "NUM_RESAMPLES",
-    "ClusterBootstrap",
-    "interval_of_statistic",
-    "interval_over_seeds",
-    "interval_over_users",
-]
+__all__ = ["FEWEST_USERS", "MOST_EXTREME_RATE", "NUM_RESAMPLES", "ClusterBootstrap", "interval_of_statistic",
+           "interval_over_seeds", "interval_over_users"]  # fmt: skip
 
 #: Resamples behind every interval that is reported.
 NUM_RESAMPLES = 2000
@@ -141,12 +134,10 @@ def interval_over_users(
     half = stats.t.ppf((1 + confidence) / 2, max(count - 1, 1)) * np.sqrt(variance)
     low, high = _ends(mean, half, scale, count, confidence)
     few = f"{count} {unit} are few: under {FEWEST_USERS} the interval may be too narrow"
-    notes = _notes([few] if count < FEWEST_USERS else [], mean, scale, warn)
+    notes = tuple(_notes([few] if count < FEWEST_USERS else [], mean, scale, warn))
     # One "seed" of U "prompts": the resamples are those of users.
     bootstrap = _bootstrap_ends(values[None], confidence, num_resamples, seed)
-    return Interval(
-        mean, low, high, f"t over {unit}", **bootstrap, clusters={unit: count}, notes=tuple(notes)
-    )
+    return Interval(mean, low, high, f"t over {unit}", *bootstrap, {unit: count}, notes)
 
 
 def interval_over_seeds(
@@ -226,16 +217,8 @@ def interval_over_seeds(
     if num_prompts == 1:
         notes.append("one prompt: the interval says nothing of other prompts")
     bootstrap = _bootstrap_ends(array, confidence, num_resamples, seed)
-    return Interval(
-        mean,
-        low,
-        high,
-        f"t over {_units(array)}",
-        **bootstrap,
-        clusters={"seeds": num_seeds, "prompts": num_prompts},
-        notes=tuple(notes),
-        per_seed=by_seed,
-    )
+    clusters = {"seeds": num_seeds, "prompts": num_prompts}
+    return Interval(mean, low, high, f"t over {_units(array)}", *bootstrap, clusters, tuple(notes), by_seed)
 
 
 def interval_of_statistic(
@@ -297,13 +280,12 @@ def interval_of_statistic(
     return Interval(pooled, low, high, method, ends[0], ends[1], clusters, per_seed=per_seed)
 
 
-def _bootstrap_ends(values: np.ndarray, confidence: float, num_resamples: int, seed: int) -> dict[str, Any]:
-    """Bootstrap the mean of values [S, N, ...]: its ends, none without resamples."""
+def _bootstrap_ends(values: np.ndarray, confidence: float, num_resamples: int, seed: int) -> tuple[Any, Any]:
+    """Bootstrap the mean of values [S, N, ...]: its ends, None without resamples."""
     if num_resamples == 0:
-        return {}
+        return None, None
     bootstrap = ClusterBootstrap(*values.shape[:2], num_resamples=num_resamples, seed=seed)
-    low, high = _percentiles(bootstrap.means(values), confidence)
-    return {"bootstrap_low": low, "bootstrap_high": high}
+    return _percentiles(bootstrap.means(values), confidence)
 
 
 def _percentiles(replicates: np.ndarray, confidence: float, quantile: Any = np.quantile) -> Any:

@@ -12,16 +12,8 @@ from numpy.typing import ArrayLike
 from torchrl_maxmin.stats.clustered import interval_of_statistic, interval_over_seeds, interval_over_users
 from torchrl_maxmin.stats.interval import Interval, stack_intervals, worst_of
 
-__all__ = [
-    "GroupWinRates",
-    "accuracy_by_group",
-    "group_win_rates",
-    "paired_change",
-    "rates_by_group",
-    "relative_change",
-    "user_win_rates",
-    "win_matrix",
-]
+__all__ = ["GroupWinRates", "accuracy_by_group", "group_win_rates", "paired_change", "rates_by_group",
+           "relative_change", "user_win_rates", "win_matrix"]  # fmt: skip
 
 
 def win_matrix(utilities: ArrayLike, reference: ArrayLike) -> np.ndarray:
@@ -224,7 +216,7 @@ def user_win_rates(
     if outcomes.ndim != 1 or len(outcomes) != len(ids) or not ids:
         raise ValueError(f"wins [P] and users [P] must be as many: {list(outcomes.shape)} and {len(ids)}")
     index = {user: i for i, user in enumerate(dict.fromkeys(ids))}
-    rows = np.array([index[user] for user in ids])
+    rows = [index[user] for user in ids]
     means = np.bincount(rows, outcomes) / np.bincount(rows)
     named: dict[str, list[int]] = {}
     for user, i in index.items():
@@ -233,8 +225,7 @@ def user_win_rates(
         named.setdefault("all" if groups is None else str(groups[user]), []).append(i)
     found = stack_intervals([interval_over_users(means[of], **settings) for of in named.values()])
     worst, worst_group = worst_of(found)
-    names = tuple(named)
-    return GroupWinRates(names, found, names[worst], worst_group)
+    return GroupWinRates(tuple(named), found, list(named)[worst], worst_group)
 
 
 def accuracy_by_group(
@@ -265,9 +256,8 @@ def accuracy_by_group(
         >>> float(found[0].estimate), found[1]
         (0.75, None)
     """
-    correct, users = np.asarray(right, dtype=np.float64), np.asarray(row_users)
+    correct, users, of = np.asarray(right, dtype=np.float64), np.asarray(row_users), np.asarray(groups)
     weights = np.ones(len(users)) if row_weights is None else np.asarray(row_weights, dtype=np.float64)
-    of = np.asarray(groups)
     total = np.bincount(users, weights, minlength=len(of))
     flat = (correct.reshape(len(users), -1) * weights[:, None]).T
     sums = np.stack([np.bincount(users, column, minlength=len(of)) for column in flat], axis=-1)
