@@ -16,8 +16,17 @@ from torchrl_maxmin.core.errors import UserError
 
 __all__ = ["data", "env", "report", "training_histories"]
 
-PACKAGES = ("torchrl-maxmin", "torch", "torchrl", "tensordict", "triton", "transformers", "datasets",
-            "numpy", "scipy")  # fmt: skip
+PACKAGES = (
+    "torchrl-maxmin",
+    "torch",
+    "torchrl",
+    "tensordict",
+    "triton",
+    "transformers",
+    "datasets",
+    "numpy",
+    "scipy",
+)
 
 
 def data(arguments: list[str]) -> int:

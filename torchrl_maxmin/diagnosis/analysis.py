@@ -159,18 +159,30 @@ def diagnose(
     choice = None
     if num_groups is None:
         choice = select_num_groups(
-            x, user_offsets, max_groups, num_folds=num_folds, seed=seed, row_weights=row_weights,
-            l2_candidates=l2_candidates, **settings,
-        )  # fmt: skip
+            x,
+            user_offsets,
+            max_groups,
+            num_folds=num_folds,
+            seed=seed,
+            row_weights=row_weights,
+            l2_candidates=l2_candidates,
+            **settings,
+        )
         num_groups, l2 = choice.num_groups, {1: choice.l2[1], choice.num_groups: choice.l2[choice.num_groups]}
     else:
         l2 = {
             k: select_l2(
-                x, user_offsets, k, candidates=l2_candidates, num_folds=num_folds, seed=seed,
-                row_weights=row_weights, **settings,
+                x,
+                user_offsets,
+                k,
+                candidates=l2_candidates,
+                num_folds=num_folds,
+                seed=seed,
+                row_weights=row_weights,
+                **settings,
             )
             for k in {1, num_groups}
-        }  # fmt: skip
+        }
     fitter = Fitter(l2, seed, settings)
     single, mixture = fitter(choices, 1), fitter(choices, num_groups)
     fitted, outcome = pair_figures(choices, mixture, single, beta)

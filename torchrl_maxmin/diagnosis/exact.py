@@ -16,8 +16,14 @@ from scipy.special import expit, log_expit, log_softmax
 from torchrl_maxmin.evaluation.gap import AlignmentGap, alignment_gap
 from torchrl_maxmin.welfare.dual import solve_dual
 
-__all__ = ["ExactOutcome", "exact_outcome", "pair_probabilities", "policy_utilities", "single_reward",
-           "tilted_policy"]  # fmt: skip
+__all__ = [
+    "ExactOutcome",
+    "exact_outcome",
+    "pair_probabilities",
+    "policy_utilities",
+    "single_reward",
+    "tilted_policy",
+]
 
 _NEWTON_STEPS = 100
 

@@ -22,9 +22,21 @@ from torchrl_maxmin.diagnosis.theorem import distinctness, diversity
 from torchrl_maxmin.stats.clustered import interval_over_users
 from torchrl_maxmin.stats.rates import accuracy_by_group
 
-__all__ = ["Figures", "Fitter", "Measure", "bias_of_fit", "calibrated_margins", "corrected",
-           "heldout_accuracy", "interval_ends", "jackknife_error", "margins_of", "misassignment",
-           "pair_figures", "pair_outcome"]  # fmt: skip
+__all__ = [
+    "Figures",
+    "Fitter",
+    "Measure",
+    "bias_of_fit",
+    "calibrated_margins",
+    "corrected",
+    "heldout_accuracy",
+    "interval_ends",
+    "jackknife_error",
+    "margins_of",
+    "misassignment",
+    "pair_figures",
+    "pair_outcome",
+]
 
 #: A figure by name: a number a group [K], or one a pair of groups [K, K].
 Figures = dict[str, np.ndarray]

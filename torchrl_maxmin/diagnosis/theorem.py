@@ -19,8 +19,16 @@ from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
 from torchrl_maxmin.clustering.solvers import fit_bradley_terry
 from torchrl_maxmin.diagnosis.exact import ExactOutcome
 
-__all__ = ["PROOF_GAPS", "Distinctness", "check_assumptions", "distinctness", "diversity",
-           "feature_constants", "lemma1_bound", "theorem1_bound"]  # fmt: skip
+__all__ = [
+    "PROOF_GAPS",
+    "Distinctness",
+    "check_assumptions",
+    "distinctness",
+    "diversity",
+    "feature_constants",
+    "lemma1_bound",
+    "theorem1_bound",
+]
 
 #: Steps of the printed proof of Theorem 1 that do not hold as they stand.
 PROOF_GAPS = (

@@ -16,8 +16,20 @@ import numpy as np
 
 from torchrl_maxmin.core.tables import write_csv
 
-__all__ = ["COLOURS", "DASHES", "FONT", "MARKERS", "add_legend", "figure_parts", "figure_text", "new_figure",
-           "plot_training", "plot_win_rates", "tidy", "write_figure"]  # fmt: skip
+__all__ = [
+    "COLOURS",
+    "DASHES",
+    "FONT",
+    "MARKERS",
+    "add_legend",
+    "figure_parts",
+    "figure_text",
+    "new_figure",
+    "plot_training",
+    "plot_win_rates",
+    "tidy",
+    "write_figure",
+]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow is left out, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

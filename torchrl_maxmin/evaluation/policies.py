@@ -13,8 +13,15 @@ from torchrl_maxmin.stats.clustered import interval_of_statistic, interval_over_
 from torchrl_maxmin.stats.interval import Interval
 from torchrl_maxmin.stats.rates import GroupWinRates, rates_by_group
 
-__all__ = ["BASELINE", "NO_INTERVAL", "headline", "length_correlation", "pairs_summary", "policy_summary",
-           "win_matrices"]  # fmt: skip
+__all__ = [
+    "BASELINE",
+    "NO_INTERVAL",
+    "headline",
+    "length_correlation",
+    "pairs_summary",
+    "policy_summary",
+    "win_matrices",
+]
 
 #: The policy trained on one reward for all.
 BASELINE = "single"

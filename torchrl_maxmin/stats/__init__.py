@@ -23,8 +23,22 @@ from torchrl_maxmin.stats.rates import (
 )
 
 __all__ = [
-    "NUM_RESAMPLES", "SCHEMA_VERSION", "ClusterBootstrap", "CoverageWarning", "GroupWinRates", "Interval",
-    "accuracy_by_group", "group_win_rates", "interval_of_statistic", "interval_over_seeds",
-    "interval_over_users", "paired_change", "rates_by_group", "relative_change", "stack_intervals",
-    "user_win_rates", "win_matrix", "worst_of",
-]  # fmt: skip
+    "NUM_RESAMPLES",
+    "SCHEMA_VERSION",
+    "ClusterBootstrap",
+    "CoverageWarning",
+    "GroupWinRates",
+    "Interval",
+    "accuracy_by_group",
+    "group_win_rates",
+    "interval_of_statistic",
+    "interval_over_seeds",
+    "interval_over_users",
+    "paired_change",
+    "rates_by_group",
+    "relative_change",
+    "stack_intervals",
+    "user_win_rates",
+    "win_matrix",
+    "worst_of",
+]

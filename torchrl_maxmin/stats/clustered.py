@@ -19,8 +19,15 @@ from scipy.special import expit, logit
 
 from torchrl_maxmin.stats.interval import CoverageWarning, Interval
 
-__all__ = ["FEWEST_USERS", "MOST_EXTREME_RATE", "NUM_RESAMPLES", "ClusterBootstrap", "interval_of_statistic",
-           "interval_over_seeds", "interval_over_users"]  # fmt: skip
+__all__ = [
+    "FEWEST_USERS",
+    "MOST_EXTREME_RATE",
+    "NUM_RESAMPLES",
+    "ClusterBootstrap",
+    "interval_of_statistic",
+    "interval_over_seeds",
+    "interval_over_users",
+]
 
 #: Resamples behind every interval that is reported.
 NUM_RESAMPLES = 2000

@@ -12,8 +12,16 @@ from numpy.typing import ArrayLike
 from torchrl_maxmin.stats.clustered import interval_of_statistic, interval_over_seeds, interval_over_users
 from torchrl_maxmin.stats.interval import Interval, stack_intervals, worst_of
 
-__all__ = ["GroupWinRates", "accuracy_by_group", "group_win_rates", "paired_change", "rates_by_group",
-           "relative_change", "user_win_rates", "win_matrix"]  # fmt: skip
+__all__ = [
+    "GroupWinRates",
+    "accuracy_by_group",
+    "group_win_rates",
+    "paired_change",
+    "rates_by_group",
+    "relative_change",
+    "user_win_rates",
+    "win_matrix",
+]
 
 
 def win_matrix(utilities: ArrayLike, reference: ArrayLike) -> np.ndarray:

@@ -38,10 +38,21 @@ __all__ = ["RewardConfig", "run_reward", "user_accuracy"]
 
 # Settings that fit_mixture takes under the same name.
 _OPTIONS = (
-    "use_true_groups", "num_rounds", "steps_per_round", "scoring_batch_size", "learning_rate",
-    "head_learning_rate", "reward_l2", "weight_decay", "convergence_tolerance", "num_restarts", "max_groups",
-    "max_length", "identifiability", "seed",
-)  # fmt: skip
+    "use_true_groups",
+    "num_rounds",
+    "steps_per_round",
+    "scoring_batch_size",
+    "learning_rate",
+    "head_learning_rate",
+    "reward_l2",
+    "weight_decay",
+    "convergence_tolerance",
+    "num_restarts",
+    "max_groups",
+    "max_length",
+    "identifiability",
+    "seed",
+)
 
 
 @leave_no_empty_output
