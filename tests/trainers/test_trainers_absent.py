@@ -6,7 +6,7 @@ import trainers_rewards
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
-from torchrl_maxmin.trainers import ppo
+from torchrl_maxmin.rollouts import language
 from torchrl_maxmin.trainers.lm_ppo import run_ppo
 
 ROLLOUT, SILENT = 8, [1, 3]  # responses of a rollout; the rollouts without an answer
@@ -28,7 +28,7 @@ def never(prompts, completions):
 def printed(monkeypatch):
     calls.clear()
     lines = []
-    monkeypatch.setattr(ppo.console, "print", lambda line, **_: lines.append(line))
+    monkeypatch.setattr(language.console, "print", lambda line, **_: lines.append(line))
     return lines
 
 
