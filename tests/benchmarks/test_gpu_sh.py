@@ -177,7 +177,7 @@ def test_kernel_tests_collect_without_torchrl(tmp_path):
         "no:cacheprovider",
         str(ROOT / "tests" / "kernels"),
     ]
-    selection = ["-k", "torchrl_column or language_rooms or (heads and argmin)"]
+    selection = ["-k", "torchrl_column or (heads and argmin)"]
     path = os.pathsep.join([str(tmp_path), str(ROOT / "kernels"), str(ROOT)])
     result = subprocess.run(
         [*command, *selection],
@@ -187,7 +187,7 @@ def test_kernel_tests_collect_without_torchrl(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"1 passed, 4 skipped", result.stdout), result.stdout
+    assert re.search(r"1 passed, 3 skipped", result.stdout), result.stdout
 
 
 @pytest.mark.parametrize(("megabytes", "status"), [(1, 0), (9, 1)], ids=["small", "large"])
