@@ -100,8 +100,9 @@ class CalibratedRewards:
             raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
         if self.baseline is not None:
             rewards = rewards - self.baseline[responses["prompt_index"]]
-        self._name_silent_groups(rewards)
-        rewards = fill_absent(rewards, self.neutral)
+        if bool(rewards.isnan().any()):
+            self._name_silent_groups(rewards)
+            rewards = fill_absent(rewards, self.neutral)
         return penalise_missing_eos(rewards, responses, self.eos_token_ids, self.missing_eos_penalty)
 
     def _name_silent_groups(self, rewards: Tensor) -> None:
