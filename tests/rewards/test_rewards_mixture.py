@@ -159,6 +159,12 @@ def test_reward_fn_with_an_adversary_follows_the_worst_group_of_each_batch(mixtu
         assert adversary.weights.argmax() == worst
 
 
+def test_an_adversary_on_win_rates_without_samples_of_the_prompt_warns(mixture):
+    mixture.calibration = Calibration.fit(torch.randn(4, 2, 3), "win_rate")
+    with pytest.warns(UserWarning, match="offsets by prompt"):
+        mixture.reward_fn(adversary=HardMin(3))
+
+
 @pytest.mark.parametrize("options", [{}, {"group": 0, "weights": [1, 0, 0]}])
 def test_reward_fn_takes_exactly_one_option(mixture, options):
     with pytest.raises(ValueError, match="exactly one"):

@@ -16,7 +16,7 @@ from torchrl_maxmin.models import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer, same_vocabulary
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.rewards import Calibration, RewardMixture
-from torchrl_maxmin.rewards.base import CALIBRATIONS
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import (
     FunctionRewards,
     MixtureRewards,

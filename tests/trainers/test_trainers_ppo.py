@@ -390,3 +390,23 @@ def test_mean_of_mins_does_not_see_a_prompts_own_offset(make_config):
         config = make_config(name, objective="mean_of_mins", reward_funcs=specs, calibration="sft_mean")
         rewards.append(first_batch(config)[1]["next", "group_reward"])
     torch.testing.assert_close(rewards[0], rewards[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("calibration", ["win_rate", "sft_mean"])
+def test_rewards_with_large_offsets_by_prompt_are_taken_prompt_by_prompt(make_config, calibration):
+    rewards, runs = [], []
+    for name, functions in (("plain", ["brevity", "letters"]), ("offset", ["brevity", "letters_by_prompt"])):
+        specs = [f"trainers_rewards:{f}" for f in functions]
+        config = make_config(name, reward_funcs=specs, calibration=calibration, beta=0.0)
+        run, batch = first_batch(config)
+        runs.append(run.rollouts.rewards)
+        rewards.append(batch["next", "group_reward"])
+    assert runs[1].calibration.by_prompt
+    if calibration == "win_rate":
+        torch.testing.assert_close(rewards[0], rewards[1], atol=1e-5, rtol=0)
+        return
+    assert not runs[0].calibration.by_prompt
+    assert runs[0].baseline is None
+    # what is left of an offset is what its mean over eight samples is shrunk by
+    pooled = rewards[1] + runs[1].baseline[batch["prompt_index"]]
+    assert rewards[1][:, 1].std() < pooled[:, 1].std() / 3

@@ -41,7 +41,7 @@ from torchrl_maxmin.models.sequences import penalise_missing_eos, require_positi
 from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import Calibration, load_reward_model
-from torchrl_maxmin.rewards.base import CALIBRATIONS
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
 from torchrl_maxmin.rollouts.certificate import policy_certificate, score_responses
 
@@ -284,16 +284,40 @@ def _mixture_figures(
         return extra
     names = {head: name for name, head in heads.items()}
     target = scorers[config.certify].in_batches(responses[config.certify])
-    conventions: dict[str, dict[str, float]] = {}
+    own, target = (rewards.reshape(len(prompts), config.num_samples, -1) for rewards in (raw, target))
+    found: dict[str, tuple[Calibration, torch.Tensor]] = {}
     for method in CALIBRATIONS:
         with contextlib.suppress(UserError):  # one sample a prompt, or a constant head, has no scale
-            calibration = Calibration.fit(raw.reshape(len(prompts), config.num_samples, -1), method)
-            means = calibration.apply(target).mean(0).tolist()
-            conventions[method] = {names.get(k, f"group {k}"): mean for k, mean in enumerate(means)}
+            calibration = Calibration.fit(own, method)
+            found[method] = calibration, calibration.apply(target, own.unsqueeze(1)).mean((0, 1))
+    groups = [names.get(k, f"group {k}") for k in range(own.shape[-1])]
+    utilities_by = {
+        method: dict(zip(groups, means.tolist(), strict=True)) for method, (_, means) in found.items()
+    }
     used = trained.get("calibration", {}).get("method")
-    extra["calibration"] = {"used": used, "utilities": conventions}
-    extra["certificate"] = _certificate(config, scorers[config.certify], trained, prompts, reference)
+    extra["calibration"] = {"used": used, "utilities": utilities_by}
+    if used in found:
+        extra["calibration"]["offsets"] = _offsets(*found[used], groups, trained)
+    extra["certificate"] = _certificate(config, scorers[config.certify], trained, prompts, reference, own)
     return extra
+
+
+def _offsets(
+    calibration: Calibration, means: torch.Tensor, groups: list[str], trained: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Say how large the prompts' offsets are, and what they would do to a rollout's worst group."""
+    if calibration.offset_deviation is None or calibration.within_deviation is None:
+        return None
+    by_prompt = Calibration.from_dict(trained["calibration"]).by_prompt
+    num_prompts = max(1, trained.get("rollout_batch_size", 1) // trained.get("num_generations", 1))
+    samples = trained.get("baseline_samples") if by_prompt else None
+    deviation = (calibration.offset_deviation / calibration.within_deviation).tolist()
+    return {
+        "deviation": dict(zip(groups, deviation, strict=True)),
+        "by_prompt": by_prompt,
+        "num_prompts": num_prompts,
+        "wrong_worst_group": calibration.wrong_worst_group(means, num_prompts, samples),
+    }
 
 
 _NOTHING: dict[str, Any] = {"value": None, "low": None, "high": None}
@@ -320,6 +344,7 @@ def _certificate(
     trained: dict[str, Any],
     prompts: TensorDict,
     reference: TokenPolicy,
+    own: torch.Tensor,
 ) -> dict[str, Any]:
     """Certify the gap of a policy to the max-min optimum under the rewards that it was trained on."""
     beta = config.beta if config.beta is not None else trained.get("kl_coef")
@@ -336,7 +361,8 @@ def _certificate(
     penalty = trained.get("missing_eos_penalty", 0.0)
 
     def rewards(responses: TensorDict) -> torch.Tensor:
-        calibrated = calibration.apply(source.in_batches(responses)).double()
+        samples = own[responses["prompt_index"].cpu()] if calibration.by_prompt else None
+        calibrated = calibration.apply(source.in_batches(responses), samples).double()
         return penalise_missing_eos(calibrated, responses, source.eos_token_ids, penalty)
 
     some = prompts[: config.certificate_prompts]

@@ -328,7 +328,23 @@ def _calibration_block(summary: Mapping[str, Any]) -> list[str]:
     return [
         "## Calibration\n\nPreferences fix a reward only up to an offset and a scale, so a minimum over "
         f"groups needs a convention.{used} {verdict} The worst group in the number of seeds named: {found}."
+        f"{_offsets_text(calibration.get('offsets'))}"
     ]
+
+
+def _offsets_text(offsets: Mapping[str, Any] | None) -> str:
+    if not offsets or offsets["wrong_worst_group"] is None:
+        return ""
+    sizes = ", ".join(
+        f"{size:.2f} ({name})" for name, size in offsets["deviation"].items() if size is not None
+    )
+    taken = "were taken off" if offsets["by_prompt"] else "stay in the rewards"
+    chance = offsets["wrong_worst_group"]
+    return (
+        f"\n\nOffsets by prompt, which {taken}, deviate by {sizes} within-prompt deviations. What is left of "
+        f"them makes a rollout of {offsets['num_prompts']:.0f} prompts name another worst group with "
+        f"probability {f'{chance:.3f}' if chance >= 0.001 else 'under .001'} (largest over seeds)."
+    )
 
 
 def _caveats(summary: Mapping[str, Any]) -> str:

@@ -60,7 +60,8 @@ def summarise(
     * ``certificate``: ``{value, low, high, reason}``. Over seeds: mean value, smallest low, largest high;
       null if one seed's is, with that seed's reason.
     * ``calibration``: ``{used, worst_group: {convention: group}}`` and/or ``utilities: {convention: {group:
-      number}}`` (the worst group is then the smallest).
+      number}}`` (the worst group is then the smallest); ``offsets``: ``{deviation: {group: number},
+      by_prompt, num_prompts, wrong_worst_group}``, averaged, but for the largest ``wrong_worst_group``.
     * ``group_users``: users in each group, a list [G]; the first seed's are reported.
     * ``timings``: ``{stage: seconds}``, averaged.
 
@@ -294,8 +295,17 @@ def _calibration_summary(results: list[SeedResult]) -> dict[str, Any] | None:
         "worst_group": worst,
         "worst_group_changes": bool(changing),
         "seeds_where_it_changes": changing,
+        "offsets": _offsets_summary([entry["offsets"] for entry in per_seed if entry.get("offsets")]),
         "per_seed": per_seed,
     }
+
+
+def _offsets_summary(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not entries:
+        return None
+    wrong = [e["wrong_worst_group"] for e in entries if _is_number(e["wrong_worst_group"])]
+    by_prompt = any(entry["by_prompt"] for entry in entries)
+    return _mean_tree(entries) | {"by_prompt": by_prompt, "wrong_worst_group": max(wrong, default=None)}
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """K-head reward models, Bradley-Terry mixtures by EM, the choice of K, calibration."""
 
 from torchrl_maxmin.clustering.selection import select_num_groups
-from torchrl_maxmin.rewards.base import Calibration
+from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.ensemble import RewardEnsemble, load_reward_model
 from torchrl_maxmin.rewards.fit import MixtureFit, fit_mixture
 from torchrl_maxmin.rewards.mixture import RewardMixture

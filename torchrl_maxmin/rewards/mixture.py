@@ -26,13 +26,13 @@ from torchrl_maxmin.models.sequences import backbone_of, states_width
 from torchrl_maxmin.preferences.chat import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
 from torchrl_maxmin.rewards.base import (
-    Calibration,
     RewardHeads,
     RewardModel,
     has_linear_score,
     permute_rows_,
     reset_row_,
 )
+from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.reader import Text, TextReader
 
 __all__ = ["RewardMixture"]
@@ -338,9 +338,7 @@ class RewardMixture(RewardModel):
         """Make group ``order[k]`` the new group k: its head, its adapter, its share and its scale."""
         permute_rows_(self.output, order)
         self.log_prior.copy_(self.log_prior[order.to(self.log_prior.device)])
-        index, old = order.cpu(), self.calibration
-        reference = None if old.reference is None else old.reference[:, index]
-        self.calibration = Calibration(old.method, old.shift[index], old.scale[index], reference)
+        self.calibration = self.calibration.permute(order.cpu())
         if self.adapters == "per_group":
             lora.permute_adapters_(self.model, self._names, order.tolist())
 

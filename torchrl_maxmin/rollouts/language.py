@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from torch import Tensor
 from torchrl.collectors import Collector
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.core.run import nonfinite_batch
 from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sequences import in_batches, penalise_missing_eos
 from torchrl_maxmin.rewards import Calibration
-from torchrl_maxmin.rewards.base import mean_of_present
+from torchrl_maxmin.rewards.calibration import mean_of_present
 from torchrl_maxmin.rewards.source import NonFiniteRewards, fill_absent, reference_rewards
 
 __all__ = ["CalibratedRewards", "LanguageRollouts"]
@@ -37,6 +38,7 @@ class CalibratedRewards:
     Attributes:
         calibration: what raw rewards are mapped by.
         baseline: the reference's mean calibrated reward [N, K] for every prompt, subtracted; or None.
+        samples: raw rewards [N, n, K] of reference samples of every prompt, for win rates; or None.
         neutral: what all responses of a batch count as for a group [K] that none has a reward for.
     """
 
@@ -54,6 +56,7 @@ class CalibratedRewards:
         self.folder = folder
         self.calibration = Calibration.identity(source.num_groups)
         self.baseline: Tensor | None = None
+        self.samples: Tensor | None = None
         self.neutral = torch.zeros(source.num_groups)
         self._silent: set[int] = set()
 
@@ -65,27 +68,40 @@ class CalibratedRewards:
         *,
         num_prompts: int,
         num_samples: int,
+        baseline_samples: int,
         by_prompt: bool,
     ) -> None:
         """Fit the calibration on samples of the reference policy; the raw rewards are kept in the folder.
 
-        A minimum taken response by response compares groups within one prompt, where a Bradley-Terry reward
-        may have any offset: ``by_prompt`` takes the reference's mean at every prompt from it.
+        Samples for every prompt are drawn where prompts count one by one: where the calibration says so
+        (:attr:`~torchrl_maxmin.rewards.Calibration.by_prompt`), and with ``by_prompt``, for a minimum taken
+        response by response, which takes the reference's mean off as it is.
 
         Raises:
             UserError: where the method cannot be had from the samples.
         """
+        device = next(reference.parameters()).device
 
-        def sampled(some: TensorDict) -> Tensor:
-            return reference_rewards(reference, some, self.source, num_samples, self.scoring_batch_size)
+        def sampled(some: TensorDict, count: int) -> Tensor:
+            return reference_rewards(reference, some, self.source, count, self.scoring_batch_size)
 
-        raw = sampled(prompts[torch.randperm(len(prompts))[:num_prompts]])
-        self.calibration = Calibration.fit(raw, method)
+        raw = sampled(prompts[torch.randperm(len(prompts))[:num_prompts]], num_samples)
+        self.calibration = Calibration.fit(raw, method, dtype=getattr(self.source, "dtype", None))
         torch.save(raw, self.folder / "reference_rewards.pt")
-        if by_prompt:
-            device = next(reference.parameters()).device
-            self.baseline = mean_of_present(self.calibration.apply(sampled(prompts)), 1).to(device)
-        else:
+        if by_prompt or self.calibration.by_prompt:
+            together = reference.generation_batch_size or 512  # parts of whole batches sample alike
+            parts = prompts.split(math.lcm(together, baseline_samples) // baseline_samples)
+            with progress_bar("sampling the reference", len(parts)) as advance:
+                rewards = []
+                for part in parts:
+                    rewards.append(sampled(part, baseline_samples))
+                    advance()
+            every = torch.cat(rewards)
+            if method == "win_rate":
+                self.samples = every.to(device)
+            else:
+                self.baseline = self.calibration.baseline(every, shrink=not by_prompt).to(device)
+        if not by_prompt or method == "win_rate":
             self.neutral = self.calibration.apply(mean_of_present(raw, (0, 1)))
 
     def __call__(self, responses: TensorDictBase) -> Tensor:
@@ -95,9 +111,11 @@ class CalibratedRewards:
             FloatingPointError: for a reward that is NaN or infinite; the batch is saved.
         """
         try:
-            rewards = self.calibration.apply(in_batches(self.source, responses, self.scoring_batch_size))
+            raw = in_batches(self.source, responses, self.scoring_batch_size)
         except NonFiniteRewards as error:
             raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
+        own = None if self.samples is None else self.samples[responses["prompt_index"]]
+        rewards = self.calibration.apply(raw, own)
         if self.baseline is not None:
             rewards = rewards - self.baseline[responses["prompt_index"]]
         if bool(rewards.isnan().any()):
@@ -122,6 +140,7 @@ class CalibratedRewards:
         return {
             "calibration": self.calibration.to_dict(),
             "baseline": self.baseline,
+            "samples": self.samples,
             "neutral": self.neutral,
         }
 
@@ -132,7 +151,7 @@ class CalibratedRewards:
             UserError: where the rewards were calibrated by another method.
         """
         self.calibration, self.baseline = Calibration.from_dict(state["calibration"]), state["baseline"]
-        self.neutral = state.get("neutral", self.neutral)
+        self.neutral, self.samples = state.get("neutral", self.neutral), state.get("samples")
         if self.calibration.method != method:
             raise UserError(
                 f"the checkpoint's rewards are calibrated by {self.calibration.method}: resume with "

@@ -73,9 +73,11 @@ def train_policy(config: PPOConfig, parts: LanguageParts) -> Path:
     folder = Path(config.output_dir)
     if train(config, **vars(parts)):
         parts.models.save(folder)
+        calibration = parts.rollouts.rewards.calibration
         outcome = {
             "schema_version": SCHEMA_VERSION,
-            "calibration": parts.rollouts.rewards.calibration.to_dict(),
+            "calibration": calibration.to_dict(),
+            "calibrated_by_prompt": calibration.by_prompt,
             "group_weights": parts.statistics.adversary.weights.tolist(),
             "kl_coef": float(parts.advantages.kl.coef),
         }
@@ -148,6 +150,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
             config.calibration,
             num_prompts=config.calibration_prompts,
             num_samples=config.calibration_samples,
+            baseline_samples=config.baseline_samples,
             by_prompt=config.objective != "min_of_means",
         )
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.objectives.functional import KL_ESTIMATORS
 from torchrl_maxmin.preferences.chat import ChatSettings
-from torchrl_maxmin.rewards.base import CALIBRATIONS
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
 
 __all__ = ["PPOConfig"]
@@ -38,8 +38,11 @@ class PPOConfig(PPOSettings, ChatSettings):
         certificate_prompts: prompts behind it.
         certificate_samples: responses a prompt behind it, half of them the reference's; a multiple of 4.
         calibration: scale of the reward heads before any minimum; sft_std, sft_mean, win_rate, none.
+            Where rewards have large offsets by prompt, sft_std and sft_mean take off each prompt's own mean
+            over samples of the reference; win_rate compares with these.
         calibration_prompts: prompts of the reference samples for the calibration.
         calibration_samples: reference samples a prompt.
+        baseline_samples: reference samples of every prompt, where prompts count one by one.
         beta: weight of the KL penalty to the reference, paid for every token.
         kl_estimator: of that penalty a token; k1 (unbiased), k2 or k3 (never negative).
         kl_controller: constant, or adaptive towards kl_target.
@@ -69,6 +72,7 @@ class PPOConfig(PPOSettings, ChatSettings):
     calibration: str = "sft_std"
     calibration_prompts: int = 512
     calibration_samples: int = 2
+    baseline_samples: int = 8
     beta: float = 0.05
     kl_estimator: str = "k1"
     kl_controller: str = "constant"
@@ -96,8 +100,8 @@ class PPOConfig(PPOSettings, ChatSettings):
         self.require_at_least(
             1,
             "num_iterations", "rollout_batch_size", "num_generations", "response_length", "max_prompt_length",
-            "calibration_prompts", "calibration_samples", "certificate_prompts", "certificate_samples",
-            "kl_horizon", "generation_batch_size", "scoring_batch_size",
+            "calibration_prompts", "calibration_samples", "baseline_samples", "certificate_prompts",
+            "certificate_samples", "kl_horizon", "generation_batch_size", "scoring_batch_size",
         )  # fmt: skip
         self.require_at_least(0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap")
         self.require_positive("temperature", "kl_target")
@@ -107,8 +111,11 @@ class PPOConfig(PPOSettings, ChatSettings):
             raise UserError("--rollout_batch_size must be a multiple of --num_generations")
         if self.objective == "mean_of_prompt_mins" and self.num_generations < 2:
             raise UserError("--objective mean_of_prompt_mins needs --num_generations of at least 2")
-        if self.calibration == "sft_std" and self.calibration_samples < 2:
-            raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
+        if self.calibration in ("sft_std", "sft_mean") and self.calibration_samples < 2:
+            raise UserError(
+                f"--calibration {self.calibration} needs --calibration_samples of at least 2, to tell a "
+                "prompt's offset from its responses"
+            )
         if self.stop_at_iteration > self.num_iterations:
             raise UserError("--stop_at_iteration is after --num_iterations")
         if self.kl_controller == "adaptive" and self.beta <= 0:

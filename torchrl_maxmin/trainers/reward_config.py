@@ -7,7 +7,8 @@ from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.rewards.adapters import ADAPTERS, LoraSettings
-from torchrl_maxmin.rewards.base import CALIBRATIONS, HEADS
+from torchrl_maxmin.rewards.base import HEADS
+from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.rewards.settings import MixtureSettings
 
