@@ -50,6 +50,7 @@ class FrontierPoint:
         worst_gain: The gain of the group that gained least.
         majority: Index of the group with the largest share.
         kl: KL to the reference in nats; None where it was not measured.
+        shares: Of the people, [G] or [S, G]; None counts groups alike.
     """
 
     name: str
@@ -60,6 +61,7 @@ class FrontierPoint:
     worst_gain: Interval
     majority: int
     kl: Interval | None = None
+    shares: ArrayLike | None = None
 
     @property
     def majority_rate(self) -> float:
@@ -95,6 +97,7 @@ def frontier_point(
     group_names: Sequence[str],
     majority: int,
     kl: ArrayLike | None = None,
+    shares: ArrayLike | None = None,
 ) -> FrontierPoint:
     """A point from win probabilities and utility gains, prompt by prompt.
 
@@ -105,6 +108,7 @@ def frontier_point(
         group_names: Names of the G groups.
         majority: Index of the largest group.
         kl: log pi - log pi_ref by prompt [S, N].
+        shares: Of the people [G], or [S, G]; the same for all groups if None.
 
     Raises:
         ValueError: If shapes disagree, or ``majority`` is no group.
@@ -116,8 +120,8 @@ def frontier_point(
         raise ValueError(f"majority {majority} is none of {won.shape[2]} groups")
     gain = interval_over_seeds(gained, scale="identity")
     divergence = None if kl is None else interval_over_seeds(kl, scale="identity")
-    rates = rates_by_group(won, group_names)
-    return FrontierPoint(name, won, gained, rates, gain, worst_of(gain)[1], majority, divergence)
+    rates = rates_by_group(won, group_names, np.ones(won.shape[2]) if shares is None else shares)
+    return FrontierPoint(name, won, gained, rates, gain, worst_of(gain)[1], majority, divergence, shares)
 
 
 def frontier_points(
@@ -172,12 +176,13 @@ def frontier_points(
             first.group_names,
             majority,
             np.stack([result.kl[name].mean(axis=1) for result in results]) if measured else None,
+            [result.group_shares for result in results],
         )
     return points
 
 
 def frontier_rows(points: Iterable[FrontierPoint]) -> list[dict[str, Any]]:
-    """Plain numbers of points: win rates and gains by group, worst and average, each with its interval."""
+    """Plain numbers of points: win rates and gains by group, worst and averages, each with its interval."""
 
     def ends(key: str, interval: Interval, index: int | None = None) -> dict[str, float]:
         names = {"": "mean", " low": "low", " high": "high"}
@@ -188,8 +193,8 @@ def frontier_rows(points: Iterable[FrontierPoint]) -> list[dict[str, Any]]:
     for point in points:
         row: dict[str, Any] = {"policy": point.name, "worst group": point.rates.worst_group_name}
         row |= ends("worst", point.rates.worst_group)
-        assert point.rates.average is not None
-        row |= ends("average", point.rates.average)
+        for key in ("average_over_groups", "average_over_people"):
+            row |= ends(key.replace("_", " "), getattr(point.rates, key))
         for k, name in enumerate(point.rates.group_names):
             row |= ends(name, point.rates.groups, k)
         row |= ends("worst gain", point.worst_gain)
@@ -316,7 +321,12 @@ def best_mixture(
         for field in ("wins", "gains")
     )
     return probabilities, frontier_point(
-        name, np.clip(wins, 0, 1), gains, known[0].rates.group_names, baseline.majority
+        name,
+        np.clip(wins, 0, 1),
+        gains,
+        known[0].rates.group_names,
+        baseline.majority,
+        shares=known[0].shares,
     )
 
 

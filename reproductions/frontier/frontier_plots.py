@@ -198,13 +198,14 @@ def plot_changes(
 
 def _place(point: FrontierPoint, of: str) -> dict[str, float]:
     """Where a point stands in a panel, with the ends of both intervals."""
-    assert point.rates.average is not None
+    average = point.rates.average_over_groups
+    assert average is not None
     groups, worst = point.rates.groups, point.rates.worst_group
     k = point.majority
     across = (
         (groups.mean[k], groups.low[k], groups.high[k])
         if of == "majority"
-        else (point.rates.average.mean, point.rates.average.low, point.rates.average.high)
+        else (average.mean, average.low, average.high)
     )
     upward = (worst.mean, worst.low, worst.high)
     keys = ("x", "x low", "x high", "y", "y low", "y high")

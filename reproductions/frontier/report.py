@@ -28,6 +28,7 @@ from torchrl_maxmin.stats.interval import Interval
 
 #: Largest relative loss of the majority's win rate that is still small.
 COST = 0.05
+_AVERAGES = ("average over groups", "average over people")
 
 
 def write_report(homes: Sequence[Path], sizes: Sizes, folder: Path, minutes: float) -> list[str]:
@@ -124,9 +125,9 @@ def _frontier(homes: Sequence[Path], sizes: Sizes, folder: Path) -> tuple[list[s
         "`weight w` trains on fixed weights 1 - w and w of the calibrated heads (utilitarian is the share, "
         "about 0.09). `soft_min` (temperature .5) and `nash` weigh groups by share too. `nash` runs on win "
         "rates, with beta and the penalty for a response that does not end in that unit (divided by the "
-        "square root of 12). The average counts groups alike. Numbers of the picture: "
-        "[frontier.csv](frontier.csv). In its right panel bars go from the smallest to the largest over "
-        "seeds.",
+        "square root of 12). One average counts groups alike, the other people (10:1). Numbers of the "
+        "picture: [frontier.csv](frontier.csv). In its right panel bars go from the smallest to the largest "
+        "over seeds.",
         "",
         *_exact(exact_rows, sizes),
         *_certificates(certificates, sizes),
@@ -138,12 +139,12 @@ def _frontier_table(points: Mapping[str, FrontierPoint]) -> list[str]:
     groups = points["maxmin"].rates.group_names
     names = [f"{name} ({who})" for name, who in zip(groups, ("majority", "minority"), strict=True)]
     return [
-        _line("policy", *names, "worst group", "average", "KL (nats)"),
-        "|---|---:|---:|---:|---:|---:|",
+        _line("policy", *names, "worst group", *_AVERAGES, "KL (nats)"),
+        "|---|---:|---:|---:|---:|---:|---:|",
         *(
             _line(
                 row["policy"],
-                *(_cell(row, key) for key in (*groups, "worst", "average")),
+                *(_cell(row, key) for key in (*groups, "worst", *_AVERAGES)),
                 f"{row['kl']:.1f}",
             )
             for row in frontier_rows(points.values())

@@ -1,5 +1,6 @@
 """Records of a seed, and the summary of several, on made-up results."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -270,6 +271,66 @@ def test_seeds_that_do_not_belong_together_are_named(results):
         summarise([results[0], other])
 
 
+def without_averages_over_people(summary):
+    """Take from a summary, and return it, what version 3 brought."""
+    del summary["shares_are"]
+    compared = summary["comparison"]
+    for entry in (*summary["policies"].values(), compared, *compared["per_seed"]):
+        for key in [key for key in entry if key.startswith("average_over_") or key in ("changes", "people")]:
+            del entry[key]
+    for policy in summary["policies"].values():
+        for row in policy["per_seed"]:
+            del row["average_over_groups"], row["average_over_people"]
+    return summary
+
+
+def test_averages_are_over_groups_and_over_people(results):
+    """Recomputed sample by sample, with shares that differ from seed to seed."""
+    shares = [[0.9, 0.1], [10 / 11, 1 / 11], [0.7, 0.3]]
+    given = [dataclasses.replace(r, group_shares=s) for r, s in zip(results, shares, strict=True)]
+    summary = summarise(given, num_resamples=50)
+    over_people = {}
+    for name in ("sft", "single", "maxmin"):
+        by_seed = []
+        for result, share in zip(given, shares, strict=True):
+            pairs = list(zip(result.utilities[name], result.utilities["sft"], strict=True))
+            rates = [
+                np.mean(
+                    [[(a[g] > b[g]) + (a[g] == b[g]) / 2 for a in one for b in two] for one, two in pairs]
+                )
+                for g in range(2)
+            ]
+            by_seed.append((np.mean(rates), share[0] * rates[0] + share[1] * rates[1]))
+        found = summary["policies"][name]
+        groups, over_people[name] = np.mean(by_seed, axis=0)
+        assert found["average_over_groups"] == found["average_win_rate"] == pytest.approx(groups, abs=1e-12)
+        assert found["average_over_people"] == pytest.approx(over_people[name], abs=1e-12)
+        for row, (groups, people) in zip(found["per_seed"], by_seed, strict=True):
+            assert row["average_over_groups"] == pytest.approx(groups, abs=1e-12)
+            assert row["average_over_people"] == pytest.approx(people, abs=1e-12)
+        ends = found["average_over_people_interval"]
+        assert ends["low"] <= found["average_over_people"] <= ends["high"]
+    compared = summary["comparison"]
+    assert compared["average_over_groups_relative_change"] == compared["average_relative_gain"]
+    assert compared["average_over_people_relative_change"] == pytest.approx(
+        over_people["maxmin"] / over_people["single"] - 1, abs=1e-12
+    )
+    assert compared["changes"]["sentiment"]["high"] < 0 < compared["changes"]["conciseness"]["low"]
+    lost, won = np.mean(shares, axis=0)
+    assert compared["people"] == {
+        "gain": pytest.approx(won), "lose": pytest.approx(lost), "unsure": pytest.approx(0)
+    }  # fmt: skip
+
+
+def test_people_of_a_group_that_may_have_changed_either_way_are_unsure(results):
+    same = [
+        dataclasses.replace(r, utilities={**r.utilities, "maxmin": r.utilities["single"]}, kl={}, length={})
+        for r in results
+    ]
+    compared = summarise(same, num_resamples=50)["comparison"]
+    assert compared["people"] == {"gain": 0, "lose": 0, "unsure": pytest.approx(1)}
+
+
 def test_an_older_summary_is_read_by_todays_names(tmp_path, summary):
     """Version 1: ``low`` was the bootstrap's end, ``t_low`` the one to read, an interval had no mean."""
 
@@ -285,7 +346,7 @@ def test_an_older_summary_is_read_by_todays_names(tmp_path, summary):
             del out["method"]
         return out
 
-    before = old(json.loads(json.dumps(summary | {"pairs": []})))
+    before = without_averages_over_people(json.loads(json.dumps(old(summary | {"pairs": []}))))
     for policy in before["policies"].values():
         for key in ("kl", "length", "worst_group_win_rate", "average_win_rate"):
             policy[f"{key}_interval"].pop("mean", None)
@@ -301,9 +362,23 @@ def test_an_older_summary_is_read_by_todays_names(tmp_path, summary):
     assert maxmin["kl_interval"] == {**now["kl_interval"], "method": "t"}
     gain = "worst_group_relative_gain_interval"
     assert loaded["comparison"][gain] == {**summary["comparison"][gain], "method": "t"}
+    expected = json.loads(json.dumps(summary | {"pairs": []}))
+    without_averages_over_people(expected)
+    for name, policy in expected["policies"].items():
+        people = summary["policies"][name]["average_over_people"]
+        for key in ("average_over_groups", "average_over_groups_interval"):
+            policy[key] = summary["policies"][name][key]
+        policy["average_over_people_interval"] = {**NO_INTERVAL, "mean": people}
+        assert loaded["policies"][name]["average_over_people"] == pytest.approx(people, abs=1e-12)
+    compared, given = expected["comparison"], summary["comparison"]
+    for key in ("average_over_groups_relative_change", "average_over_people_relative_change"):
+        compared |= {key: given[key], f"{key}_interval": given[f"{key}_interval"]}
+    compared["average_over_people_relative_change_interval"] = {**NO_INTERVAL, "mean": None}
+    for row in compared["per_seed"]:
+        row["average_over_groups_relative_change"] = row["average_relative_gain"]
     one, two = (
         write_report(tmp_path / str(i), each, figures=False).read_text()
-        for i, each in enumerate([loaded, summary | {"pairs": []}])
+        for i, each in enumerate([loaded, expected | {"shares_are": "given"}])
     )
     assert one == two
 

@@ -121,7 +121,12 @@ def test_rows_hold_every_number_with_its_interval():
     assert row["worst group"] == maxmin.rates.worst_group_name
     assert row["few low"] == maxmin.rates.groups.low[1]
     assert row["many gain high"] == maxmin.gain.high[0]
-    assert row["average"] == pytest.approx(maxmin.wins.mean())
+    assert row["average over groups"] == pytest.approx(maxmin.wins.mean())
+    people = sum(
+        np.average(wins.mean(0), weights=result.group_shares)
+        for wins, result in zip(maxmin.wins, results(), strict=True)
+    )
+    assert row["average over people"] == pytest.approx(people / len(maxmin.wins))
     assert row["kl"] == float(maxmin.kl.mean)
 
 

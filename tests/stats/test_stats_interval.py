@@ -269,4 +269,4 @@ def test_users_count_once_however_many_comparisons_they_made():
     assert rates.group_names == ("x", "y")
     np.testing.assert_allclose(rates.groups.mean, [0.5, 0.5])
     assert rates.groups.clusters == {"users": [2, 1]}
-    assert rates.average is None
+    assert rates.average_over_groups is None

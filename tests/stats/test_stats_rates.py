@@ -61,7 +61,7 @@ def test_means_over_seeds_match_pairwise_count():
     expected = np.array([brute_force(p, r).mean(axis=0) for p, r in zip(policy, reference, strict=True)])
     np.testing.assert_allclose(rates.per_seed, expected)
     np.testing.assert_allclose(rates.mean, expected.mean(axis=0))
-    np.testing.assert_allclose(rates.average.mean, expected.mean())
+    np.testing.assert_allclose(rates.average_over_groups.mean, expected.mean())
     assert rates.worst_group_name == ["a", "b"][int(expected.mean(axis=0).argmin())]
     assert rates.worst_group.mean == rates.mean.min()
     np.testing.assert_allclose(rates.worst_group.per_seed, expected.min(axis=1))

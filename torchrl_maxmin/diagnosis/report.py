@@ -20,7 +20,7 @@ from torchrl_maxmin.evaluation.plots import (
     tidy,
     write_figure,
 )
-from torchrl_maxmin.evaluation.report import interval_text
+from torchrl_maxmin.evaluation.tables import interval_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -44,6 +44,11 @@ class UtilityJudge:
     mixture: RewardModel | None = None
     function: Callable[..., Any] | None = None
 
+    @property
+    def shares_are(self) -> str:
+        """Whose shares they are: ``true``, ``found`` or ``equal``, for a function that has none."""
+        return {"world": "true", "reward heads": "found"}.get(self.kind, "equal")
+
     def __call__(
         self,
         responses: TensorDict,
@@ -98,6 +103,11 @@ class PairJudges:
     def group_shares(self) -> list[float]:
         """Equal shares [G]: judges do not say how many people they stand for."""
         return [1 / len(self.judges)] * len(self.judges)
+
+    @property
+    def shares_are(self) -> str:
+        """Whose shares they are."""
+        return "equal"
 
     def compare(
         self, prompts: Sequence[Text], responses: Mapping[str, Sequence[Sequence[Text]]]

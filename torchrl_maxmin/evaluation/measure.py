@@ -203,7 +203,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             config, scorers, reward, trained, judge.group_names, utilities, responses, prompts, reference
         )
     groups = judge.group_names, judge.group_shares
-    result = SeedResult(config.seed, *groups, utilities, kl, length, extra, wins)
+    result = SeedResult(config.seed, *groups, utilities, kl, length, extra, wins, judge.shares_are)
     result.save(folder / "result")
     write_config(folder, config)
     return result, folder

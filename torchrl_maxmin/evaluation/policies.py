@@ -65,6 +65,10 @@ def policy_summary(
     for row, rate in by_seed(rates.groups):
         row["win_rate_vs_sft"] = dict(zip(names, rate, strict=True))
         row |= {"worst_group_win_rate": rate.min(), "average_win_rate": rate.mean()}
+        row["average_over_groups"] = rate.mean()
+    assert rates.average_over_people is not None
+    for row, rate in by_seed(rates.average_over_people):
+        row["average_over_people"] = rate
     out: dict[str, Any] = {
         "win_rate_vs_sft": _by_group(names, rates.groups),
         "utility": dict.fromkeys(names),  # judges that compare pairs say nothing of size
@@ -142,12 +146,16 @@ def _rates(
     results: Sequence[SeedResult], policy: str, other: str, names: Sequence[str], settings: Mapping[str, Any]
 ) -> GroupWinRates:
     # The notes say, policy by policy, what would be a warning.
-    return rates_by_group(win_matrices(results, policy, other), names, warn=False, **settings)
+    shares = [result.group_shares for result in results]
+    return rates_by_group(win_matrices(results, policy, other), names, shares, warn=False, **settings)
 
 
 def _totals(rates: GroupWinRates) -> dict[str, Any]:
-    totals = headline("worst_group_win_rate", rates.worst_group) | headline("average_win_rate", rates.average)
-    return {"worst_group": rates.worst_group_name, **totals}
+    totals = {"worst_group": rates.worst_group_name} | headline("worst_group_win_rate", rates.worst_group)
+    # The older name is one that other programs read.
+    for key in ("average_win_rate", "average_over_groups"):
+        totals |= headline(key, rates.average_over_groups)
+    return totals | headline("average_over_people", rates.average_over_people)
 
 
 def _mean_over_samples(

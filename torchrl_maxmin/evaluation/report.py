@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_maxmin.core.tables import markdown_table, write_paragraphs
 from torchrl_maxmin.evaluation.plots import figure_parts, figure_text, plot_training, plot_win_rates
+from torchrl_maxmin.evaluation.tables import (
+    comparison_block,
+    ends_text,
+    group_names,
+    interval_text,
+    number_text,
+    pairs_block,
+    policy_table,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["interval_text", "number_text", "rich_table", "write_report"]
-
-_ROWS = {
-    "worst_group_relative_gain": "worst group",
-    "average_relative_gain": "average over groups",
-    "majority_relative_change": "majority ({})",
-}
 
 
 def write_report(
@@ -60,7 +63,7 @@ def write_report(
         alt = "Win rates against sft by policy and group, with intervals"
         drawn = [figure_text("win_rates", alt, "Bars are the intervals of the table. ")]
         if histories:
-            plot_training(histories, figures_folder / "training", group_names=_names(summary))
+            plot_training(histories, figures_folder / "training", group_names=group_names(summary))
         if (figures_folder / "training.png").is_file():
             alt, note = (
                 "Group utilities and weights over training",
@@ -72,9 +75,9 @@ def write_report(
     parts = [
         f"# {title}",
         _what_was_done(summary),
-        "## Win rates by group\n\n" + _policy_table(summary),
-        _comparison_block(summary),
-        *_pairs_block(summary),
+        "## Win rates by group\n\n" + policy_table(summary),
+        comparison_block(summary),
+        *pairs_block(summary),
         *_size_block(summary),
         *figure_parts(draw, figures, "figures"),
         _em_block(summary),
@@ -86,7 +89,7 @@ def write_report(
 
 
 def rich_table(summary: Mapping[str, Any]) -> Table:
-    """Make the table of policies and groups for a terminal: win rates against sft, worst, average, KL.
+    """Make the table of policies and groups for a terminal: win rates against sft, worst, averages, KL.
 
     Args:
         summary: What :func:`summarise` returned.
@@ -97,7 +100,7 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
     Example:
         >>> rate = {"mean": 0.8, "low": 0.7, "high": 0.9}
         >>> policy = {"win_rate_vs_sft": {"all": rate}, "worst_group_win_rate": 0.8,
-        ...           "average_win_rate": 0.8, "kl": 3.0}
+        ...           "average_over_groups": 0.8, "average_over_people": 0.8, "kl": 3.0}
         >>> rich_table({"groups": [{"name": "all", "share": 1.0}], "policies": {"maxmin": policy},
         ...             "seeds": [0]}).row_count
         1
@@ -108,21 +111,18 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("policy", style="bold")
     for group in summary["groups"]:
         table.add_column(f"{group['name']} ({group['share']:.0%})", justify="right")
-    for column in ("worst group", "average", "KL"):
+    for column in ("worst group", "average over groups", "average over people", "KL"):
         table.add_column(column, justify="right")
     for name, policy in summary["policies"].items():
         table.add_row(
             name,
             *(interval_text(policy["win_rate_vs_sft"][group["name"]]) for group in summary["groups"]),
             number_text(policy["worst_group_win_rate"], ".3f"),
-            number_text(policy["average_win_rate"], ".3f"),
+            number_text(policy["average_over_groups"], ".3f"),
+            number_text(policy["average_over_people"], ".3f"),
             number_text(policy["kl"], ".2f"),
         )
     return table
-
-
-def _names(summary: Mapping[str, Any]) -> list[str]:
-    return [group["name"] for group in summary["groups"]]
 
 
 def _seeds(summary: Mapping[str, Any]) -> str:
@@ -147,55 +147,12 @@ def _what_was_done(summary: Mapping[str, Any]) -> str:
     )
 
 
-def number_text(value: float | None, spec: str) -> str:
-    """Format a number, or n/a; what rounds to zero gets no minus."""
-    return "n/a" if value is None else format(value, spec.replace(".", "z.", 1))
-
-
-def interval_text(interval: Mapping[str, Any], spec: str = ".3f") -> str:
-    """Format an interval's number and its ends, where there are any."""
-    ends = _ends_text(interval, spec)
-    return number_text(interval["mean"], spec) + (f" {ends}" if ends != "n/a" else "")
-
-
-def _ends_text(interval: Mapping[str, Any], spec: str, which: str = "") -> str:
-    low, high = interval[f"{which}low"], interval[f"{which}high"]
-    return "n/a" if low is None or high is None else f"[{number_text(low, spec)}, {number_text(high, spec)}]"
-
-
-def _rates(entry: Mapping[str, Any], rates: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Cells of win rates by group, of the worst group and on average."""
-    totals = [entry[f"{key}_win_rate_interval"] for key in ("worst_group", "average")]
-    return [interval_text(rate) for rate in (*(rates[group] for group in names), *totals)]
-
-
-def _policy_table(summary: Mapping[str, Any]) -> str:
-    names = _names(summary)
-    header = ["policy", *names, "worst group (biased low)", "average", "KL (nats)", "length"]
-    rows = []
-    for name, policy in summary["policies"].items():
-        sizes = number_text(policy["kl"], ".2f"), number_text(policy["length"], ".1f")
-        rows.append([name, *_rates(policy, policy["win_rate_vs_sft"], names), *sizes])
-    return markdown_table(header, rows)
-
-
-def _pairs_block(summary: Mapping[str, Any]) -> list[str]:
-    """Compare every policy with every other but sft, whose table stands above."""
-    pairs = [pair for pair in summary.get("pairs", []) if pair["other"] != "sft"]
-    if not pairs:
-        return []
-    names = _names(summary)
-    header = ["policy", "against", *names, "worst group (biased low)", "average"]
-    rows = [[pair["policy"], pair["other"], *_rates(pair, pair["win_rate"], names)] for pair in pairs]
-    return ["## Policies against each other\n\n" + markdown_table(header, rows)]
-
-
 def _size_block(summary: Mapping[str, Any]) -> list[str]:
     """Tabulate utility, KL, length, and how far length explains utility."""
     policies = summary["policies"]
     if not all("length_correlation" in policy for policy in policies.values()):
         return []
-    names = _names(summary)
+    names = group_names(summary)
     rows: list[list[str]] = []
     reasons: dict[str, None] = {}
     for name, policy in policies.items():
@@ -214,48 +171,6 @@ def _size_block(summary: Mapping[str, Any]) -> list[str]:
     if reasons:
         text += "\n\nNo correlation: " + "; ".join(reasons) + "."
     return [text]
-
-
-def _comparison_block(summary: Mapping[str, Any]) -> str:
-    compared = summary["comparison"]
-    policy, baseline = compared["policy"], compared["baseline"]
-    heading = f"## {policy} against {baseline}\n\n"
-    if compared["worst_group_relative_gain"] is None:
-        return heading + f"Not compared: the results hold no {policy}, no {baseline}, or a win rate of zero."
-    intervals = {key: compared[f"{key}_interval"] for key in _ROWS}
-    by_t = all(str(interval["method"])[0] == "t" for interval in intervals.values())
-    header = [
-        "relative change of the win rate against sft",
-        "estimate",
-        "t over seeds",
-        "bootstrap",
-        "by seed",
-    ]
-    rows = [
-        [
-            label.format(compared["majority_group"]),
-            number_text(compared[key], "+.1%"),
-            _ends_text(intervals[key], "+.1%"),
-            _ends_text(intervals[key], "+.1%", "bootstrap_"),
-            " ".join(number_text(entry[key], "+.0%") for entry in compared["per_seed"]),
-        ]
-        for key, label in _ROWS.items()
-    ]
-    if not by_t:
-        header, *rows = ([*row[:2], *row[3:]] for row in (header, *rows))
-    text = heading + markdown_table(header, rows)
-    head_to_head = summary["policies"][policy].get("win_rate_vs_single")
-    if head_to_head:
-        rates = ", ".join(f"{name} {interval_text(rate)}" for name, rate in head_to_head.items())
-        text += (
-            f"\n\nHead to head, each group prefers {policy} to {baseline} with win rate: {rates}. The "
-            "baseline is trained for the majority, so the majority's preference for it is expected: what it "
-            "gives up is the last row of the table."
-        )
-    if compared.get("oracle_ratio") is not None:
-        ratio = interval_text(compared["oracle_ratio_interval"])
-        text += f"\n\nWorst group relative to MaxMin on the true utilities: {ratio}."
-    return text
 
 
 def _em_block(summary: Mapping[str, Any]) -> str:
@@ -298,7 +213,7 @@ def _certificate_block(summary: Mapping[str, Any]) -> str:
     several = " (mean; smallest low and largest high over seeds)" if len(summary["seeds"]) > 1 else ""
     return heading + (
         f"The worst group's utility is within {certificate['value']:.3f} "
-        f"{_ends_text(certificate, '.3f')} of the best that any policy can give its worst group{several}. "
+        f"{ends_text(certificate, '.3f')} of the best that any policy can give its worst group{several}. "
         "Modes that nobody sampled are not certified."
     )
 

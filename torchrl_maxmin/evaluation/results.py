@@ -31,13 +31,15 @@ class SeedResult:
     Attributes:
         seed: The seed that trained these policies.
         group_names: The G groups, in the order of the utilities' last dimension.
-        group_shares: Population shares [G]; the largest is the majority.
+        group_shares: Population shares [G]; the largest is the majority, and people are weighed by them.
         utilities: Policy name -> utilities [N prompts, M samples, G groups]. ``sft`` is always there;
             M may differ between policies, N and G may not. Empty where judges compared pairs.
         kl: Policy name -> [N, M], the sequence's log pi - log pi_ref on the policy's own samples.
         length: Policy name -> [N, M], response length in tokens.
         wins: Where judges compared pairs, in place of utilities: policy name -> probability [N, P, G] that
             its response is the better one, against each of the P policies in their order here.
+        shares_are: ``true`` shares of a known population, ``found`` by clustering, ``equal`` for want of
+            any, or just ``given``.
         extra: Plain JSON that is carried through: ``em``, ``certificate``, ``calibration``,
             ``group_users`` (users in each group), ``timings``, ... (see :func:`summarise`).
 
@@ -63,6 +65,7 @@ class SeedResult:
     length: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     wins: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    shares_are: str = "given"
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -141,6 +144,7 @@ class SeedResult:
             "seed": int(self.seed),
             "group_names": list(self.group_names),
             "group_shares": [float(share) for share in self.group_shares],
+            "shares_are": self.shares_are,
             "policies": self.policies,
             "extra": self.extra,
         }

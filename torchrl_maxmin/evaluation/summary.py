@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.evaluation.policies import BASELINE, headline, pairs_summary, policy_summary, win_matrices
+from torchrl_maxmin.evaluation.comparison import MAXMIN, ORACLE, comparison_summary
+from torchrl_maxmin.evaluation.policies import BASELINE, NO_INTERVAL, pairs_summary, policy_summary
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.stats.clustered import NUM_RESAMPLES
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
-from torchrl_maxmin.stats.rates import relative_change
 
 __all__ = ["BASELINE", "MAXMIN", "ORACLE", "load_summary", "plain", "summarise", "write_summary"]
-
-#: The policy that the headline is about.
-MAXMIN = "maxmin"
-#: MaxMin on the true utilities.
-ORACLE = "oracle"
 
 
 def summarise(
@@ -45,9 +39,11 @@ def summarise(
     :func:`~torchrl_maxmin.stats.interval_of_statistic`; ``bootstrap_low`` and ``bootstrap_high`` are
     percentiles of the seeds-then-prompts bootstrap, which few seeds make too narrow. One seed's relative
     changes, and ``length_correlation``, have the bootstrap alone. The worst group's interval is [smallest
-    low, smallest high] over groups; its point estimate is biased low, which ``notes`` say. ``pairs`` holds
-    every policy against every other. ``per_seed`` lists hold the same keys seed by seed. What cannot be
-    computed is null. The same records give the same bytes.
+    low, smallest high] over groups; its point estimate is biased low, which ``notes`` say. Averages stand
+    over groups, each counted once, and over people, groups weighed by every seed's shares (``shares_are``
+    says whose); ``average_win_rate`` and ``average_relative_gain`` are older names of those over groups.
+    ``pairs`` holds every policy against every other. ``per_seed`` lists hold the same keys seed by seed. What
+    cannot be computed is null. The same records give the same bytes.
 
     A policy that only some seeds hold is summarised over those seeds, and compared over the seeds that
     hold both.
@@ -108,6 +104,7 @@ def summarise(
         "confidence": confidence,
         "num_resamples": num_resamples,
         "wall_seconds": wall_seconds,
+        "shares_are": first.shares_are,
         "groups": [
             {"name": name, "share": shares[k], "users": None if users is None else int(users[k])}
             for k, name in enumerate(names)
@@ -115,7 +112,7 @@ def summarise(
         "em": _em_summary(results),
         "policies": {policy: policy_summary(policy, results, names, settings) for policy in ordered},
         "pairs": pairs_summary(ordered, results, names, settings),
-        "comparison": _comparison(results, names, shares, settings),
+        "comparison": comparison_summary(results, names, settings),
         "certificate": _certificate_summary(results),
         "calibration": _calibration_summary(results),
         "timings": _mean_tree([result.extra.get("timings", {}) for result in results]),
@@ -150,7 +147,37 @@ def load_summary(folder: str | Path) -> dict[str, Any]:
     version = summary.setdefault("schema_version", 1)
     if version > SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version}, this version reads {SCHEMA_VERSION}; upgrade")
-    return summary if version == SCHEMA_VERSION else _upgraded(summary) | {"schema_version": SCHEMA_VERSION}
+    if version < 2:
+        summary = _upgraded(summary)
+    if version < 3 and "policies" in summary:
+        _add_averages(summary)
+    return summary | {"schema_version": SCHEMA_VERSION}
+
+
+def _add_averages(summary: dict[str, Any]) -> None:
+    """Name the averages of version 2, which were over groups; those over people have no interval there."""
+    shares = {group["name"]: group["share"] for group in summary["groups"]}
+    summary["shares_are"] = "given"
+    rates = [(each, each["win_rate_vs_sft"]) for each in summary["policies"].values()]
+    for entry, by_group in rates + [(pair, pair["win_rate"]) for pair in summary.get("pairs", [])]:
+        people = sum(share * by_group[name]["mean"] for name, share in shares.items()) / sum(shares.values())
+        entry |= {
+            "average_over_groups": entry["average_win_rate"],
+            "average_over_groups_interval": entry["average_win_rate_interval"],
+            "average_over_people": people,
+            "average_over_people_interval": {**NO_INTERVAL, "mean": people},
+        }
+    compared = summary["comparison"]
+    pairs = [summary["policies"].get(name) for name in (MAXMIN, BASELINE)]
+    people = pairs[0]["average_over_people"] / pairs[1]["average_over_people"] - 1 if all(pairs) else None
+    compared |= {
+        "average_over_groups_relative_change": compared["average_relative_gain"],
+        "average_over_groups_relative_change_interval": compared["average_relative_gain_interval"],
+        "average_over_people_relative_change": people,
+        "average_over_people_relative_change_interval": {**NO_INTERVAL, "mean": people},
+    }
+    for row in compared["per_seed"]:
+        row["average_over_groups_relative_change"] = row["average_relative_gain"]
 
 
 def _upgraded(value: Any) -> Any:
@@ -197,43 +224,6 @@ def _checked(results: Sequence[SeedResult]) -> list[SeedResult]:
                 "be evaluated on the same ones"
             )
     return results
-
-
-def _comparison(
-    results: list[SeedResult], names: list[str], shares: list[float], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Compare MaxMin with the baseline, and with MaxMin on the true utilities, by win rates against sft."""
-    majority = int(np.argmax(shares))
-    statistic_of: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "worst_group_relative_gain": lambda means: means.min(axis=-1),
-        "average_relative_gain": lambda means: means.mean(axis=-1),
-        "majority_relative_change": lambda means: means[..., majority],
-    }
-
-    def against(other: str, key: str) -> tuple[list[int], Any]:
-        both = [r for r in results if MAXMIN in r.policies and other in r.policies]
-        if not both:
-            return [], None
-        maxmin, others = (win_matrices(both, policy, REFERENCE) for policy in (MAXMIN, other))
-        change = relative_change(maxmin, others, statistic_of[key], **settings)
-        return [result.seed for result in both], change
-
-    out: dict[str, Any] = {"policy": MAXMIN, "baseline": BASELINE, "majority_group": names[majority]}
-    rows: dict[int, dict[str, Any]] = {}
-    for key in statistic_of:
-        seeds, change = against(BASELINE, key)
-        out |= headline(key, change)
-        for s, seed in enumerate(seeds):
-            rows.setdefault(seed, {"seed": seed})[key] = change.per_seed[s]
-    out["per_seed"] = list(rows.values())
-    seeds, gain = against(ORACLE, "worst_group_relative_gain")
-    if gain is not None:
-        ends = ("estimate", "low", "high", "bootstrap_low", "bootstrap_high", "per_seed")
-        ratio = dataclasses.replace(gain, **{end: getattr(gain, end) + 1 for end in ends})
-        out |= headline("oracle_ratio", ratio)
-        by_seed = zip(seeds, ratio.per_seed, strict=True)
-        out["oracle_ratio_per_seed"] = [{"seed": seed, "oracle_ratio": value} for seed, value in by_seed]
-    return out
 
 
 def _em_summary(results: list[SeedResult]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 
 __all__ = ["SCHEMA_VERSION", "CoverageWarning", "Interval", "stack_intervals", "worst_of"]
 
-#: Of summary.json. Since 2, ``low`` and ``high`` of every interval are the ones to read.
-SCHEMA_VERSION = 2
+#: Of summary.json. Since 2, ``low`` and ``high`` of every interval are the ones to read; since 3, averages
+#: over groups and over people stand beside one another.
+SCHEMA_VERSION = 3
 
 _NUMBERS = ("estimate", "low", "high", "bootstrap_low", "bootstrap_high")
 

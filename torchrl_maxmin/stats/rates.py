@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "GroupWinRates",
     "accuracy_by_group",
     "group_win_rates",
+    "over_people",
     "paired_change",
     "rates_by_group",
     "relative_change",
@@ -77,14 +79,27 @@ class GroupWinRates:
         worst_group_name: The group with the smallest one.
         worst_group: Its rate, and [smallest low, smallest high] over groups; the point estimate is biased
             low, and its ``notes`` say so.
-        average: Unweighted mean over groups; None where groups have users of their own.
+        average_over_groups: Mean over groups, each counted once; None where groups have users of their own.
+        average_over_people: Mean over groups weighted by their shares, so that each person counts once; the
+            interval takes the shares as they are. None without shares.
     """
 
     group_names: tuple[str, ...]
     groups: Interval
     worst_group_name: str
     worst_group: Interval
-    average: Interval | None = None
+    average_over_groups: Interval | None = None
+    average_over_people: Interval | None = None
+
+    @property
+    def average(self) -> Interval | None:
+        """The average over groups, by its name until now."""
+        warnings.warn(
+            "GroupWinRates.average is average_over_groups; beside it stands average_over_people",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.average_over_groups
 
     @property
     def mean(self) -> np.ndarray:
@@ -112,6 +127,7 @@ def group_win_rates(
     reference: ArrayLike,
     *,
     group_names: Sequence[str] | None = None,
+    shares: ArrayLike | None = None,
     **settings: Any,
 ) -> GroupWinRates:
     """Estimate win rates by group of a policy against a reference.
@@ -129,13 +145,14 @@ def group_win_rates(
         utilities: The policy's utilities [S seeds, N prompts, M samples, G groups] or [N, M, G].
         reference: The other policy's utilities, same prompts in the same order; M may differ.
         group_names: Names of the G groups; "0", "1", ... if None.
+        shares: Shares of the people [G], or [S, G] where seeds have their own; for the average over people.
         **settings: ``confidence``, ``num_resamples`` of the bootstrap beside the interval, and its ``seed``.
 
     Returns:
         :class:`GroupWinRates`.
 
     Raises:
-        ValueError: If shapes disagree or utilities hold NaN.
+        ValueError: If shapes disagree, utilities hold NaN or shares are negative.
 
     Warns:
         CoverageWarning: For a rate above .9 or below .1.
@@ -151,21 +168,52 @@ def group_win_rates(
     matrix = win_matrix(utilities, reference)
     if matrix.ndim not in (2, 3):
         raise ValueError(f"utilities must be [S, N, M, G] or [N, M, G], got {list(np.shape(utilities))}")
-    return rates_by_group(matrix, group_names, **settings)
+    return rates_by_group(matrix, group_names, shares, **settings)
+
+
+def over_people(values: np.ndarray, shares: ArrayLike) -> np.ndarray:
+    """Weigh groups by their shares of the people.
+
+    Args:
+        values: [S, N, G].
+        shares: [G], or [S, G] where seeds have their own; they need not add up to 1.
+
+    Returns:
+        [S, N].
+
+    Raises:
+        ValueError: If shapes disagree, or shares are negative or nothing.
+
+    Example:
+        >>> over_people(np.array([[[1.0, 0.0]]]), [10, 1]).round(3)
+        array([[0.909]])
+    """
+    weights = np.asarray(shares, dtype=np.float64)
+    if weights.shape not in (values.shape[-1:], (len(values), values.shape[-1])):
+        raise ValueError(f"shares must be [G={values.shape[-1]}] or [S, G], got {list(weights.shape)}")
+    total = weights.sum(axis=-1, keepdims=True)
+    if not (weights >= 0).all() or not (total > 0).all():
+        raise ValueError(f"shares must be at least 0 and not all 0, got {weights.tolist()}")
+    weights = np.broadcast_to(weights / total, (len(values), values.shape[-1]))
+    return np.einsum("sng,sg->sn", values, weights)
 
 
 def rates_by_group(
-    wins: ArrayLike, group_names: Sequence[str] | None = None, **settings: Any
+    wins: ArrayLike,
+    group_names: Sequence[str] | None = None,
+    shares: ArrayLike | None = None,
+    **settings: Any,
 ) -> GroupWinRates:
     """Estimate win rates from a win matrix, such as judges gave.
 
     Args:
         wins: Win probabilities [S, N, G], or [N, G] of one seed.
         group_names: Names of the G groups; "0", "1", ... if None.
-        **settings: As :func:`group_win_rates` takes them.
+        shares: As :func:`group_win_rates` takes them.
+        **settings: Likewise.
 
     Raises:
-        ValueError: If shapes or names disagree, or a rate is NaN or outside [0, 1].
+        ValueError: If shapes or names disagree, shares are negative, or a rate is NaN or outside [0, 1].
 
     Example:
         >>> import numpy as np
@@ -185,7 +233,8 @@ def rates_by_group(
     groups = interval_over_seeds(array, **settings)
     worst, worst_group = worst_of(groups)
     average = interval_over_seeds(array.mean(axis=-1), **settings)
-    return GroupWinRates(names, groups, names[worst], worst_group, average)
+    people = None if shares is None else interval_over_seeds(over_people(array, shares), **settings)
+    return GroupWinRates(names, groups, names[worst], worst_group, average, people)
 
 
 def user_win_rates(

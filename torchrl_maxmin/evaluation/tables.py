@@ -1,0 +1,140 @@
+"""Tables of win rates for ``report.md``, and numbers with their intervals as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchrl_maxmin.core.tables import markdown_table
+
+__all__ = [
+    "comparison_block",
+    "ends_text",
+    "group_names",
+    "interval_text",
+    "number_text",
+    "pairs_block",
+    "policy_table",
+]
+
+_ROWS = {
+    "worst_group_relative_gain": "worst group",
+    "average_over_groups_relative_change": "average over groups",
+    "average_over_people_relative_change": "average over people",
+    "majority_relative_change": "majority ({})",
+}
+
+
+_TOTALS = ("worst group (biased low)", "average over groups", "average over people")
+_SHARES = {
+    "true": "the true shares",
+    "found": "the shares that were found",
+    "equal": "equal shares, as the judge has none, so that both averages are one",
+    "given": "the shares given",
+}
+
+
+def group_names(summary: Mapping[str, Any]) -> list[str]:
+    """Return the groups in their order."""
+    return [group["name"] for group in summary["groups"]]
+
+
+def number_text(value: float | None, spec: str) -> str:
+    """Format a number, or n/a; what rounds to zero gets no minus."""
+    return "n/a" if value is None else format(value, spec.replace(".", "z.", 1))
+
+
+def interval_text(interval: Mapping[str, Any], spec: str = ".3f") -> str:
+    """Format an interval's number and its ends, where there are any."""
+    ends = ends_text(interval, spec)
+    return number_text(interval["mean"], spec) + (f" {ends}" if ends != "n/a" else "")
+
+
+def ends_text(interval: Mapping[str, Any], spec: str, which: str = "") -> str:
+    """Format an interval's ends, or the bootstrap's by ``which="bootstrap_"``."""
+    low, high = interval[f"{which}low"], interval[f"{which}high"]
+    return "n/a" if low is None or high is None else f"[{number_text(low, spec)}, {number_text(high, spec)}]"
+
+
+def _rates(entry: Mapping[str, Any], rates: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Cells of win rates by group, of the worst group and of both averages."""
+    keys = ("worst_group_win_rate", "average_over_groups", "average_over_people")
+    totals = [entry[f"{key}_interval"] for key in keys]
+    return [interval_text(rate) for rate in (*(rates[group] for group in names), *totals)]
+
+
+def policy_table(summary: Mapping[str, Any]) -> str:
+    """Tabulate every policy's win rates against sft, KL and length."""
+    names = group_names(summary)
+    header = ["policy", *names, *_TOTALS, "KL (nats)", "length"]
+    rows = []
+    for name, policy in summary["policies"].items():
+        sizes = number_text(policy["kl"], ".2f"), number_text(policy["length"], ".1f")
+        rows.append([name, *_rates(policy, policy["win_rate_vs_sft"], names), *sizes])
+    return markdown_table(header, rows)
+
+
+def pairs_block(summary: Mapping[str, Any]) -> list[str]:
+    """Compare every policy with every other but sft, whose table stands above."""
+    pairs = [pair for pair in summary.get("pairs", []) if pair["other"] != "sft"]
+    if not pairs:
+        return []
+    names = group_names(summary)
+    header = ["policy", "against", *names, *_TOTALS]
+    rows = [[pair["policy"], pair["other"], *_rates(pair, pair["win_rate"], names)] for pair in pairs]
+    return ["## Policies against each other\n\n" + markdown_table(header, rows)]
+
+
+def comparison_block(summary: Mapping[str, Any]) -> str:
+    """Write what MaxMin changes against one reward for all, for whom and for how many people."""
+    compared = summary["comparison"]
+    policy, baseline = compared["policy"], compared["baseline"]
+    heading = f"## {policy} against {baseline}\n\n"
+    if compared["worst_group_relative_gain"] is None:
+        return heading + f"Not compared: the results hold no {policy}, no {baseline}, or a win rate of zero."
+    intervals = {key: compared[f"{key}_interval"] for key in _ROWS}
+    by_t = all(str(interval["method"] or "t")[0] == "t" for interval in intervals.values())
+    header = [
+        "relative change of the win rate against sft",
+        "estimate",
+        "t over seeds",
+        "bootstrap",
+        "by seed",
+    ]
+    rows = [
+        [
+            label.format(compared["majority_group"]),
+            number_text(compared[key], "+.1%"),
+            ends_text(intervals[key], "+.1%"),
+            ends_text(intervals[key], "+.1%", "bootstrap_"),
+            " ".join(number_text(entry.get(key), "+.0%") for entry in compared["per_seed"]),
+        ]
+        for key, label in _ROWS.items()
+    ]
+    if not by_t:
+        header, *rows = ([*row[:2], *row[3:]] for row in (header, *rows))
+    text = heading + markdown_table(header, rows)
+    text += (
+        "\n\nThe average over groups counts each group once; the average over people weighs groups by "
+        f"{_SHARES[summary['shares_are']]}, which its interval takes as they are."
+    )
+    if compared.get("people"):
+        changes = ", ".join(f"{name} {interval_text(c, '+.3f')}" for name, c in compared["changes"].items())
+        people = compared["people"]
+        unsure = f", {people['unsure']:.0%} in one whose interval holds 0" if people["unsure"] else ""
+        text += (
+            f" Change of the win rate by group: {changes}. {people['gain']:.0%} of the people are in a group "
+            f"that gains, {people['lose']:.0%} in one that loses{unsure}."
+        )
+    head_to_head = summary["policies"][policy].get("win_rate_vs_single")
+    if head_to_head:
+        rates = ", ".join(f"{name} {interval_text(rate)}" for name, rate in head_to_head.items())
+        text += (
+            f"\n\nHead to head, each group prefers {policy} to {baseline} with win rate: {rates}. The "
+            "baseline is trained for the majority, so the majority's preference for it is expected: what it "
+            "gives up is the last row of the table."
+        )
+    if compared.get("oracle_ratio") is not None:
+        ratio = interval_text(compared["oracle_ratio_interval"])
+        text += f"\n\nWorst group relative to MaxMin on the true utilities: {ratio}."
+    return text
