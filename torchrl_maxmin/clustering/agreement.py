@@ -1,0 +1,95 @@
+"""Do several starts of EM find the same groups?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import comb
+from torch import Tensor
+
+__all__ = ["Restarts", "adjusted_rand_index"]
+
+#: Starts that end within so many nats a choice of the best are as good as it.
+AS_GOOD = 1e-3
+#: Adjusted Rand index from which two starts are said to have found the same groups.
+SAME_GROUPS = 0.9
+
+
+def adjusted_rand_index(first: Tensor, second: Tensor) -> float:
+    """Agreement of two partitions [U], 1 for the same, 0 by chance (Hubert & Arabie, 1985).
+
+    Example:
+        >>> import torch
+        >>> adjusted_rand_index(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 0]))
+        1.0
+    """
+    table = np.zeros((int(first.max()) + 1, int(second.max()) + 1))
+    np.add.at(table, (first.numpy(), second.numpy()), 1)
+    together = comb(table, 2).sum()
+    rows, columns = comb(table.sum(1), 2).sum(), comb(table.sum(0), 2).sum()
+    expected, most = rows * columns / comb(len(first), 2), (rows + columns) / 2
+    return 1.0 if most == expected else float((together - expected) / (most - expected))
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """What the random starts of a fit reached, and whether they agree with the best of them.
+
+    Attributes:
+        score: log-likelihood of every start, nats a choice; penalised where M-steps converge.
+        agreement: adjusted Rand index of its groups with the best one's, users in their likeliest group.
+    """
+
+    score: list[float]
+    agreement: list[float]
+
+    @classmethod
+    def of(cls, scores: Sequence[float], assignments: Sequence[Tensor]) -> Restarts:
+        """Compare starts by their scores and the groups [U] that each gave the users.
+
+        Example:
+            >>> import torch
+            >>> groups = [torch.tensor(g) for g in ([0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1])]
+            >>> starts = Restarts.of([-0.5, -0.5, -0.6], groups)
+            >>> starts.found_by, starts.mean_agreement, starts.text()
+            (2, 1.0, 'found by 2 of 3 starts')
+        """
+        best = assignments[max(range(len(scores)), key=scores.__getitem__)]
+        return cls(list(scores), [adjusted_rand_index(best, groups) for groups in assignments])
+
+    @property
+    def best(self) -> int:
+        """The start that won: the first of equals."""
+        return max(range(len(self.score)), key=self.score.__getitem__)
+
+    @property
+    def as_good(self) -> list[int]:
+        """Other starts within :data:`AS_GOOD` of the best."""
+        least = self.score[self.best] - AS_GOOD
+        return [i for i, score in enumerate(self.score) if i != self.best and score >= least]
+
+    @property
+    def found_by(self) -> int:
+        """Starts as good as the best that found its groups, itself among them."""
+        return 1 + sum(self.agreement[i] >= SAME_GROUPS for i in self.as_good)
+
+    @property
+    def mean_agreement(self) -> float | None:
+        """Mean agreement of the starts that are as good as the best; None where there is no other."""
+        found = [self.agreement[i] for i in self.as_good]
+        return sum(found) / len(found) if found else None
+
+    def text(self) -> str:
+        """In words; other groups that explain the choices as well are named."""
+        said = f"found by {self.found_by} of {len(self.score)} starts"
+        if others := len(self.as_good) + 1 - self.found_by:
+            said += f"; {others} found other groups that are as likely (within {AS_GOOD:g} nats a choice)"
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and None, as for a JSON file."""
+        derived = {"starts": len(self.score), "found_by": self.found_by, "agreement_of_best": self.mean_agreement}
+        return {**derived, **asdict(self)}
