@@ -54,7 +54,7 @@ class Restarts:
             >>> import torch
             >>> groups = [torch.tensor(g) for g in ([0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1])]
             >>> starts = Restarts.of([-0.5, -0.5, -0.6], groups)
-            >>> starts.found_by, starts.mean_agreement, starts.text()
+            >>> starts.found_by, starts.agreement_of_best, starts.text()
             (2, 1.0, 'found by 2 of 3 starts')
         """
         best = assignments[max(range(len(scores)), key=scores.__getitem__)]
@@ -66,30 +66,35 @@ class Restarts:
         return max(range(len(self.score)), key=self.score.__getitem__)
 
     @property
-    def as_good(self) -> list[int]:
-        """Other starts within :data:`AS_GOOD` of the best."""
-        least = self.score[self.best] - AS_GOOD
-        return [i for i, score in enumerate(self.score) if i != self.best and score >= least]
-
-    @property
     def found_by(self) -> int:
-        """Starts as good as the best that found its groups, itself among them."""
-        return 1 + sum(self.agreement[i] >= SAME_GROUPS for i in self.as_good)
+        """Starts that found the best one's groups, itself among them."""
+        return sum(i == self.best or ari >= SAME_GROUPS for i, ari in enumerate(self.agreement))
 
     @property
-    def mean_agreement(self) -> float | None:
-        """Mean agreement of the starts that are as good as the best; None where there is no other."""
-        found = [self.agreement[i] for i in self.as_good]
+    def as_likely(self) -> int:
+        """Starts that found other groups, within :data:`AS_GOOD` of the best."""
+        least = self.score[self.best] - AS_GOOD
+        other = zip(self.score, self.agreement, strict=True)
+        return sum(score >= least and ari < SAME_GROUPS for score, ari in other)
+
+    @property
+    def agreement_of_best(self) -> float | None:
+        """Mean agreement of the better half, and of all within :data:`AS_GOOD`; None for one start."""
+        ranked = sorted(range(len(self.score)), key=lambda i: -self.score[i])
+        half, least = ranked[: (len(ranked) + 1) // 2], self.score[self.best] - AS_GOOD
+        found = [self.agreement[i] for i in ranked if i != self.best and (i in half or self.score[i] >= least)]
         return sum(found) / len(found) if found else None
 
     def text(self) -> str:
         """In words; other groups that explain the choices as well are named."""
         said = f"found by {self.found_by} of {len(self.score)} starts"
-        if others := len(self.as_good) + 1 - self.found_by:
-            said += f"; {others} found other groups that are as likely (within {AS_GOOD:g} nats a choice)"
+        if self.as_likely:
+            said += (
+                f"; {self.as_likely} found other groups that are as likely (within {AS_GOOD:g} nats a choice)"
+            )
         return said
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and None, as for a JSON file."""
-        derived = {"starts": len(self.score), "found_by": self.found_by, "agreement_of_best": self.mean_agreement}
-        return {**derived, **asdict(self)}
+        found = {"starts": len(self.score), "found_by": self.found_by}
+        return {**found, "agreement_of_best": self.agreement_of_best, **asdict(self)}

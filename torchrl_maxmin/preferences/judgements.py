@@ -1,6 +1,6 @@
 """Find which pairs are one judgement: pairs of one ranking, and pairs that one user was asked again.
 
-Rows that repeat one another are no evidence of their own: counted as such they carry groups that do not exist.
+Rows that repeat one another are no evidence of their own: counted each, they carry groups that do not exist.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def count_once(
     """Find pairs that repeat one another, and let them count as one judgement.
 
     Repeats that agree count as one of them does; where they contradict each other, each way counts by its
-    share, as in a tie. Weights that sum to no more than 1 over the repeats stay as they are: the two orders of
-    a halved tie, or repeats that were weighted before.
+    share, as in a tie. Weights that sum to no more than 1 over the repeats stay as they are: the two orders
+    of a halved tie, or repeats that were weighted before.
 
     Args:
         users: user of each pair [P].
