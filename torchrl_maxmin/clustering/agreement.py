@@ -82,7 +82,8 @@ class Restarts:
         """Mean agreement of the better half, and of all within :data:`AS_GOOD`; None for one start."""
         ranked = sorted(range(len(self.score)), key=lambda i: -self.score[i])
         half, least = ranked[: (len(ranked) + 1) // 2], self.score[self.best] - AS_GOOD
-        found = [self.agreement[i] for i in ranked if i != self.best and (i in half or self.score[i] >= least)]
+        good = [i for i in ranked if i in half or self.score[i] >= least]
+        found = [self.agreement[i] for i in good if i != self.best]
         return sum(found) / len(found) if found else None
 
     def text(self) -> str:
