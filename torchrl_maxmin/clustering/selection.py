@@ -87,14 +87,9 @@ def select_num_groups(
     user_offsets: Tensor,
     max_groups: int = 3,
     *,
-    num_folds: int = 4,
-    seed: int = 0,
     row_weights: Tensor | None = None,
     judgements: np.ndarray | Tensor | None = None,
-    l2_candidates: Sequence[float] = (),
-    diagnostics: bool = False,
-    num_refits: int = 3,
-    **fit: Any,
+    **settings: Any,
 ) -> NumGroupsChoice:
     """Choose K on linear mixtures by the likelihood of whole users that were left out.
 
@@ -106,17 +101,10 @@ def select_num_groups(
         differences: standardised feature differences [P, D], rows sorted by user.
         user_offsets: int64 [U + 1].
         max_groups: largest K tried; never more than the users of a fold's fit.
-        num_folds: parts the users are cut into.
-        seed: of the folds and the starts.
         row_weights: how much each pair counts [P].
         judgements: what each pair follows from [P]; without them, equal pairs of a user count as one, see
             :func:`~torchrl_maxmin.clustering.judged.judged_choices`.
-        l2_candidates: penalties to choose among for every K, by the same left-out users; empty takes
-            that of ``fit``.
-        diagnostics: whether to look at held-out pairs of known users, BIC and stability too, for
-            ``2 + num_refits`` more fits a K.
-        num_refits: resamples of the users behind the stability.
-        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
+        **settings: of :func:`choose_num_groups`.
 
     Example:
         >>> import torch
@@ -128,7 +116,35 @@ def select_num_groups(
         your users do not differ: no more groups than one predict left-out users better (K=1)
     """
     choices, _ = judged_choices(differences, user_offsets, row_weights, judgements)
-    num_users = len(user_offsets) - 1
+    return choose_num_groups(choices, max_groups, **settings)
+
+
+def choose_num_groups(
+    choices: PairChoices,
+    max_groups: int = 3,
+    *,
+    num_folds: int = 4,
+    seed: int = 0,
+    l2_candidates: Sequence[float] = (),
+    diagnostics: bool = False,
+    num_refits: int = 3,
+    **fit: Any,
+) -> NumGroupsChoice:
+    """Choose K as :func:`select_num_groups` does, on choices in which repeats count once already.
+
+    Args:
+        choices: all users.
+        max_groups: largest K tried; never more than the users of a fold's fit.
+        num_folds: parts the users are cut into.
+        seed: of the folds and the starts.
+        l2_candidates: penalties to choose among for every K, by the same left-out users; empty takes
+            that of ``fit``.
+        diagnostics: whether to look at held-out pairs of known users, BIC and stability too, for
+            ``2 + num_refits`` more fits a K.
+        num_refits: resamples of the users behind the stability.
+        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
+    """
+    num_users = len(choices.user_offsets) - 1
     folds = user_folds(num_users, num_folds, seed)
     candidates = range(1, min(max_groups, num_users - max(map(len, folds))) + 1)
     fits = len(folds) * max(1, len(l2_candidates)) + (2 + num_refits if diagnostics else 0)

@@ -20,8 +20,9 @@ from torchrl_maxmin.clustering.linear import LinearMixture
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
     NumGroupsChoice,
-    select_l2,
-    select_num_groups,
+    choose_num_groups,
+    choose_penalty,
+    user_folds,
 )
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.figures import (
@@ -155,37 +156,21 @@ def diagnose(
     check_pairs(differences, user_offsets, num_groups, beta, true_groups)
     x = differences.float() if differences.dtype == torch.float16 else differences
     choices, judged = judged_choices(x, user_offsets, row_weights, judgements)
-    x, user_offsets, row_weights = choices.differences, choices.user_offsets, choices.row_weights
+    x, user_offsets = choices.differences, choices.user_offsets
     # A feature that hardly moves is divided by next to nothing: leave it small.
     x = x / x.std(0).clamp_min(1e-6)
     settings = _fit_settings(x.shape[1]) | fit
     choices = dataclasses.replace(choices, differences=x)
-    weighed: dict[str, Any] = {"row_weights": row_weights, "judgements": choices.judgements}
     choice = None
     if num_groups is None:
-        choice = select_num_groups(
-            x,
-            user_offsets,
-            max_groups,
-            num_folds=num_folds,
-            seed=seed,
-            l2_candidates=l2_candidates,
-            **weighed,
-            **settings,
+        choice = choose_num_groups(
+            choices, max_groups, num_folds=num_folds, seed=seed, l2_candidates=l2_candidates, **settings
         )
         num_groups, l2 = choice.num_groups, {1: choice.l2[1], choice.num_groups: choice.l2[choice.num_groups]}
     else:
+        folds = user_folds(len(user_offsets) - 1, num_folds, seed)
         l2 = {
-            k: select_l2(
-                x,
-                user_offsets,
-                k,
-                candidates=l2_candidates,
-                num_folds=num_folds,
-                seed=seed,
-                **weighed,
-                **settings,
-            )
+            k: choose_penalty(choices, k, folds, l2_candidates, seed=seed, **settings)[0]
             for k in {1, num_groups}
         }
     fitter = Fitter(l2, seed, settings)

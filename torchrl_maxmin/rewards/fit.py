@@ -20,7 +20,7 @@ from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mix
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
 from torchrl_maxmin.clustering.judged import choices_of_data
 from torchrl_maxmin.clustering.linear import PairChoices, fit_choices
-from torchrl_maxmin.clustering.selection import NumGroupsChoice, select_num_groups
+from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
@@ -294,15 +294,7 @@ def linear_warm_start(
     """Fit the linear mixture; with ``"auto"`` choose K first."""
     choice = None
     if num_groups == "auto":
-        choice = select_num_groups(
-            choices.differences,
-            choices.user_offsets,
-            max_groups,
-            seed=seed,
-            row_weights=choices.row_weights,
-            judgements=choices.judgements,
-            **fit,
-        )
+        choice = choose_num_groups(choices, max_groups, seed=seed, **fit)
         num_groups = choice.num_groups
     found = fit_choices(choices, int(num_groups), seed, **fit)
     return WarmStart(found.responsibilities, choice, restarts=found.restarts)
