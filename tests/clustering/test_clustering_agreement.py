@@ -14,7 +14,7 @@ ASSIGNMENTS = [torch.tensor(list(map(int, groups))) for groups in ("000111", "11
 
 
 def test_starts_with_the_best_ones_groups_are_counted():
-    starts = Restarts.of([-0.5, -0.7, -0.6], ASSIGNMENTS)
+    starts = Restarts([-0.5, -0.7, -0.6], ASSIGNMENTS)
     assert starts.agreement[:2] == [1.0, 1.0]
     assert starts.agreement[2] < 0.1
     assert starts.text() == "found by 2 of 3 starts"  # whatever likelihood the second one stopped at
@@ -22,7 +22,7 @@ def test_starts_with_the_best_ones_groups_are_counted():
 
 
 def test_other_groups_that_are_as_likely_are_named():
-    starts = Restarts.of([-0.5, -0.7, -0.5004], ASSIGNMENTS)
+    starts = Restarts([-0.5, -0.7, -0.5004], ASSIGNMENTS)
     assert "1 found other groups that are as likely" in starts.text()
     assert json.loads(json.dumps(starts.to_dict()))["found_by"] == 2
 
@@ -36,7 +36,7 @@ def test_names_of_groups_do_not_matter(scores, seed):
     generator = torch.Generator().manual_seed(seed)
     groups = [torch.randint(3, (12,), generator=generator) for _ in scores]
     renamed = [torch.randperm(3, generator=generator)[one] for one in groups]
-    starts, other = Restarts.of(scores, groups), Restarts.of(scores, renamed)
+    starts, other = Restarts(scores, groups), Restarts(scores, renamed)
     assert other.agreement == pytest.approx(starts.agreement, abs=1e-12)
     assert 1 <= starts.found_by <= len(scores)
     assert starts.agreement[starts.best] == 1.0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.judgements import codes_of_differences, codes_of_texts, count_once
+from torchrl_maxmin.preferences.judgements import PairCodes, codes_of_differences, count_once
 
 PAIRS = st.lists(
     st.tuples(st.integers(0, 2), st.sampled_from("pq"), st.sampled_from(["ab", "ba", "ac", "ca", "bc"])),
@@ -21,6 +21,11 @@ PAIRS = st.lists(
 def from_cells(cells):
     rows = [{"prompt": p, "chosen": s[0], "rejected": s[1], "user_id": u} for u, p, s in cells]
     return PreferenceDataset.load(datasets.Dataset.from_list(rows))
+
+
+def codes_of(pairs):
+    keys = [(p, *sorted(sides)) for p, *sides in pairs]
+    return PairCodes(np.array([keys.index(key) for key in keys]), np.array([a < b for _, a, b in pairs]))
 
 
 def cells_of(data):
@@ -84,7 +89,7 @@ def test_features_are_coded_in_blocks(rows):
 def test_counting_once_twice_changes_nothing(cells, draw):
     """Repeats that count once stay as they are, whatever their weights were rounded to."""
     users = np.array([user for user, *_ in cells])
-    codes = codes_of_texts([(p, *s) for _, p, s in cells])
+    codes = codes_of([(p, *s) for _, p, s in cells])
     given_weights = np.array([draw.draw(st.sampled_from([0.5, 1.0, 2.5])) for _ in cells])
     once = count_once(users, codes, given_weights)
     if given_weights.max() <= 1:
@@ -111,7 +116,7 @@ def test_rankings_that_share_a_pair_are_one_judgement():
 
 
 def test_ids_that_are_stated_decide():
-    users, codes = np.zeros(4, int), codes_of_texts([("p", "a", "b")] * 4)
+    users, codes = np.zeros(4, int), codes_of([("p", "a", "b")] * 4)
     assert count_once(users, codes, ids=np.arange(4), stated=True).weights is None
     some = count_once(users, codes, ids=np.array([7, 7, 8, 9]), stated=True)
     assert some.weights.tolist() == [0.5, 0.5, 1, 1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,31 +34,29 @@ def adjusted_rand_index(first: Tensor, second: Tensor) -> float:
     return 1.0 if most == expected else float((together - expected) / (most - expected))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Restarts:
     """What the random starts of a fit reached, and whether they agree with the best of them.
 
     Attributes:
         score: log-likelihood of every start, nats a choice; penalised where M-steps converge.
-        agreement: adjusted Rand index of its groups with the best one's, users in their likeliest group.
+        groups: likeliest group of every user [U], by start.
+
+    Example:
+        >>> import torch
+        >>> groups = [torch.tensor(g) for g in ([0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1])]
+        >>> starts = Restarts([-0.5, -0.5, -0.6], groups)
+        >>> starts.found_by, starts.agreement_of_best, starts.text()
+        (2, 1.0, 'found by 2 of 3 starts')
     """
 
     score: list[float]
-    agreement: list[float]
+    groups: list[Tensor]
 
-    @classmethod
-    def of(cls, scores: Sequence[float], assignments: Sequence[Tensor]) -> Restarts:
-        """Compare starts by their scores and the groups [U] that each gave the users.
-
-        Example:
-            >>> import torch
-            >>> groups = [torch.tensor(g) for g in ([0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1])]
-            >>> starts = Restarts.of([-0.5, -0.5, -0.6], groups)
-            >>> starts.found_by, starts.agreement_of_best, starts.text()
-            (2, 1.0, 'found by 2 of 3 starts')
-        """
-        best = assignments[max(range(len(scores)), key=scores.__getitem__)]
-        return cls(list(scores), [adjusted_rand_index(best, groups) for groups in assignments])
+    @cached_property
+    def agreement(self) -> list[float]:
+        """Adjusted Rand index of every start's groups with the best one's."""
+        return [adjusted_rand_index(self.groups[self.best], groups) for groups in self.groups]
 
     @property
     def best(self) -> int:
@@ -97,5 +95,11 @@ class Restarts:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and None, as for a JSON file."""
-        found = {"starts": len(self.score), "found_by": self.found_by}
-        return {**found, "agreement_of_best": self.agreement_of_best, **asdict(self)}
+        return {
+            "starts": len(self.score),
+            "found_by": self.found_by,
+            "agreement_of_best": self.agreement_of_best,
+            "score": self.score,
+            "agreement": self.agreement,
+            "text": self.text(),
+        }

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.clustering.linear import PairChoices
-from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.judgements import Judgements, codes_of_differences, count_once
 
-__all__ = ["choices_of_data", "judged_choices"]
+__all__ = ["judged_choices", "merged_choices"]
 
 
 def judged_choices(
@@ -48,21 +47,16 @@ def judged_choices(
         ids,
         stated=True,
     )
-    return _merged(PairChoices(differences, user_offsets, row_weights), found), found
+    return merged_choices(PairChoices(differences, user_offsets, row_weights), found), found
 
 
-def choices_of_data(differences: Tensor, data: PreferenceDataset) -> PairChoices:
-    """Make choices of a data set's pairs, one that repeats another word for word left out.
+def merged_choices(choices: PairChoices, found: Judgements) -> PairChoices:
+    """Leave rows out that say what an earlier one of their judgement says, which counts for them.
 
     Args:
-        differences: features(chosen) - features(rejected) of its pairs [P, D].
-        data: the pairs.
+        choices: P rows.
+        found: which of them are one judgement.
     """
-    weights = None if bool((data.weights == 1).all()) else data.weights
-    return _merged(PairChoices(differences, data.user_offsets, weights), data.judgements)
-
-
-def _merged(choices: PairChoices, found: Judgements) -> PairChoices:
     ids = None if found.ids is None else torch.from_numpy(np.asarray(found.ids))
     if len(found.first) == len(choices.differences):
         weights = choices.row_weights

@@ -393,7 +393,7 @@ def fit_choices(
     if len(fits) > 1:
         unit = 1 if m_step == "exact" else choices.num_choices  # of a score that is penalised already
         groups = [fit.responsibilities.argmax(-1) for fit in fits]
-        restarts = Restarts.of([score / unit for score in scores], groups)
+        restarts = Restarts([score / unit for score in scores], groups)
     return LinearMixture(
         weight, log_prior, responsibilities, best.log_likelihood, best.history, scores, restarts
     )

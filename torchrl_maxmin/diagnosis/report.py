@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.core.tables import markdown_table, write_csv, write_paragraphs
 from torchrl_maxmin.evaluation.plots import (
     COLOURS,
@@ -198,7 +197,7 @@ def _data(summary: Mapping[str, Any]) -> str:
     if summary["repeated_pairs"]:
         text += repeats_text(summary["repeated_pairs"]) + " "
     if (starts := summary["restarts"]) is not None:
-        text += f"The groups were {Restarts(starts['score'], starts['agreement']).text()}. "
+        text += f"The groups were {starts['text']}. "
     if summary["choice"] is None:
         return text + "The number of groups was given."
     return text + "The number of groups was chosen:\n\n```\n" + summary["choice"]["report"] + "\n```"

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.judged import choices_of_data
 from torchrl_maxmin.clustering.selection import L2_CANDIDATES
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
@@ -125,13 +124,12 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
             raise UserError(ONE_USER)
         data.require_users(num_groups or 2)
         folder = prepare_output_dir(config.output_dir)
-        from torchrl_maxmin.rewards.pairs import feature_differences
+        from torchrl_maxmin.rewards.pairs import feature_choices
 
         model, reading = str(config.model_name_or_path), config.reading_options()
-        differences = feature_differences(data, model, config.max_length, device, **reading)
-        choices, ids = choices_of_data(differences, data), data.user_ids
-        kept = choices.differences, choices.user_offsets, ids, choices.row_weights, choices.judgements
-        pairs = _Pairs(*kept, data.groups, data.judgements.num_repeats)
+        choices = feature_choices(data, model, config.max_length, device, **reading)
+        known, judged = (choices.user_offsets, data.user_ids), (choices.row_weights, choices.judgements)
+        pairs = _Pairs(choices.differences, *known, *judged, data.groups, data.judgements.num_repeats)
     seed_everything(config.seed)
     found = diagnose(
         pairs.differences,

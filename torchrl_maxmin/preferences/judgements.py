@@ -5,7 +5,6 @@ Rows that repeat one another are no evidence of their own: counted each, they ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["Judgements", "PairCodes", "codes_of_differences", "codes_of_texts", "count_once"]
+__all__ = ["Judgements", "PairCodes", "codes_of_differences", "count_once"]
 
 _BLOCK_ROWS = 8192
 
@@ -28,19 +27,6 @@ class PairCodes(NamedTuple):
 
     code: np.ndarray
     side: np.ndarray
-
-
-def codes_of_texts(pairs: Iterable[tuple[str, str, str]]) -> PairCodes:
-    """Code pairs (prompt, chosen, rejected) by their texts.
-
-    Example:
-        >>> codes = codes_of_texts([("p", "a", "b"), ("p", "b", "a"), ("q", "a", "b")])
-        >>> (codes.code == codes.code[0]).tolist(), codes.side.tolist()
-        ([True, True, False], [True, False, True])
-    """
-    ordered = [(p, a, b, True) if a < b else (p, b, a, False) for p, a, b in pairs]
-    code = np.fromiter((hash(key[:3]) for key in ordered), np.int64, len(ordered))
-    return PairCodes(code, np.fromiter((key[3] for key in ordered), bool, len(ordered)))
 
 
 def codes_of_differences(differences: np.ndarray) -> PairCodes:
@@ -123,7 +109,7 @@ def count_once(
         stated: whether the data state ``ids``, so that equal pairs of two judgements are no repeats.
 
     Example:
-        >>> codes = codes_of_texts([("p", "a", "b")] * 2 + [("p", "b", "a"), ("q", "a", "b")])
+        >>> codes = PairCodes(np.array([5, 5, 5, 6]), np.array([True, True, False, True]))
         >>> found = count_once(np.array([0, 0, 0, 0]), codes)
         >>> found.weights.round(2).tolist(), found.ids.tolist(), found.merged_weights.round(2).tolist()
         ([0.33, 0.33, 0.33, 1.0], [0, 0, 0, 3], [0.67, 0.33, 1.0])

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mixing_weights, posterior, run_em
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
-from torchrl_maxmin.clustering.judged import choices_of_data
 from torchrl_maxmin.clustering.linear import PairChoices, fit_choices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
 from torchrl_maxmin.core.errors import UserError
@@ -26,7 +25,7 @@ from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens, feature_differences
+from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens, feature_choices
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.stats import accuracy_by_group
 
@@ -173,8 +172,7 @@ def fit_mixture(
     else:
         reading = {name: options[name] for name in _READING if name in options}
         size = tuning.scoring_batch_size
-        differences = feature_differences(data, model, max_length, device, size, **reading)
-        choices = choices_of_data(differences, data)
+        choices = feature_choices(data, model, max_length, device, size, **reading)
         restarts = {"num_restarts": num_restarts, "assignment": assignment}
         warm = linear_warm_start(choices, num_groups, max_groups, seed, **restarts)
         if identifiability:

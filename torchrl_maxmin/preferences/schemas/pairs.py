@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from torchrl_maxmin.preferences.io.columns import (
     shown,
     spill,
 )
-from torchrl_maxmin.preferences.judgements import PairCodes, codes_of_texts
+from torchrl_maxmin.preferences.judgements import PairCodes
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
@@ -310,14 +311,16 @@ def _collect(
 ) -> tuple[pa.Table, PairCodes, np.ndarray, np.ndarray, np.ndarray]:
     """Texts of all pairs, mapped; and their codes [P], rows [P], weights [P] and ranks [P, 2]."""
     numbers: list[np.ndarray] = []
-    codes = [codes_of_texts([])]
+    codes, sides = [np.empty(0, np.int64)], [np.empty(0, bool)]
 
     def tables() -> Iterator[pa.Table]:
         sizes = ((pair, sum(map(len, pair[:3]))) for pair in _pairs_of(judgements, origin))
         for pairs in in_batches(sizes, _BATCH_PAIRS, _BATCH_CHARACTERS):
             prompts, chosen, rejected, *rest = zip(*pairs, strict=True)
             numbers.append(np.array(rest, dtype=np.float64))
-            codes.append(codes_of_texts(zip(prompts, chosen, rejected, strict=True)))
+            ordered = ((p, *sorted(both)) for p, *both in zip(prompts, chosen, rejected, strict=True))
+            codes.append(np.array(list(map(hash, ordered)), np.int64))
+            sides.append(np.array(list(map(operator.lt, chosen, rejected)), bool))
             texts = {"prompt": prompts, "chosen": chosen, "rejected": rejected}
             yield pa.table({name: pa.array(values, pa.large_string()) for name, values in texts.items()})
             reach(max(rest[0]))
@@ -325,7 +328,7 @@ def _collect(
     texts = spill(tables())
     rows, weights, better, worse = np.concatenate([np.empty((4, 0)), *numbers], axis=1)
     ranks = np.stack([better, worse], axis=1).astype(np.int32)
-    known = PairCodes(*map(np.concatenate, zip(*codes, strict=True)))
+    known = PairCodes(np.concatenate(codes), np.concatenate(sides))
     return texts, known, rows.astype(np.int64), weights.astype(np.float32), ranks
 
 
