@@ -162,6 +162,28 @@ def test_one_copy_that_does_not_end_is_enough():
         episode_returns(grouped(Uneven(5)), idle(), 10, max_steps=4)
 
 
+def test_a_bar_shows_that_episodes_are_played(monkeypatch):
+    """All of them at the end, and none before two seconds have passed."""
+    from contextlib import contextmanager
+
+    from torchrl_maxmin.core import progress
+
+    shown = []
+
+    @contextmanager
+    def bar(description, total):
+        shown.append((description, total))
+        yield shown.append
+
+    monkeypatch.setattr(progress, "progress_bar", bar)
+    episode_returns(grouped(Uneven(4)), idle(), 8)
+    assert shown == []
+    monkeypatch.setattr(progress, "_PATIENCE_S", -1.0)
+    episode_returns(grouped(Uneven(4)), idle(), 8)
+    assert shown[0] == ("playing episodes", 8)
+    assert sum(shown[1:]) == 8
+
+
 # -- summaries -------------------------------------------------------------------------------------
 
 

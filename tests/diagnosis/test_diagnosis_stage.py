@@ -139,6 +139,75 @@ def texts(tmp_path):
     return str(path)
 
 
+def compared(summary):
+    """What must not depend on how often a pair was asked."""
+    return {k: v for k, v in summary.items() if k not in ("repeated_pairs", "verdict")}
+
+
+def test_repeated_rows_of_arrays_are_one_judgement(make):
+    """Two tastes, each pair asked five times: as if it were asked once, and as unsure."""
+    x, users, groups = planted(users=60, pairs=6, minority=20)
+    arrays = {"differences": x, "users": users, "groups": groups[users]}
+    five = {name: values.repeat(5, 0) for name, values in arrays.items()}
+    five["feature_names"] = np.array(list("abcd"))
+    stated = {**five, "judgement_ids": np.arange(len(x)).repeat(5)}
+    found = {}
+    for name, content in (("once", arrays), ("five", five), ("stated", stated)):
+        settings = {"name": f"{name}.npz", "output_dir": str(make().output_dir) + name, "num_groups": 2}
+        found[name] = read(run_diagnose(make(content, **settings, l2=[1.6e-2])))
+    assert compared(found["five"]) == compared(found["stated"]) == compared(found["once"])
+    assert [found[name]["repeated_pairs"] for name in found] == [0, 4 * 360, 4 * 360]
+    assert found["five"]["num_pairs"] == 360
+    assert found["five"]["restarts"]["starts"] == 4
+
+
+def test_one_taste_in_repeated_rows_of_arrays(make, capsys):
+    x, users, _ = planted(users=60, pairs=6, minority=0)
+    folder = run_diagnose(make({"differences": x.repeat(5, 0), "users": users.repeat(5)}, max_groups=3))
+    summary = read(folder)
+    assert summary["num_groups"] == 1
+    assert summary["misassignment"]["plain"] == 0
+    told = "1,440 pairs repeat an earlier pair of the same user and count with it as one judgement."
+    assert told in (folder / "report.md").read_text()
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_stated_judgements_are_held_out_together_and_need_not_be_numbers(make, arrays):
+    """Ids that say that every row is a judgement of its own change nothing."""
+    plain = read(run_diagnose(make(arrays)))
+    ids = np.array([f"judgement {i:03d}" for i in range(len(arrays["users"]))])
+    stated = {**arrays, "judgement_ids": ids}
+    other = make(stated, name="stated.npz", output_dir=str(make().output_dir) + "2")
+    assert compared(read(run_diagnose(other))) == compared(plain)
+    with pytest.raises(UserError, match="judgement_ids must be"):
+        run_diagnose(make({**arrays, "judgement_ids": ids[:-1]}, name="short.npz"))
+
+
+@pytest.mark.parametrize("minority", [0, 15])
+def test_repeated_texts_are_one_judgement(make, tmp_path, tiny_model, minority):
+    """40 users judge six pairs of texts five times; some of them, if any, want the shorter text."""
+    rng = np.random.default_rng(0)
+    words = ["the", "film", "was", "good", "and", "very", "long", "but", "also", "bad", "end"]
+    path, rows = tmp_path / "texts.jsonl", []
+    for user in range(40):
+        for pair in range(6):
+            long, short = (" ".join(rng.choice(words, n)) for n in (10, 2))
+            likes_short = (user < minority) ^ (rng.random() < 0.15)
+            chosen, rejected = (short, long) if likes_short else (long, short)
+            row = {"prompt": f"film {pair}", "chosen": chosen, "rejected": rejected, "user_id": f"u{user}"}
+            rows += [{**row, "group": str(user < minority)}] * 5
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"num_groups": 2} if minority else {"max_groups": 3}
+    given = make(dataset_name=str(path), model_name_or_path=tiny_model, l2=[0.1], **settings)
+    summary = read(run_diagnose(given))
+    assert summary["repeated_pairs"] == 4 * 240
+    assert summary["num_pairs"] == 240
+    assert summary["num_groups"] == (2 if minority else 1)
+    users = list(csv.DictReader((tmp_path / "out" / "users.csv").open()))
+    wrong = np.mean([(user["group"] == "1") != (int(user["user"][1:]) < minority) for user in users])
+    assert summary["misassignment"]["plain"] == pytest.approx(wrong, abs=0.05)
+
+
 def test_texts_by_a_frozen_model(make, texts, tiny_model):
     folder = run_diagnose(make(dataset_name=texts, model_name_or_path=tiny_model))
     summary = read(folder)

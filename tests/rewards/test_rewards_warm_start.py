@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torchrl_maxmin.clustering.identifiability import identifiability_report
+from torchrl_maxmin.clustering.selection import choose_num_groups
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards import fit as fitting
 from torchrl_maxmin.rewards import fit_mixture, select_num_groups
@@ -90,13 +91,49 @@ def test_halved_ties_reach_the_choice_of_k(tiny_model, monkeypatch):
     tied = PreferenceDataset.load(datasets.Dataset.from_list(judged), ties="halve")
     seen = []
 
-    def choose(*args, row_weights, **kwargs):
-        seen.append(row_weights)
-        return select_num_groups(*args, row_weights=row_weights, **kwargs)
+    def choose(choices, *args, **kwargs):
+        seen.append(choices.row_weights)
+        return choose_num_groups(choices, *args, **kwargs)
 
-    monkeypatch.setattr(fitting, "select_num_groups", choose)
+    monkeypatch.setattr(fitting, "choose_num_groups", choose)
     fit_mixture(tied, tiny_model, num_groups="auto", **QUICK)
     assert torch.equal(seen[0], tied.weights.float())
+
+
+def asked(users, pairs, minority=0, times=1):
+    """Pairs of a long and a short text; one answer in seven is not what the user wants."""
+    import datasets
+
+    rng, found = np.random.default_rng(0), []
+    words = ["the", "film", "was", "good", "and", "very", "long", "but", "also", "bad", "end"]
+    for user in range(users):
+        for pair in range(pairs):
+            sides = [" ".join(rng.choice(words, n)) for n in (10, 2)]
+            chosen, rejected = sides[::-1] if (user < minority) ^ (rng.random() < 1 / 7) else sides
+            row = {"prompt": f"film {pair}", "chosen": chosen, "rejected": rejected, "user_id": user}
+            found += [row] * times
+    return PreferenceDataset.load(datasets.Dataset.from_list(found))
+
+
+def test_one_taste_is_one_group_however_often_it_was_asked(tiny_model):
+    settings = {**QUICK, "num_groups": "auto", "max_groups": 3, "num_restarts": 2}
+    once, five = (fit_mixture(asked(40, 6, times=n), tiny_model, **settings).choice for n in (1, 5))
+    assert five.num_groups == once.num_groups == 1
+    for k, likelihood in once.heldout_log_likelihood.items():
+        # features are scaled by deviations over all rows, which differ by a little
+        assert five.heldout_log_likelihood[k] == pytest.approx(likelihood, abs=0.02)
+
+
+def test_repeats_leave_the_groups_as_unsure_as_they_are(tiny_model, monkeypatch):
+    monkeypatch.setitem(fitting._REPORT, "l2_candidates", (2e-3,))
+    data = asked(40, 6, minority=15, times=5)
+    fit = fit_mixture(data, tiny_model, num_groups=2, identifiability=True, **QUICK | {"num_restarts": 4})
+    found = fit.identifiability.mixture.assignments.numpy()
+    truth = np.array([int(user) < 15 for user in data.user_ids])
+    wrong = min((found == truth).mean(), (found != truth).mean())
+    assert fit.identifiability.misassignment == pytest.approx(wrong, abs=0.05)
+    assert fit.identifiability.pairs_per_user == (6, 6, 6)
+    assert fit.restarts.text() in fit.report()
 
 
 def test_users_that_do_not_differ_are_one_group_and_two_would_be_flagged():

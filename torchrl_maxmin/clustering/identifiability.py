@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.clustering.em import expectation, offsets_of
+from torchrl_maxmin.clustering.judged import judged_choices
 from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
@@ -138,6 +139,7 @@ def identifiability_report(
     *,
     prompts: Sequence[Any] | None = None,
     row_weights: Tensor | None = None,
+    judgements: np.ndarray | Tensor | None = None,
     l2_candidates: Sequence[float] = L2_CANDIDATES,
     num_folds: int = 5,
     seed: int = 0,
@@ -155,6 +157,7 @@ def identifiability_report(
         num_groups: K.
         prompts: what each pair was a choice about [P], ids or text.
         row_weights: how much each pair counts [P]; a tie is both directions at one half.
+        judgements: as in :func:`~torchrl_maxmin.clustering.select_num_groups`.
         l2_candidates: penalties to choose among.
         num_folds: parts the users are cut into, each left out once.
         seed: of folds, starts, simulation and bootstrap.
@@ -173,7 +176,9 @@ def identifiability_report(
     """
     # Few pairs have many local optima, and one fold that falls into a bad one spoils its users.
     fit = {"num_restarts": 6, "m_step": "exact", "num_rounds": 100, "convergence_tolerance": 1e-4, **fit}
-    choices = PairChoices(differences, user_offsets, row_weights)
+    overlap = None if prompts is None else _prompt_overlap(prompts, user_offsets)
+    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements)
+    differences, user_offsets = choices.differences, choices.user_offsets
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
     with progress_bar("leaving users out", len(folds) * len(l2_candidates)) as advance:
         best, left_out = choose_penalty(
@@ -189,15 +194,17 @@ def identifiability_report(
     wide = margins.double()
     unit = torch.nn.functional.normalize(wide, dim=0)  # uncentred: which side a difference is on is chance
     identifiable, counts = high <= MISASSIGNMENT_BAR, user_offsets.diff()
+    if choices.row_weights is not None:  # the two orders of a tie are one choice
+        counts = choices.choices_by_user.round().long()
     more = 0 if identifiable else more_pairs_needed(margins, counts, mixture.log_prior, seed)
-    held = heldout_rows(user_offsets, 0.2, seed)
+    held = heldout_rows(user_offsets, 0.2, seed, choices.judgements)
     known = fit_choices(choices.keep_rows(~held), num_groups, seed, l2=best, **fit)
     known = known.ordered(match_groups(known.weight, mixture.weight))
     return IdentifiabilityReport(
         num_users=len(user_offsets) - 1,
         num_groups=num_groups,
         pairs_per_user=tuple(np.quantile(choices.choices_by_user.numpy(), (0.25, 0.5, 0.75)).tolist()),
-        prompt_overlap=None if prompts is None else _prompt_overlap(prompts, choices.row_users),
+        prompt_overlap=overlap,
         head_correlation=(unit.T @ unit).tolist(),
         rms_margin_difference=(torch.cdist(wide.T, wide.T) / len(wide) ** 0.5).tolist(),
         responsibility_entropy=torch.special.entr(posterior).sum(-1).mean().item(),
@@ -330,8 +337,9 @@ def group_accuracy(
     ]
 
 
-def _prompt_overlap(prompts: Sequence[Any], row_users: Tensor) -> float:
+def _prompt_overlap(prompts: Sequence[Any], user_offsets: Tensor) -> float:
     """Share of distinct prompts that two users or more saw."""
+    row_users = torch.repeat_interleave(user_offsets.diff())
     if len(prompts) != len(row_users):
         raise ValueError(f"{len(prompts)} prompts for {len(row_users)} pairs; give one a pair")
     users: dict[Any, set[int]] = {}

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.clustering.em import (
     Choices,
     EMFit,
@@ -90,11 +91,13 @@ class PairChoices(UserRows):
     Attributes:
         differences: features(chosen) - features(rejected) [P, D]; may be a memory-mapped file.
         user_offsets, row_weights: see :class:`UserRows`; a tie is the pair both ways, each counted one half.
+        judgements: what each pair follows from [P]; pairs of one judgement are held out together.
     """
 
     differences: Tensor
     user_offsets: Tensor
     row_weights: Tensor | None = None
+    judgements: Tensor | None = None
 
     @property
     def features(self) -> Tensor:
@@ -115,7 +118,8 @@ class PairChoices(UserRows):
 
     def _take_rows(self, rows: Tensor, user_offsets: Tensor) -> PairChoices:
         row_weights = None if self.row_weights is None else self.row_weights[rows]
-        return PairChoices(self.differences[rows], user_offsets, row_weights)
+        judgements = None if self.judgements is None else self.judgements[rows]
+        return PairChoices(self.differences[rows], user_offsets, row_weights, judgements)
 
     def expectation(
         self,
@@ -192,6 +196,7 @@ class LinearMixture:
         log_likelihood: nats over all pairs, prior included.
         history: one record a round of the start that won, see :func:`run_em`.
         restart_scores: what every start reached; the largest won.
+        restarts: whether the random starts agree; None where one was enough.
     """
 
     weight: Tensor
@@ -200,6 +205,7 @@ class LinearMixture:
     log_likelihood: float
     history: list[dict[str, Any]] = field(default_factory=list)
     restart_scores: list[float] = field(default_factory=list)
+    restarts: Restarts | None = None
 
     @property
     def assignments(self) -> Tensor:
@@ -383,5 +389,11 @@ def fit_choices(
     weight, log_prior, responsibilities = (
         tensor.to(dtype) for tensor in (best.weight, best.log_prior, best.responsibilities)
     )
-    scores = [fit.score for fit in fits]
-    return LinearMixture(weight, log_prior, responsibilities, best.log_likelihood, best.history, scores)
+    scores, restarts = [fit.score for fit in fits], None
+    if len(fits) > 1:
+        unit = 1 if m_step == "exact" else choices.num_choices  # of a score that is penalised already
+        groups = [fit.responsibilities.argmax(-1) for fit in fits]
+        restarts = Restarts([score / unit for score in scores], groups)
+    return LinearMixture(
+        weight, log_prior, responsibilities, best.log_likelihood, best.history, scores, restarts
+    )

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.special import comb
 from torch import Tensor
 
-from torchrl_maxmin.clustering.em import log_likelihood_by_user
+from torchrl_maxmin.clustering.agreement import adjusted_rand_index
+from torchrl_maxmin.clustering.em import log_likelihood_by_user, offsets_of
+from torchrl_maxmin.clustering.judged import judged_choices
 from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
 from torchrl_maxmin.core.progress import progress_bar
 
@@ -86,13 +87,9 @@ def select_num_groups(
     user_offsets: Tensor,
     max_groups: int = 3,
     *,
-    num_folds: int = 4,
-    seed: int = 0,
     row_weights: Tensor | None = None,
-    l2_candidates: Sequence[float] = (),
-    diagnostics: bool = False,
-    num_refits: int = 3,
-    **fit: Any,
+    judgements: np.ndarray | Tensor | None = None,
+    **settings: Any,
 ) -> NumGroupsChoice:
     """Choose K on linear mixtures by the likelihood of whole users that were left out.
 
@@ -104,15 +101,10 @@ def select_num_groups(
         differences: standardised feature differences [P, D], rows sorted by user.
         user_offsets: int64 [U + 1].
         max_groups: largest K tried; never more than the users of a fold's fit.
-        num_folds: parts the users are cut into.
-        seed: of the folds and the starts.
         row_weights: how much each pair counts [P].
-        l2_candidates: penalties to choose among for every K, by the same left-out users; empty takes
-            that of ``fit``.
-        diagnostics: whether to look at held-out pairs of known users, BIC and stability too, for
-            ``2 + num_refits`` more fits a K.
-        num_refits: resamples of the users behind the stability.
-        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
+        judgements: what each pair follows from [P]; without them, equal pairs of a user count as one, see
+            :func:`~torchrl_maxmin.clustering.judged.judged_choices`.
+        **settings: of :func:`choose_num_groups`.
 
     Example:
         >>> import torch
@@ -123,8 +115,36 @@ def select_num_groups(
         >>> print(choice.report().splitlines()[0])
         your users do not differ: no more groups than one predict left-out users better (K=1)
     """
-    choices = PairChoices(differences, user_offsets, row_weights)
-    num_users = len(user_offsets) - 1
+    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements)
+    return choose_num_groups(choices, max_groups, **settings)
+
+
+def choose_num_groups(
+    choices: PairChoices,
+    max_groups: int = 3,
+    *,
+    num_folds: int = 4,
+    seed: int = 0,
+    l2_candidates: Sequence[float] = (),
+    diagnostics: bool = False,
+    num_refits: int = 3,
+    **fit: Any,
+) -> NumGroupsChoice:
+    """Choose K as :func:`select_num_groups` does, on choices in which repeats count once already.
+
+    Args:
+        choices: all users.
+        max_groups: largest K tried; never more than the users of a fold's fit.
+        num_folds: parts the users are cut into.
+        seed: of the folds and the starts.
+        l2_candidates: penalties to choose among for every K, by the same left-out users; empty takes
+            that of ``fit``.
+        diagnostics: whether to look at held-out pairs of known users, BIC and stability too, for
+            ``2 + num_refits`` more fits a K.
+        num_refits: resamples of the users behind the stability.
+        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
+    """
+    num_users = len(choices.user_offsets) - 1
     folds = user_folds(num_users, num_folds, seed)
     candidates = range(1, min(max_groups, num_users - max(map(len, folds))) + 1)
     fits = len(folds) * max(1, len(l2_candidates)) + (2 + num_refits if diagnostics else 0)
@@ -165,6 +185,7 @@ def select_l2(
     num_folds: int = 5,
     seed: int = 0,
     row_weights: Tensor | None = None,
+    judgements: np.ndarray | Tensor | None = None,
     **fit: Any,
 ) -> float:
     """Choose the penalty by the likelihood of left-out users.
@@ -180,9 +201,10 @@ def select_l2(
         num_folds: parts the users are cut into.
         seed: of the folds and the starts.
         row_weights: how much each pair counts [P].
+        judgements: as in :func:`select_num_groups`.
         **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
-    choices = PairChoices(differences, user_offsets, row_weights)
+    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements)
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
     return choose_penalty(choices, num_groups, folds, candidates, seed=seed, **fit)[0]
 
@@ -191,7 +213,7 @@ class _Diagnostics:
     """Criteria beside the one that decides, filled one K at a time."""
 
     def __init__(self, choices: PairChoices, seed: int, num_refits: int):
-        held = heldout_rows(choices.user_offsets, 0.2, seed)
+        held = heldout_rows(choices.user_offsets, 0.2, seed, choices.judgements)
         self.choices, self.known, self.heldout = choices, choices.keep_rows(~held), choices.keep_rows(held)
         self.seed, self.num_refits = seed, num_refits
         self.user_ll: dict[int, Tensor] = {}
@@ -217,8 +239,23 @@ class _Diagnostics:
         return mixture.expectation(*data).responsibilities.argmax(-1)
 
 
-def heldout_rows(user_offsets: Tensor, fraction: float, seed: int) -> Tensor:
-    """Mark a random ``fraction`` of each user's rows, one at least of two: bool [P]."""
+def heldout_rows(
+    user_offsets: Tensor, fraction: float, seed: int, judgements: np.ndarray | Tensor | None = None
+) -> Tensor:
+    """Mark a random ``fraction`` of each user's judgements, one at least of two: bool [P].
+
+    Args:
+        user_offsets: int64 [U + 1].
+        fraction: of a user's judgements.
+        seed: of the draws.
+        judgements: what each row follows from [P]; None makes each a judgement of its own.
+    """
+    if judgements is not None:
+        users = torch.repeat_interleave(user_offsets.diff()).numpy()
+        pairs = np.stack([users, np.asarray(judgements)], axis=1)
+        unique, which = np.unique(pairs, axis=0, return_inverse=True)
+        per_user = torch.from_numpy(np.bincount(unique[:, 0], minlength=len(user_offsets) - 1))
+        return heldout_rows(offsets_of(per_user), fraction, seed)[torch.from_numpy(which.reshape(-1))]
     counts = user_offsets.diff()
     row_users = torch.repeat_interleave(counts)
     draw = np.random.default_rng(seed).random(len(row_users))
@@ -234,22 +271,6 @@ def predictive_log_likelihood(known: LinearMixture, heldout: PairChoices) -> Ten
     margins = heldout.differences @ known.weight.T
     by_user = log_likelihood_by_user(margins, heldout.user_offsets, heldout.row_weights)
     return torch.logsumexp(known.responsibilities.double().log() + by_user, -1)
-
-
-def adjusted_rand_index(first: Tensor, second: Tensor) -> float:
-    """Agreement of two partitions [U], 1 for the same, 0 by chance (Hubert & Arabie, 1985).
-
-    Example:
-        >>> import torch
-        >>> adjusted_rand_index(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 0]))
-        1.0
-    """
-    table = np.zeros((int(first.max()) + 1, int(second.max()) + 1))
-    np.add.at(table, (first.numpy(), second.numpy()), 1)
-    together = comb(table, 2).sum()
-    rows, columns = comb(table.sum(1), 2).sum(), comb(table.sum(0), 2).sum()
-    expected, most = rows * columns / comb(len(first), 2), (rows + columns) / 2
-    return 1.0 if most == expected else float((together - expected) / (most - expected))
 
 
 def _compare(user_ll: dict[int, Tensor]) -> tuple[dict[int, float], dict[int, float]]:

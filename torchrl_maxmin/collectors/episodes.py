@@ -15,6 +15,7 @@ from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.envs.exact import VectorMDP, solve_max_min
 from torchrl_maxmin.stats.clustered import interval_over_users
 from torchrl_maxmin.stats.interval import Interval, stack_intervals, worst_of
@@ -29,7 +30,7 @@ def episode_returns(
     """Sample the returns of whole episodes under the stochastic policy.
 
     Every copy of the environment gives its first ``ceil(num_episodes / N)`` episodes: those that end
-    first would be the short ones.
+    first would be the short ones. A bar shows how many have ended once that takes two seconds.
 
     Args:
         env: batch size [N], writing ``("next", "episode_group_reward")`` [N, K], as
@@ -47,7 +48,8 @@ def episode_returns(
     (copies,) = env.batch_size
     quota = -(-num_episodes // copies)
     counts, rows, steps = torch.zeros(copies, dtype=torch.int64), [], 0
-    with set_exploration_type(ExplorationType.RANDOM):
+    total = quota * copies
+    with set_exploration_type(ExplorationType.RANDOM), late_bar("playing episodes", total) as reach:
         state = env.reset()
         while bool((counts < quota).any()):
             step, state = env.step_and_maybe_reset(policy(state))
@@ -55,6 +57,7 @@ def episode_returns(
             if bool(ended.any()):
                 rows.append(step["next", "episode_group_reward"].cpu()[ended].double())
                 counts += ended
+            reach(int(counts.sum()))
             steps += 1
             if max_steps is not None and steps >= max_steps * quota and bool((counts < quota).any()):
                 raise UserError(

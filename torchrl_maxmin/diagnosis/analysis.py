@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
+from torchrl_maxmin.clustering.agreement import adjusted_rand_index
+from torchrl_maxmin.clustering.judged import judged_choices
+from torchrl_maxmin.clustering.linear import LinearMixture
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
     NumGroupsChoice,
-    adjusted_rand_index,
-    select_l2,
-    select_num_groups,
+    choose_num_groups,
+    choose_penalty,
+    user_folds,
 )
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.figures import (
@@ -61,7 +63,7 @@ class Diagnosis:
         choice: How K was chosen; None where it was given.
         mixture: The fit to all users, the largest group first.
         single: The one reward for all.
-        differences: Standardised feature differences that both were fitted on [P, D].
+        differences: Standardised feature differences that both were fitted on [P, D], repeats left out.
         summary: All figures as plain JSON; what could not be computed is null, with a ``reason``.
     """
 
@@ -81,7 +83,7 @@ def diagnose(
     max_groups: int = 3,
     beta: float = 0.5,
     row_weights: Tensor | None = None,
-    judgements: Sequence[int] | np.ndarray | None = None,
+    judgements: np.ndarray | Tensor | None = None,
     true_groups: Sequence[Any] | None = None,
     l2_candidates: Sequence[float] = L2_CANDIDATES,
     heldout_fraction: float = 0.2,
@@ -122,7 +124,8 @@ def diagnose(
         beta: KL weight of the alignment gap.
         row_weights: How much each pair counts [P]; a tie is both directions at one half. The alignment gap
             counts both.
-        judgements: What each pair follows from [P]; pairs of one judgement are held out together.
+        judgements: What each pair follows from [P]; pairs of one judgement are held out together. Without
+            them, equal pairs of one user (either way round) are repeats; repeats count as one judgement.
         true_groups: Group of every user [U], if known; only compared with.
         l2_candidates: Penalties to choose among, by the likelihood of left-out users.
         heldout_fraction: Share of every user's pairs that accuracy is measured on.
@@ -152,35 +155,22 @@ def diagnose(
     """
     check_pairs(differences, user_offsets, num_groups, beta, true_groups)
     x = differences.float() if differences.dtype == torch.float16 else differences
+    choices, judged = judged_choices(x, user_offsets, row_weights, judgements)
+    x, user_offsets = choices.differences, choices.user_offsets
     # A feature that hardly moves is divided by next to nothing: leave it small.
     x = x / x.std(0).clamp_min(1e-6)
     settings = _fit_settings(x.shape[1]) | fit
-    choices = PairChoices(x, user_offsets, row_weights)
+    choices = dataclasses.replace(choices, differences=x)
     choice = None
     if num_groups is None:
-        choice = select_num_groups(
-            x,
-            user_offsets,
-            max_groups,
-            num_folds=num_folds,
-            seed=seed,
-            row_weights=row_weights,
-            l2_candidates=l2_candidates,
-            **settings,
+        choice = choose_num_groups(
+            choices, max_groups, num_folds=num_folds, seed=seed, l2_candidates=l2_candidates, **settings
         )
         num_groups, l2 = choice.num_groups, {1: choice.l2[1], choice.num_groups: choice.l2[choice.num_groups]}
     else:
+        folds = user_folds(len(user_offsets) - 1, num_folds, seed)
         l2 = {
-            k: select_l2(
-                x,
-                user_offsets,
-                k,
-                candidates=l2_candidates,
-                num_folds=num_folds,
-                seed=seed,
-                row_weights=row_weights,
-                **settings,
-            )
+            k: choose_penalty(choices, k, folds, l2_candidates, seed=seed, **settings)[0]
             for k in {1, num_groups}
         }
     fitter = Fitter(l2, seed, settings)
@@ -192,7 +182,7 @@ def diagnose(
     errors = jackknife_error(*refit, num_jackknife)
     num_users = len(user_offsets) - 1
     ends = interval_ends(found, errors, bias_error, min(num_jackknife, num_users), confidence)
-    accuracy = heldout_accuracy(choices, mixture, fitter, judgements, heldout_fraction, confidence)
+    accuracy = heldout_accuracy(choices, mixture, fitter, heldout_fraction, confidence)
     misassigned = misassignment(choices, num_groups, fitter, num_folds)
     bound, eigenvalue = feature_constants(x)
     # Theorem 1 has rewards in log odds, not calibrated.
@@ -222,6 +212,7 @@ def diagnose(
     summary = {
         "num_users": num_users,
         "num_pairs": choices.num_choices,
+        "repeated_pairs": judged.num_repeats,
         "num_features": choices.features.shape[1],
         "num_groups": num_groups,
         "one_reward_serves": False if num_groups > 1 else True if compared else None,
@@ -263,6 +254,7 @@ def diagnose(
             "report": choice.report(),
         },
         "l2": {str(k): value for k, value in l2.items()},
+        "restarts": None if mixture.restarts is None else mixture.restarts.to_dict(),
         "misassignment": misassigned,
         "recovery": None if true_groups is None else _recovery(mixture, true_groups),
         "assumptions": check_assumptions(
@@ -275,7 +267,7 @@ def diagnose(
 
 def _fit_settings(num_features: int) -> dict[str, Any]:
     if num_features <= WIDEST_EXACT:
-        return {"m_step": "exact", "convergence_tolerance": 1e-4, "num_rounds": 100, "num_restarts": 2}
+        return {"m_step": "exact", "convergence_tolerance": 1e-4, "num_rounds": 100, "num_restarts": 4}
     return {"m_step": "adam", "num_rounds": 50, "num_restarts": 4}
 
 

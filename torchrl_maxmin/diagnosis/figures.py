@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -261,21 +261,20 @@ def heldout_accuracy(
     choices: PairChoices,
     mixture: LinearMixture,
     fitter: Fitter,
-    judgements: Sequence[int] | np.ndarray | None,
     fraction: float,
     confidence: float,
 ) -> dict[str, Any]:
     """Score single and mixture on held-out pairs of known users, by the group of their other pairs.
 
-    A ``fraction`` of each user's ``judgements`` (what each pair follows from [P]) is held out, pairs of one
-    judgement together. The first arguments are those of :func:`jackknife_error`.
+    A ``fraction`` of each user's judgements is held out, pairs of one judgement together. The first arguments
+    are those of :func:`jackknife_error`.
 
     Returns:
         ``groups``: by group single, mixture and difference with intervals over users, or a ``reason``;
         ``calibration``: accuracy less what the mixture expected, or None.
     """
     num_groups = len(mixture.log_prior)
-    held = _heldout(choices.user_offsets, judgements, fraction, fitter.seed)
+    held = heldout_rows(choices.user_offsets, fraction, fitter.seed, choices.judgements)
     empty = dict.fromkeys(("single", "mixture", "difference"))
     if not held.any():
         none = "no user has two pairs, so that none can be held out"
@@ -316,19 +315,6 @@ def misassignment(choices: PairChoices, num_groups: int, fitter: Fitter, num_fol
     plain, balanced = expected_misassignment(left_out.posterior)
     high = balanced_misassignment_bound(left_out.posterior, seed=fitter.seed)
     return {"plain": plain, "balanced": balanced, "balanced_high": high}
-
-
-def _heldout(
-    user_offsets: Tensor, judgements: Sequence[int] | np.ndarray | None, fraction: float, seed: int
-) -> Tensor:
-    if judgements is None:
-        return heldout_rows(user_offsets, fraction, seed)
-    users = torch.repeat_interleave(user_offsets.diff()).numpy()
-    pairs = np.stack([users, np.asarray(judgements)], axis=1)
-    unique, which = np.unique(pairs, axis=0, return_inverse=True)
-    counts = torch.from_numpy(np.bincount(unique[:, 0], minlength=len(user_offsets) - 1))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return heldout_rows(offsets, fraction, seed)[torch.from_numpy(which.reshape(-1))]
 
 
 def _user_means(values: np.ndarray, choices: PairChoices, kept: Tensor) -> np.ndarray:

@@ -25,9 +25,14 @@ from torchrl_maxmin.evaluation.tables import interval_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["plot_diagnosis", "verdict", "verdict_table", "write_diagnosis"]
+__all__ = ["plot_diagnosis", "repeats_text", "verdict", "verdict_table", "write_diagnosis"]
 
 _HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
+
+
+def repeats_text(count: int) -> str:
+    """Say what became of pairs that repeat one another."""
+    return f"{count:,} pairs repeat an earlier pair of the same user and count with it as one judgement."
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -189,6 +194,10 @@ def _data(summary: Mapping[str, Any]) -> str:
         + ", ".join(f"{value:g} at K={k}" for k, value in sorted(summary["l2"].items()))
         + ". "
     )
+    if summary["repeated_pairs"]:
+        text += repeats_text(summary["repeated_pairs"]) + " "
+    if (starts := summary["restarts"]) is not None:
+        text += f"The groups were {starts['text']}. "
     if summary["choice"] is None:
         return text + "The number of groups was given."
     return text + "The number of groups was chosen:\n\n```\n" + summary["choice"]["report"] + "\n```"

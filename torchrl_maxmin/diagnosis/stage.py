@@ -24,7 +24,7 @@ from torchrl_maxmin.core.run import (
 )
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.diagnosis.analysis import ONE_USER, check_pairs, diagnose
-from torchrl_maxmin.diagnosis.report import verdict, verdict_table, write_diagnosis
+from torchrl_maxmin.diagnosis.report import repeats_text, verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.models.loading import require_model
 from torchrl_maxmin.rewards.settings import MixtureSettings
@@ -42,7 +42,9 @@ class DiagnoseConfig(MixtureSettings):
     Args:
         dataset_name: pairs; json, jsonl, csv or parquet file, saved dataset or hub name with columns
             prompt, chosen, rejected and a user; or an npz file of features, with arrays differences [P, D]
-            (or chosen and rejected [P, D]) and users [P], and groups [P] and weights [P] where there are any.
+            (or chosen and rejected [P, D]) and users [P]; and where there are any groups [P], weights [P],
+            judgement_ids [P] (pairs of one ranking share one; without, equal rows of a user count as one
+            judgement) and feature_names [D].
         output_dir: folder for the results; must be empty or absent.
         model_name_or_path: frozen encoder or language model that gives the features of texts; an npz file
             needs none.
@@ -93,8 +95,9 @@ class _Pairs:
     user_offsets: Tensor
     user_ids: list[str]
     row_weights: Tensor | None = None
-    judgements: np.ndarray | None = None
+    judgements: np.ndarray | Tensor | None = None
     groups: list[str] | None = None
+    repeated: int = 0
 
 
 @leave_no_empty_output
@@ -121,13 +124,12 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
             raise UserError(ONE_USER)
         data.require_users(num_groups or 2)
         folder = prepare_output_dir(config.output_dir)
-        from torchrl_maxmin.rewards.pairs import feature_differences
+        from torchrl_maxmin.rewards.pairs import feature_choices
 
         model, reading = str(config.model_name_or_path), config.reading_options()
-        differences = feature_differences(data, model, config.max_length, device, **reading)
-        weights = None if bool((data.weights == 1).all()) else data.weights.float()
-        known = data.user_offsets, data.user_ids
-        pairs = _Pairs(differences, *known, weights, data.ranking_ids, data.groups)
+        choices = feature_choices(data, model, config.max_length, device, **reading)
+        known, judged = (choices.user_offsets, data.user_ids), (choices.row_weights, choices.judgements)
+        pairs = _Pairs(choices.differences, *known, *judged, data.groups, data.judgements.num_repeats)
     seed_everything(config.seed)
     found = diagnose(
         pairs.differences,
@@ -139,8 +141,10 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
         **{name: getattr(config, name) for name in _OPTIONS},
     )
-    write_summary(folder, {**found.summary, "verdict": verdict(found.summary)})
-    write_diagnosis(folder, found.summary)
+    summary = found.summary
+    summary["repeated_pairs"] += pairs.repeated  # of texts, which are merged before
+    write_summary(folder, {**summary, "verdict": verdict(summary)})
+    write_diagnosis(folder, summary)
     responsibilities = found.mixture.responsibilities
     likeliest = responsibilities.argmax(-1).tolist()
     users = [
@@ -150,7 +154,9 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     ]
     write_csv(folder / "users.csv", users)
     write_config(folder, config)
-    console.print(verdict_table(found.summary))
+    if summary["repeated_pairs"]:
+        console.print(f"! {repeats_text(summary['repeated_pairs'])}")
+    console.print(verdict_table(summary))
     return folder
 
 
@@ -185,7 +191,7 @@ def _from_arrays(path: Path) -> _Pairs:
             f"{path}: features must be [pairs, features] of floats, got {list(differences.shape)} of "
             f"{differences.dtype}"
         )
-    for name in ("users", "groups", "weights"):
+    for name in ("users", "groups", "weights", "judgement_ids"):
         if name in arrays and arrays[name].shape != (len(differences),):
             raise UserError(f"{path}: {name} must be [{len(differences)}], one a pair")
     codes, first, which = np.unique(arrays["users"], return_index=True, return_inverse=True)
@@ -207,5 +213,6 @@ def _from_arrays(path: Path) -> _Pairs:
         torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
         [str(code) for code in codes[appearance]],
         weights,
-        groups=groups,
+        arrays["judgement_ids"][order] if "judgement_ids" in arrays else None,
+        groups,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -18,10 +19,13 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.io.columns import PROMPT_ALIASES, USER_ALIASES, ArrowColumn
 from torchrl_maxmin.preferences.io.files import load_table, mixed_columns
+from torchrl_maxmin.preferences.judgements import Judgements, PairCodes, count_once
 from torchrl_maxmin.preferences.report import DataReport, check_pairs
 from torchrl_maxmin.preferences.schemas.layouts import find_layout
 from torchrl_maxmin.preferences.schemas.pairs import LoadOptions, Origin, PairTable, build_pairs
 from torchrl_maxmin.preferences.texts import TextEncoder, text_key
+
+_SPREAD = 0x1E3779B97F4A7C15  # far apart codes for users; sums wrap around
 
 __all__ = ["USER_ALIASES", "PreferenceDataset", "Ranking", "encode"]
 
@@ -167,18 +171,32 @@ class PreferenceDataset:
         decode = json.loads if self.pairs.as_json else None
         return ArrowColumn(self.pairs.texts[name], self.rows, decode)
 
+    @cached_property
+    def judgements(self) -> Judgements:
+        """Which pairs are one judgement; those of a user with the same texts are, either way round."""
+        users, codes = self.row_users.numpy(), PairCodes(*(values[self.rows] for values in self.pairs.codes))
+        weights, ids, each = self.pairs.weights[self.rows], self.ranking_ids, np.arange(len(self))
+        if len(np.unique(codes.code + users * _SPREAD)) == len(self):  # as in most data: nothing to look for
+            return Judgements(ids, weights, 0, 0, each, each)
+        return count_once(users, codes, weights, ids)
+
     @property
     def weights(self) -> Tensor:
-        """Weight [P] float32 of every pair: 1, or 1/2 for each order of a halved tie.
+        """Weight [P] float32 of every pair: 1; 1/2 for each order of a halved tie; 1/m for each of m repeats.
 
         A likelihood that counts a tie once multiplies the pair's log-likelihood by it, in the E-step
         and in the M-step.
         """
-        return torch.from_numpy(self.pairs.weights[self.rows])
+        return torch.from_numpy(np.asarray(self.judgements.weights, np.float32))
+
+    @property
+    def judgement_ids(self) -> np.ndarray:
+        """Judgement [P] int64 of every pair: ``ranking_ids``, where repeats of a pair make several one."""
+        return np.asarray(self.judgements.ids)
 
     @property
     def ranking_ids(self) -> np.ndarray:
-        """Judgement [P] int64 that every pair follows from; the pairs of a ranking share one."""
+        """Row [P] int64 of the source that every pair follows from; the pairs of a ranking share one."""
         return self.pairs.rankings[self.rows]
 
     @property
@@ -232,9 +250,9 @@ class PreferenceDataset:
     def split_heldout(self, fraction: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset | None]:
         """Split off a share of every user's judgements (rounded down; a lone one stays).
 
-        The pairs of a ranking, and the two halves of a tie, stay together.
+        The pairs of a ranking, the two halves of a tie and repeats of a pair stay together.
         """
-        generator, ids = np.random.default_rng(seed), self.ranking_ids
+        generator, ids = np.random.default_rng(seed), self.judgement_ids
         held: list[int] = []
         for start, stop in pairwise(self.user_offsets.tolist()):
             _, first, judgement = np.unique(ids[start:stop], return_index=True, return_inverse=True)

@@ -39,6 +39,8 @@ class DataReport:
         beyond_cap: pairs left out because a user had more than the cap.
         rankings: judgements of three or more responses.
         duplicates: pairs that repeat an earlier pair of the same user word for word.
+        repeats: pairs that repeat one either way round; with it they count as one judgement.
+        contradicted: different pairs that a user chose both ways, halved ties apart.
         distinct_pairs: pairs that differ in prompt, chosen or rejected text.
         empty_responses: empty chosen or rejected texts.
         empty_prompts: pairs without a prompt.
@@ -63,6 +65,8 @@ class DataReport:
     beyond_cap: int
     rankings: int
     duplicates: int
+    repeats: int
+    contradicted: int
     distinct_pairs: int
     empty_responses: int
     empty_prompts: int
@@ -91,7 +95,7 @@ class DataReport:
             ("ties", f"{self.ties:,} {'halved' if self.ties_kept else 'dropped'}"),
             ("rankings", f"{self.rankings:,} of three or more responses" if self.rankings else ""),
             ("left out", left_out if self.identical + self.beyond_cap else ""),
-            ("duplicates", f"{self.duplicates:,}"),
+            ("duplicates", f"{self.duplicates:,}{self._contradictions()}"),
             ("empty", f"{self.empty_responses:,} responses, {self.empty_prompts:,} prompts"),
             ("longest text", f"{self.longest_text:,} characters"),
             ("columns used", used),
@@ -99,6 +103,9 @@ class DataReport:
             ("true groups", ", ".join(f"{name} {count:,}" for name, count in self.groups.items())),
         ]
         return [(name, value) for name, value in lines if value]
+
+    def _contradictions(self) -> str:
+        return f", {self.contradicted:,} pairs chosen both ways" if self.contradicted else ""
 
     def __str__(self) -> str:
         figures = [f"{name:<17}{value}" for name, value in self.lines()]
@@ -126,7 +133,8 @@ def check_pairs(data: Any) -> DataReport:
     users = data.row_users.numpy()
     prompted = texts.prompt != hash("")
     prompts, seen_by = np.unique(_distinct(texts.prompt[prompted], users[prompted])[:, 0], return_counts=True)
-    comparisons = np.bincount(np.unique(data.ranking_ids, return_inverse=True)[1], weights=data.weights)
+    given = data.pairs.weights[data.rows]
+    comparisons = np.bincount(np.unique(data.ranking_ids, return_inverse=True)[1], weights=given)
     report = DataReport(
         layout=origin.layout,
         rows=origin.rows,
@@ -141,6 +149,8 @@ def check_pairs(data: Any) -> DataReport:
         beyond_cap=origin.beyond_cap,
         rankings=int((comparisons > 1).sum()),  # two responses have one comparison, or two halves
         duplicates=len(data) - len(_distinct(texts.pair, users)),
+        repeats=data.judgements.num_repeats,
+        contradicted=data.judgements.num_contradicted,
         distinct_pairs=len(np.unique(texts.pair)),
         empty_responses=texts.empty_responses,
         empty_prompts=texts.empty_prompts,
@@ -171,8 +181,10 @@ def _warnings(report: DataReport, origin: Origin) -> list[str]:
         "its heads.": report.empty_prompts == report.pairs,
         f"{stated:,} pairs have equal chosen and rejected texts; the reward stage refuses them, so drop "
         "them.": stated > 0,
-        f"{report.duplicates:,} pairs repeat an earlier pair of the same user and count "
-        "again.": report.duplicates > 0,
+        f"{report.repeats:,} pairs repeat an earlier pair of the same user and count with it as one "
+        "judgement.": report.repeats > 0,
+        f"{report.contradicted:,} pairs were chosen both ways by the same user; each way counts by its "
+        "share.": report.contradicted > 0,
         f"{report.empty_responses:,} chosen or rejected texts are empty.": report.empty_responses > 0,
         f"{report.long_texts:,} texts are longer than {LONG_CHARACTERS:,} characters (about 1,024 tokens); "
         "what is over the reward stage's --max_length is cut from their start.": report.long_texts > 0,

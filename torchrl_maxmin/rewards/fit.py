@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mixing_weights, posterior, run_em
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
-from torchrl_maxmin.clustering.linear import PairChoices, fit_choices, row_weights_of
-from torchrl_maxmin.clustering.selection import NumGroupsChoice, select_num_groups
+from torchrl_maxmin.clustering.linear import PairChoices, fit_choices
+from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens, feature_differences
+from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens, feature_choices
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.stats import accuracy_by_group
 
@@ -37,7 +38,7 @@ REPORT_USERS = 2000
 _REPORT: dict[str, Any] = {
     "m_step": "adam",
     "num_rounds": 50,
-    "num_restarts": 2,
+    "num_restarts": 4,
     "l2_candidates": (3e-4, 1e-3, 2e-3),
 }
 _READING = ("pooling", "layout", "chat_template", "system_prompt")
@@ -57,6 +58,7 @@ class MixtureFit:
         choice: how K was chosen, when it was.
         group_names: names of the true groups that the heads were trained on, when they were.
         identifiability: whether these pairs tell the users apart, when it was asked for.
+        restarts: whether the starts of the linear mixture agree; None where there was one at most.
     """
 
     model: RewardMixture
@@ -68,6 +70,7 @@ class MixtureFit:
     choice: NumGroupsChoice | None = None
     group_names: list[str] | None = None
     identifiability: IdentifiabilityReport | None = None
+    restarts: Restarts | None = None
 
     @property
     def responsibilities(self) -> dict[str, list[float]]:
@@ -92,6 +95,8 @@ class MixtureFit:
         if self.choice is not None:
             tried = ", ".join(f"K={k}: {v:.4f}" for k, v in self.choice.heldout_log_likelihood.items())
             lines.append(f"K={self.choice.num_groups} by the likelihood of left-out users ({tried})")
+        if self.restarts is not None:
+            lines.append(f"the groups that EM began with were {self.restarts.text()}")
         if self.identifiability is not None:
             lines.append("on frozen features, linear heads:")
             lines += [f"  {line}" for line in self.identifiability.report().splitlines()]
@@ -167,8 +172,7 @@ def fit_mixture(
     else:
         reading = {name: options[name] for name in _READING if name in options}
         size = tuning.scoring_batch_size
-        differences = feature_differences(data, model, max_length, device, size, **reading)
-        choices = PairChoices(differences, data.user_offsets, row_weights_of(data))
+        choices = feature_choices(data, model, max_length, device, size, **reading)
         restarts = {"num_restarts": num_restarts, "assignment": assignment}
         warm = linear_warm_start(choices, num_groups, max_groups, seed, **restarts)
         if identifiability:
@@ -216,6 +220,7 @@ def fit_mixture(
         warm.choice,
         warm.group_names,
         warm.identifiability,
+        warm.restarts,
     )
 
 
@@ -234,13 +239,14 @@ def heldout_figures(
     unknown = mixture.log_prior.exp().cpu()
     known = torch.stack([responsibilities.get(user, unknown) for user in user_ids])
     margins = pairs.margins(mixture, batch_size)
-    by_user = log_likelihood_by_user(margins, pairs.user_offsets)
-    predictive = posterior(by_user, known.double().log()).log_likelihood.sum().item() / len(pairs)
+    by_user = log_likelihood_by_user(margins, pairs.user_offsets, pairs.row_weights)
+    predictive = posterior(by_user, known.double().log()).log_likelihood.sum().item() / pairs.num_choices
     groups = known.argmax(-1)
     right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
     found = accuracy_by_group(
-        right.squeeze(1), pairs.row_users, groups, mixture.num_groups, num_resamples=0, warn=False
-    )
+        right.squeeze(1), pairs.row_users, groups, mixture.num_groups,
+        row_weights=pairs.row_weights, num_resamples=0, warn=False,
+    )  # fmt: skip
     accuracy = [[None] * 3 if interval is None else interval.to_list() for interval in found]
     return {
         "log_likelihood": predictive,
@@ -262,12 +268,14 @@ class WarmStart:
         choice: how K was chosen, when it was.
         identifiability: whether users can be told apart, when that was asked for.
         group_names: names of the true groups, when these are the responsibilities.
+        restarts: whether the starts of the linear mixture agree.
     """
 
     responsibilities: Tensor
     choice: NumGroupsChoice | None = None
     identifiability: IdentifiabilityReport | None = None
     group_names: list[str] | None = None
+    restarts: Restarts | None = None
 
 
 def from_true_groups(data: PreferenceDataset) -> WarmStart:
@@ -284,22 +292,23 @@ def linear_warm_start(
     """Fit the linear mixture; with ``"auto"`` choose K first."""
     choice = None
     if num_groups == "auto":
-        data = choices.differences, choices.user_offsets
-        choice = select_num_groups(*data, max_groups, seed=seed, row_weights=choices.row_weights, **fit)
+        choice = choose_num_groups(choices, max_groups, seed=seed, **fit)
         num_groups = choice.num_groups
-    return WarmStart(fit_choices(choices, int(num_groups), seed, **fit).responsibilities, choice)
+    found = fit_choices(choices, int(num_groups), seed, **fit)
+    return WarmStart(found.responsibilities, choice, restarts=found.restarts)
 
 
 def _identifiability(
     data: PreferenceDataset, choices: PairChoices, warm: WarmStart, seed: int
 ) -> IdentifiabilityReport:
     """The report on all users, or on :data:`REPORT_USERS` of them drawn at random."""
-    prompts: Sequence[Any] = [text_key(prompt) for prompt in data.prompts]
+    every = [text_key(prompt) for prompt in data.prompts]
+    prompts: Sequence[Any] = [every[row] for row in data.judgements.first.tolist()]
     if data.num_users > REPORT_USERS:
         drawn = torch.randperm(data.num_users, generator=torch.Generator().manual_seed(seed))
         kept = torch.zeros(data.num_users, dtype=torch.bool)
         kept[drawn[:REPORT_USERS]] = True
-        prompts = [prompts[row] for row in kept[data.row_users].nonzero().flatten().tolist()]
+        prompts = [prompts[row] for row in kept[choices.row_users].nonzero().flatten().tolist()]
         choices = choices.take_users(kept.nonzero().flatten())
     return identifiability_report(
         choices.differences,
@@ -307,6 +316,7 @@ def _identifiability(
         warm.responsibilities.shape[-1],
         prompts=prompts,
         row_weights=choices.row_weights,
+        judgements=choices.judgements,
         seed=seed,
         **_REPORT,
     )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.em import Expectation, MStep, expectation
-from torchrl_maxmin.clustering.linear import UserRows, row_weights_of
+from torchrl_maxmin.clustering.judged import merged_choices
+from torchrl_maxmin.clustering.linear import PairChoices, UserRows, row_weights_of
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.loading import (
     ensure_pad_token,
@@ -220,6 +221,14 @@ def feature_differences(
     features = text_features(trunk, pairs.rows, pairs.pad_id, batch_size, reader=reader)
     differences = features[: len(pairs)] - features[len(pairs) :]
     return differences / differences.std(0).clamp_min(1e-6)
+
+
+def feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -> PairChoices:
+    """Choices between the pairs of :func:`feature_differences`, those that repeat another left out."""
+    differences = feature_differences(data, *args, **kwargs)
+    ids = torch.from_numpy(data.judgement_ids)
+    choices = PairChoices(differences, data.user_offsets, row_weights_of(data), ids)
+    return merged_choices(choices, data.judgements) if data.judgements.num_repeats else choices
 
 
 # -- fine-tuning -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torchrl_maxmin.preferences.io.columns import (
     shown,
     spill,
 )
+from torchrl_maxmin.preferences.judgements import PairCodes
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
@@ -153,6 +155,7 @@ class PairTable:
         users: user code [P] int64.
         weights: [P] float32; 1, or 1/2 for each order of a tie.
         rankings: [P] int64, the judgement that a pair follows from.
+        codes: [P], by which pairs of equal texts are known.
         ranks: [P, 2] int32, ranks of the chosen and the rejected response in that judgement, the best 0.
         user_ids: id of every user code.
         groups: true group of every user code, or None.
@@ -162,6 +165,7 @@ class PairTable:
     users: np.ndarray
     weights: np.ndarray
     rankings: np.ndarray
+    codes: PairCodes
     ranks: np.ndarray
     user_ids: list[str]
     groups: list[str] | None
@@ -237,11 +241,11 @@ def build_pairs(
     render = _renderer(table, roles, options)
     with late_bar("reading pairs", len(table)) as reach:
         judgements = (render(judgement) for judgement in layout.judgements(table, roles, users, options))
-        texts, rows, weights, ranks = _collect(judgements, origin, reach)
+        texts, codes, rows, weights, ranks = _collect(judgements, origin, reach)
     if not len(rows):
         raise UserError(_nothing_left(origin))
     as_json = render is _as_json
-    return PairTable(texts, users[rows], weights, rows, ranks, user_ids, groups, as_json), origin
+    return PairTable(texts, users[rows], weights, rows, codes, ranks, user_ids, groups, as_json), origin
 
 
 def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[Judgement], Judgement]:
@@ -304,15 +308,19 @@ Pair = tuple[Text, Text, Text, int, float, int, int]
 
 def _collect(
     judgements: Iterable[Judgement], origin: Origin, reach: Callable[[int], None]
-) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray]:
-    """Texts of all pairs, mapped; and their rows [P], weights [P] and ranks [P, 2]."""
+) -> tuple[pa.Table, PairCodes, np.ndarray, np.ndarray, np.ndarray]:
+    """Texts of all pairs, mapped; and their codes [P], rows [P], weights [P] and ranks [P, 2]."""
     numbers: list[np.ndarray] = []
+    codes, sides = [np.empty(0, np.int64)], [np.empty(0, bool)]
 
     def tables() -> Iterator[pa.Table]:
         sizes = ((pair, sum(map(len, pair[:3]))) for pair in _pairs_of(judgements, origin))
         for pairs in in_batches(sizes, _BATCH_PAIRS, _BATCH_CHARACTERS):
             prompts, chosen, rejected, *rest = zip(*pairs, strict=True)
             numbers.append(np.array(rest, dtype=np.float64))
+            ordered = ((p, *sorted(both)) for p, *both in zip(prompts, chosen, rejected, strict=True))
+            codes.append(np.array(list(map(hash, ordered)), np.int64))
+            sides.append(np.array(list(map(operator.lt, chosen, rejected)), bool))
             texts = {"prompt": prompts, "chosen": chosen, "rejected": rejected}
             yield pa.table({name: pa.array(values, pa.large_string()) for name, values in texts.items()})
             reach(max(rest[0]))
@@ -320,7 +328,8 @@ def _collect(
     texts = spill(tables())
     rows, weights, better, worse = np.concatenate([np.empty((4, 0)), *numbers], axis=1)
     ranks = np.stack([better, worse], axis=1).astype(np.int32)
-    return texts, rows.astype(np.int64), weights.astype(np.float32), ranks
+    known = PairCodes(np.concatenate(codes), np.concatenate(sides))
+    return texts, known, rows.astype(np.int64), weights.astype(np.float32), ranks
 
 
 def _pairs_of(judgements: Iterable[Judgement], origin: Origin) -> Iterator[Pair]:
