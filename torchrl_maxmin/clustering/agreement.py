@@ -86,12 +86,12 @@ class Restarts:
 
     def text(self) -> str:
         """In words; other groups that explain the choices as well are named."""
-        said = f"found by {self.found_by} of {len(self.score)} starts"
+        text = f"found by {self.found_by} of {len(self.score)} starts"
         if self.as_likely:
-            said += (
+            text += (
                 f"; {self.as_likely} found other groups that are as likely (within {AS_GOOD:g} nats a choice)"
             )
-        return said
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and None, as for a JSON file."""

@@ -194,9 +194,9 @@ def _data(summary: Mapping[str, Any]) -> str:
         + ", ".join(f"{value:g} at K={k}" for k, value in sorted(summary["l2"].items()))
         + ". "
     )
-    if summary["repeated_pairs"]:
+    if summary.get("repeated_pairs"):
         text += repeats_text(summary["repeated_pairs"]) + " "
-    if (starts := summary["restarts"]) is not None:
+    if (starts := summary.get("restarts")) is not None:
         text += f"The groups were {starts['text']}. "
     if summary["choice"] is None:
         return text + "The number of groups was given."
