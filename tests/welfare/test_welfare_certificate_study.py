@@ -127,8 +127,9 @@ def test_a_trained_policy_is_certified_and_covered(beta, prompts, count, record_
     record_property("outcome", outcome)
     assert null <= 0.2 * count
     assert covered >= 0.9 * (count - null)
-    # the spread among prompts is not in question where these are the ones that are meant
-    assert prompts == "drawn" or width < 0.1
+    # the spread among prompts is not in question where these are the ones that are meant; the rest of the
+    # width is what responses that nobody drew may be worth
+    assert prompts == "drawn" or width < 0.3
 
 
 @each_count

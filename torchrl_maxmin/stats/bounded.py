@@ -14,9 +14,9 @@ __all__ = ["mean_upper_bound", "unseen_mass"]
 def unseen_mass(draws: int, alpha: float) -> float:
     """Bound the mass of what none of ``draws`` independent draws has shown: ``1 - alpha ** (1 / draws)``.
 
-    An event of a larger mass stays unseen with a probability below ``alpha``; about ``3 / draws`` at .05. Where
-    draws differ in their distributions, the same holds of the event's mean mass, since the mean of ``log(1 - q)``
-    is at most the logarithm of its mean.
+    An event of a larger mass stays unseen with a probability below ``alpha``; about ``3 / draws`` at .05.
+    Where draws differ in their distributions, the same holds of the event's mean mass, since the mean of
+    ``log(1 - q)`` is at most the logarithm of its mean.
 
     Args:
         draws: independent draws, at least 1.
@@ -37,16 +37,17 @@ def unseen_mass(draws: int, alpha: float) -> float:
 def mean_upper_bound(values: NDArray[np.floating], ceiling: float, alpha: float) -> float:
     """Bound from above the mean of a distribution that lies below ``ceiling``, however skewed, by betting.
 
-    Against the hypothesis of a mean ``m`` a gambler bets the fraction ``f`` of what may be lost at most, on values
-    below ``m``: ``prod_i (1 + f (m - values_i) / (ceiling - m))`` has a mean of at most 1 if the mean is ``m`` or
-    more, and so has its average over several fractions; by Markov's inequality it exceeds ``1 / alpha`` with
-    a probability of at most ``alpha``. The bound is the smallest mean that is refuted; it needs no variance,
-    no normality, no lower end and no order, and holds for any number of values. Where all values are equal it
-    allows an unseen share of about ``1 - alpha ** (1 / n)`` at the ceiling, as it must. Fractions are 1, 1/2, 1/4,
-    ... down to ``1 / sqrt(n)``: large ones for rare large values, small ones for many ordinary ones.
+    Against the hypothesis of a mean ``m`` a gambler bets the fraction ``f`` of what may be lost at most on
+    values below ``m``: ``prod_i (1 + f (m - values_i) / (ceiling - m))`` has a mean of at most 1 if the mean
+    is ``m`` or more, and so has its average over several fractions; by Markov's inequality it exceeds ``1 /
+    alpha`` with a probability of at most ``alpha``. The bound is the smallest mean that is refuted. It needs
+    no variance, no normality and no lower end, and holds for any number of values. Where all values are equal
+    it allows an unseen share of ``1 - (alpha / F) ** (1 / n)`` at the ceiling, a little more than there may
+    be. The F fractions are 1, 1/2, 1/4, ... down to ``1 / sqrt(n)``: large ones for rare large values, small
+    ones for many ordinary ones.
 
-    The idea is that of Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting (JRSS-B
-    2024, arXiv 2010.09686); fixed fractions instead of predicted ones make it the same in any order.
+    After Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting (JRSS-B 2024, arXiv
+    2010.09686); fixed fractions instead of predicted ones make it the same in any order.
 
     Args:
         values: ``[n]``, independent and of one distribution; n at least 1.
@@ -57,7 +58,8 @@ def mean_upper_bound(values: NDArray[np.floating], ceiling: float, alpha: float)
         The bound, between the mean of ``values`` and ``ceiling``.
 
     Raises:
-        ValueError: for no values, values that are not finite or above ``ceiling``, or an ``alpha`` outside (0, 1).
+        ValueError: for no values, values that are not finite or above ``ceiling``, or an ``alpha`` outside
+            (0, 1).
 
     Example:
         >>> bad_prompts = np.zeros(16)  # none of 16 was seen to be bad, yet many may be
@@ -76,7 +78,7 @@ def mean_upper_bound(values: NDArray[np.floating], ceiling: float, alpha: float)
     width = ceiling - float(values.mean())
     if width <= slack:
         return float(ceiling)
-    # (m - values) / (ceiling - m) is s * below - 1 with s = width / (ceiling - m): 1 at the mean of the values
+    # (m - values) / (ceiling - m) is s * below - 1 with s = width / (ceiling - m), 1 at the values' mean
     below = np.maximum(ceiling - values, 0.0) / width
     fractions = 0.5 ** np.arange(1 + math.ceil(math.log2(len(values)) / 2))
     wanted = math.log(len(fractions) / alpha)
