@@ -154,8 +154,8 @@ def test_samples_of_the_policy_alone_certify_a_policy_that_dropped_a_mode():
         own = torch.multinomial(policy.exp(), RESPONSES, True, generator=generator)
         log_ratio = policy.gather(1, own) - study.reference.gather(1, own)
         rewards = study.rewards.gather(1, own[..., None].expand(-1, -1, GROUPS))
-        terms = (rewards - study.beta * log_ratio[..., None]).mean(1)
-        alone = certify(rewards, -log_ratio - math.log(RESPONSES), terms, study.beta)
+        terms = rewards - study.beta * log_ratio[..., None]
+        alone = certify(rewards, -log_ratio - math.log(RESPONSES), terms, study.beta, prompts="given")
         wrong += alone.high is not None and alone.high < exact
         mixed = study.certificate(policy, generator)
         safe += mixed.high is None or mixed.high >= exact

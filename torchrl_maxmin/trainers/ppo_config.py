@@ -68,7 +68,7 @@ class PPOConfig(PPOSettings, ChatSettings):
     num_generations: int = 1
     gap_steps: int = 0
     stop_at_gap: float = 0.0
-    certificate_prompts: int = 64
+    certificate_prompts: int = 128
     certificate_samples: int = 64
     reward_bound: float | None = None
     calibration: str = "sft_std"

@@ -131,17 +131,20 @@ def spend_unseen(log_c: Array, log_best: Array, mass: float) -> tuple[Array, Arr
     return np.exp(-lift), lift
 
 
+# What a policy says at worst on a prompt that was not drawn: one response of reference mass .01, always.
+_COLLAPSED = float(np.log(100.0))
+
+
 def _largest_log_ratio(logs: Array) -> float:
     """The largest ``log(pi / pi_ref)`` that is taken to be possible, from ``log(pi_ref / m) - log n``.
 
-    The largest of a response that was drawn, or that of a policy that always says one of n responses that the
-    reference draws, if that is more; 0 for a policy that is the reference on every response.
+    The largest of a response that was drawn, or ``log 100`` if that is more; 0 for a policy that is the
+    reference on every response.
     """
-    num_responses = logs.shape[1]
-    log_share = float(-logs[np.isfinite(logs)].min() - np.log(num_responses))  # log((pi / pi_ref + 1) / 2)
+    log_share = float(-logs[np.isfinite(logs)].min() - np.log(logs.shape[1]))  # log((pi / pi_ref + 1) / 2)
     if log_share < 1e-6:
         return 0.0
-    return max(log_share + float(np.log(2.0 - np.exp(-log_share))), float(np.log(num_responses)))
+    return max(log_share + float(np.log(2.0 - np.exp(-log_share))), _COLLAPSED)
 
 
 def certify(
@@ -164,10 +167,10 @@ def certify(
     (:func:`~torchrl_maxmin.stats.mean_upper_bound`) on the mean over prompts of the paired differences
     between the bound and the policy's utilities, so that a policy that is bad on few prompts is not called
     good where few were drawn. Its ceiling: on a prompt that was not drawn the policy may at worst always say
-    the response that is worth least of those drawn for a prompt, at a log-ratio to the reference of ``log n``
-    or of the largest drawn, where the optimum says the best. With ``prompts="given"`` the gap over these very
-    prompts is meant: standard errors are those of the responses within each prompt, and the interval is
-    narrower, as prompts differ more than their responses leave unsure.
+    the response that is worth least of those drawn for a prompt, at a log-ratio to the reference of ``log
+    100`` or of the largest drawn, where the optimum says the best. With ``prompts="given"`` the gap over
+    these very prompts is meant: standard errors are those of the responses within each prompt, and the
+    interval is narrower, as prompts differ more than their responses leave unsure.
 
     Half of the upper end's error probability goes to responses that nobody drew, half to what was drawn, and
     this half to the K groups. The fewer the prompts the wider: with 16 of them a kind of prompt with a share
