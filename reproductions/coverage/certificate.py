@@ -6,7 +6,8 @@ Every world has prompts, responses of known probability under reference and poli
 so that the gap is exact; certificates see samples. Ordinary worlds: policies between the reference and the
 optimum, and beyond. Bad prompts: a policy that is the optimum but for a share of the prompts, where it says
 the response that is worth least. Rare modes: each prompt has a response of small reference mass that is worth
-8 beta more than the best other one, and the policy never says it. Writes certificate.csv beside this file.
+8 beta more than the best other one, and the policy never says it. Writes certificate.csv
+and certificate.md beside this file.
 """
 
 import sys
@@ -174,6 +175,62 @@ def rows(cells: list[dict[str, Any]], replicates: int, **words: Any) -> Iterator
             advance(note=cell["kind"])
 
 
+def table(found: list[dict[str, Any]]) -> str:
+    """What came out, as Markdown: totals of ordinary worlds, rare modes, the worst cells of bad prompts."""
+    kinds: dict[str, list[dict[str, Any]]] = {"ordinary": [], "rare mode": [], "bad prompts": []}
+    for row in found:
+        kinds[row["kind"]].append(row)
+    lines = [
+        "# How often a certificate is false",
+        "",
+        "Written by `certificate.py`, which says what the worlds are; every cell: `certificate.csv`.",
+        "",
+    ]
+    if kinds["ordinary"]:
+        runs, null, false, above = (
+            sum(int(row[key]) for row in kinds["ordinary"])
+            for key in ("replicates", "null", "false", "low_above")
+        )
+        lines += [
+            f"Ordinary worlds: {runs} certificates, {null} null ({null / runs:.1%}). Of the {runs - null} "
+            f"numbers {false} have the gap above the upper end, {above} below the lower one: coverage "
+            f"{1 - (false + above) / max(runs - null, 1):.3f}.",
+            "",
+        ]
+    if kinds["rare mode"]:
+        lines += [
+            "A response that the policy dropped, worth 8 beta more than the best other one; 16 prompts, 128 "
+            "responses:",
+            "",
+            "| beta | reference mass | `reward_bound` | null | numbers | with a statement | false |",
+            "|---:|---:|---|---:|---:|---:|---:|",
+        ]
+        for row in kinds["rare mode"]:
+            bound = "given" if str(row["bound"]) == "True" else ""
+            numbers = int(row["replicates"]) - int(row["null"])
+            cells = row["beta"], row["mass"], bound, row["null"], numbers, row["stated"], row["false"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    if kinds["bad prompts"]:
+        lines += [
+            "A policy that says the worst response on 1, 5 or 20% of the prompts, at beta .05, .5 and 2; "
+            "over these nine cells:",
+            "",
+            "| prompts | responses | certificates | null | most false in a cell | false in all |",
+            "|---:|---:|---:|---:|---:|---:|",
+        ]
+        sizes: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for row in kinds["bad prompts"]:
+            sizes.setdefault((int(row["prompts"]), int(row["responses"])), []).append(row)
+        for size, mine in sizes.items():
+            columns = "replicates", "null", "false"
+            runs, null, wrong = ([int(row[key]) for row in mine] for key in columns)
+            cells = *size, sum(runs), sum(null), max(wrong), sum(wrong)
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Simulate every cell and write the table."""
     parser = make_parser(__doc__)
@@ -187,6 +244,7 @@ def main() -> None:
     for row in rows(cells, given.replicates):  # a run that is cut short keeps what it has
         found.append(row)
         write_csv(given.output_dir / "certificate.csv", found)
+    (given.output_dir / "certificate.md").write_text(table(found))
 
 
 if __name__ == "__main__":
