@@ -131,6 +131,62 @@ def spend_unseen(log_c: Array, log_best: Array, mass: float) -> tuple[Array, Arr
     return np.exp(-lift), lift
 
 
+@dataclass(frozen=True)
+class _Crossed:
+    """What the halves say of each other: terms by prompt of an upper bound on the best value.
+
+    Attributes:
+        bound: ``[X]``, unbiased for an upper bound where all responses may be drawn.
+        upper: ``[X]``, the same with the mass of the unseen spent.
+        spread: ``[X]``, squared standard errors of ``upper`` over the responses.
+        regrets: ``[K]``, the most that one prompt's best response is worth above a group's worst one.
+        worth: what an unseen response may be worth above the reference's mean, a mean over the prompts.
+        effective: the least effective sample size of a prompt.
+    """
+
+    bound: Array
+    upper: Array
+    spread: Array
+    regrets: Array
+    worth: float
+    effective: float
+
+
+def _cross(
+    values: Array, logs: Array, beta: float, mass: float, reward_bound: float | None
+) -> _Crossed | None:
+    """Fit weights and ``c`` on one half, evaluate on the other, and swap; None where a half has no weight."""
+    num_prompts, num_responses, num_groups = values.shape
+    first, second = _halves(num_responses)
+    # a half has n/2 responses: its weights count double
+    half_logs, seen = logs + np.log(2.0), np.isfinite(logs)
+    bound, upper, spread = np.zeros(num_prompts), np.zeros(num_prompts), np.zeros(num_prompts)
+    regrets = np.full(num_groups, -np.inf)
+    effective, worth = np.inf, 0.0
+    for fitted, held_out in ((first, second), (second, first)):
+        if np.isneginf(half_logs[:, fitted].max(1)).any():
+            return None
+        weights, _, _ = minimise_dual(values[:, fitted], beta, half_logs[:, fitted])
+        terms, _ = dual_terms(weights, values[:, fitted], beta, half_logs[:, fitted])
+        log_c, scores = terms / beta, values @ weights
+        best = np.where(seen, scores, -np.inf).max(1)
+        centres = (softmax(logs, axis=1) * scores).sum(1)
+        if reward_bound is None:
+            regrets = np.maximum(regrets, (best[:, None] - values.min(1)).max(0))
+        else:
+            best, regrets[:] = np.full(num_prompts, reward_bound), 2 * reward_bound
+        worth += 0.5 * float((best - centres).mean())
+        damping, lift = spend_unseen(log_c, best / beta, mass)
+        exponents = half_logs[:, held_out] + scores[:, held_out] / beta - log_c[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):  # too few samples for the beta: certify says so
+            ratios = np.exp(logsumexp(exponents, axis=1))
+            bound += 0.5 * beta * (ratios - 1.0 + log_c)
+            upper += 0.5 * beta * (damping * (ratios - 1.0) + log_c + lift)
+            spread += 0.25 * _over_responses(beta * damping[:, None] * np.exp(exponents) * len(held_out))
+        effective = min(effective, float(_effective_sample_size(logs + scores / beta).min()))
+    return _Crossed(bound, upper, spread, regrets, worth, effective)
+
+
 # What a policy says at worst on a prompt that was not drawn: one response of reference mass .01, always.
 _COLLAPSED = float(np.log(100.0))
 
@@ -233,50 +289,26 @@ def certify(
             f"prompts are the units, and {num_prompts} of them give no standard error to rely on and say "
             f"nothing of those that were not drawn: use {min_prompts} or more"
         )
-    if reward_bound is not None and (largest := float(np.abs(values).max())) > reward_bound:
+    largest = float(np.abs(values).max())
+    if reward_bound is not None and largest > reward_bound * (1.0 + 1e-6):  # rewards may be float32
         return _nothing(f"a reward of size {largest:.4g} was seen, above the given bound of {reward_bound:g}")
     tail = (1.0 - confidence) / (2 * looks)  # of either end
     mass = unseen_mass(num_prompts * num_responses // 2, tail / 2)
 
-    first, second = _halves(num_responses)
-    # a half has n/2 responses: its weights count double
-    half_logs, seen = logs + np.log(2.0), np.isfinite(logs)
-    bound, upper, spread = np.zeros(num_prompts), np.zeros(num_prompts), np.zeros(num_prompts)
-    regrets = np.full(num_groups, -np.inf)
-    least, worth = np.inf, 0.0
-    for fitted, held_out in ((first, second), (second, first)):
-        if np.isneginf(half_logs[:, fitted].max(1)).any():
-            return _nothing("a prompt has no response of positive reference weight in one half")
-        weights, _, _ = minimise_dual(values[:, fitted], beta, half_logs[:, fitted])
-        terms, _ = dual_terms(weights, values[:, fitted], beta, half_logs[:, fitted])
-        log_c, scores = terms / beta, values @ weights
-        best = np.where(seen, scores, -np.inf).max(1)
-        centres = (softmax(logs, axis=1) * scores).sum(1)
-        if reward_bound is None:
-            regrets = np.maximum(regrets, (best[:, None] - values.min(1)).max(0))
-        else:
-            best, regrets[:] = np.full(num_prompts, reward_bound), 2 * reward_bound
-        worth += 0.5 * float((best - centres).mean())
-        damping, lift = spend_unseen(log_c, best / beta, mass)
-        exponents = half_logs[:, held_out] + scores[:, held_out] / beta - log_c[:, None]
-        with np.errstate(over="ignore"):  # too few samples for the beta: said below
-            ratios = np.exp(logsumexp(exponents, axis=1))
-            bound += 0.5 * beta * (ratios - 1.0 + log_c)
-            upper += 0.5 * beta * (damping * (ratios - 1.0) + log_c + lift)
-            if given:
-                spread += 0.25 * _over_responses(beta * damping[:, None] * np.exp(exponents) * len(held_out))
-        least = min(least, _effective_sample_size(logs + scores / beta).min())
-    if least < min_effective_samples or not np.isfinite(bound).all():
+    crossed = _cross(values, logs, beta, mass, reward_bound)
+    if crossed is None:
+        return _nothing("a prompt has no response of positive reference weight in one half")
+    if crossed.effective < min_effective_samples or not np.isfinite(crossed.bound).all():
         return _nothing(
-            f"the effective sample size of a prompt is {least:.1f}, below {min_effective_samples:g}: "
-            "draw more responses, or certify at a larger beta"
+            f"the effective sample size of a prompt is {crossed.effective:.1f}, below "
+            f"{min_effective_samples:g}: draw more responses, or certify at a larger beta"
         )
 
     # Jensen's inequality and the minimisation over w both bias the plain estimate low: a lower end.
     weights, _, _ = minimise_dual(values, beta, logs)
     floor, _ = dual_terms(weights, values, beta, logs)
-    gaps, floors, uppers = (terms[:, None] - utilities for terms in (bound, floor, upper))
-    lost = regrets + beta * _largest_log_ratio(logs)
+    gaps, floors, uppers = (terms[:, None] - utilities for terms in (crossed.bound, floor, crossed.upper))
+    lost = crossed.regrets + beta * _largest_log_ratio(logs)
     value = max(float(gaps.mean(0).max()), 0.0)  # a gap is never negative
     prompt_mass = prompt_loss = None
     if given:
@@ -289,7 +321,7 @@ def certify(
         # what the policy says too rarely to be drawn may be as bad as the worst that was
         worst = policy_terms.min(1) if reward_bound is None else utilities - lost
         missed = unseen_mass(num_prompts * policy_terms.shape[1], tail / (2 * num_groups))
-        errors = quantile * (own + np.sqrt(spread.sum()) / num_prompts)
+        errors = quantile * (own + np.sqrt(crossed.spread.sum()) / num_prompts)
         ends = uppers.mean(0) + errors + missed * (utilities - worst).max(0)
     else:
         floor_errors, freedom = floors.std(0, ddof=1) / np.sqrt(num_prompts), num_prompts - 1
@@ -305,10 +337,10 @@ def certify(
         low=min(max(float((floors.mean(0) - quantile * floor_errors).max()), 0.0), value),
         high=max(float(ends.max()), value),
         mass=mass,
-        worth=worth,
+        worth=crossed.worth,
         prompt_mass=prompt_mass,
         prompt_loss=prompt_loss,
-        statement=_statement(mass, worth, reward_bound, prompt_mass, prompt_loss),
+        statement=_statement(mass, crossed.worth, reward_bound, prompt_mass, prompt_loss),
     )
 
 
