@@ -104,6 +104,8 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("evaluate", "beta", "0", "--beta must be positive"),
         ("evaluate", "beta", "0.1", "--beta needs --reward_model_path"),
         ("evaluate", "certify", "best", "--certify needs --reward_model_path"),
+        ("evaluate", "reward_bound", "2", "--reward_bound needs --reward_model_path"),
+        ("evaluate", "reward_bound", "0", "--reward_bound must be positive"),
         ("evaluate", "judge", "nowhere:f", "no reward function"),
         ("evaluate", "judge", "http://localhost:1/v1", "needs --judge_model, and --judge_criteria"),
         ("diagnose", "num_groups", "two", "--num_groups is a positive number or auto, not 'two'"),

@@ -144,7 +144,7 @@ def test_ppo(runs_or_says_why, tiny_model, chosen):
         "response_length": 4,
         "calibration_prompts": 2,
         "certificate_samples": 4,
-        "certificate_prompts": 2,
+        "certificate_prompts": 16,
     }
     prompts = [{"prompt": text} for text in ("the film", "a story", "the")]
     runs_or_says_why("ppo", base | chosen, prompts)

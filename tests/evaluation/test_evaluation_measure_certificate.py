@@ -12,6 +12,13 @@ from transformers import AutoModelForCausalLM
 from torchrl_maxmin.evaluation.measure import run_evaluate
 from torchrl_maxmin.rewards import Calibration
 from torchrl_maxmin.welfare import solve_dual
+from torchrl_maxmin.world import sample_prompts
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """As many as a certificate needs."""
+    return sample_prompts(16, 0, heldout=True)
 
 
 @pytest.fixture
@@ -55,7 +62,7 @@ def test_the_certificate_holds_the_exact_gap(
         reward_model_path=reward_folder,
         response_length=1,
         certificate_samples=2048,
-        certificate_prompts=6,
+        certificate_prompts=16,
     ).extra["certificate"]
 
     vocabulary = torch.arange(len(tokenizer))
@@ -89,7 +96,7 @@ def test_the_certificate_holds_the_exact_gap(
     assert found["low"] <= exact <= found["high"]
     assert found["value"] == pytest.approx(exact, rel=0.03)
     if not noise:  # one that ends more often than the reference is nearer to the optimum if ends are missed
-        assert found["high"] < as_a_bonus - 0.3
+        assert found["value"] < as_a_bonus - 0.3
 
 
 def test_a_policy_says_its_own_beta(measure, trained, tiny_model, reward_folder):
@@ -100,6 +107,20 @@ def test_a_policy_says_its_own_beta(measure, trained, tiny_model, reward_folder)
     other = measure(name="other", beta=3.0, **settings).extra["certificate"]
     assert own == given  # the coefficient that training ended with, not the one that it began with
     assert own["value"] != other["value"]
+    assert "no response of reference mass below" in own["statement"]
+    bounded = measure(name="bounded", reward_bound=40.0, **settings).extra["certificate"]
+    assert bounded["high"] > own["high"]
+    assert "no reward is above 40 in size" in bounded["statement"]
+    exceeded = measure(name="exceeded", reward_bound=0.01, **settings).extra["certificate"]
+    assert exceeded["high"] is None
+    assert "above the given bound of 0.01" in exceeded["reason"]
+
+
+def test_few_prompts_give_no_certificate(measure, trained, tiny_model, reward_folder):
+    policies = [f"sft={tiny_model}", f"maxmin={trained()}"]
+    found = measure(policies=policies, reward_model_path=reward_folder, certificate_prompts=6)
+    assert found.extra["certificate"]["value"] is None
+    assert "6 of them" in found.extra["certificate"]["reason"]
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,23 @@ def test_one_silent_certificate_silences_all(results):
     assert "seed 1: effective sample size 4" in out["reason"]
 
 
+def test_the_weakest_statement_stands_for_all_seeds(tmp_path):
+    numbers = {"value": 0.1, "low": 0.0, "high": 0.3, "reason": None}
+    made = [
+        make_result(
+            seed, extra={"certificate": numbers | {"worth": w, "mass": 0.01 * w, "statement": f"say {w}"}}
+        )
+        for seed, w in enumerate((3.0, 2.0, 4.0))
+    ]
+    out = summarise(made, num_resamples=20)
+    certificate = out["certificate"]
+    assert (certificate["worth"], certificate["mass"], certificate["statement"]) == (2.0, 0.02, "say 2.0")
+    assert [entry["statement"] for entry in certificate["per_seed"]] == ["say 3.0", "say 2.0", "say 4.0"]
+    assert "samples cannot show (of the seed where it asks most):** say 2.0." in " ".join(
+        write_report(tmp_path, out, figures=False).read_text().split()
+    )
+
+
 def test_summary_is_deterministic_whatever_the_order_of_seeds(tmp_path, results, summary):
     again = summarise(results[::-1], wall_seconds=123.4, num_resamples=300)
     one = write_summary(tmp_path / "a", summary).read_bytes()

@@ -1,17 +1,32 @@
 """Every welfare and adversary that the policy stage can be asked for, and its certificate on the way."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from trainers_runs import PPORun
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
+from torchrl_maxmin.rollouts.certificate import policy_certificate
 from torchrl_maxmin.trainers.ppo_settings import adversary_of
 from torchrl_maxmin.welfare import AlphaFair, CVaR, GeneralizedGini, KLBall, Nash, ProjectedGradient, SoftMin
+from torchrl_maxmin.world import sample_prompts
 
 SHARES = torch.tensor([0.8, 0.2])
 UTILITIES = torch.tensor([0.7, 0.4])
 WIN_RATE = {"calibration": "win_rate"}
+
+
+@pytest.fixture
+def make_gap_config(make_config, prompt_file, tmp_path):
+    """A config with a certificate on the way, and with as many prompts as that needs."""
+    rows = Path(prompt_file).read_text().splitlines()
+    rows += [json.dumps({"prompt": prompt}) for prompt in sample_prompts(12, 1, heldout=False)]
+    path = tmp_path / "more_prompts.jsonl"
+    path.write_text("\n".join(rows))
+    return lambda name="gap", **settings: make_config(name, **({"dataset_name": str(path)} | settings))
 
 
 def trained(config):
@@ -84,31 +99,54 @@ def test_a_stopped_run_of_a_welfare_goes_on_bit_equal(make_config):
     assert (whole.folder / "metrics.jsonl").read_text() == (resumed.folder / "metrics.jsonl").read_text()
 
 
-GAP = {"gap_steps": 2, "certificate_prompts": 8, "certificate_samples": 64, "beta": 2.0}
+GAP = {"gap_steps": 2, "certificate_prompts": 16, "certificate_samples": 64, "beta": 2.0}
 
 
-def test_the_gap_is_logged_and_changes_nothing(make_config):
-    plain = trained(make_config("plain", beta=2.0))
-    certified = trained(make_config("certified", **GAP))
+def test_the_gap_is_logged_and_changes_nothing(make_gap_config):
+    plain = trained(make_gap_config("plain", beta=2.0))
+    certified = trained(make_gap_config("certified", **GAP))
     for name, tensor in plain.policy.state_dict().items():
         assert torch.equal(certified.policy.state_dict()[name], tensor), name
     rows = read_metrics(certified.folder)
     assert ["maxmin/duality_gap" in row for row in rows] == [False, True, False, True]
     low, value, high = (rows[1][f"maxmin/duality_gap{end}"] for end in ("_low", "", "_high"))
     assert 0 <= low <= value <= high
+    rests_on = [
+        rows[1][f"maxmin/duality_gap_{name}"] for name in ("mass", "worth", "prompt_mass", "prompt_loss")
+    ]
+    assert 0 < rests_on[0] < rests_on[2] < 1
+    assert rests_on[1] > 0
+    assert rests_on[3] > high
 
 
-def test_a_run_stops_at_the_gap_and_is_finished(make_config):
-    trainer = trained(make_config(**GAP, stop_at_gap=1e6))
+def test_a_run_stops_at_the_gap_and_is_finished(make_gap_config):
+    trainer = trained(make_gap_config(**GAP, stop_at_gap=1e6))
     assert len(read_metrics(trainer.folder)) == 2
     assert (trainer.folder / "model.safetensors").exists()
     assert (trainer.folder / "summary.json").exists()
-    far = trained(make_config("far", **GAP, stop_at_gap=1e-9))
+    far = trained(make_gap_config("far", **GAP, stop_at_gap=1e-9))
     assert len(read_metrics(far.folder)) == 4
 
 
-def test_no_entry_where_the_samples_cannot_say(make_config):
-    trainer = trained(make_config(**(GAP | {"beta": 1e-4, "certificate_samples": 4})))
+def test_all_looks_that_may_stop_a_run_share_the_error(make_gap_config, monkeypatch, capsys):
+    """Two looks are planned, at iterations 2 and 4; a run that does not stop asks only how far it is."""
+    asked = []
+
+    def certificate(*args, **settings):
+        asked.append((settings["looks"], settings["reward_bound"]))
+        return policy_certificate(*args, **settings)
+
+    monkeypatch.setattr("torchrl_maxmin.trainers.lm_ppo.policy_certificate", certificate)
+    trained(make_gap_config("logged", **GAP))
+    trained(make_gap_config("stops", **GAP, stop_at_gap=1e6, reward_bound=50.0))
+    assert asked == [(1, None), (1, None), (2, 50.0)]
+    captured = capsys.readouterr()
+    words = " ".join((captured.out + captured.err).split())
+    assert "no reward is above 50 in size" in words
+
+
+def test_no_entry_where_the_samples_cannot_say(make_gap_config):
+    trainer = trained(make_gap_config(**(GAP | {"beta": 1e-4, "certificate_samples": 4})))
     assert not any("maxmin/duality_gap" in row for row in read_metrics(trainer.folder))
 
 
@@ -141,6 +179,9 @@ def test_no_entry_where_the_samples_cannot_say(make_config):
         ({"gap_steps": 1, "welfare": "utilitarian"}, "--welfare egalitarian"),
         ({"gap_steps": 1, "beta": 0.0}, "--beta above 0"),
         ({"gap_steps": 1, "certificate_samples": 6}, "multiple of 4"),
+        ({"gap_steps": 1, "certificate_prompts": 15}, "--certificate_prompts 16 or more"),
+        ({"gap_steps": 1, "reward_bound": 0.0}, "--reward_bound must be positive"),
+        ({"reward_bound": 3.0}, "--reward_bound is of the certificate"),
     ],
 )
 def test_mistakes(make_config, settings, message):

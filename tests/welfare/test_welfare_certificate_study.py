@@ -127,8 +127,9 @@ def test_a_trained_policy_is_certified_and_covered(beta, prompts, count, record_
     record_property("outcome", outcome)
     assert null <= 0.2 * count
     assert covered >= 0.9 * (count - null)
-    # the spread among prompts is not in question where these are the ones that are meant
-    assert prompts == "drawn" or width < 0.1
+    # the spread among prompts is not in question where these are the ones that are meant; the rest of the
+    # width is what responses that nobody drew may be worth
+    assert prompts == "drawn" or width < 0.3
 
 
 @each_count
@@ -153,8 +154,8 @@ def test_samples_of_the_policy_alone_certify_a_policy_that_dropped_a_mode():
         own = torch.multinomial(policy.exp(), RESPONSES, True, generator=generator)
         log_ratio = policy.gather(1, own) - study.reference.gather(1, own)
         rewards = study.rewards.gather(1, own[..., None].expand(-1, -1, GROUPS))
-        terms = (rewards - study.beta * log_ratio[..., None]).mean(1)
-        alone = certify(rewards, -log_ratio - math.log(RESPONSES), terms, study.beta)
+        terms = rewards - study.beta * log_ratio[..., None]
+        alone = certify(rewards, -log_ratio - math.log(RESPONSES), terms, study.beta, prompts="given")
         wrong += alone.high is not None and alone.high < exact
         mixed = study.certificate(policy, generator)
         safe += mixed.high is None or mixed.high >= exact

@@ -67,9 +67,13 @@ class EvaluateConfig(ChatSettings):
             calibration's sensitivity and the certificate.
         certify: policy whose distance to the optimum is certified under that mixture.
         beta: KL weight of the certified objective; by default the one that the policy was trained with.
-        certificate_prompts: prompts that the certificate uses.
+        certificate_prompts: prompts that the certificate uses, its units; fewer than 16 give none, and the
+            fewer the wider it is.
         certificate_samples: responses a prompt, half of the policy, half of the reference; a multiple
             of 4.
+        reward_bound: largest size that a calibrated reward of any response can have, a penalty for a
+            missing end included; by default responses that nobody drew are taken to be worth no more than
+            the best one drawn for their prompt.
         num_samples: responses a prompt of every policy.
         num_prompts: use the first so many prompts; 0 uses all.
         response_length: most tokens of a response.
@@ -89,8 +93,9 @@ class EvaluateConfig(ChatSettings):
     reward_model_path: str | None = None
     certify: str = "maxmin"
     beta: float | None = None
-    certificate_prompts: int = 16
+    certificate_prompts: int = 64
     certificate_samples: int = 128
+    reward_bound: float | None = None
     num_samples: int = 4
     num_prompts: int = 0
     response_length: int = 53
@@ -120,10 +125,12 @@ class EvaluateConfig(ChatSettings):
         self.require_seed()
         self.require_at_least(1, "num_samples", "response_length", "max_prompt_length", "certificate_prompts")
         self.require_at_least(0, "num_prompts")
-        self.require_positive("temperature", "beta")
+        self.require_positive("temperature", "beta", "reward_bound")
         named = self.certify != type(self).certify
-        if (named or self.beta is not None) and not self.reward_model_path:
-            flag = "--certify" if named else "--beta"
+        given = {"certify": named, "beta": self.beta, "reward_bound": self.reward_bound}
+        flags = [f"--{name}" for name, value in given.items() if value]
+        if flags and not self.reward_model_path:
+            flag = flags[0]
             raise UserError(f"{flag} needs --reward_model_path, whose certificate it is about")
         if named and self.certify not in self.folders():
             raise UserError(f"--certify {self.certify!r} is none of --policies: {', '.join(self.folders())}")
@@ -366,4 +373,7 @@ def _certificate(
         return penalise_missing_eos(calibrated, responses, source.eos_token_ids, penalty)
 
     some = prompts[: config.certificate_prompts]
-    return asdict(policy_certificate(policy, reference, rewards, some, config.certificate_samples, beta))
+    certificate = policy_certificate(
+        policy, reference, rewards, some, config.certificate_samples, beta, reward_bound=config.reward_bound
+    )
+    return asdict(certificate)

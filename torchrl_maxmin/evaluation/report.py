@@ -214,8 +214,15 @@ def _certificate_block(summary: Mapping[str, Any]) -> str:
     return heading + (
         f"The worst group's utility is within {certificate['value']:.3f} "
         f"{ends_text(certificate, '.3f')} of the best that any policy can give its worst group{several}. "
-        "Modes that nobody sampled are not certified."
+        f"{_rests_on(certificate, several)}"
     )
+
+
+def _rests_on(certificate: Mapping[str, Any], several: str) -> str:
+    if not certificate.get("statement"):  # of an earlier version
+        return "Modes that nobody sampled are not certified."
+    whose = " (of the seed where it asks most)" if several else ""
+    return f"**This rests on what samples cannot show{whose}:** {certificate['statement']}."
 
 
 def _calibration_block(summary: Mapping[str, Any]) -> list[str]:

@@ -53,8 +53,10 @@ def summarise(
     * ``em``: numbers (``user_accuracy``, ``num_groups_selected``, ``heldout_log_likelihood``, ...) or lists
       and dicts of numbers. Averaged over seeds; ``<key>_min`` is added for plain numbers;
       ``num_groups_selected`` is the most frequent choice.
-    * ``certificate``: ``{value, low, high, reason}``. Over seeds: mean value, smallest low, largest high;
-      null if one seed's is, with that seed's reason.
+    * ``certificate``: ``{value, low, high, reason}``, and what it rests on: ``{mass, worth, prompt_mass,
+      prompt_loss, statement}``. Over seeds: mean value, smallest low, largest high, and what the seed with
+      the smallest worth rests on, whose statement is the hardest to believe; null if one seed's is, with
+      that seed's reason.
     * ``calibration``: ``{used, worst_group: {convention: group}}`` and/or ``utilities: {convention: {group:
       number}}`` (the worst group is then the smallest); ``offsets``: ``{deviation: {group: number},
       by_prompt, num_prompts, wrong_worst_group}``, averaged, but for the largest ``wrong_worst_group``.
@@ -242,25 +244,32 @@ def _em_summary(results: list[SeedResult]) -> dict[str, Any]:
 
 
 def _certificate_summary(results: list[SeedResult]) -> dict[str, Any]:
-    """Summarise ``extra["certificate"]`` over seeds: mean value, smallest low, largest high.
+    """Summarise ``extra["certificate"]`` over seeds: mean value, outermost ends, weakest statement.
 
     One seed without a number makes the whole null: a certificate holds for all seeds or for none.
     """
-    keys = ("value", "low", "high", "reason")
-    empty: dict[str, Any] = dict.fromkeys(keys[:3])
+    numbers = ("value", "low", "high")
+    empty: dict[str, Any] = dict.fromkeys((*numbers, *_RESTS_ON))
     if all(result.extra.get("certificate") is None for result in results):
         return {**empty, "reason": "not computed", "per_seed": []}
     per_seed: list[dict[str, Any]] = [
-        {"seed": r.seed} | {key: (r.extra.get("certificate") or {}).get(key) for key in keys} for r in results
+        {"seed": r.seed} | {key: (r.extra.get("certificate") or {}).get(key) for key in ("reason", *empty)}
+        for r in results
     ]
-    silent = [entry for entry in per_seed if not all(_is_number(entry[key]) for key in empty)]
+    silent = [entry for entry in per_seed if not all(_is_number(entry[key]) for key in numbers)]
     if silent:
         first = f"seed {silent[0]['seed']}: {silent[0]['reason'] or 'not computed'}"
         reason = first if len(silent) == 1 else f"{len(silent)} of {len(per_seed)} seeds have none ({first})"
         return {**empty, "reason": reason, "per_seed": per_seed}
-    values, lows, highs = ([entry[key] for entry in per_seed] for key in empty)
+    values, lows, highs = ([entry[key] for entry in per_seed] for key in numbers)
     ends = {"low": min(lows), "high": max(highs)}
-    return {"value": float(np.mean(values)), **ends, "reason": None, "per_seed": per_seed}
+    # a smaller worth excludes more; results of earlier versions have none
+    weakest = min(per_seed, key=lambda entry: -np.inf if entry["worth"] is None else entry["worth"])
+    rests_on = {key: weakest[key] for key in _RESTS_ON}
+    return {"value": float(np.mean(values)), **ends, "reason": None, **rests_on, "per_seed": per_seed}
+
+
+_RESTS_ON = ("mass", "worth", "prompt_mass", "prompt_loss", "statement")
 
 
 def _calibration_summary(results: list[SeedResult]) -> dict[str, Any] | None:

@@ -34,6 +34,8 @@ def policy_certificate(
     beta: float,
     *,
     scoring_batch_size: int = 512,
+    reward_bound: float | None = None,
+    looks: int = 1,
 ) -> Certificate:
     """Certify how far a policy is from the max-min optimum of ``F_u = E[r_u] - beta KL``, from fresh samples.
 
@@ -45,6 +47,8 @@ def policy_certificate(
         num_samples: responses a prompt, a multiple of 4; half are the policy's, half the reference's.
         beta: weight of the KL penalty, positive.
         scoring_batch_size: most responses whose log-probabilities are taken at once.
+        reward_bound: the largest size that any response's reward can have; see ``certify``.
+        looks: certificates that are looked at before one is acted on; see ``certify``.
 
     Returns:
         See :func:`~torchrl_maxmin.welfare.certify`; null, with the reason, where it cannot say.
@@ -64,4 +68,6 @@ def policy_certificate(
         log_reference - log_mixture - math.log(num_samples),
         (group_rewards[:, :half] - penalty).mean(1),
         beta,
+        reward_bound=reward_bound,
+        looks=looks,
     )

@@ -3,6 +3,7 @@
 ``low`` and ``high`` are the interval to read, ``method`` says which; the bootstrap has its own names.
 """
 
+from torchrl_maxmin.stats.bounded import mean_upper_bound, unseen_mass
 from torchrl_maxmin.stats.clustered import (
     NUM_RESAMPLES,
     ClusterBootstrap,
@@ -34,10 +35,12 @@ __all__ = [
     "interval_of_statistic",
     "interval_over_seeds",
     "interval_over_users",
+    "mean_upper_bound",
     "paired_change",
     "rates_by_group",
     "relative_change",
     "stack_intervals",
+    "unseen_mass",
     "user_win_rates",
     "win_matrix",
     "worst_of",

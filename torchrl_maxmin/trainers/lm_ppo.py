@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
 from torchrl_maxmin.collectors import GroupStatistics
+from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import (
     leave_no_empty_output,
     resolve_device,
@@ -300,8 +301,12 @@ def monitor_gap(
 ) -> Monitor:
     """Log the certified distance to the optimum, every ``gap_steps`` iterations, where the samples can say.
 
-    Its names are ``maxmin/duality_gap``, and with ``_low`` and ``_high`` the ends of its interval.
+    Its names are ``maxmin/duality_gap``, with ``_low`` and ``_high`` the ends of its interval, and with
+    ``_mass``, ``_worth``, ``_prompt_mass`` and ``_prompt_loss`` what it rests on, see
+    :class:`~torchrl_maxmin.welfare.Certificate`. Where it may stop the run, all planned looks share the error
+    probability.
     """
+    looks = max(config.num_iterations // config.gap_steps, 1) if config.stop_at_gap else 1
     device = next(models.policy.parameters()).device
 
     def monitor(iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
@@ -318,8 +323,13 @@ def monitor_gap(
                 config.certificate_samples,
                 metrics["objective/kl_coef"],
                 scoring_batch_size=config.scoring_batch_size,
+                reward_bound=config.reward_bound,
+                looks=looks,
             )
-        parts = {"": certificate.value, "_low": certificate.low, "_high": certificate.high}
+        if config.stop_at_gap and certificate.high is not None and certificate.high <= config.stop_at_gap:
+            console.print(f"stops: the gap is at most {certificate.high:.3g}, if {certificate.statement}")
+        names = ("low", "high", "mass", "worth", "prompt_mass", "prompt_loss")
+        parts = {"": certificate.value} | {f"_{name}": getattr(certificate, name) for name in names}
         return {f"maxmin/duality_gap{end}": value for end, value in parts.items() if value is not None}
 
     return monitor

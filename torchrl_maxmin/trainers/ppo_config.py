@@ -34,9 +34,13 @@ class PPOConfig(PPOSettings, ChatSettings):
         num_generations: responses to every prompt of a rollout.
         gap_steps: certify the distance to the optimum every so many iterations, logged as
             maxmin/duality_gap; 0 never does.
-        stop_at_gap: stop once the upper end of that distance is at most this; 0 runs to the end.
-        certificate_prompts: prompts behind it.
+        stop_at_gap: stop once the upper end of that distance is at most this; 0 runs to the end. The error
+            probability is shared among all looks of the run.
+        certificate_prompts: prompts behind it, its units, 16 or more; the fewer the wider it is.
         certificate_samples: responses a prompt behind it, half of them the reference's; a multiple of 4.
+        reward_bound: largest size that a calibrated reward of any response can have, missing_eos_penalty
+            included; by default responses that nobody drew are taken to be worth no more than the best one
+            drawn for their prompt.
         calibration: scale of the reward heads before any minimum; sft_std, sft_mean, win_rate, none.
             Where rewards have large offsets by prompt, sft_std and sft_mean take off each prompt's own mean
             over samples of the reference; win_rate compares with these.
@@ -67,8 +71,9 @@ class PPOConfig(PPOSettings, ChatSettings):
     num_generations: int = 1
     gap_steps: int = 0
     stop_at_gap: float = 0.0
-    certificate_prompts: int = 64
+    certificate_prompts: int = 128
     certificate_samples: int = 64
+    reward_bound: float | None = None
     calibration: str = "sft_std"
     calibration_prompts: int = 512
     calibration_samples: int = 2
@@ -104,7 +109,7 @@ class PPOConfig(PPOSettings, ChatSettings):
             "certificate_samples", "kl_horizon", "generation_batch_size", "scoring_batch_size",
         )  # fmt: skip
         self.require_at_least(0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap")
-        self.require_positive("temperature", "kl_target")
+        self.require_positive("temperature", "kl_target", "reward_bound")
         if bool(self.reward_model_path) == bool(self.reward_funcs):
             raise UserError("give a reward: either --reward_model_path or --reward_funcs")
         if self.rollout_batch_size % self.num_generations:
@@ -127,11 +132,13 @@ class PPOConfig(PPOSettings, ChatSettings):
     def _check_certificate(self) -> None:
         if self.stop_at_gap and not self.gap_steps:
             raise UserError("--stop_at_gap needs --gap_steps, which says how often to look")
+        if self.reward_bound is not None and not self.gap_steps:
+            raise UserError("--reward_bound is of the certificate: it needs --gap_steps")
         if not self.gap_steps:
             return
         if (self.welfare, self.objective) != ("egalitarian", "min_of_means"):
             raise UserError("--gap_steps certifies max-min: it needs --welfare egalitarian, min_of_means")
         if self.beta <= 0:
             raise UserError("--gap_steps needs --beta above 0: without a KL penalty there is no certificate")
-        if self.certificate_samples < 4 or self.certificate_samples % 4 or self.certificate_prompts < 2:
-            raise UserError("--certificate_samples must be a multiple of 4, --certificate_prompts 2 or more")
+        if self.certificate_samples < 4 or self.certificate_samples % 4 or self.certificate_prompts < 16:
+            raise UserError("--certificate_samples must be a multiple of 4, --certificate_prompts 16 or more")

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import logsumexp, softmax
 from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -106,8 +105,12 @@ def dual_terms(weights: Array, rewards: Array, beta: float, log_weights: Array) 
         tilted weights ``[X, K]``.
     """
     tilted = log_weights + rewards @ weights / beta
-    gradients = np.einsum("xn,xnk->xk", softmax(tilted, axis=1), rewards)
-    return beta * logsumexp(tilted, axis=1), gradients
+    # one exponential serves both: scipy's logsumexp and softmax would each take their own
+    top = tilted.max(1, keepdims=True)
+    masses = np.exp(tilted - top)
+    totals = masses.sum(1)
+    gradients = np.matmul(masses[:, None], rewards)[:, 0] / totals[:, None]
+    return beta * (top[:, 0] + np.log(totals)), gradients
 
 
 def minimise_dual(rewards: Array, beta: float, log_weights: Array) -> tuple[Array, float, float]:
