@@ -91,13 +91,30 @@ def test_the_results_are_those_of_summary_json():
     """The table prints ``low`` and ``high``, the interval to read."""
     summary = json.loads((ROOT / "reproductions/demo-10-1/summary.json").read_text())
     rows = re.findall(
-        r"^\| \**([\w ]*?)\** \| (\d\.\d+ \[.*?\]) \| (\d\.\d+ \[.*?\]) \|", README, re.MULTILINE
+        r"^\| \**([\w ]*?)\** \| (\d\.\d+ \[.*?\]) \| (\d\.\d+ \[.*?\]) \| (.*) \|$", README, re.MULTILINE
     )
     names = {"single reward": "single", "MaxMin": "maxmin", "MaxMin on the true utilities": "oracle"}
     assert {name for name, *_ in rows} == set(names)
-    for name, *cells in rows:
-        rates = summary["policies"][names[name]]["win_rate_vs_sft"]
+    for name, *cells, totals in rows:
+        policy = summary["policies"][names[name]]
+        keys = ("worst_group_win_rate", "average_over_groups", "average_over_people")
+        assert totals.replace("*", "").split(" | ") == [f"{policy[key]:.3f}" for key in keys]
+        rates = policy["win_rate_vs_sft"]
         for cell, group in zip(cells, summary["groups"], strict=True):
             rate = rates[group["name"]]
             assert cell == f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
             assert rate["method"].startswith("t")
+
+
+def test_what_it_costs_is_that_of_summary_json():
+    compared = json.loads((ROOT / "reproductions/demo-10-1/summary.json").read_text())["comparison"]
+    text = " ".join(README.split())
+    for key, words in (
+        ("majority_relative_change", "the majority's win rate falls by"),
+        ("average_over_people_relative_change", "the average over people by"),
+    ):
+        ends = compared[f"{key}_interval"]
+        numbers = f"{-compared[key]:.0%} [{-ends['high']:.0%}, {-ends['low']:.0%}]"
+        assert f"{words} {numbers}" in text
+    people = compared["people"]
+    assert f"{people['lose']:.0%} of the people are in the group that loses, {people['gain']:.0%}" in text
