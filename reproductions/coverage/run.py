@@ -24,7 +24,7 @@ from scipy.special import expit
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.stats.clustered import ClusterBootstrap, interval_over_seeds, interval_over_users
-from torchrl_maxmin.stats.interval import CoverageWarning, Interval, stack_intervals
+from torchrl_maxmin.stats.interval import CoverageWarning, Interval, ends_of_worst, stack_intervals
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -133,7 +133,7 @@ def measure(
 def worst_of_two(
     rng: np.random.Generator, kind: str, count: int, apart: float, studies: int
 ) -> dict[str, Any]:
-    """[Smallest low, smallest high] of two groups, and a t interval over every seed's own minimum."""
+    """The interval of the worst of two groups, and a t interval over every seed's own minimum."""
     groups: list[Interval] = []
     minima = []
     for mean in (WORSE, WORSE + apart):
@@ -150,10 +150,10 @@ def worst_of_two(
         half = stats.t.ppf(0.975, count - 1) * least.std(axis=0, ddof=1) / np.sqrt(count)
         own = covered(least.mean(axis=0) - half, least.mean(axis=0) + half, WORSE)
     return {
-        "interval": covered(both.low.min(axis=0), both.high.min(axis=0), WORSE),
-        "cluster bootstrap": covered(both.bootstrap_low.min(axis=0), both.bootstrap_high.min(axis=0), WORSE),
+        "interval": covered(*ends_of_worst(both), WORSE),
+        "cluster bootstrap": covered(both.bootstrap_low.min(-1), both.bootstrap_high.min(-1), WORSE),
         "t over each seed's minimum": own,
-        "bias of the point estimate": float(both.mean.min(axis=0).mean() - WORSE),
+        "bias of the point estimate": float(both.mean.min(-1).mean() - WORSE),
     }
 
 
@@ -194,8 +194,8 @@ def write(folder: Path, rows: list[dict[str, Any]], studies: int) -> str:
             "`run.py`; every cell: `coverage.csv`. Means .2 to .8; logits of users scattered by 0, .5 or 1, "
             "4 or 20 answers each; logits of seeds scattered by .1, .3 or .6, 60 or 200 prompts that all "
             "seeds share, scattered by 1, seed and prompt together by .5, 4 answers each. `interval` is the "
-            "one to read: `interval_over_users`, `interval_over_seeds`, and of two groups [smallest low, "
-            "smallest high].",
+            "one to read: `interval_over_users`, `interval_over_seeds`, and of two groups that of `worst_of` "
+            "(more groups: `worst.csv`).",
             "",
             *lines,
             "",
