@@ -13,8 +13,8 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from run import centre, covered
 from scipy.special import expit
+from simulated import centre, covered
 
 from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.core.tables import write_csv
@@ -42,7 +42,12 @@ def drawn(rng: np.random.Generator, prompts: int, design: str) -> tuple[np.ndarr
 
 
 def cell(
-    rng: np.random.Generator, prompts: int, design: str, scatter: tuple[float, float], mean: float, studies: int
+    rng: np.random.Generator,
+    prompts: int,
+    design: str,
+    scatter: tuple[float, float],
+    mean: float,
+    studies: int,
 ) -> dict[str, float]:
     """Coverage of the mean by both intervals."""
     users, ids = drawn(rng, prompts, design)

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from scipy.optimize import brentq
 from scipy.special import expit
+from simulated import WORSE, centre, covered
 
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.tables import write_csv
@@ -32,13 +32,6 @@ from common import make_parser, run_main
 
 MEANS = (0.2, 0.35, 0.5, 0.65, 0.8)
 ANSWERS_A_PROMPT = 4
-WORSE = 0.6
-_GRID = stats.norm.ppf((np.arange(4000) + 0.5) / 4000)
-
-
-def centre(mean: float, deviation: float) -> float:
-    """The logit around which logits scatter by ``deviation`` so that rates have this mean."""
-    return brentq(lambda mu: expit(mu + deviation * _GRID).mean() - mean, -9, 9)
 
 
 def users_study(
@@ -62,11 +55,6 @@ def seeds_study(
     logits = mu + scatter * rng.normal(size=(seeds, 1, studies)) + rng.normal(size=(1, prompts, studies))
     logits = logits + 0.5 * rng.normal(size=(seeds, prompts, studies))
     return rng.binomial(ANSWERS_A_PROMPT, expit(logits)) / ANSWERS_A_PROMPT
-
-
-def covered(low: np.ndarray, high: np.ndarray, truth: float) -> float:
-    """Share of the studies whose interval holds the truth."""
-    return float(np.mean((low <= truth) & (truth <= high)))
 
 
 def naive(means: np.ndarray, comparisons: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,8 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from run import WORSE, centre
 from scipy.special import expit
+from simulated import WORSE, centre
 
 from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.core.tables import write_csv
@@ -76,7 +76,9 @@ def cell(found: Interval, level: float = 0.05) -> dict[str, float]:
     groups = found.estimate.shape[-1]
     low, high = ends_of_worst(found)
     plain, split = found.high.min(-1), found.ends_at(1 - level / groups)[1].min(-1)
-    biases = [bias_of_smallest(*each) for each in zip(found.estimate, found.standard_error, strict=True)]
+    shared = np.broadcast_to(found.correlation, found.estimate.shape[:-1])
+    told = zip(found.estimate, found.standard_error, shared, strict=True)
+    biases = [bias_of_smallest(means, errors, float(both)) for means, errors, both in told]
     about, most = np.mean(biases, axis=0)
     return {
         "coverage": float(np.mean((low <= WORSE) & (high >= WORSE))),

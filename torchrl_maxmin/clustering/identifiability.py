@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,11 @@ def identifiability_report(
         balanced_misassignment_high=high,
         identifiable=identifiable,
         more_pairs_per_user=more,
-        group_accuracy=group_accuracy(known, choices.keep_rows(held)),
+        group_accuracy=group_accuracy(
+            known,
+            choices.keep_rows(held),
+            prompts=None if prompts is None else list(compress(prompts, held.tolist())),
+        ),
         l2=best,
         mixture=mixture,
         posterior=posterior,
@@ -305,7 +310,11 @@ def _simulated_misassignment(margins: Tensor, pairs_per_user: Tensor, log_prior:
 
 
 def group_accuracy(
-    known: LinearMixture, heldout: PairChoices, *, confidence: float = 0.95
+    known: LinearMixture,
+    heldout: PairChoices,
+    *,
+    confidence: float = 0.95,
+    prompts: Sequence[Any] | None = None,
 ) -> list[GroupAccuracy]:
     """Score each head on further pairs of the users it was given, with t intervals over users.
 
@@ -313,6 +322,8 @@ def group_accuracy(
         known: fitted on other pairs of the same users.
         heldout: their held-out pairs.
         confidence: of the intervals.
+        prompts: what each held-out pair was a choice about, so that prompts which users share are clusters
+            too.
     """
     groups = known.assignments[heldout.row_users]
     right = (heldout.differences @ known.weight.T).gather(1, groups.unsqueeze(1)).squeeze(1) > 0
@@ -320,7 +331,7 @@ def group_accuracy(
     num_groups = len(known.log_prior)
     found = accuracy_by_group(
         right, heldout.row_users, known.assignments, num_groups,
-        row_weights=weights, confidence=confidence, num_resamples=0, warn=False,
+        row_weights=weights, prompts=prompts, confidence=confidence, num_resamples=0, warn=False,
     )  # fmt: skip
     pairs = groups.bincount(weights.double(), num_groups).tolist()
     none = GroupAccuracy(0, 0.0, None, None, None)

@@ -82,6 +82,7 @@ def diagnose(
     beta: float = 0.5,
     row_weights: Tensor | None = None,
     judgements: Sequence[int] | np.ndarray | None = None,
+    prompts: Sequence[Any] | None = None,
     true_groups: Sequence[Any] | None = None,
     l2_candidates: Sequence[float] = L2_CANDIDATES,
     heldout_fraction: float = 0.2,
@@ -123,6 +124,7 @@ def diagnose(
         row_weights: How much each pair counts [P]; a tie is both directions at one half. The alignment gap
             counts both.
         judgements: What each pair follows from [P]; pairs of one judgement are held out together.
+        prompts: What each pair is about [P]; those that users share widen the intervals of accuracies.
         true_groups: Group of every user [U], if known; only compared with.
         l2_candidates: Penalties to choose among, by the likelihood of left-out users.
         heldout_fraction: Share of every user's pairs that accuracy is measured on.
@@ -192,7 +194,7 @@ def diagnose(
     errors = jackknife_error(*refit, num_jackknife)
     num_users = len(user_offsets) - 1
     ends = interval_ends(found, errors, bias_error, min(num_jackknife, num_users), confidence)
-    accuracy = heldout_accuracy(choices, mixture, fitter, judgements, heldout_fraction, confidence)
+    accuracy = heldout_accuracy(choices, mixture, fitter, judgements, heldout_fraction, confidence, prompts)
     misassigned = misassignment(choices, num_groups, fitter, num_folds)
     bound, eigenvalue = feature_constants(x)
     # Theorem 1 has rewards in log odds, not calibrated.

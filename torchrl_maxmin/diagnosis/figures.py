@@ -264,11 +264,13 @@ def heldout_accuracy(
     judgements: Sequence[int] | np.ndarray | None,
     fraction: float,
     confidence: float,
+    prompts: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """Score single and mixture on held-out pairs of known users, by the group of their other pairs.
 
     A ``fraction`` of each user's ``judgements`` (what each pair follows from [P]) is held out, pairs of one
-    judgement together. The first arguments are those of :func:`jackknife_error`.
+    judgement together. The first arguments are those of :func:`jackknife_error`. With ``prompts`` [P], those
+    that users share are clusters of single's and mixture's accuracies too.
 
     Returns:
         ``groups``: by group single, mixture and difference with intervals over users, or a ``reason``;
@@ -289,8 +291,9 @@ def heldout_accuracy(
     right = (np.sign(margins) + 1) / 2
     expected = expit(np.abs(margins))
     settings: dict[str, Any] = {"confidence": confidence, "seed": fitter.seed, "warn": False}
+    shown = None if prompts is None else [prompts[row] for row in held.nonzero().flatten().tolist()]
     rates = accuracy_by_group(
-        right, later.row_users, groups, num_groups, row_weights=later.row_weights, **settings
+        right, later.row_users, groups, num_groups, row_weights=later.row_weights, prompts=shown, **settings
     )
     settings["scale"] = "identity"
     out = []

@@ -27,6 +27,7 @@ from torchrl_maxmin.diagnosis.analysis import ONE_USER, check_pairs, diagnose
 from torchrl_maxmin.diagnosis.report import verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.models.loading import require_model
+from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.settings import MixtureSettings
 
 __all__ = ["DiagnoseConfig", "run_diagnose"]
@@ -95,6 +96,7 @@ class _Pairs:
     row_weights: Tensor | None = None
     judgements: np.ndarray | None = None
     groups: list[str] | None = None
+    prompts: list[str] | None = None
 
 
 @leave_no_empty_output
@@ -127,7 +129,8 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         differences = feature_differences(data, model, config.max_length, device, **reading)
         weights = None if bool((data.weights == 1).all()) else data.weights.float()
         known = data.user_offsets, data.user_ids
-        pairs = _Pairs(differences, *known, weights, data.ranking_ids, data.groups)
+        prompts = [text_key(prompt) for prompt in data.prompts]
+        pairs = _Pairs(differences, *known, weights, data.ranking_ids, data.groups, prompts)
     seed_everything(config.seed)
     found = diagnose(
         pairs.differences,
@@ -135,6 +138,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         num_groups=num_groups,
         row_weights=pairs.row_weights,
         judgements=pairs.judgements,
+        prompts=pairs.prompts,
         true_groups=pairs.groups,
         l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
         **{name: getattr(config, name) for name in _OPTIONS},

@@ -176,7 +176,7 @@ def _bias_note(groups: Interval, count: int) -> str:
     note = f"the smallest of {count} noisy means is biased low, most where the groups are close"
     if groups.standard_error is None:
         return note
-    about, most = bias_of_smallest(groups.estimate, groups.standard_error)
+    about, most = bias_of_smallest(groups.estimate, groups.standard_error, float(groups.correlation))
     return note if np.isnan(most) else f"{note}: by about {about:.2g}, and {most:.2g} if all were equal"
 
 
