@@ -156,7 +156,10 @@ COLUMNS = FIELDS[8:]
 def write(folder: Path, rows: list[dict[str, Any]], studies: int) -> str:
     """Every cell as CSV, ranges by kind and count as Markdown."""
     cells = [
-        {key: f"{row[key]:.4f}" if key in COLUMNS and key in row else row.get(key) for key in FIELDS}
+        {
+            key: f"{row[key]:.4f}" if key in COLUMNS and row.get(key) is not None else row.get(key)
+            for key in FIELDS
+        }
         for row in rows
     ]
     write_csv(folder / "coverage.csv", cells)

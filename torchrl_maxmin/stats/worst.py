@@ -174,8 +174,10 @@ def bias_of_smallest(means: ArrayLike, errors: ArrayLike, correlation: float = 0
     they scatter by what the errors leave (empirical Bayes). The bound has them all equal: no other truth
     biases the smallest more. What groups share of their errors moves all of them, and biases nothing.
 
-    Simulated (`reproductions/coverage/worst.py`), the first is near the bias of 2 to 16 groups where all are
-    equal, .8 of it, and above it where one is worse by little; BIAS.
+    Simulated (`reproductions/coverage/worst.py`; 2 to 16 groups at .6 and above), the first is on average .48
+    to .87 of the bias where all are equal, short of it by .014 at most; where one is worse by .05 or .1 it is
+    up to .03 too much, as estimates cannot tell those from equal ones; where groups are spread over .2 it is
+    within .006. The second is on average short of the bias of equal groups by .004 at most, with 3 seeds.
 
     Args:
         means: Estimates [G].
