@@ -57,10 +57,10 @@ def interval_over_users_and_prompts(
 
         half^2 = t(U - 1)^2 V_user + t(N - 1)^2 (V - V_user).
 
-    Simulated (`reproductions/coverage/crossed.py`, 1000 studies a cell; 60 users who answer all of the prompts,
-    some of them or two; logits of users and of prompts scattered by .5 and 1, or prompts alike), a nominal 95%
-    covers .936 to .974 with 10 prompts, .933 to .967 with 30 and .943 to .966 with 100. Where prompts differ
-    an interval over users alone goes down to .51, .60 and .73.
+    Simulated (`reproductions/coverage/crossed.py`, 1000 studies a cell; 60 users who answer all prompts, some
+    or two; logits of users and of prompts scattered by .5 and 1, or prompts alike), a nominal 95% covers .936
+    to .974 with 10 prompts, .933 to .967 with 30 and .943 to .966 with 100. An interval over users alone goes
+    down to .51, .60 and .73.
 
     Args:
         values: One outcome an answer [P, ...].
