@@ -82,7 +82,7 @@ def test_points_are_win_matrices_and_gains_of_every_seed():
         assert found.worst_rate == found.rates.groups.mean.min()
         assert found.majority_rate == found.rates.groups.mean[0]
         gain = interval_over_seeds(found.gains, scale="identity")
-        assert (found.worst_gain.low, found.worst_gain.high) == (gain.low.min(), gain.high.min())
+        assert (found.worst_gain.low, found.worst_gain.high) == ends_of_worst(gain)
         kl = np.stack([result.kl[name] for result in given])
         assert float(found.kl.mean) == pytest.approx(kl.mean())
 

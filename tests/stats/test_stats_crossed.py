@@ -111,7 +111,7 @@ def test_accuracies_and_win_rates_take_prompts():
         rows = groups[users] == k
         one = interval_over_users_and_prompts(values[rows], users[rows], prompts[rows], num_resamples=0)
         np.testing.assert_allclose([found[k].low, found[k].high], [one.low, one.high])
-    rates = user_win_rates(values, users, dict(enumerate(map(str, groups))), prompts, num_resamples=0)
+    rates = user_win_rates(values, users, dict(enumerate(map(str, groups))), iter(prompts), num_resamples=0)
     np.testing.assert_allclose(rates.low, [found[0].low, found[1].low])
     assert rates.groups.clusters == {"users": [40, 40], "prompts": [25, 25]}
     assert rates.worst_group.low <= rates.worst_group.estimate <= rates.worst_group.high

@@ -79,7 +79,8 @@ def test_the_naive_bootstrap_is_binomial(study):
 
 def test_the_table_of_coverage_is_written(study, tmp_path):
     rows = [
-        {"kind": "users", "count": 30, "mean": 0.5, "interval": 0.95, "cluster bootstrap": 0.94},
+        {"kind": "users", "count": 30, "mean": 0.5, "interval": 0.95, "cluster bootstrap": 0.94}
+        | {"percentiles over seeds": None},
         {"kind": "users", "count": 30, "mean": 0.8, "interval": 0.99, "cluster bootstrap": 0.93},
     ]
     text = study.write(tmp_path, rows, 7)

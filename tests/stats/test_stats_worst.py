@@ -1,5 +1,6 @@
 """The worst of several groups: against integrals and samples, and how often the interval covers."""
 
+import pickle
 import warnings
 
 import numpy as np
@@ -84,6 +85,13 @@ def test_shared_errors_are_integrated_as_a_sampler_has_them():
     apart = ends_of_smallest(*normal_ends(means, errors))
     assert low < apart[0]
     assert high < apart[1]
+
+
+def test_intervals_travel_between_processes():
+    found = interval_over_users(np.random.default_rng(0).random((40, 3)), num_resamples=0)
+    stacked = stack_intervals([found, found])
+    for each in (found, stacked):
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(each)).ends_at(0.9), each.ends_at(0.9))
 
 
 def test_order_and_shift_of_groups_do_not_matter():

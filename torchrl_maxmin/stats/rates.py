@@ -241,10 +241,11 @@ def user_win_rates(
             raise ValueError(f"user {user!r} has no group")
         named.setdefault("all" if groups is None else str(groups[user]), len(named))
     of = np.array([named["all" if groups is None else str(groups[user])] for user in index])
-    intervals = accuracy_by_group(outcomes, rows, of, len(named), prompts=prompts, **settings)
+    shown = None if prompts is None else prompt_ids(prompts)
+    intervals = accuracy_by_group(outcomes, rows, of, len(named), prompts=shown, **settings)
     found = stack_intervals([one for one in intervals if one is not None])
-    if prompts is not None and found.standard_error is not None:
-        shared = shared_correlation(outcomes, rows, prompt_ids(prompts), of[rows], found.standard_error)
+    if shown is not None and found.standard_error is not None:
+        shared = shared_correlation(outcomes, rows, shown, of[rows], found.standard_error)
         found = dataclasses.replace(found, correlation=shared)
     worst, worst_group = worst_of(found)
     return GroupWinRates(tuple(named), found, list(named)[worst], worst_group)
