@@ -12,6 +12,7 @@ from scripts import on_path
 
 from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.stats import interval_over_seeds, rates_by_group, win_matrix
+from torchrl_maxmin.stats.interval import ends_of_worst
 from torchrl_maxmin.welfare import solve_dual
 
 on_path("frontier")
