@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from scipy.optimize import brentq
 from scipy.special import expit
+from simulated import WORSE, centre, covered
 
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.stats.clustered import ClusterBootstrap, interval_over_seeds, interval_over_users
-from torchrl_maxmin.stats.interval import CoverageWarning, Interval, stack_intervals
+from torchrl_maxmin.stats.interval import CoverageWarning, Interval, ends_of_worst, stack_intervals
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -32,13 +32,6 @@ from common import make_parser, run_main
 
 MEANS = (0.2, 0.35, 0.5, 0.65, 0.8)
 ANSWERS_A_PROMPT = 4
-WORSE = 0.6
-_GRID = stats.norm.ppf((np.arange(4000) + 0.5) / 4000)
-
-
-def centre(mean: float, deviation: float) -> float:
-    """The logit around which logits scatter by ``deviation`` so that rates have this mean."""
-    return brentq(lambda mu: expit(mu + deviation * _GRID).mean() - mean, -9, 9)
 
 
 def users_study(
@@ -62,11 +55,6 @@ def seeds_study(
     logits = mu + scatter * rng.normal(size=(seeds, 1, studies)) + rng.normal(size=(1, prompts, studies))
     logits = logits + 0.5 * rng.normal(size=(seeds, prompts, studies))
     return rng.binomial(ANSWERS_A_PROMPT, expit(logits)) / ANSWERS_A_PROMPT
-
-
-def covered(low: np.ndarray, high: np.ndarray, truth: float) -> float:
-    """Share of the studies whose interval holds the truth."""
-    return float(np.mean((low <= truth) & (truth <= high)))
 
 
 def naive(means: np.ndarray, comparisons: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +121,7 @@ def measure(
 def worst_of_two(
     rng: np.random.Generator, kind: str, count: int, apart: float, studies: int
 ) -> dict[str, Any]:
-    """[Smallest low, smallest high] of two groups, and a t interval over every seed's own minimum."""
+    """The interval of the worst of two groups, and a t interval over every seed's own minimum."""
     groups: list[Interval] = []
     minima = []
     for mean in (WORSE, WORSE + apart):
@@ -150,10 +138,10 @@ def worst_of_two(
         half = stats.t.ppf(0.975, count - 1) * least.std(axis=0, ddof=1) / np.sqrt(count)
         own = covered(least.mean(axis=0) - half, least.mean(axis=0) + half, WORSE)
     return {
-        "interval": covered(both.low.min(axis=0), both.high.min(axis=0), WORSE),
-        "cluster bootstrap": covered(both.bootstrap_low.min(axis=0), both.bootstrap_high.min(axis=0), WORSE),
+        "interval": covered(*ends_of_worst(both), WORSE),
+        "cluster bootstrap": covered(both.bootstrap_low.min(-1), both.bootstrap_high.min(-1), WORSE),
         "t over each seed's minimum": own,
-        "bias of the point estimate": float(both.mean.min(axis=0).mean() - WORSE),
+        "bias of the point estimate": float(both.mean.min(-1).mean() - WORSE),
     }
 
 
@@ -168,7 +156,10 @@ COLUMNS = FIELDS[8:]
 def write(folder: Path, rows: list[dict[str, Any]], studies: int) -> str:
     """Every cell as CSV, ranges by kind and count as Markdown."""
     cells = [
-        {key: f"{row[key]:.4f}" if key in COLUMNS and key in row else row.get(key) for key in FIELDS}
+        {
+            key: f"{row[key]:.4f}" if key in COLUMNS and row.get(key) is not None else row.get(key)
+            for key in FIELDS
+        }
         for row in rows
     ]
     write_csv(folder / "coverage.csv", cells)
@@ -194,8 +185,8 @@ def write(folder: Path, rows: list[dict[str, Any]], studies: int) -> str:
             "`run.py`; every cell: `coverage.csv`. Means .2 to .8; logits of users scattered by 0, .5 or 1, "
             "4 or 20 answers each; logits of seeds scattered by .1, .3 or .6, 60 or 200 prompts that all "
             "seeds share, scattered by 1, seed and prompt together by .5, 4 answers each. `interval` is the "
-            "one to read: `interval_over_users`, `interval_over_seeds`, and of two groups [smallest low, "
-            "smallest high].",
+            "one to read: `interval_over_users`, `interval_over_seeds`, and of two groups that of `worst_of` "
+            "(more groups: `worst.csv`).",
             "",
             *lines,
             "",

@@ -88,7 +88,7 @@ def _head(homes: Sequence[Path], sizes: Sizes, minutes: float) -> list[str]:
         "half); training never sees true utilities. Brackets are 95% intervals, t over seeds plus the "
         "component of the prompts that all seeds share (`evaluation/clustered.py`); with one seed they hold "
         "the chance of the prompts alone. For rates above .9 they may be too narrow. The worst group's is "
-        "[smallest low, smallest high], its estimate biased low. Changes are paired by seed and prompt.",
+        "wider than each group's own (`stats.worst_of`), its estimate biased low. Changes are paired by seed and prompt.",
         "",
     ]
 

@@ -235,3 +235,21 @@ def test_the_choice_of_k_and_the_flags_at_full_size(reproduction, seed):
                 gap = abs(figures["expected misassignment"] - figures["true misassignment"])
                 assert gap <= 0.05
             assert many["true, balanced"] <= 0.05
+
+
+def test_group_accuracy_takes_shared_prompts_as_clusters():
+    rng = np.random.default_rng(1)
+    x = torch.from_numpy(rng.normal(size=(1200, 3)))
+    # Whether a head is right hangs on the prompt alone: users say nothing of its chance.
+    prompts = np.tile(np.arange(20), 60)
+    x[:, 0] = torch.from_numpy(rng.normal(size=20)[prompts])
+    responsibilities = torch.ones(60, 1).double()
+    weight = torch.tensor([[1.0, 0.0, 0.0]]).double()
+    known = LinearMixture(weight, torch.zeros(1).double(), responsibilities, 0.0)
+    pairs = PairChoices(x, torch.arange(61) * 20)
+    alone, crossed = group_accuracy(known, pairs)[0], group_accuracy(known, pairs, prompts=prompts)[0]
+    assert crossed.accuracy == pytest.approx(alone.accuracy)
+    assert alone.high - alone.low == pytest.approx(0.0)
+    right = (x[:20, 0].numpy() > 0).astype(float)
+    width = stats.t.ppf(0.975, 19) * stats.sem(right) / (right.mean() * (1 - right.mean()))
+    assert crossed.low == pytest.approx(expit(logit(right.mean()) - width))

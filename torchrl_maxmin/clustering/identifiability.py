@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,9 @@ def identifiability_report(
     # Few pairs have many local optima, and one fold that falls into a bad one spoils its users.
     fit = {"num_restarts": 6, "m_step": "exact", "num_rounds": 100, "convergence_tolerance": 1e-4, **fit}
     overlap = None if prompts is None else _prompt_overlap(prompts, user_offsets)
-    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements)
+    choices, judged = judged_choices(differences, user_offsets, row_weights, judgements)
+    if prompts is not None:
+        prompts = [prompts[row] for row in judged.first.tolist()]
     differences, user_offsets = choices.differences, choices.user_offsets
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
     with progress_bar("leaving users out", len(folds) * len(l2_candidates)) as advance:
@@ -213,7 +216,11 @@ def identifiability_report(
         balanced_misassignment_high=high,
         identifiable=identifiable,
         more_pairs_per_user=more,
-        group_accuracy=group_accuracy(known, choices.keep_rows(held)),
+        group_accuracy=group_accuracy(
+            known,
+            choices.keep_rows(held),
+            prompts=None if prompts is None else list(compress(prompts, held.tolist())),
+        ),
         l2=best,
         mixture=mixture,
         posterior=posterior,
@@ -312,7 +319,11 @@ def _simulated_misassignment(margins: Tensor, pairs_per_user: Tensor, log_prior:
 
 
 def group_accuracy(
-    known: LinearMixture, heldout: PairChoices, *, confidence: float = 0.95
+    known: LinearMixture,
+    heldout: PairChoices,
+    *,
+    confidence: float = 0.95,
+    prompts: Sequence[Any] | None = None,
 ) -> list[GroupAccuracy]:
     """Score each head on further pairs of the users it was given, with t intervals over users.
 
@@ -320,6 +331,8 @@ def group_accuracy(
         known: fitted on other pairs of the same users.
         heldout: their held-out pairs.
         confidence: of the intervals.
+        prompts: what each held-out pair was a choice about, so that prompts which users share are clusters
+            too.
     """
     groups = known.assignments[heldout.row_users]
     right = (heldout.differences @ known.weight.T).gather(1, groups.unsqueeze(1)).squeeze(1) > 0
@@ -327,7 +340,7 @@ def group_accuracy(
     num_groups = len(known.log_prior)
     found = accuracy_by_group(
         right, heldout.row_users, known.assignments, num_groups,
-        row_weights=weights, confidence=confidence, num_resamples=0, warn=False,
+        row_weights=weights, prompts=prompts, confidence=confidence, num_resamples=0, warn=False,
     )  # fmt: skip
     pairs = groups.bincount(weights.double(), num_groups).tolist()
     none = GroupAccuracy(0, 0.0, None, None, None)

@@ -18,7 +18,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.envs.exact import VectorMDP, solve_max_min
 from torchrl_maxmin.stats.clustered import interval_over_users
-from torchrl_maxmin.stats.interval import Interval, stack_intervals, worst_of
+from torchrl_maxmin.stats.interval import Interval, worst_of
 
 __all__ = ["episode_returns", "episode_summary", "exact_summary", "policy_table"]
 
@@ -76,7 +76,7 @@ def episode_summary(returns: Tensor, confidence: float = 0.95) -> dict[str, Any]
 
     Returns:
         ``episodes``; ``utilities`` {group: {mean, low, high, method}}; ``worst_group``, the least mean, which
-        is biased low; ``worst_group_interval``, least of the lows and least of the highs; ``mean_of_mins``
+        is biased low; ``worst_group_interval``, which allows for that; ``mean_of_mins``
         {mean, low, high, method}.
 
     Raises:
@@ -93,7 +93,7 @@ def episode_summary(returns: Tensor, confidence: float = 0.95) -> dict[str, Any]
         settings: dict[str, Any] = {"scale": "identity", "num_resamples": 0, "warn": False}
         return interval_over_users(values.numpy(), unit="episodes", confidence=confidence, **settings)
 
-    groups = stack_intervals([interval(column) for column in returns.T])
+    groups = interval(returns)
     worst = worst_of(groups)[1].to_dict()
     return {
         "episodes": len(returns),

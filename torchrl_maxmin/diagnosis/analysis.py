@@ -84,6 +84,7 @@ def diagnose(
     beta: float = 0.5,
     row_weights: Tensor | None = None,
     judgements: np.ndarray | Tensor | None = None,
+    prompts: Sequence[Any] | None = None,
     true_groups: Sequence[Any] | None = None,
     l2_candidates: Sequence[float] = L2_CANDIDATES,
     heldout_fraction: float = 0.2,
@@ -126,6 +127,7 @@ def diagnose(
             counts both.
         judgements: What each pair follows from [P]; pairs of one judgement are held out together. Without
             them, equal pairs of one user (either way round) are repeats; repeats count as one judgement.
+        prompts: What each pair is about [P]; those that users share widen the intervals of accuracies.
         true_groups: Group of every user [U], if known; only compared with.
         l2_candidates: Penalties to choose among, by the likelihood of left-out users.
         heldout_fraction: Share of every user's pairs that accuracy is measured on.
@@ -182,7 +184,8 @@ def diagnose(
     errors = jackknife_error(*refit, num_jackknife)
     num_users = len(user_offsets) - 1
     ends = interval_ends(found, errors, bias_error, min(num_jackknife, num_users), confidence)
-    accuracy = heldout_accuracy(choices, mixture, fitter, heldout_fraction, confidence)
+    shown = None if prompts is None else [prompts[row] for row in judged.first.tolist()]
+    accuracy = heldout_accuracy(choices, mixture, fitter, heldout_fraction, confidence, shown)
     misassigned = misassignment(choices, num_groups, fitter, num_folds)
     bound, eigenvalue = feature_constants(x)
     # Theorem 1 has rewards in log odds, not calibrated.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -263,11 +263,13 @@ def heldout_accuracy(
     fitter: Fitter,
     fraction: float,
     confidence: float,
+    prompts: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """Score single and mixture on held-out pairs of known users, by the group of their other pairs.
 
     A ``fraction`` of each user's judgements is held out, pairs of one judgement together. The first arguments
-    are those of :func:`jackknife_error`.
+    are those of :func:`jackknife_error`. With ``prompts`` [P], those that users share are clusters of
+    single's and mixture's accuracies too.
 
     Returns:
         ``groups``: by group single, mixture and difference with intervals over users, or a ``reason``;
@@ -288,8 +290,9 @@ def heldout_accuracy(
     right = (np.sign(margins) + 1) / 2
     expected = expit(np.abs(margins))
     settings: dict[str, Any] = {"confidence": confidence, "seed": fitter.seed, "warn": False}
+    shown = None if prompts is None else [prompts[row] for row in held.nonzero().flatten().tolist()]
     rates = accuracy_by_group(
-        right, later.row_users, groups, num_groups, row_weights=later.row_weights, **settings
+        right, later.row_users, groups, num_groups, row_weights=later.row_weights, prompts=shown, **settings
     )
     settings["scale"] = "identity"
     out = []

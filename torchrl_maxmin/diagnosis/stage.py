@@ -27,6 +27,7 @@ from torchrl_maxmin.diagnosis.analysis import ONE_USER, check_pairs, diagnose
 from torchrl_maxmin.diagnosis.report import repeats_text, verdict, verdict_table, write_diagnosis
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.models.loading import require_model
+from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.settings import MixtureSettings
 
 __all__ = ["DiagnoseConfig", "run_diagnose"]
@@ -98,6 +99,7 @@ class _Pairs:
     judgements: np.ndarray | Tensor | None = None
     groups: list[str] | None = None
     repeated: int = 0
+    prompts: list[str] | None = None
 
 
 @leave_no_empty_output
@@ -129,7 +131,10 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         model, reading = str(config.model_name_or_path), config.reading_options()
         choices = feature_choices(data, model, config.max_length, device, **reading)
         known, judged = (choices.user_offsets, data.user_ids), (choices.row_weights, choices.judgements)
-        pairs = _Pairs(choices.differences, *known, *judged, data.groups, data.judgements.num_repeats)
+        every = [text_key(prompt) for prompt in data.prompts]
+        prompts = [every[row] for row in data.judgements.first.tolist()]
+        rest = data.groups, data.judgements.num_repeats, prompts
+        pairs = _Pairs(choices.differences, *known, *judged, *rest)
     seed_everything(config.seed)
     found = diagnose(
         pairs.differences,
@@ -137,6 +142,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         num_groups=num_groups,
         row_weights=pairs.row_weights,
         judgements=pairs.judgements,
+        prompts=pairs.prompts,
         true_groups=pairs.groups,
         l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
         **{name: getattr(config, name) for name in _OPTIONS},

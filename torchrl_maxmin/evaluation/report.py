@@ -289,7 +289,7 @@ def _caveats(summary: Mapping[str, Any]) -> str:
     lines = [
         *_about_the_judge(summary),
         "The minimum over groups of noisy win rates is biased low, most where groups are close. The "
-        "interval of the worst group is [smallest low, smallest high] over groups.",
+        "interval of the worst group allows for the closeness of the groups.",
         seeds,
         *(f"{', '.join(names)}: {note}." for note, names in noted.items()),
     ]

@@ -209,7 +209,9 @@ def fit_mixture(
     if heldout is not None:
         later = PairTokens(heldout, mixture.encoder(max_length), mixture.reader.pad_id)
         known = dict(zip(data.user_ids, responsibilities, strict=True))
-        figures = heldout_figures(mixture, later, heldout.user_ids, known, tuning.scoring_batch_size)
+        prompts = [text_key(prompt) for prompt in heldout.prompts]
+        size = tuning.scoring_batch_size
+        figures = heldout_figures(mixture, later, heldout.user_ids, known, size, prompts=prompts)
     return MixtureFit(
         mixture,
         data.user_ids,
@@ -231,10 +233,13 @@ def heldout_figures(
     user_ids: list[str],
     responsibilities: Mapping[str, Tensor],
     batch_size: int = SCORED_AT_ONCE,
+    *,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Predictive log-likelihood a pair, and each head's accuracy on the users it was given.
 
-    Each user counts once; the intervals are t over those users, 95%, and null with one.
+    Each user counts once; the intervals are t over those users and, with ``prompts`` [P], over the prompts
+    that they share, 95%, and null with one user. ``notes`` say why they may be too narrow.
     """
     unknown = mixture.log_prior.exp().cpu()
     known = torch.stack([responsibilities.get(user, unknown) for user in user_ids])
@@ -245,13 +250,14 @@ def heldout_figures(
     right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
     found = accuracy_by_group(
         right.squeeze(1), pairs.row_users, groups, mixture.num_groups,
-        row_weights=pairs.row_weights, num_resamples=0, warn=False,
+        row_weights=pairs.row_weights, prompts=prompts, num_resamples=0, warn=False,
     )  # fmt: skip
     accuracy = [[None] * 3 if interval is None else interval.to_list() for interval in found]
     return {
         "log_likelihood": predictive,
         "head_accuracy": [estimate for estimate, *_ in accuracy],
         "head_accuracy_interval": [ends for _, *ends in accuracy],
+        "head_accuracy_notes": [[] if interval is None else list(interval.notes) for interval in found],
         "pairs": len(pairs),
     }
 

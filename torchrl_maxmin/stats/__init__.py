@@ -11,6 +11,7 @@ from torchrl_maxmin.stats.clustered import (
     interval_over_seeds,
     interval_over_users,
 )
+from torchrl_maxmin.stats.crossed import interval_over_users_and_prompts
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION, CoverageWarning, Interval, stack_intervals, worst_of
 from torchrl_maxmin.stats.rates import (
     GroupWinRates,
@@ -35,6 +36,7 @@ __all__ = [
     "interval_of_statistic",
     "interval_over_seeds",
     "interval_over_users",
+    "interval_over_users_and_prompts",
     "mean_upper_bound",
     "paired_change",
     "rates_by_group",

@@ -8,16 +8,16 @@ draws prompts once for all of its seeds.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
-from scipy.special import expit, logit
 
-from torchrl_maxmin.stats.interval import CoverageWarning, Interval
+from torchrl_maxmin.stats.ends import FEWEST_USERS, MOST_EXTREME_RATE, TEnds, checked, coverage_notes
+from torchrl_maxmin.stats.interval import Interval
+from torchrl_maxmin.stats.worst import mean_correlation
 
 __all__ = [
     "FEWEST_USERS",
@@ -31,10 +31,6 @@ __all__ = [
 
 #: Resamples behind every interval that is reported.
 NUM_RESAMPLES = 2000
-
-#: Intervals were seen to miss their coverage below so many users, and for rates so far from one half.
-FEWEST_USERS = 30
-MOST_EXTREME_RATE = 0.9
 
 #: Maps means [B, ...] to a statistic of them [B, ...'], row by row.
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -134,17 +130,27 @@ def interval_over_users(
         >>> bool(found.low < 0.6 < found.high), found.clusters
         (True, {'users': 100})
     """
-    values = _checked(user_means, 1, scale)
+    values = checked(user_means, 1, scale)
     count = len(values)
     mean = values.mean(axis=0)
-    variance = values.var(axis=0, ddof=1) / count if count > 1 else np.full(mean.shape, np.nan)
-    half = stats.t.ppf((1 + confidence) / 2, max(count - 1, 1)) * np.sqrt(variance)
-    low, high = _ends(mean, half, scale, count, confidence)
+
+    def variance_of(means: np.ndarray) -> np.ndarray:
+        return means.var(axis=0, ddof=1) / count if count > 1 else np.full(means.shape[1:], np.nan)
+
+    variance = variance_of(values)
+    ends_at = TEnds(mean, ((variance, count - 1),), scale, count)
     few = f"{count} {unit} are few: under {FEWEST_USERS} the interval may be too narrow"
-    notes = tuple(_notes([few] if count < FEWEST_USERS else [], mean, scale, warn))
+    notes = tuple(coverage_notes([few] if count < FEWEST_USERS else [], mean, scale, warn))
     # One "seed" of U "prompts": the resamples are those of users.
     bootstrap = _bootstrap_ends(values[None], confidence, num_resamples, seed)
-    return Interval(mean, low, high, f"t over {unit}", *bootstrap, {unit: count}, notes)
+    return ends_at.interval(
+        confidence,
+        f"t over {unit}",
+        bootstrap,
+        clusters={unit: count},
+        notes=notes,
+        correlation=mean_correlation(variance_of, values) if values.ndim > 1 else 0.0,
+    )
 
 
 def interval_over_seeds(
@@ -200,32 +206,42 @@ def interval_over_seeds(
         >>> bool(found.low < 0.6 < found.high), found.clusters
         (True, {'seeds': 3, 'prompts': 200})
     """
-    array = _checked(values, 2, scale)
+    array = checked(values, 2, scale)
     num_seeds, num_prompts = array.shape[:2]
-    mean = array.mean(axis=(0, 1))
-    by_seed, by_prompt = array.mean(axis=1), array.mean(axis=0)
-    prompts = by_prompt.var(axis=0, ddof=1) / num_prompts if num_prompts > 1 else np.zeros(mean.shape)
-    z = stats.norm.ppf((1 + confidence) / 2)
-    if num_seeds > 1:
-        t = stats.t.ppf((1 + confidence) / 2, num_seeds - 1)
-        rest = array - by_seed[:, None] - by_prompt[None] + mean
-        freedom = (num_seeds - 1) * max(num_prompts - 1, 1)
-        interaction = (rest**2).sum(axis=(0, 1)) / freedom / (num_seeds * num_prompts)
-        between = by_seed.var(axis=0, ddof=1) / num_seeds
-        half = np.sqrt(t**2 * between + z**2 * np.maximum(prompts - interaction, 0))
-    elif num_prompts > 1:
-        half = stats.t.ppf((1 + confidence) / 2, num_prompts - 1) * np.sqrt(prompts)
-    else:
-        half = np.full(mean.shape, np.nan)
-    low, high = _ends(mean, half, scale, num_prompts, confidence)
-    notes = _notes([], mean, scale, warn)
+    mean, by_seed = array.mean(axis=(0, 1)), array.mean(axis=1)
+    parts = _parts_over_seeds(array)
+    ends_at = TEnds(mean, parts, scale, num_prompts)
+    notes = coverage_notes([], mean, scale, warn)
     if num_seeds == 1:
         notes.append("one seed: the interval says nothing of another training run")
     if num_prompts == 1:
         notes.append("one prompt: the interval says nothing of other prompts")
     bootstrap = _bootstrap_ends(array, confidence, num_resamples, seed)
     clusters = {"seeds": num_seeds, "prompts": num_prompts}
-    return Interval(mean, low, high, f"t over {_units(array)}", *bootstrap, clusters, tuple(notes), by_seed)
+    method = f"t over {_units(array)}"
+    shared = mean_correlation(_variance_over_seeds, array) if array.ndim > 2 else 0.0
+    fields = {"clusters": clusters, "notes": tuple(notes), "per_seed": by_seed, "correlation": shared}
+    return ends_at.interval(confidence, method, bootstrap, **fields)
+
+
+def _parts_over_seeds(array: np.ndarray) -> tuple[tuple[np.ndarray, float], ...]:
+    """Variances of the mean over values [S, N, ...], with their degrees of freedom."""
+    num_seeds, num_prompts = array.shape[:2]
+    mean, by_seed, by_prompt = array.mean(axis=(0, 1)), array.mean(axis=1), array.mean(axis=0)
+    if num_seeds * num_prompts == 1:
+        return ((np.full(mean.shape, np.nan), 1),)
+    prompts = by_prompt.var(axis=0, ddof=1) / num_prompts if num_prompts > 1 else np.zeros(mean.shape)
+    if num_seeds == 1:
+        return ((prompts, num_prompts - 1),)
+    rest = array - by_seed[:, None] - by_prompt[None] + mean
+    freedom = (num_seeds - 1) * max(num_prompts - 1, 1)
+    interaction = (rest**2).sum(axis=(0, 1)) / freedom / (num_seeds * num_prompts)
+    between = by_seed.var(axis=0, ddof=1) / num_seeds
+    return (between, num_seeds - 1), (np.maximum(prompts - interaction, 0), np.inf)
+
+
+def _variance_over_seeds(array: np.ndarray) -> np.ndarray:
+    return np.asarray(sum(variance for variance, _ in _parts_over_seeds(array)))
 
 
 def interval_of_statistic(
@@ -304,41 +320,3 @@ def _units(values: np.ndarray) -> str:
     """Name what varies in values [S, N, ...]."""
     names = [name for name, count in zip(("seeds", "prompts"), values.shape, strict=False) if count > 1]
     return " and ".join(names) or "one answer"
-
-
-def _checked(values: ArrayLike, dims: int, scale: str) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    shape = "[U, ...]" if dims == 1 else "[S, N, ...]"
-    if array.ndim < dims or array.size == 0:
-        raise ValueError(f"values must be {shape} and not empty, got {list(array.shape)}")
-    if not np.isfinite(array).all():
-        raise ValueError("values hold NaN or infinity; drop those users or prompts first")
-    if scale not in ("logit", "identity"):
-        raise ValueError(f"scale is 'logit' (rates) or 'identity', not {scale!r}")
-    if scale == "logit" and (array.min() < 0 or array.max() > 1):
-        raise ValueError("rates must lie in [0, 1]; give scale='identity' for rewards and differences")
-    return array
-
-
-def _ends(
-    mean: np.ndarray, half: np.ndarray, scale: str, count: int, confidence: float
-) -> tuple[np.ndarray, np.ndarray]:
-    if scale == "identity":
-        return mean - half, mean + half
-    inside = np.clip(mean, 1e-12, 1 - 1e-12)
-    width = half / (inside * (1 - inside))
-    # Without any scatter (a policy against itself) there is no width either, and no rounding.
-    low, high = (np.where(half == 0, mean, expit(logit(inside) + side * width)) for side in (-1, 1))
-    # Never a loss in so many units: how often losses could be and still stay unseen.
-    unseen = 1 - ((1 - confidence) / 2) ** (1 / count)
-    return np.where(mean == 1, 1 - unseen, low), np.where(mean == 0, unseen, high)
-
-
-def _notes(notes: list[str], mean: np.ndarray, scale: str, warn: bool) -> list[str]:
-    """Add the note on extreme rates, and warn of all of them."""
-    if scale == "logit" and np.any(np.abs(mean - 0.5) > MOST_EXTREME_RATE - 0.5):
-        ends = f"above {MOST_EXTREME_RATE:g} or below {1 - MOST_EXTREME_RATE:.1f}"
-        notes.append(f"a rate {ends}: the interval may be too narrow")
-    for note in notes if warn else ():
-        warnings.warn(note, CoverageWarning, stacklevel=3)
-    return notes

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from torchrl_maxmin.stats.clustered import interval_of_statistic, interval_over_seeds, interval_over_users
+from torchrl_maxmin.stats.crossed import interval_over_users_and_prompts, prompt_ids, shared_correlation
 from torchrl_maxmin.stats.interval import Interval, stack_intervals, worst_of
 
 __all__ = [
@@ -77,8 +78,8 @@ class GroupWinRates:
         group_names: The G groups.
         groups: Win rates [G].
         worst_group_name: The group with the smallest one.
-        worst_group: Its rate, and [smallest low, smallest high] over groups; the point estimate is biased
-            low, and its ``notes`` say so.
+        worst_group: Its rate with the interval of :func:`~torchrl_maxmin.stats.worst_of`; the point estimate
+            is biased low, and its ``notes`` say by about how much.
         average_over_groups: Mean over groups, each counted once; None where groups have users of their own.
         average_over_people: Mean over groups weighted by their shares, so that each person counts once; the
             interval takes the shares as they are. None without shares.
@@ -135,8 +136,9 @@ def group_win_rates(
     The reference may be any other policy that answered the same prompts; ties count one half. ``low`` and
     ``high`` are the t interval over seeds plus the component of the prompts that all seeds share
     (:func:`~torchrl_maxmin.stats.interval_over_seeds`), which covers .954 to .967 with 3 seeds and .953 to
-    .962 with 6; above .9 it warns. The worst group's interval is [smallest low, smallest high] over groups,
-    and its point estimate is biased low. With one seed all hold the chance of the prompts only.
+    .962 with 6; above .9 it warns. The worst group's interval is that of
+    :func:`~torchrl_maxmin.stats.worst_of`, and its point estimate is biased low. With one seed all hold the
+    chance of the prompts only.
 
     For comparisons that people made see :func:`user_win_rates`, for judges
     :func:`~torchrl_maxmin.evaluation.judges.judge_pairs`.
@@ -241,18 +243,21 @@ def user_win_rates(
     wins: ArrayLike,
     users: Sequence[Any],
     groups: Mapping[Any, str] | None = None,
+    prompts: Iterable[Any] | None = None,
     **settings: Any,
 ) -> GroupWinRates:
     """Estimate win rates by group from comparisons that people made: each user counts once.
 
-    The population is that of the users, on prompts like these; where all answered the same few prompts the
-    interval does not hold the chance of those.
+    The population is that of the users and, with ``prompts``, that of the prompts, which users may share
+    (:func:`~torchrl_maxmin.stats.crossed.interval_over_users_and_prompts`). Without, the interval is for
+    prompts like these: where all answered the same few it does not hold the chance of those.
 
     Args:
         wins: One outcome a comparison [P]: 1, 0, or one half for a tie; where both orders were shown, one
             row each.
         users: Who made it [P].
         groups: User -> group; all users are one group "all" if None.
+        prompts: What was answered [P]; None and empty ones are shared with nobody.
         **settings: As :func:`group_win_rates` takes them.
 
     Returns:
@@ -261,26 +266,36 @@ def user_win_rates(
     Raises:
         ValueError: If lengths disagree, a user has no group, or an outcome lies outside [0, 1].
 
+    Warns:
+        CoverageWarning: Under 30 users or 20 shared prompts in a group, or for a rate above .9 or below .1.
+
     Example:
         >>> import numpy as np
         >>> wins = np.random.default_rng(0).random(400) < 0.7
         >>> users = np.repeat(np.arange(80), 5)
-        >>> rates = user_win_rates(wins, users, {u: "old" if u < 30 else "young" for u in range(80)})
-        >>> rates.groups.clusters
+        >>> of = {u: "old" if u < 30 else "young" for u in range(80)}
+        >>> user_win_rates(wins, users, of).groups.clusters
         {'users': [30, 50]}
+        >>> user_win_rates(wins, users, of, prompts=np.tile(np.arange(40), 10)).groups.clusters
+        {'users': [30, 50], 'prompts': [40, 40]}
     """
     outcomes, ids = np.asarray(wins, dtype=np.float64), list(users)
     if outcomes.ndim != 1 or len(outcomes) != len(ids) or not ids:
         raise ValueError(f"wins [P] and users [P] must be as many: {list(outcomes.shape)} and {len(ids)}")
     index = {user: i for i, user in enumerate(dict.fromkeys(ids))}
-    rows = [index[user] for user in ids]
-    means = np.bincount(rows, outcomes) / np.bincount(rows)
-    named: dict[str, list[int]] = {}
-    for user, i in index.items():
+    rows = np.array([index[user] for user in ids])
+    named: dict[str, int] = {}
+    for user in index:
         if groups is not None and user not in groups:
             raise ValueError(f"user {user!r} has no group")
-        named.setdefault("all" if groups is None else str(groups[user]), []).append(i)
-    found = stack_intervals([interval_over_users(means[of], **settings) for of in named.values()])
+        named.setdefault("all" if groups is None else str(groups[user]), len(named))
+    of = np.array([named["all" if groups is None else str(groups[user])] for user in index])
+    shown = None if prompts is None else prompt_ids(prompts)
+    intervals = accuracy_by_group(outcomes, rows, of, len(named), prompts=shown, **settings)
+    found = stack_intervals([one for one in intervals if one is not None])
+    if shown is not None and found.standard_error is not None:
+        shared = shared_correlation(outcomes, rows, shown, of[rows], found.standard_error)
+        found = dataclasses.replace(found, correlation=shared)
     worst, worst_group = worst_of(found)
     return GroupWinRates(tuple(named), found, list(named)[worst], worst_group)
 
@@ -292,6 +307,7 @@ def accuracy_by_group(
     num_groups: int,
     *,
     row_weights: ArrayLike | None = None,
+    prompts: Iterable[Any] | None = None,
     **settings: Any,
 ) -> list[Interval | None]:
     """Estimate how often a reward ranks pairs as the users of each group did, each user counted once.
@@ -303,10 +319,16 @@ def accuracy_by_group(
         groups: Group of every user [U].
         num_groups: K.
         row_weights: How much each pair counts [P]; a tie is both directions at one half.
+        prompts: What each pair is about [P], so that prompts which users share are clusters too
+            (:func:`~torchrl_maxmin.stats.crossed.interval_over_users_and_prompts`); None and empty ones are
+            shared with nobody.
         **settings: As :func:`~torchrl_maxmin.stats.interval_over_users` takes them.
 
     Returns:
         One interval a group; None for a group without pairs.
+
+    Raises:
+        ValueError: If the prompts are not one a pair.
 
     Example:
         >>> found = accuracy_by_group([1, 1, 0, 1] * 30, [u // 4 for u in range(120)], [0] * 30, 2)
@@ -315,14 +337,24 @@ def accuracy_by_group(
     """
     correct, users, of = np.asarray(right, dtype=np.float64), np.asarray(row_users), np.asarray(groups)
     weights = np.ones(len(users)) if row_weights is None else np.asarray(row_weights, dtype=np.float64)
+    ids = None if prompts is None else prompt_ids(prompts)
+    if ids is not None and len(ids) != len(users):
+        raise ValueError(f"{len(ids)} prompts for {len(users)} pairs; give one a pair")
     total = np.bincount(users, weights, minlength=len(of))
     flat = (correct.reshape(len(users), -1) * weights[:, None]).T
     sums = np.stack([np.bincount(users, column, minlength=len(of)) for column in flat], axis=-1)
     found: list[Interval | None] = []
     for k in range(num_groups):
         mine = (of == k) & (total > 0)
-        means = (sums[mine] / total[mine, None]).reshape(int(mine.sum()), *correct.shape[1:])
-        found.append(interval_over_users(means, **settings) if mine.any() else None)
+        if not mine.any():
+            found.append(None)
+        elif ids is None:
+            means = (sums[mine] / total[mine, None]).reshape(int(mine.sum()), *correct.shape[1:])
+            found.append(interval_over_users(means, **settings))
+        else:
+            rows = mine[users]
+            data = correct[rows], users[rows], ids[rows]
+            found.append(interval_over_users_and_prompts(*data, row_weights=weights[rows], **settings))
     return found
 
 
