@@ -77,8 +77,8 @@ def cell(found: Interval, level: float = 0.05) -> dict[str, float]:
     low, high = ends_of_worst(found)
     plain, split = found.high.min(-1), found.ends_at(1 - level / groups)[1].min(-1)
     shared = np.broadcast_to(found.correlation, found.estimate.shape[:-1])
-    told = zip(found.estimate, found.standard_error, shared, strict=True)
-    biases = [bias_of_smallest(means, errors, float(both)) for means, errors, both in told]
+    parts = zip(found.estimate, found.standard_error, shared, strict=True)
+    biases = [bias_of_smallest(means, errors, float(both)) for means, errors, both in parts]
     about, most = np.mean(biases, axis=0)
     return {
         "coverage": float(np.mean((low <= WORSE) & (high >= WORSE))),

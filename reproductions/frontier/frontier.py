@@ -18,9 +18,10 @@ from numpy.typing import ArrayLike
 from scipy.optimize import linprog
 
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
+from torchrl_maxmin.stats.changes import paired_change
 from torchrl_maxmin.stats.clustered import interval_over_seeds
 from torchrl_maxmin.stats.interval import Interval, worst_of
-from torchrl_maxmin.stats.rates import GroupWinRates, paired_change, rates_by_group, win_matrix
+from torchrl_maxmin.stats.rates import GroupWinRates, rates_by_group, win_matrix
 
 __all__ = [
     "FrontierPoint",

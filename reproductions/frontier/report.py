@@ -86,9 +86,10 @@ def _head(homes: Sequence[Path], sizes: Sizes, minutes: float) -> list[str]:
         "A win rate is how often a group's own true utility prefers the policy's response to the "
         f"reference's on the same held-out prompt ({evaluate['num_samples']} samples of each, ties one "
         "half); training never sees true utilities. Brackets are 95% intervals, t over seeds plus the "
-        "component of the prompts that all seeds share (`evaluation/clustered.py`); with one seed they hold "
+        "component of the prompts that all seeds share (`stats/clustered.py`); with one seed they hold "
         "the chance of the prompts alone. For rates above .9 they may be too narrow. The worst group's is "
-        "wider than each group's own (`stats.worst_of`), its estimate biased low. Changes are paired by seed and prompt.",
+        "wider than each group's own (`stats.worst_of`), its estimate biased low. Changes are "
+        "paired by seed and prompt.",
         "",
     ]
 

@@ -18,9 +18,9 @@ from unseen import KINDS
 from worlds import SHIFTS
 
 from torchrl_maxmin.evaluation.results import SeedResult
+from torchrl_maxmin.stats.changes import paired_change
 from torchrl_maxmin.stats.clustered import interval_over_seeds
 from torchrl_maxmin.stats.interval import Interval
-from torchrl_maxmin.stats.rates import paired_change
 
 #: Shares of the minority that the population mean is looked at under, beside the trained one.
 TEST_SHARES = (0.25, 0.5, 10 / 11)

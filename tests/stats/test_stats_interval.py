@@ -9,15 +9,10 @@ from scipy import stats
 from scipy.special import expit, logit
 from scripts import load_script
 
+from torchrl_maxmin.stats.changes import paired_change
 from torchrl_maxmin.stats.clustered import interval_over_seeds, interval_over_users
 from torchrl_maxmin.stats.interval import CoverageWarning, ends_of_worst, stack_intervals, worst_of
-from torchrl_maxmin.stats.rates import (
-    group_win_rates,
-    paired_change,
-    rates_by_group,
-    user_win_rates,
-    win_matrix,
-)
+from torchrl_maxmin.stats.rates import group_win_rates, rates_by_group, user_win_rates, win_matrix
 
 
 @pytest.fixture(scope="module")

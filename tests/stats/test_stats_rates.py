@@ -275,7 +275,7 @@ def test_several_rewards_at_once_and_users_without_pairs():
     assert both.clusters == {"users": len(np.unique(users))}
 
 
-@pytest.mark.parametrize("name", ["clustered", "crossed", "ends", "interval", "rates", "worst"])
+@pytest.mark.parametrize("name", ["changes", "clustered", "crossed", "ends", "interval", "rates", "worst"])
 def test_examples_run(name):
     found = doctest.testmod(importlib.import_module(f"torchrl_maxmin.stats.{name}"))
     assert found.attempted > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,8 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         known, judged = (choices.user_offsets, data.user_ids), (choices.row_weights, choices.judgements)
         every = [text_key(prompt) for prompt in data.prompts]
         prompts = [every[row] for row in data.judgements.first.tolist()]
-        rest = data.groups, data.judgements.num_repeats, prompts
-        pairs = _Pairs(choices.differences, *known, *judged, *rest)
+        pairs = _Pairs(choices.differences, *known, *judged, data.groups)
+        pairs = replace(pairs, repeated=data.judgements.num_repeats, prompts=prompts)
     seed_everything(config.seed)
     found = diagnose(
         pairs.differences,

@@ -10,8 +10,9 @@ import numpy as np
 
 from torchrl_maxmin.evaluation.policies import BASELINE, NO_INTERVAL, headline, win_matrices
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
+from torchrl_maxmin.stats.changes import paired_change, relative_change
 from torchrl_maxmin.stats.interval import Interval
-from torchrl_maxmin.stats.rates import over_people, paired_change, relative_change
+from torchrl_maxmin.stats.rates import over_people
 
 __all__ = ["MAXMIN", "ORACLE", "comparison_summary"]
 

@@ -39,9 +39,9 @@ def summarise(
     :func:`~torchrl_maxmin.stats.interval_of_statistic`; ``bootstrap_low`` and ``bootstrap_high`` are
     percentiles of the seeds-then-prompts bootstrap, which few seeds make too narrow. One seed's relative
     changes, and ``length_correlation``, have the bootstrap alone. The worst group's interval is that of
-    :func:`~torchrl_maxmin.stats.worst_of`; its point estimate is biased low, which ``notes`` say. Averages stand
-    over groups, each counted once, and over people, groups weighed by every seed's shares (``shares_are``
-    says whose); ``average_win_rate`` and ``average_relative_gain`` are older names of those over groups.
+    :func:`~torchrl_maxmin.stats.worst_of`; its point estimate is biased low, which ``notes`` say. Averages
+    stand over groups, each counted once, and over people, groups weighed by every seed's shares
+    (``shares_are`` says whose); ``average_win_rate`` and ``average_relative_gain`` are older names of those over groups.
     ``pairs`` holds every policy against every other. ``per_seed`` lists hold the same keys seed by seed. What
     cannot be computed is null. The same records give the same bytes.
 

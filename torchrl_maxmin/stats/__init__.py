@@ -4,6 +4,7 @@
 """
 
 from torchrl_maxmin.stats.bounded import mean_upper_bound, unseen_mass
+from torchrl_maxmin.stats.changes import paired_change, relative_change
 from torchrl_maxmin.stats.clustered import (
     NUM_RESAMPLES,
     ClusterBootstrap,
@@ -17,9 +18,7 @@ from torchrl_maxmin.stats.rates import (
     GroupWinRates,
     accuracy_by_group,
     group_win_rates,
-    paired_change,
     rates_by_group,
-    relative_change,
     user_win_rates,
     win_matrix,
 )
