@@ -265,7 +265,8 @@ def _offsets_text(offsets: Mapping[str, Any] | None) -> str:
     return (
         f"\n\nOffsets by prompt, which {taken}, deviate by {sizes} within-prompt deviations. What is left of "
         f"them makes a rollout of {offsets['num_prompts']:.0f} prompts name another worst group with "
-        f"probability {f'{chance:.3f}' if chance >= 0.001 else 'under .001'} (largest over seeds)."
+        f"probability {f'{chance:.3f}' if chance >= 0.001 else 'under .001'} (largest over seeds): "
+        "often where groups are level, which costs no more than they are apart."
     )
 
 

@@ -41,9 +41,9 @@ def summarise(
     changes, and ``length_correlation``, have the bootstrap alone. The worst group's interval is that of
     :func:`~torchrl_maxmin.stats.worst_of`; its point estimate is biased low, which ``notes`` say. Averages
     stand over groups, each counted once, and over people, groups weighed by every seed's shares
-    (``shares_are`` says whose); ``average_win_rate`` and ``average_relative_gain`` are older names of those over groups.
-    ``pairs`` holds every policy against every other. ``per_seed`` lists hold the same keys seed by seed. What
-    cannot be computed is null. The same records give the same bytes.
+    (``shares_are`` says whose); ``average_win_rate`` and ``average_relative_gain`` are older names of those
+    over groups. ``pairs`` holds every policy against every other. ``per_seed`` lists hold the same keys seed
+    by seed. What cannot be computed is null. The same records give the same bytes.
 
     A policy that only some seeds hold is summarised over those seeds, and compared over the seeds that
     hold both.
