@@ -265,3 +265,5 @@ def test_users_count_once_however_many_comparisons_they_made():
     np.testing.assert_allclose(rates.groups.mean, [0.5, 0.5])
     assert rates.groups.clusters == {"users": [2, 1]}
     assert rates.average_over_groups is None
+    people = rates.average_over_people
+    assert (people.estimate, people.clusters) == (0.5, {"users": 3})

@@ -80,7 +80,8 @@ class GroupWinRates:
             is biased low, and its ``notes`` say by about how much.
         average_over_groups: Mean over groups, each counted once; None where groups have users of their own.
         average_over_people: Mean over groups weighted by their shares, so that each person counts once; the
-            interval takes the shares as they are. None without shares.
+            interval takes the shares as they are. Over the users themselves where they are known; None
+            without either.
     """
 
     group_names: tuple[str, ...]
@@ -295,7 +296,9 @@ def user_win_rates(
         shared = shared_correlation(outcomes, rows, shown, of[rows], found.standard_error)
         found = dataclasses.replace(found, correlation=shared)
     worst, worst_group = worst_of(found)
-    return GroupWinRates(tuple(named), found, list(named)[worst], worst_group)
+    quiet = settings | {"warn": False}  # the groups have said it
+    people = accuracy_by_group(outcomes, rows, np.zeros(len(index)), 1, prompts=shown, **quiet)[0]
+    return GroupWinRates(tuple(named), found, list(named)[worst], worst_group, average_over_people=people)
 
 
 def accuracy_by_group(
