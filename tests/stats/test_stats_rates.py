@@ -280,3 +280,8 @@ def test_examples_run(name):
     found = doctest.testmod(importlib.import_module(f"torchrl_maxmin.stats.{name}"))
     assert found.attempted > 0
     assert found.failed == 0
+
+
+@pytest.mark.parametrize("prompts", [None, []])
+def test_no_pair_at_all_gives_no_interval(prompts):
+    assert accuracy_by_group(np.zeros((0, 2)), [], [0, 1, 0], 2, prompts=prompts) == [None, None]

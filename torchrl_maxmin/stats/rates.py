@@ -341,6 +341,8 @@ def accuracy_by_group(
     ids = None if prompts is None else prompt_ids(prompts)
     if ids is not None and len(ids) != len(users):
         raise ValueError(f"{len(ids)} prompts for {len(users)} pairs; give one a pair")
+    if not len(users):
+        return [None] * num_groups
     total = np.bincount(users, weights, minlength=len(of))
     flat = (correct.reshape(len(users), -1) * weights[:, None]).T
     sums = np.stack([np.bincount(users, column, minlength=len(of)) for column in flat], axis=-1)
