@@ -69,17 +69,19 @@ def _changes(
     """Relative changes from another policy; None without seeds that hold both."""
     statistic_of: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "worst_group_relative_gain": lambda means: means.min(axis=-1),
-        "average_relative_gain": lambda means: means.mean(axis=-1),
         "average_over_groups_relative_change": lambda means: means.mean(axis=-1),
         "majority_relative_change": lambda means: means[..., majority],
     }
-    found: dict[str, Any] = dict.fromkeys((*statistic_of, "average_over_people_relative_change"))
+    more = "average_relative_gain", "average_over_people_relative_change"
+    found: dict[str, Any] = dict.fromkeys((*statistic_of, *more))
     if not both:
         return found
     maxmin, others = (win_matrices(both, policy, REFERENCE) for policy in (MAXMIN, other))
     shares = [result.group_shares for result in both]
     for key, statistic in statistic_of.items():
         found[key] = relative_change(maxmin, others, statistic, **settings)
+    # The older name is one that other programs read.
+    found["average_relative_gain"] = found["average_over_groups_relative_change"]
     ours, theirs = (over_people(wins, shares) for wins in (maxmin, others))
     found["average_over_people_relative_change"] = relative_change(ours, theirs, **settings)
     return found

@@ -86,7 +86,9 @@ class CalibratedRewards:
             return reference_rewards(reference, some, self.source, count, self.scoring_batch_size)
 
         raw = sampled(prompts[torch.randperm(len(prompts))[:num_prompts]], num_samples)
-        self.calibration = Calibration.fit(raw, method, dtype=getattr(self.source, "dtype", None))
+        mixture = getattr(self.source, "mixture", None)  # functions compute in what they give
+        dtype = None if mixture is None else next(mixture.parameters()).dtype
+        self.calibration = Calibration.fit(raw, method, dtype=dtype)
         torch.save(raw, self.folder / "reference_rewards.pt")
         if by_prompt or self.calibration.by_prompt:
             together = reference.generation_batch_size or 512  # parts of whole batches sample alike

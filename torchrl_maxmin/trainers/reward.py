@@ -117,7 +117,8 @@ def run_reward(config: RewardConfig) -> Path:
     if config.calibration != "none":
         raw = _pair_rewards(fit.model, data, config) if reference is None else reference.rewards(fit.model)
         try:
-            fit.model.calibration = Calibration.fit(raw, config.calibration)
+            dtype = next(fit.model.parameters()).dtype
+            fit.model.calibration = Calibration.fit(raw, config.calibration, dtype=dtype)
         except (
             UserError
         ) as error:  # a head without a scale is still a head: keep what was trained, and say so
