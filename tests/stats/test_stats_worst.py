@@ -42,6 +42,22 @@ def test_the_interval_covers_with_seeds(study, seeds, shared, layout):
     assert np.mean((low <= study.WORSE) & (high >= study.WORSE)) >= 0.9
 
 
+def test_errors_that_groups_share_do_not_widen_the_interval_for_nothing():
+    """Three seeds of sixteen groups, one worse: at each group's own t it covers in .982 of studies."""
+    rng, seeds, studies, groups = np.random.default_rng(7), 3, 4000, 16
+    truth = np.r_[0.0, np.full(groups - 1, 0.5)]
+    shared = np.sqrt(0.8) * rng.normal(size=(seeds, studies, 1))
+    x = truth + shared + np.sqrt(0.2) * rng.normal(size=(seeds, studies, groups))
+    means, errors = x.mean(0), x.std(0, ddof=1) / np.sqrt(seeds)
+
+    def ends_at(confidence):
+        half = stats.t.ppf((1 + np.asarray(confidence)) / 2, seeds - 1) * errors
+        return means - half, means + half
+
+    low, high = ends_of_smallest(means, errors, ends_at, freedom=seeds - 1, correlation=np.full(studies, 0.8))
+    assert 0.935 <= np.mean((low <= 0) & (high >= 0)) <= 0.975
+
+
 def test_the_smallest_high_of_many_equal_groups_does_not_cover(study):
     found = study.users_study(np.random.default_rng(2), [30] * 16, "equal", 400)
     assert np.mean(found.high.min(-1) >= study.WORSE) < 0.85
