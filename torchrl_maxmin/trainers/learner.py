@@ -104,14 +104,19 @@ class Learner:
     def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
         """Compute the gradient of a minibatch; returns the loss's outputs, and ``loss``, their sum."""
         whole = len(minibatch) <= self.micro_batch_size
-        outputs: list[Any] = []
+        outputs: list[TensorDictBase] = []
         for part in [minibatch] if whole else self.loss.micro_batches(minibatch, self.micro_batch_size):
-            losses = self.loss(part)
-            losses["loss"] = sum(value for name, value in losses.items() if name.startswith("loss_"))
-            if not outputs:  # not before: the backward pass takes the memory that this frees
-                self.optimizer.zero_grad()
-            losses["loss"].backward()
-            outputs.append(losses.detach())
+            each = []
+            for losses in self.loss.losses_by_network(part):  # in memory one network at a time
+                loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
+                if not (outputs or each):  # not before: the backward pass takes the memory that this frees
+                    self.optimizer.zero_grad()
+                loss.backward()
+                each.append(losses.detach().set("loss", loss.detach()))
+            total = sum(losses["loss"] for losses in each)
+            for losses in each[1:]:
+                each[0].update(losses)
+            outputs.append(each[0].set("loss", total))
         return outputs[0] if whole else self.loss.merge(outputs, minibatch)
 
     def state_dict(self) -> dict[str, Any]:
