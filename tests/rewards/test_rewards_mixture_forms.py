@@ -11,9 +11,9 @@ from transformers import AutoModel
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import load_config
+from torchrl_maxmin.models.lora import LoraSettings, require_adaptable
 from torchrl_maxmin.models.sequences import pad_left, pad_right
 from torchrl_maxmin.rewards import Calibration, RewardMixture
-from torchrl_maxmin.rewards.adapters import LoraSettings, require_adaptable
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_alpha": 8}
 FORMS = {

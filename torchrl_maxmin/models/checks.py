@@ -186,7 +186,7 @@ def _unpadded(policy: Any, row: TensorDict) -> Tensor:
 
 
 def _dtype_name(policy: Any) -> str:
-    return str(policy.model.get_output_embeddings().weight.dtype).removeprefix("torch.")
+    return str(policy.dtype).removeprefix("torch.")
 
 
 def _require_equal(
@@ -198,7 +198,7 @@ def _require_equal(
     fault: str,
     cause: str,
 ) -> None:
-    dtype = policy.model.get_output_embeddings().weight.dtype
+    dtype = policy.dtype
     apart = deviation(found, expected, mask, dtype)
     bound = rounding_bound(dtype, largest / policy.temperature)
     if not apart <= bound:

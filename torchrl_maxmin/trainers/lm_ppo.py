@@ -23,9 +23,10 @@ from torchrl_maxmin.core.run import (
 )
 from torchrl_maxmin.masks import whiten
 from torchrl_maxmin.models.checks import check_first_rollout
-from torchrl_maxmin.models.full import FullCopies
+from torchrl_maxmin.models.full import LanguageNetworks
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer, require_causal_lm
+from torchrl_maxmin.models.making import make_networks
 from torchrl_maxmin.models.sampling import encode_prompts
 from torchrl_maxmin.models.sequences import require_positions
 from torchrl_maxmin.objectives import kl_estimate, scalarise_advantage
@@ -54,7 +55,7 @@ __all__ = ["LanguageParts", "TokenAdvantages", "build_ppo", "run_ppo", "train_po
 class LanguageParts(PPOParts):
     """The parts of a language model's run."""
 
-    models: FullCopies
+    models: LanguageNetworks
     rollouts: LanguageRollouts
     advantages: TokenAdvantages
 
@@ -122,6 +123,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         temperature=config.temperature,
         generation_batch_size=config.generation_batch_size,
         device=device,
+        **config.load_options(),
     )
     if isinstance(source, MixtureRewards):
         source.eos_token_ids = reference.eos_token_ids
@@ -130,10 +132,13 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     # a win rate is at least 0, and a response that does not end pays the penalty
     shares = None if mixture is None else mixture.log_prior.exp()
     adversary = adversary_of(config, source.num_groups, shares, disagreement=-config.missing_eos_penalty)
-    models = FullCopies(
+    models = make_networks(
+        config,
         reference,
         tokenizer,
         adversary.num_groups + 1,  # the last column is the KL penalty
+        critic=config.critic,
+        merge_adapter=config.merge_adapter,
         entropy=config.entropy_coeff > 0,
         scoring_batch_size=config.scoring_batch_size,
     )
@@ -187,7 +192,12 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
             models, kl, config.kl_estimator, gamma=config.gamma, lmbda=config.lam, fresh=state is None
         ),
         learner=Learner(
-            config, models, config.num_iterations, config.rollout_batch_size, loss_mask_key="action_mask"
+            config,
+            models,
+            config.num_iterations,
+            config.rollout_batch_size,
+            config.optim,
+            loss_mask_key="action_mask",
         ),
         monitors=monitors,
         start=start,
@@ -211,7 +221,7 @@ class TokenAdvantages:
     """
 
     def __init__(
-        self, models: FullCopies, kl: Any, kl_estimator: str, *, gamma: float, lmbda: float, fresh: bool
+        self, models: LanguageNetworks, kl: Any, kl_estimator: str, *, gamma: float, lmbda: float, fresh: bool
     ):
         self.models, self.kl, self.kl_estimator = models, kl, kl_estimator
         self.gamma, self.lmbda, self.fresh = gamma, lmbda, fresh
@@ -297,7 +307,7 @@ def monitor_rewards(rewards: FunctionRewards) -> Monitor:
 
 
 def monitor_gap(
-    config: PPOConfig, models: FullCopies, rewards: CalibratedRewards, prompts: TensorDict
+    config: PPOConfig, models: LanguageNetworks, rewards: CalibratedRewards, prompts: TensorDict
 ) -> Monitor:
     """Log the certified distance to the optimum, every ``gap_steps`` iterations, where the samples can say.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.making import check_critic
+from torchrl_maxmin.models.settings import ModelSettings
 from torchrl_maxmin.objectives.functional import KL_ESTIMATORS
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
@@ -14,7 +16,7 @@ __all__ = ["PPOConfig"]
 
 
 @dataclass
-class PPOConfig(PPOSettings, ChatSettings):
+class PPOConfig(PPOSettings, ModelSettings, ChatSettings):
     """MaxMin PPO of a causal language model.
 
     Nash and alpha_fair need ``--calibration win_rate``, and count from what a response pays that does not
@@ -31,6 +33,10 @@ class PPOConfig(PPOSettings, ChatSettings):
         objective: min_of_means (the paper, the minimum over groups of the mean reward),
             mean_of_prompt_mins (the same for every prompt by itself, over its num_generations) or
             mean_of_mins (the mean of every response's smallest reward).
+        critic: what gives the values of the groups; adapter (of its own, on the policy's trunk), heads (on
+            the policy's states) or full (a trunk of its own). An adapter with use_peft, else full.
+        merge_adapter: save the policy as a plain model, its adapter added to the weights; false saves the
+            adapter alone.
         num_generations: responses to every prompt of a rollout.
         gap_steps: certify the distance to the optimum every so many iterations, logged as
             maxmin/duality_gap; 0 never does.
@@ -68,6 +74,8 @@ class PPOConfig(PPOSettings, ChatSettings):
     reward_model_path: str | None = None
     reward_funcs: list[str] = field(default_factory=list)
     monitor_funcs: list[str] = field(default_factory=list)
+    critic: str | None = None
+    merge_adapter: bool = True
     num_generations: int = 1
     gap_steps: int = 0
     stop_at_gap: float = 0.0
@@ -96,6 +104,8 @@ class PPOConfig(PPOSettings, ChatSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work together."""
         super().check()
+        self.check_model()
+        check_critic(self, self.critic)
         self.require_known(
             objective=OBJECTIVES,
             calibration=CALIBRATIONS,
