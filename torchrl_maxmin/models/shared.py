@@ -70,7 +70,7 @@ class SharedTrunk(LanguageNetworks):
         own_critic = copy.deepcopy(backbone_of(model)) if critic == "full" else None
         names = list(_ADAPTERS.values())[: 1 + (critic == "adapter")]
         self.adapted = add_adapters(model, names, lora, task_type="CAUSAL_LM")
-        if any(".lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
+        if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
             raise UserError(
                 "--lora_target_modules names the output embeddings, whose log-probabilities are taken from "
                 "their weights alone; leave them out (all-linear does)"
