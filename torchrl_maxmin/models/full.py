@@ -18,14 +18,15 @@ __all__ = ["FullCopies"]
 
 
 class FullCopies(Networks):
-    """Three copies of a language model: the policy and the critic are trained, the reference is not.
+    """Copies of a language model: the policy and, if any, the critic are trained, the reference is not.
 
     Another kind of model (adapters on one trunk, shards) offers the same methods.
 
     Args:
         reference: the policy to start from; frozen. The policy is a copy of it, and the critic of its trunk.
         tokenizer: theirs.
-        num_columns: value heads of the critic, see :class:`~torchrl_maxmin.models.TokenCritic`.
+        num_columns: value heads of the critic, see :class:`~torchrl_maxmin.models.TokenCritic`; with 0 there
+            is none, and no memory for it.
         entropy: whether :attr:`actor` also writes the entropy.
         scoring_batch_size: rows that the reference and the critic read at once in a rollout.
     """
@@ -43,7 +44,9 @@ class FullCopies(Networks):
     ):
         device = next(reference.parameters()).device
         policy = copy.deepcopy(reference)  # not loaded again: a new pad token's row is random
-        critic = TokenCritic(copy.deepcopy(backbone_of(reference.model)), num_columns).to(device)
+        critic = None
+        if num_columns:
+            critic = TokenCritic(copy.deepcopy(backbone_of(reference.model)), num_columns).to(device)
         super().__init__(policy, critic, TokenScorer(policy, entropy))
         self.reference = reference.requires_grad_(False)
         self.tokenizer, self.scoring_batch_size = tokenizer, scoring_batch_size
@@ -64,7 +67,8 @@ class FullCopies(Networks):
 
     @torch.no_grad()
     def values(self, responses: TensorDictBase) -> Tensor:
-        """Values [B, R, num_columns] of the tokens."""
+        """Values [B, R, num_columns] of the tokens, where there is a critic."""
+        assert self.critic is not None
         rows = responses.select(*self.critic.in_keys)
         return in_batches(self.critic, rows, self.scoring_batch_size)["state_value"]
 

@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.objectives.functional import KL_ESTIMATORS
+from torchrl_maxmin.objectives.response_advantage import REWARD_SCALES
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
 
 __all__ = ["PPOConfig"]
+
+ADVANTAGES = ("gae", "rloo", "grpo")
 
 
 @dataclass
@@ -32,6 +35,12 @@ class PPOConfig(PPOSettings, ChatSettings):
             mean_of_prompt_mins (the same for every prompt by itself, over its num_generations) or
             mean_of_mins (the mean of every response's smallest reward).
         num_generations: responses to every prompt of a rollout.
+        advantage: gae (a critic with values of every group) or, without a critic, from the other responses
+            to the prompt, num_generations of 2 or more: rloo (leave one out, unbiased) or grpo.
+            critic_learning_rate, cliprange_value, lam and gamma are of gae.
+        scale_rewards: of grpo; group, its default, divides each group's rewards by their own deviation
+            within the prompt (another unit a group and prompt than the one that max-min compares), none
+            leaves them (Dr. GRPO).
         gap_steps: certify the distance to the optimum every so many iterations, logged as
             maxmin/duality_gap; 0 never does.
         stop_at_gap: stop once the upper end of that distance is at most this; 0 runs to the end. The error
@@ -69,6 +78,8 @@ class PPOConfig(PPOSettings, ChatSettings):
     reward_funcs: list[str] = field(default_factory=list)
     monitor_funcs: list[str] = field(default_factory=list)
     num_generations: int = 1
+    advantage: str = "gae"
+    scale_rewards: str | None = None
     gap_steps: int = 0
     stop_at_gap: float = 0.0
     certificate_prompts: int = 128
@@ -98,6 +109,7 @@ class PPOConfig(PPOSettings, ChatSettings):
         super().check()
         self.require_known(
             objective=OBJECTIVES,
+            advantage=ADVANTAGES,
             calibration=CALIBRATIONS,
             kl_estimator=KL_ESTIMATORS,
             kl_controller=("constant", "adaptive"),
@@ -127,7 +139,29 @@ class PPOConfig(PPOSettings, ChatSettings):
             raise UserError("--kl_controller adaptive starts from --beta, which must be positive")
         if self.welfare in ("nash", "alpha_fair") and self.calibration != "win_rate":
             raise UserError(f"--welfare {self.welfare} needs positive utilities: add --calibration win_rate")
+        self._check_advantage()
         self._check_certificate()
+
+    def _check_advantage(self) -> None:
+        if self.scale_rewards is not None:
+            if self.advantage != "grpo":
+                raise UserError(
+                    "--scale_rewards is of --advantage grpo, the only one that may divide: leave it out"
+                )
+            self.require_known(scale_rewards=REWARD_SCALES)
+        if self.advantage == "gae":
+            return
+        if self.num_generations < 2:
+            raise UserError(
+                f"--advantage {self.advantage} compares responses to one prompt: it needs --num_generations "
+                "of at least 2"
+            )
+        for name in ("critic_learning_rate", "cliprange_value", "lam", "gamma"):
+            if getattr(self, name) != getattr(PPOConfig, name):
+                raise UserError(
+                    f"--{name} does nothing with --advantage {self.advantage}, which has no critic: "
+                    "leave it out"
+                )
 
     def _check_certificate(self) -> None:
         if self.stop_at_gap and not self.gap_steps:
