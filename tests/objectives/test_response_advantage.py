@@ -58,7 +58,7 @@ def test_every_column_is_the_one_of_trl(prompts, n, columns, seed):
 
 @pytest.mark.parametrize("n", [2, 5])
 def test_one_column_is_that_of_torchrl(n):
-    """``MCAdvantage`` adds nothing to the deviation and leaves none out; that is n / (n - 1) times its own."""
+    """``MCAdvantage`` adds nothing to the deviation and leaves none out: n / (n - 1) of it are ours."""
     prompts = 3
     given_rewards = rewards(prompts, n, 1).float()
     data = TensorDict(
