@@ -53,6 +53,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 #: What the others are compared with.
 YARDSTICK = "critic"
+#: Of an interval, and what stands behind the name of its column.
+ENDS = {"mean": "", "low": " low", "high": " high"}
 
 
 @dataclass(frozen=True)
@@ -163,18 +165,15 @@ def policy_rows(results: Sequence[SeedResult], seconds: Mapping[str, float]) -> 
         # the yardstick has the change 0, and the ratio 1, by construction
         ours, theirs = (win_matrices(results, name, REFERENCE) for name in (policy, YARDSTICK))
         change = relative_change(ours, theirs, worst_group)
-        ends = {"ratio": change.estimate, "ratio low": change.low, "ratio high": change.high}
+        ratio = {f"ratio{end}": float(getattr(change, part)) + 1 for part, end in ENDS.items()}
         times = [value for step, value in seconds.items() if step.partition("/")[2] == policy]
         rows.append(
             {"policy": policy}
-            | {f"{key}{end}": n[part] for key, n in numbers.items() for part, end in _ENDS.items()}
-            | {key: float(value) + 1 for key, value in ends.items()}
+            | {f"{key}{end}": n[part] for key, n in numbers.items() for part, end in ENDS.items()}
+            | ratio
             | {"kl": found["kl"], "seconds": median(times)}
         )
     return rows
-
-
-_ENDS = {"mean": "", "low": " low", "high": " high"}
 
 
 def seed_rows(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
@@ -198,7 +197,7 @@ def write_results(results: Sequence[SeedResult], seconds: Mapping[str, float], o
     write_csv(output / "per_seed.csv", seed_rows(results), ".6g")
 
     def cell(row: Mapping[str, Any], key: str) -> str:
-        ends = (row[f"{key}{end}"] for end in _ENDS.values())
+        ends = (row[f"{key}{end}"] for end in ENDS.values())
         mean, low, high = ("?" if end is None else f"{end:.3f}" for end in ends)
         return f"{mean} [{low}, {high}]"
 
