@@ -27,7 +27,7 @@ class LanguageNetworks(Networks):
     Args:
         policy: is trained.
         reference: what it started from; never changes.
-        critic: gives the values of every token.
+        critic: gives the values of every token; None where advantages need none.
         tokenizer: theirs.
         entropy: whether :attr:`actor` also writes the entropy.
         scoring_batch_size: rows that are read at once where no gradient is taken.
@@ -40,7 +40,7 @@ class LanguageNetworks(Networks):
         self,
         policy: TokenPolicy,
         reference: TokenPolicy,
-        critic: nn.Module,
+        critic: nn.Module | None,
         tokenizer: Any,
         *,
         entropy: bool = False,
@@ -52,7 +52,7 @@ class LanguageNetworks(Networks):
         self.tokenizer, self.scoring_batch_size = tokenizer, scoring_batch_size
         if autocast:
             device = next(policy.parameters()).device.type
-            for part in (policy, reference, critic):
+            for part in (policy, reference, *([] if critic is None else [critic])):
                 part.within = partial(_both, partial(torch.autocast, device, torch.bfloat16), part.within)
             policy.compute_dtype = reference.compute_dtype = torch.bfloat16
 
@@ -68,7 +68,8 @@ class LanguageNetworks(Networks):
 
     @torch.no_grad()
     def values(self, responses: TensorDictBase) -> Tensor:
-        """Values [B, R, num_columns] of the tokens."""
+        """Values [B, R, num_columns] of the tokens, where there is a critic."""
+        assert self.critic is not None
         rows = responses.select(*self.critic.in_keys)
         return in_batches(self.critic, rows, self.scoring_batch_size)["state_value"]
 
@@ -107,7 +108,8 @@ class FullCopies(LanguageNetworks):
     Args:
         reference: the policy to start from; frozen. The policy is a copy of it, and the critic of its trunk.
         tokenizer: theirs.
-        num_columns: value heads of the critic, see :class:`~torchrl_maxmin.models.language.ValueHeads`.
+        num_columns: value heads, see :class:`~torchrl_maxmin.models.language.ValueHeads`; with 0 there is no
+            critic, and no memory for it.
         critic: ``full``, or ``heads`` on the policy's states, see :func:`heads_on_policy`.
         gradient_checkpointing: whether layers are computed again at backward, in place of being kept.
         **options: those of :class:`LanguageNetworks`.
@@ -125,11 +127,13 @@ class FullCopies(LanguageNetworks):
     ):
         device = next(reference.parameters()).device
         policy = copy.deepcopy(reference)  # not loaded again: a new pad token's row is random
-        if critic == "heads":
-            values: ValueHeads = heads_on_policy(policy, num_columns)
-        else:
+        values: ValueHeads | None = None
+        if num_columns and critic == "heads":
+            values = heads_on_policy(policy, num_columns)
+        elif num_columns:
             values = TokenCritic(copy.deepcopy(backbone_of(reference.model)), num_columns).to(device)
         if gradient_checkpointing:
-            for trained in (policy,) if critic == "heads" else (policy, values):
-                checkpoint_layers(trained)
+            checkpoint_layers(policy)
+            if isinstance(values, TokenCritic):
+                checkpoint_layers(values)
         super().__init__(policy, reference.requires_grad_(False), values, tokenizer, **options)

@@ -38,7 +38,7 @@ class SharedTrunk(LanguageNetworks):
     Args:
         reference: the policy to start from; its model is adapted in place and frozen.
         tokenizer: theirs.
-        num_columns: value heads of the critic.
+        num_columns: value heads of the critic; with 0 there is none.
         lora: the adapters.
         critic: ``adapter`` of its own, ``heads`` on the policy's states
             (:func:`~torchrl_maxmin.models.full.heads_on_policy`) or ``full``, a copy of the trunk that is
@@ -67,8 +67,9 @@ class SharedTrunk(LanguageNetworks):
         **options: Any,
     ):
         model, device = reference.model, next(reference.parameters()).device
-        own_critic = copy.deepcopy(backbone_of(model)) if critic == "full" else None
-        names = list(_ADAPTERS.values())[: 1 + (critic == "adapter")]
+        own_critic = copy.deepcopy(backbone_of(model)) if num_columns and critic == "full" else None
+        with_adapter = bool(num_columns) and critic == "adapter"
+        names = list(_ADAPTERS.values())[: 1 + with_adapter]
         self.adapted = add_adapters(model, names, lora, task_type="CAUSAL_LM")
         if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
             raise UserError(
@@ -80,15 +81,16 @@ class SharedTrunk(LanguageNetworks):
         policy = copy.copy(reference)
         policy.within = partial(self.switch.using, names[0])
         reference.within = partial(self.switch.using, None)
-        if critic == "adapter":
+        values: ValueHeads | None = None
+        if with_adapter:
             trunk = backbone_of(model)  # not a module of the critic: it is the policy's too
             values = ValueHeads(partial(predicting_states, trunk), states_width(trunk), num_columns).to(
                 device
             )
             values.within = partial(self.switch.using, _ADAPTERS["critic"])
-        elif critic == "heads":
+        elif num_columns and critic == "heads":
             values = heads_on_policy(policy, num_columns)
-        else:
+        elif own_critic is not None:
             values = TokenCritic(own_critic, num_columns).to(device)
         if gradient_checkpointing:
             checkpoint_layers(model, self.switch.snapshot)
@@ -96,23 +98,31 @@ class SharedTrunk(LanguageNetworks):
                 checkpoint_layers(own_critic)
         super().__init__(policy, reference, values, tokenizer, **options)
 
+    @property
+    def roles(self) -> dict[str, nn.Module]:
+        """What is trained beside the adapters, by role."""
+        return {} if self.critic is None else {"critic": self.critic}
+
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """The parameters that are trained, by role: the policy's adapter; the critic's, and its heads."""
         found = [(name.split("."), p) for name, p in self.adapted.named_parameters() if p.requires_grad]
         own = {role: [p for path, p in found if name in path] for role, name in _ADAPTERS.items()}
-        own["critic"] += [p for p in self.critic.parameters() if p.requires_grad]
+        if self.critic is None:
+            own.pop("critic")
+        else:
+            own["critic"] += [p for p in self.critic.parameters() if p.requires_grad]
         return own
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every trained part, by role; the trunk is where it came from."""
         adapters = {name: read_adapter(self.adapted, name) for name in self.adapters}
-        return {"adapters": adapters, "critic": self.critic.state_dict()}
+        return {"adapters": adapters} | {role: m.state_dict() for role, m in self.roles.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
         for name in self.adapters:
             write_adapter(self.adapted, name, state["adapters"][name])
-        self.critic.load_state_dict(state["critic"])
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer, see :func:`~torchrl_maxmin.models.lora.save_policy`."""

@@ -53,7 +53,7 @@ class Learner:
             "clip_value": config.cliprange_value or None,
             "entropy_bonus": config.entropy_coeff > 0,
             "entropy_coeff": config.entropy_coeff,
-            "critic_coeff": 1.0,
+            "critic_coeff": None if models.critic is None else 1.0,
             "loss_critic_type": "l2",
         }
         self.loss = MaxMinPPOLoss(models.actor, models.critic, functional=False, **options, **loss_options)
