@@ -109,7 +109,7 @@ class Learner:
         whole = len(minibatch) <= self.micro_batch_size
         outputs: list[TensorDictBase] = []
         for part in [minibatch] if whole else self.loss.micro_batches(minibatch, self.micro_batch_size):
-            each = []
+            each: list[TensorDictBase] = []
             for losses in self.loss.losses_by_network(part):  # in memory one network at a time
                 loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
                 if not (outputs or each):  # not before: the backward pass takes the memory that this frees
