@@ -11,9 +11,9 @@ from transformers import AutoModel
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import load_config
+from torchrl_maxmin.models.lora import LoraSettings, require_adaptable
 from torchrl_maxmin.models.sequences import pad_left, pad_right
 from torchrl_maxmin.rewards import Calibration, RewardMixture
-from torchrl_maxmin.rewards.adapters import LoraSettings, require_adaptable
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_alpha": 8}
 FORMS = {
@@ -223,14 +223,26 @@ def test_training_changes_adapters_and_keeps_the_base(backbones):
 def test_training_mode_switches_the_adapters_dropout_alone(backbones):
     torch.manual_seed(0)
     mixture = RewardMixture.from_backbone(backbones["bert"], 2, use_peft=True, lora_dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in mixture.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
     dropouts = {n: m for n, m in mixture.named_modules() if isinstance(m, nn.Dropout)}
+    working = set()
+
+    def watch(name):
+        return lambda module, *_: working.add(name) if module.training else None
+
+    for name, module in dropouts.items():
+        module.register_forward_hook(watch(name))
+    tokens, mask = torch.randint(5, 20, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
     mixture.train()
-    assert {n for n, m in dropouts.items() if m.training} == {n for n in dropouts if ".lora_dropout." in n}
-    assert any(m.training for m in dropouts.values())
+    assert not torch.equal(mixture(tokens, mask), mixture(tokens, mask))
+    assert working == {n for n in dropouts if ".lora_dropout." in n}
+    working.clear()
     mixture.eval()
-    assert not any(m.training for m in mixture.modules())
-    plain = RewardMixture.from_backbone(backbones["llama"], 2)
-    assert not any(m.training for m in plain.train().modules())
+    assert torch.equal(mixture(tokens, mask), mixture(tokens, mask))
+    assert not working
 
 
 @pytest.mark.parametrize("adapters", ["per_group", "shared"])

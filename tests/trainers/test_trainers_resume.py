@@ -35,6 +35,9 @@ def everything(trainer):
         {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100, "tau": 0.5},
         {"objective": "mean_of_mins", "mini_batch_size": 3, "entropy_coeff": 0.01},
         {"adversary": "exponentiated_gradient", "calibration": "win_rate", "temperature": 0.8},
+        {"use_peft": True, "lora_r": 4, "gradient_checkpointing": True, "learning_rate": 1e-3},
+        {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "critic": "heads", "dtype": "bfloat16"},
+        {"dtype": "bfloat16", "optim": "adafactor", "per_device_train_batch_size": 3},
     ],
 )
 def test_four_iterations_equal_two_and_two(make_config, settings):

@@ -9,7 +9,7 @@ from rounding import float32_bound
 from tensordict import TensorDict
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
-from torchrl_maxmin.trainers.lm_ppo import TokenAdvantages
+from torchrl_maxmin.trainers.token_advantages import TokenAdvantages
 
 WIDTH, GAMMA, LMBDA = 6, 0.97, 0.9
 KL = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: np.exp(-d) - 1 + d}

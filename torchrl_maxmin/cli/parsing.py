@@ -129,15 +129,18 @@ def _config_first(words: list[str]) -> list[str]:
 
 
 def _join_lists(config_class: type, arguments: Sequence[str]) -> list[str]:
-    """``--seeds 0 1 2`` as ``--seeds=["0", "1", "2"]``, for every field that holds a list."""
-    lists = {f"--{f.name}" for f in dataclasses.fields(config_class) if str(f.type).startswith("list")}
+    """``--seeds 0 1 2`` as ``--seeds=["0", "1", "2"]`` for every list, and a bare ``--use_peft`` as true."""
+    fields = dataclasses.fields(config_class)
+    lists = {f"--{f.name}" for f in fields if str(f.type).startswith("list")}
+    switches = {f"--{f.name}" for f in fields if str(f.type) == "bool"}
     joined: list[str] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
         if flag not in lists:
-            joined.append(word)
+            bare = word in switches and (not rest or rest[0].startswith("--"))
+            joined.append(f"{word}=true" if bare else word)
             continue
         values = [value] if equals else []
         while rest and not rest[0].startswith("--"):

@@ -102,13 +102,16 @@ def check_model(policy: Any) -> None:
 
 
 @torch.no_grad()
-def check_first_rollout(policy: Any, rollout: TensorDictBase, rows: int = 64) -> None:
+def check_first_rollout(policy: Any, rollout: TensorDictBase, rows: int = 64) -> Tensor:
     """Check the two first statements of PPO before any update: its ratio is 1, and its KL is 0.
 
     Args:
         policy: as it has sampled, and equal to the reference.
         rollout: with what :meth:`TokenPolicy.forward` reads and writes, and ``ref_log_prob`` [B, R].
         rows: how many of them are looked at.
+
+    Returns:
+        The log-probabilities [rows, R] that the policy is trained with.
 
     Raises:
         UserError: where they do not hold up to the rounding of the model's dtype, with the likely cause.
@@ -139,6 +142,7 @@ def check_first_rollout(policy: Any, rollout: TensorDictBase, rows: int = 64) ->
         "before the first update the KL to the reference is not 0",
         "policy and reference were not loaded from the same weights, or one has been changed",
     )
+    return scored
 
 
 def _trial_batch(policy: Any) -> TensorDict:
@@ -186,7 +190,7 @@ def _unpadded(policy: Any, row: TensorDict) -> Tensor:
 
 
 def _dtype_name(policy: Any) -> str:
-    return str(policy.model.get_output_embeddings().weight.dtype).removeprefix("torch.")
+    return str(policy.dtype).removeprefix("torch.")
 
 
 def _require_equal(
@@ -198,7 +202,7 @@ def _require_equal(
     fault: str,
     cause: str,
 ) -> None:
-    dtype = policy.model.get_output_embeddings().weight.dtype
+    dtype = policy.dtype
     apart = deviation(found, expected, mask, dtype)
     bound = rounding_bound(dtype, largest / policy.temperature)
     if not apart <= bound:

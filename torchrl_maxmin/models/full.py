@@ -1,56 +1,60 @@
-"""Policy, reference and critic of a language model, each a whole network of its own."""
+"""Policy, reference and critic of a language model: what every kind has, and whole copies of the network."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchrl_maxmin.models.language import TokenCritic, TokenPolicy, TokenScorer
+from torchrl_maxmin.models.checkpointing import checkpoint_layers
+from torchrl_maxmin.models.language import TokenCritic, TokenPolicy, TokenScorer, ValueHeads
 from torchrl_maxmin.models.networks import Networks
-from torchrl_maxmin.models.sequences import backbone_of, in_batches
+from torchrl_maxmin.models.sequences import backbone_of, in_batches, states_width
 
-__all__ = ["FullCopies"]
+__all__ = ["FullCopies", "LanguageNetworks", "heads_on_policy"]
 
 
-class FullCopies(Networks):
-    """Three copies of a language model: the policy and the critic are trained, the reference is not.
-
-    Another kind of model (adapters on one trunk, shards) offers the same methods.
+class LanguageNetworks(Networks):
+    """A policy, its reference and a critic, whatever they share.
 
     Args:
-        reference: the policy to start from; frozen. The policy is a copy of it, and the critic of its trunk.
+        policy: is trained.
+        reference: what it started from; never changes.
+        critic: gives the values of every token; None where advantages need none.
         tokenizer: theirs.
-        num_columns: value heads of the critic, see :class:`~torchrl_maxmin.models.TokenCritic`.
         entropy: whether :attr:`actor` also writes the entropy.
-        scoring_batch_size: rows that the reference and the critic read at once in a rollout.
+        scoring_batch_size: rows that are read at once where no gradient is taken.
+        autocast: whether all compute in bfloat16, with weights as they are.
     """
 
     policy: TokenPolicy
 
     def __init__(
         self,
+        policy: TokenPolicy,
         reference: TokenPolicy,
+        critic: nn.Module | None,
         tokenizer: Any,
-        num_columns: int,
         *,
         entropy: bool = False,
         scoring_batch_size: int = 512,
+        autocast: bool = False,
     ):
-        device = next(reference.parameters()).device
-        policy = copy.deepcopy(reference)  # not loaded again: a new pad token's row is random
-        critic = TokenCritic(copy.deepcopy(backbone_of(reference.model)), num_columns).to(device)
         super().__init__(policy, critic, TokenScorer(policy, entropy))
-        self.reference = reference.requires_grad_(False)
+        self.reference = reference
         self.tokenizer, self.scoring_batch_size = tokenizer, scoring_batch_size
-
-    def generate(self, prompts: TensorDictBase) -> TensorDictBase:
-        """Sample a response of the policy to every prompt."""
-        return self.policy(prompts)
+        if autocast:
+            device = next(policy.parameters()).device.type
+            for part in (policy, reference, *([] if critic is None else [critic])):
+                part.within = partial(_both, partial(torch.autocast, device, torch.bfloat16), part.within)
+            policy.compute_dtype = reference.compute_dtype = torch.bfloat16
 
     @torch.no_grad()
     def log_prob(self, responses: TensorDictBase) -> Tensor:
@@ -64,7 +68,8 @@ class FullCopies(Networks):
 
     @torch.no_grad()
     def values(self, responses: TensorDictBase) -> Tensor:
-        """Values [B, R, num_columns] of the tokens."""
+        """Values [B, R, num_columns] of the tokens, where there is a critic."""
+        assert self.critic is not None
         rows = responses.select(*self.critic.in_keys)
         return in_batches(self.critic, rows, self.scoring_batch_size)["state_value"]
 
@@ -72,3 +77,63 @@ class FullCopies(Networks):
         """Write the policy and its tokenizer in the format of Hugging Face."""
         self.policy.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _both(outer: Callable[[], Any], inner: Callable[[], Any]) -> Iterator[None]:
+    with outer(), inner():
+        yield
+
+
+def heads_on_policy(policy: TokenPolicy, num_columns: int) -> ValueHeads:
+    """A critic of value heads alone, on the policy's own hidden states.
+
+    Its loss does not reach the policy: the heads learn what can be read off the states as they are. The
+    policy's pass serves both.
+
+    Args:
+        policy: whose states they read; it keeps them from now on.
+        num_columns: value heads.
+    """
+    policy.keep_states = True
+    width = states_width(backbone_of(policy.model))
+    return ValueHeads(policy.take_states, width, num_columns).to(next(policy.parameters()).device)
+
+
+class FullCopies(LanguageNetworks):
+    """Copies of a language model: the policy and the critic are trained whole, the reference is not.
+
+    Another kind of model (adapters on one trunk, shards) offers the same methods.
+
+    Args:
+        reference: the policy to start from; frozen. The policy is a copy of it, and the critic of its trunk.
+        tokenizer: theirs.
+        num_columns: value heads, see :class:`~torchrl_maxmin.models.language.ValueHeads`; with 0 there is no
+            critic, and no memory for it.
+        critic: ``full``, or ``heads`` on the policy's states, see :func:`heads_on_policy`.
+        gradient_checkpointing: whether layers are computed again at backward, in place of being kept.
+        **options: those of :class:`LanguageNetworks`.
+    """
+
+    def __init__(
+        self,
+        reference: TokenPolicy,
+        tokenizer: Any,
+        num_columns: int,
+        *,
+        critic: str = "full",
+        gradient_checkpointing: bool = False,
+        **options: Any,
+    ):
+        device = next(reference.parameters()).device
+        policy = copy.deepcopy(reference)  # not loaded again: a new pad token's row is random
+        values: ValueHeads | None = None
+        if num_columns and critic == "heads":
+            values = heads_on_policy(policy, num_columns)
+        elif num_columns:
+            values = TokenCritic(copy.deepcopy(backbone_of(reference.model)), num_columns).to(device)
+        if gradient_checkpointing:
+            checkpoint_layers(policy)
+            if isinstance(values, TokenCritic):
+                checkpoint_layers(values)
+        super().__init__(policy, reference.requires_grad_(False), values, tokenizer, **options)

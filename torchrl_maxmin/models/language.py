@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from torchrl_maxmin.models.loading import (
 from torchrl_maxmin.models.output_head import OutputHead
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, mask_after_eos, states_width
 
-__all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]
+__all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "ValueHeads", "predicting_states"]
 
+_SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
 _NO_TOKENS = (
     "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
     "scored from padding; give it the tokenizer's BOS token, or leave it out"
@@ -110,6 +113,9 @@ class TokenPolicy(TensorDictModuleBase):
     Attributes:
         eos_token_ids: every token that ends a response, those given first.
         head: what stands between hidden states and logits.
+        within: makes what the model runs in, such as the adapter that is this policy's; nothing by default.
+        compute_dtype: what the model computes in, where not its weights' dtype.
+        keep_states: whether the hidden states of :meth:`log_prob_and_entropy` stay for :meth:`take_states`.
 
     Raises:
         ValueError: for a pad token that ends a response, or a model whose logits are not a linear
@@ -153,6 +159,10 @@ class TokenPolicy(TensorDictModuleBase):
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.generation_batch_size = generation_batch_size
+        self.within: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.compute_dtype: torch.dtype | None = None
+        self.keep_states = False
+        self._states: tuple[TensorDictBase, Tensor] | None = None
 
     @classmethod
     def from_pretrained(
@@ -164,15 +174,25 @@ class TokenPolicy(TensorDictModuleBase):
         temperature: float = 1.0,
         generation_batch_size: int | None = None,
         device: torch.device | str = "cpu",
+        **options: Any,
     ) -> TokenPolicy:
         """Load a Hugging Face model, and check that what it samples is what it is trained on.
 
         Tokenizer and model get a pad token of their own if they lack one.
 
+        Args:
+            name_or_path: folder or hub name.
+            tokenizer: the model's.
+            max_new_tokens: as of the class.
+            temperature: as of the class.
+            generation_batch_size: as of the class.
+            device: where to.
+            **options: how to load it, see :func:`~torchrl_maxmin.models.loading.load_causal_lm`.
+
         Raises:
             UserError: for a model that cannot be had, or that the package cannot serve.
         """
-        model = load_causal_lm(name_or_path)
+        model = load_causal_lm(name_or_path, **options)
         ensure_pad_token(tokenizer, model)
         policy = cls(
             model.to(device),
@@ -204,18 +224,19 @@ class TokenPolicy(TensorDictModuleBase):
         if int(prompt_mask.sum(-1).min()) < 1:
             raise ValueError(_NO_TOKENS)
         sampled = SampledLogProbs(self.temperature)
-        generated = self.model.generate(
-            input_ids=prompt,
-            attention_mask=prompt_mask.long(),
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(self.eos_token_ids),
-            pad_token_id=self.pad_token_id,
-            logits_processor=[sampled],
-        )[:, prompt.shape[-1] :]
+        with self.within():
+            generated = self.model.generate(
+                input_ids=prompt,
+                attention_mask=prompt_mask.long(),
+                do_sample=True,
+                temperature=self.temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(self.eos_token_ids),
+                pad_token_id=self.pad_token_id,
+                logits_processor=[sampled],
+            )[:, prompt.shape[-1] :]
         sampled(generated, None)
         log_prob = torch.stack(sampled.columns, -1)
         # generate() returns early only when every row has ended: what is missing is padding
@@ -228,6 +249,27 @@ class TokenPolicy(TensorDictModuleBase):
         tensordict["sample_log_prob"] = torch.where(action_mask, log_prob, 0.0)
         return tensordict
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.compute_dtype or self.model.get_output_embeddings().weight.dtype
+
+    def states(self, tensordict: TensorDictBase) -> Tensor:
+        """Hidden states [B, R, H] from which each response token is predicted."""
+        with self.within():
+            return predicting_states(backbone_of(self.model), tensordict)
+
+    def take_states(self, tensordict: TensorDictBase) -> Tensor:
+        """The hidden states, without gradient: those that the last scoring kept for the same tokens, once.
+
+        Others are computed. A loss that scores and then values the same rows runs the model once.
+        """
+        kept, self._states = self._states, None
+        if kept is not None and all(torch.equal(kept[0][key], tensordict[key]) for key in _SCORED):
+            return kept[1]
+        with torch.no_grad():
+            return self.states(tensordict)
+
     def log_prob(self, tensordict: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of ``action`` given the prompt; zero where masked."""
         return self.log_prob_and_entropy(tensordict, entropy=False)[0]
@@ -237,13 +279,15 @@ class TokenPolicy(TensorDictModuleBase):
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and token entropies, both [B, R] and zero where masked."""
         action, mask = tensordict["action"], tensordict["action_mask"]
-        states = predicting_states(backbone_of(self.model), tensordict)
+        states = self.states(tensordict)
+        if self.keep_states:
+            self._states = tensordict.select(*_SCORED), states.detach()
         output = self.model.get_output_embeddings()
         bias = getattr(output, "bias", None)
         if bias is not None and self.head.bias_scale != 1.0:
             bias = bias * self.head.bias_scale
         log_prob, token_entropy = token_log_probs(
-            states[mask],
+            states[mask].to(output.weight.dtype),
             output.weight,
             action[mask],
             temperature=self.temperature,
@@ -257,34 +301,50 @@ class TokenPolicy(TensorDictModuleBase):
         return scattered, None if token_entropy is None else blank.masked_scatter(mask, token_entropy)
 
 
-class TokenCritic(TensorDictModuleBase):
-    """A trunk with one value head a group, and one for the KL penalty where there is one.
+class ValueHeads(TensorDictModuleBase):
+    """One value head a group, and one for the KL penalty where there is one, on hidden states.
 
     Group weights move every iteration and the value of a group does not, so heads of their
     own keep every group's advantage valid whatever the weights are.
 
     Args:
-        backbone: a Hugging Face trunk of its own (not shared with the policy).
+        states: gives hidden states [B, R, width] of a tensordict, as :func:`predicting_states` does.
+        width: of the hidden states, H.
         num_columns: value heads; groups, plus one for the KL column.
 
     Reads what :func:`predicting_states` reads; writes ``state_value`` [B, R, num_columns] fp32.
     """
 
-    def __init__(self, backbone: nn.Module, num_columns: int):
+    def __init__(self, states: Callable[[TensorDictBase], Tensor], width: int, num_columns: int):
         super().__init__()
-        self.in_keys = ["prompt_tokens", "prompt_mask", "action", "action_mask"]
+        self.in_keys = list(_SCORED)
         self.out_keys = ["state_value"]
-        self.backbone = backbone
+        self.states = states
+        self.within: Callable[[], AbstractContextManager[Any]] = nullcontext  # as of TokenPolicy
         # drawing nothing: a run's random numbers do not depend on the number of groups
-        self.head = nn.utils.skip_init(nn.Linear, states_width(backbone), num_columns)
+        self.head = nn.utils.skip_init(nn.Linear, width, num_columns)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``state_value`` [B, R, num_columns]."""
-        states = predicting_states(self.backbone, tensordict)
+        with self.within():
+            states = self.states(tensordict)
         tensordict["state_value"] = self.head(states.to(self.head.weight.dtype)).float()
         return tensordict
+
+
+class TokenCritic(ValueHeads):
+    """A trunk with value heads, see :class:`ValueHeads`.
+
+    Args:
+        backbone: a Hugging Face trunk of its own (not shared with the policy).
+        num_columns: value heads; groups, plus one for the KL column.
+    """
+
+    def __init__(self, backbone: nn.Module, num_columns: int):
+        super().__init__(partial(predicting_states, backbone), states_width(backbone), num_columns)
+        self.backbone = backbone
 
 
 class TokenScorer(TensorDictModuleBase):
@@ -300,7 +360,7 @@ class TokenScorer(TensorDictModuleBase):
 
     def __init__(self, policy: TokenPolicy, entropy: bool = False):
         super().__init__()
-        self.in_keys = ["prompt_tokens", "prompt_mask", "action", "action_mask"]
+        self.in_keys = list(_SCORED)
         self.out_keys = ["log_prob", "entropy"] if entropy else ["log_prob"]
         self.policy = policy
         self.entropy = entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.sequences import text_config
 
 __all__ = [
+    "adapted_model",
     "end_tokens",
     "ensure_pad_token",
     "import_transformers",
@@ -67,6 +69,7 @@ def load_config(name_or_path: str) -> Any:
     Raises:
         UserError: unless ``name_or_path`` holds, or can fetch, one.
     """
+    name_or_path = adapted_model(name_or_path) or name_or_path
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
@@ -83,6 +86,16 @@ def load_config(name_or_path: str) -> Any:
             f"no model at {name_or_path!r}: it is neither a local folder nor a hub name that can be reached; "
             "check --model_name_or_path"
         ) from error
+
+
+def adapted_model(name_or_path: str) -> str | None:
+    """The model that a folder of one LoRA adapter names as its own; None for any other folder or name."""
+    folder = Path(name_or_path)
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").is_file():
+        return None
+    with reading("adapter_config.json", name_or_path):
+        return json.loads(path.read_text())["base_model_name_or_path"]
 
 
 def require_model(name_or_path: str) -> None:
@@ -220,15 +233,27 @@ def plain_generation(model: Any, eos_token_ids: Sequence[int] = ()) -> None:
         )
 
 
-def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_causal_lm(name_or_path: str, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
     """Load a causal language model without dropout, in evaluation mode.
 
     Dropout would make the log-probabilities of rollout and training differ, so it is off
     for good: modules stay in evaluation mode while they are trained.
+
+    Args:
+        name_or_path: a model; or a folder of one LoRA adapter, which is merged into the model that it names.
+        dtype: of the weights; ``auto`` is that of the file.
+        **options: further ones of ``from_pretrained``, such as ``attn_implementation``.
     """
     require_causal_lm(name_or_path)
+    base = adapted_model(name_or_path)
     with reading("model", name_or_path):
-        model = import_transformers().AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        model = import_transformers().AutoModelForCausalLM.from_pretrained(
+            base or name_or_path, dtype=dtype, **options
+        )
+    if base is not None:
+        from torchrl_maxmin.models.lora import merge_adapter
+
+        model = merge_adapter(model, name_or_path)
     plain_generation(model)
     return model.eval()
 
@@ -239,7 +264,9 @@ def is_encoder(config: Any) -> bool:
     return bool(config.is_encoder_decoder) or (known and not getattr(config, "is_decoder", False))
 
 
-def load_trunk(name_or_path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_trunk(
+    name_or_path: str, dtype: torch.dtype | str = torch.float32, **options: Any
+) -> tuple[Any, Any]:
     """Load what maps tokens to hidden states, decoder or encoder, and its tokenizer with a pad token.
 
     Like :func:`load_causal_lm` without dropout. An encoder keeps its tokenizer's own special
@@ -251,7 +278,7 @@ def load_trunk(name_or_path: str, dtype: torch.dtype = torch.float32) -> tuple[A
     require_trunk(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     with reading("model", name_or_path):
-        model = import_transformers().AutoModel.from_pretrained(name_or_path, dtype=dtype).eval()
+        model = import_transformers().AutoModel.from_pretrained(name_or_path, dtype=dtype, **options).eval()
     if not is_encoder(model.config):
         ensure_pad_token(tokenizer, model)
     elif tokenizer.pad_token_id is None:

@@ -17,7 +17,7 @@ class Networks:
 
     Args:
         policy: acts; what a run saves in the end.
-        critic: gives every group's values.
+        critic: gives every group's values; None where advantages need none.
         actor: the policy as a loss reads it; the policy itself when None.
 
     Example:
@@ -27,24 +27,35 @@ class Networks:
         {'policy': 2, 'critic': 2}
     """
 
-    def __init__(self, policy: nn.Module, critic: nn.Module, actor: nn.Module | None = None):
+    def __init__(self, policy: nn.Module, critic: nn.Module | None, actor: nn.Module | None = None):
         self.policy, self.critic = policy, critic
         self.actor = policy if actor is None else actor
+
+    @property
+    def roles(self) -> dict[str, nn.Module]:
+        """The trained networks by role."""
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """The parameters that are trained, by role and each once."""
         seen: set[nn.Parameter] = set()
         roles: dict[str, list[nn.Parameter]] = {}
-        for role, module in (("policy", self.policy), ("critic", self.critic)):
+        for role, module in self.roles.items():
             roles[role] = [p for p in module.parameters() if p.requires_grad and p not in seen]
             seen.update(roles[role])
         return roles
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every trained network, by role."""
-        return {"policy": self.policy.state_dict(), "critic": self.critic.state_dict()}
+        return {role: module.state_dict() for role, module in self.roles.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        self.policy.load_state_dict(state["policy"])
-        self.critic.load_state_dict(state["critic"])
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: where only one of the two has a critic.
+        """
+        if ("critic" in state) == (self.critic is None):
+            raise ValueError("a critic on one side alone: the state is of other networks")
+        for role, module in self.roles.items():
+            module.load_state_dict(state[role])

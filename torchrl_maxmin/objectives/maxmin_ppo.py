@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -193,6 +193,20 @@ class MaxMinPPOLoss(VectorPPOLoss):
             actions). For a micro-batch the statistics of the whole are left out, and ``log_ratio`` and
             ``value`` of every step put in, for :meth:`merge`.
         """
+        actor, *critic = self.losses_by_network(tensordict)
+        for part in critic:
+            actor.update(part)
+        return actor
+
+    def losses_by_network(self, tensordict: TensorDictBase) -> Iterator[TensorDictBase]:
+        """Yield the actor's outputs of :meth:`forward`, then the critic's where there is one.
+
+        The critic runs when its outputs are asked for: a caller that takes the backward pass of the actor's
+        before holds the activations of one network at a time. Gradients are those of the sum.
+
+        Args:
+            tensordict: as for :meth:`forward`.
+        """
         keys = self.tensor_keys
         tensordict = tensordict.clone(False)
         fresh = tensordict.get(keys.advantage, None) is None
@@ -245,29 +259,31 @@ class MaxMinPPOLoss(VectorPPOLoss):
             kl_to_ref = self._kl_to_ref(scored, tensordict, mask)
             out.set("kl_to_ref", masked_mean(kl_to_ref.detach(), mask, count))
             out.set("loss_kl_to_ref", self.kl_to_ref_coeff * kl_to_ref)
-        if self._has_critic:
-            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict, count)
-            out.set("loss_critic", loss_critic)
-            if value_clip_fraction is not None:
-                out.set("value_clip_fraction", value_clip_fraction)
-            if explained_variance is not None:
-                out.set("explained_variance" if count is None else "value", explained_variance)
-        for name in [name for name, _ in out.items() if name.startswith("loss_")]:
-            if self.reduction == "mean":
-                out.set(name, masked_mean(out[name], mask, count))
-            else:
-                out.set(name, self._reduce_loss(out[name], self._with_bool_masks(tensordict)).squeeze(-1))
         log_ratio = log_behaviour.detach()
         out.update(ratio_statistics(log_ratio, mask) if count is None else {"log_ratio": log_ratio})
-        self._clear_weakrefs(
-            tensordict,
-            out,
-            "actor_network_params",
-            "critic_network_params",
-            "target_actor_network_params",
-            "target_critic_network_params",
-        )
-        return out
+        for network in ("actor", "critic") if self._has_critic else ("actor",):
+            if network == "critic":
+                out = TensorDict()
+                loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict, count)
+                out.set("loss_critic", loss_critic)
+                if value_clip_fraction is not None:
+                    out.set("value_clip_fraction", value_clip_fraction)
+                if explained_variance is not None:
+                    out.set("explained_variance" if count is None else "value", explained_variance)
+            for name in [name for name, _ in out.items() if name.startswith("loss_")]:
+                if self.reduction == "mean":
+                    out.set(name, masked_mean(out[name], mask, count))
+                else:
+                    out.set(name, self._reduce_loss(out[name], self._with_bool_masks(tensordict)).squeeze(-1))
+            self._clear_weakrefs(
+                tensordict,
+                out,
+                "actor_network_params",
+                "critic_network_params",
+                "target_actor_network_params",
+                "target_critic_network_params",
+            )
+            yield out
 
     def loss_critic(
         self, tensordict: TensorDictBase, count: Tensor | None = None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import load_classifier, load_tokenizer, reading, require_model
+from torchrl_maxmin.models.lora import import_peft, quiet_peft
 from torchrl_maxmin.models.sequences import backbone_of, pad_right
-from torchrl_maxmin.rewards.adapters import import_peft, quiet_peft
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.mixture import RewardMixture

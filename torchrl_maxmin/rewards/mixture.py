@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.loading import (
     ensure_pad_token,
     is_encoder,
@@ -21,6 +23,12 @@ from torchrl_maxmin.models.loading import (
     load_trunk,
     reading,
     same_vocabulary,
+)
+from torchrl_maxmin.models.lora import (
+    AdapterSwitch,
+    LoraSettings,
+    add_adapters,
+    copy_adapter_,
 )
 from torchrl_maxmin.models.sequences import backbone_of, states_width
 from torchrl_maxmin.preferences.chat import set_chat_template
@@ -86,6 +94,8 @@ class RewardMixture(RewardModel):
         output = model.score if heads is None else heads.output
         super().__init__(output.out_features, log_prior, calibration)
         self.model, self.heads, self.adapters = model, heads, adapters
+        self.autocast, self.dropout = False, False
+        self.switch = AdapterSwitch(model, self._names[0]) if adapters else None
         self.tokenizer = tokenizer
         self.reader = TextReader(model, tokenizer, pooling=pooling, layout=layout)
 
@@ -105,9 +115,12 @@ class RewardMixture(RewardModel):
         lora_alpha: int = 32,
         lora_dropout: float = 0.0,
         lora_target_modules: Sequence[str] | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
+        autocast: bool = False,
+        gradient_checkpointing: bool = False,
         chat_template: str | None = None,
         system_prompt: str | None = None,
+        **load_options: Any,
     ) -> RewardMixture:
         """New heads on the trunk of a language model: a decoder (GPT-2, Llama ...) or an encoder (BERT ...).
 
@@ -128,9 +141,12 @@ class RewardMixture(RewardModel):
             lora_target_modules: names of the layers, or ``all-linear``; when None peft's choice, and all
                 linear layers where it has none.
             dtype: of the trunk; heads and adapters train in fp32.
+            autocast: compute the trunk in bfloat16 where its weights are fp32; off in a saved model.
+            gradient_checkpointing: compute layers again at backward in place of keeping their activations.
             chat_template: see :func:`~torchrl_maxmin.preferences.chat.set_chat_template`; saved with the
                 tokenizer.
             system_prompt: likewise.
+            **load_options: further ones of ``from_pretrained`` of ``transformers``.
 
         Raises:
             UserError: for a model or options that cannot be used.
@@ -139,19 +155,31 @@ class RewardMixture(RewardModel):
         plain = head == "linear" and rank is None and not use_peft and pooling in (None, "last")
         chat = chat_template, system_prompt
         if plain and not is_encoder(config) and has_linear_score(config):
-            return cls._from_classifier(name_or_path, num_groups, dtype, layout, chat)
-        trunk, tokenizer = load_trunk(name_or_path, dtype)
-        set_chat_template(tokenizer, *chat)
-        heads = RewardHeads(head, states_width(trunk), num_groups, rank)
-        if not use_peft:
-            return cls(trunk, tokenizer, heads=heads, pooling=pooling, layout=layout)
-        settings = lora.LoraSettings(lora_r, lora_alpha, lora_dropout, lora_target_modules)
-        model = lora.add_adapters(trunk, lora.adapter_names(adapters, num_groups), settings)
-        return cls(model, tokenizer, heads=heads, pooling=pooling, layout=layout, adapters=adapters)
+            mixture = cls._from_classifier(name_or_path, num_groups, dtype, layout, chat, **load_options)
+        else:
+            trunk, tokenizer = load_trunk(name_or_path, dtype, **load_options)
+            set_chat_template(tokenizer, *chat)
+            reading_options: dict[str, Any] = {"pooling": pooling, "layout": layout}
+            reading_options["heads"] = RewardHeads(head, states_width(trunk), num_groups, rank)
+            if use_peft:
+                settings = LoraSettings(lora_r, lora_alpha, lora_dropout, lora_target_modules)
+                trunk = add_adapters(trunk, lora.adapter_names(adapters, num_groups), settings)
+                reading_options["adapters"] = adapters
+            mixture = cls(trunk, tokenizer, **reading_options)
+        mixture.autocast = autocast
+        if gradient_checkpointing:
+            checkpoint_layers(mixture.model, mixture.switch.snapshot if mixture.switch else nullcontext)
+        return mixture
 
     @classmethod
     def _from_classifier(
-        cls, name_or_path: str, num_groups: int, dtype: torch.dtype, layout: str | None, chat: tuple[Any, Any]
+        cls,
+        name_or_path: str,
+        num_groups: int,
+        dtype: torch.dtype | str,
+        layout: str | None,
+        chat: tuple[Any, Any],
+        **load_options: Any,
     ) -> RewardMixture:
         """A decoder's sequence classifier; its head is drawn from N(0, 1 / (hidden + 1))."""
         from transformers import AutoModelForSequenceClassification
@@ -161,7 +189,7 @@ class RewardMixture(RewardModel):
         tokenizer.padding_side = "right"
         with reading("model", name_or_path):
             model = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, num_labels=num_groups, dtype=dtype
+                name_or_path, num_labels=num_groups, dtype=dtype, **load_options
             ).eval()
         ensure_pad_token(tokenizer, model)
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
@@ -277,19 +305,24 @@ class RewardMixture(RewardModel):
         """
         known = tokens < self.model.get_input_embeddings().num_embeddings
         tokens, mask = tokens.masked_fill(~known, self.reader.pad_id), mask & known
-        if self.adapters == "per_group":
-            names = lora.each_adapter(self.model, self._names)
-            vectors = torch.stack([self._vectors(tokens, mask) for _ in names], 1)
-        else:
+        if self.switch is None:
             vectors = self._vectors(tokens, mask)
+        else:
+            each = [self._vectors(tokens, mask, name) for name in self._names]
+            vectors = torch.stack(each, 1) if self.adapters == "per_group" else each[0]
         if self.heads is None:
             rewards = reward_heads_min(vectors, self.output.weight, self.output.bias)[0]
         else:
             rewards = self.heads(vectors)
         return self.calibration.apply(rewards) if calibrated else rewards
 
-    def _vectors(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.reader.pool(*self.reader.states(backbone_of(self.model), tokens, mask))
+    def _vectors(self, tokens: Tensor, mask: Tensor, adapter: str | None = None) -> Tensor:
+        with ExitStack() as stack:
+            if self.switch is not None:
+                stack.enter_context(self.switch.using(adapter, self.dropout))
+            if self.autocast:
+                stack.enter_context(torch.autocast(tokens.device.type, torch.bfloat16))
+            return self.reader.pool(*self.reader.states(backbone_of(self.model), tokens, mask))
 
     def scorers(self) -> list[RewardMixture]:
         """This model alone."""
@@ -330,8 +363,7 @@ class RewardMixture(RewardModel):
     def train(self, mode: bool = True) -> RewardMixture:
         """Switch the adapters' own dropout; the trunk's stays off, in training too."""
         super().train(False)
-        if self.adapters is not None:
-            lora.set_adapter_dropout(self.model, mode)
+        self.dropout = mode
         return self
 
     def permute_groups_(self, order: Tensor) -> None:
@@ -346,4 +378,4 @@ class RewardMixture(RewardModel):
         """Start group k anew from the donor's head, with a little noise, and from its adapter."""
         reset_row_(self.output, k, donor, noise_scale)
         if self.adapters == "per_group":
-            lora.copy_adapter_(self.model, self._names[donor], self._names[k])
+            copy_adapter_(self.model, self._names[donor], self._names[k])

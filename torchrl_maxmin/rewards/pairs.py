@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.clustering.em import Expectation, MStep, expectation
 from torchrl_maxmin.clustering.judged import merged_choices
 from torchrl_maxmin.clustering.linear import PairChoices, UserRows, row_weights_of
+from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.loading import (
     ensure_pad_token,
@@ -248,6 +249,7 @@ class FineTuningSettings:
         head_learning_rate: of the heads.
         reward_l2: penalty on squared rewards, which keeps offsets small.
         weight_decay: of AdamW.
+        optim: optimizer, see :func:`~torchrl_maxmin.core.optimizers.make_optimizer`.
         seed: of the batches.
     """
 
@@ -260,6 +262,7 @@ class FineTuningSettings:
     head_learning_rate: float = 1e-4
     reward_l2: float = 1e-3
     weight_decay: float = 0.01
+    optim: str = "adamw_torch"
     seed: int = 0
 
     @property
@@ -288,14 +291,12 @@ class FineTuning(MStep):
         advance: Callable[..., None] = lambda note: None,
     ):
         self.mixture, self.pairs, self.settings, self.advance = mixture, pairs, settings, advance
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": mixture.trunk_parameters(), "lr": settings.learning_rate},
-                {"params": mixture.head_parameters(), "lr": settings.head_learning_rate},
-            ],
-            weight_decay=settings.weight_decay,
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._warmup_cosine)
+        groups = [
+            {"params": mixture.trunk_parameters(), "lr": settings.learning_rate},
+            {"params": mixture.head_parameters(), "lr": settings.head_learning_rate},
+        ]
+        self.optimizer = make_optimizer(groups, settings.optim, settings.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, self._warmup_cosine)
         self.batches = Batches(len(pairs), settings.batch_size, settings.seed)
 
     def expectation(self, log_prior: Tensor) -> Expectation:

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
+from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.objectives import MaxMinPPOLoss
@@ -20,7 +21,7 @@ __all__ = ["Learner"]
 
 
 class Learner:
-    """Takes AdamW steps on minibatches of a rollout, in memory for one micro-batch.
+    """Takes optimizer steps on minibatches of a rollout, in memory for one micro-batch.
 
     A minibatch is dealt in micro-batches, whose gradients add up to its own. Each role's gradient is clipped
     by itself.
@@ -30,6 +31,7 @@ class Learner:
         models: what is trained.
         num_iterations: rollouts of the whole run, until the learning rate is 0.
         rollout_size: rows of a rollout.
+        optim: the optimizer, see :func:`~torchrl_maxmin.core.optimizers.make_optimizer`.
         **loss_options: further ones of :class:`~torchrl_maxmin.objectives.MaxMinPPOLoss`.
     """
 
@@ -39,6 +41,7 @@ class Learner:
         models: Networks,
         num_iterations: int,
         rollout_size: int,
+        optim: str = "adamw_torch",
         **loss_options: Any,
     ):
         self.num_iterations, self.num_epochs = num_iterations, config.num_ppo_epochs
@@ -50,7 +53,7 @@ class Learner:
             "clip_value": config.cliprange_value or None,
             "entropy_bonus": config.entropy_coeff > 0,
             "entropy_coeff": config.entropy_coeff,
-            "critic_coeff": 1.0,
+            "critic_coeff": None if models.critic is None else 1.0,
             "loss_critic_type": "l2",
         }
         self.loss = MaxMinPPOLoss(models.actor, models.critic, functional=False, **options, **loss_options)
@@ -61,7 +64,7 @@ class Learner:
             "critic": config.critic_learning_rate or config.learning_rate,
         }
         groups = [{"params": parameters, "lr": rates[role]} for role, parameters in roles.items()]
-        self.optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0)
+        self.optimizer = make_optimizer(groups, optim)
         warmup = config.warmup_iterations
 
         def rate(iteration: int) -> float:
@@ -69,7 +72,7 @@ class Learner:
                 return (iteration + 1) / (warmup + 1)
             return max(num_iterations - iteration, 0) / max(num_iterations - warmup, 1)
 
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, rate)
         self.buffer = ReplayBuffer(
             storage=LazyTensorStorage(rollout_size, device=roles["policy"][0].device),
             sampler=SamplerWithoutReplacement(),
@@ -92,8 +95,8 @@ class Learner:
             for minibatch in self.buffer:
                 losses = self.accumulate(minibatch)
                 norms = [
-                    nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
-                    for group in self.optimizer.param_groups
+                    nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+                    for parameters in self.optimizer.groups
                 ]
                 value = (losses["loss"] + sum(norms)).item()  # one wait for the device a step
                 require_finite(value, minibatch, self.folder, "the PPO loss or its gradient")
@@ -104,14 +107,19 @@ class Learner:
     def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
         """Compute the gradient of a minibatch; returns the loss's outputs, and ``loss``, their sum."""
         whole = len(minibatch) <= self.micro_batch_size
-        outputs: list[Any] = []
+        outputs: list[TensorDictBase] = []
         for part in [minibatch] if whole else self.loss.micro_batches(minibatch, self.micro_batch_size):
-            losses = self.loss(part)
-            losses["loss"] = sum(value for name, value in losses.items() if name.startswith("loss_"))
-            if not outputs:  # not before: the backward pass takes the memory that this frees
-                self.optimizer.zero_grad()
-            losses["loss"].backward()
-            outputs.append(losses.detach())
+            each: list[TensorDictBase] = []
+            for losses in self.loss.losses_by_network(part):  # in memory one network at a time
+                loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
+                if not (outputs or each):  # not before: the backward pass takes the memory that this frees
+                    self.optimizer.zero_grad()
+                loss.backward()
+                each.append(losses.detach().set("loss", loss.detach()))
+            total = sum(losses["loss"] for losses in each)
+            for losses in each[1:]:
+                each[0].update(losses)
+            outputs.append(each[0].set("loss", total))
         return outputs[0] if whole else self.loss.merge(outputs, minibatch)
 
     def state_dict(self) -> dict[str, Any]:

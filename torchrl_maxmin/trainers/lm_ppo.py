@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from maxmin_kernels import token_gae
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
@@ -21,14 +20,12 @@ from torchrl_maxmin.core.run import (
     write_config,
     write_json,
 )
-from torchrl_maxmin.masks import whiten
-from torchrl_maxmin.models.checks import check_first_rollout
-from torchrl_maxmin.models.full import FullCopies
+from torchrl_maxmin.models.full import LanguageNetworks
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer, require_causal_lm
+from torchrl_maxmin.models.making import make_networks
 from torchrl_maxmin.models.sampling import encode_prompts
 from torchrl_maxmin.models.sequences import require_positions
-from torchrl_maxmin.objectives import kl_estimate, scalarise_advantage
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.source import (
@@ -45,18 +42,19 @@ from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_settings import adversary_of
+from torchrl_maxmin.trainers.token_advantages import LanguageAdvantages, make_advantages
 from torchrl_maxmin.welfare import Egalitarian
 
-__all__ = ["LanguageParts", "TokenAdvantages", "build_ppo", "run_ppo", "train_policy"]
+__all__ = ["LanguageParts", "build_ppo", "run_ppo", "train_policy"]
 
 
 @dataclass
 class LanguageParts(PPOParts):
     """The parts of a language model's run."""
 
-    models: FullCopies
+    models: LanguageNetworks
     rollouts: LanguageRollouts
-    advantages: TokenAdvantages
+    advantages: LanguageAdvantages
 
 
 @leave_no_empty_output
@@ -122,6 +120,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         temperature=config.temperature,
         generation_batch_size=config.generation_batch_size,
         device=device,
+        **config.load_options(),
     )
     if isinstance(source, MixtureRewards):
         source.eos_token_ids = reference.eos_token_ids
@@ -130,10 +129,14 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     # a win rate is at least 0, and a response that does not end pays the penalty
     shares = None if mixture is None else mixture.log_prior.exp()
     adversary = adversary_of(config, source.num_groups, shares, disagreement=-config.missing_eos_penalty)
-    models = FullCopies(
+    models = make_networks(
+        config,
         reference,
         tokenizer,
-        adversary.num_groups + 1,  # the last column is the KL penalty
+        # the last column is the KL penalty
+        adversary.num_groups + 1 if config.advantage == "gae" else 0,
+        critic=config.critic,
+        merge_adapter=config.merge_adapter,
         entropy=config.entropy_coeff > 0,
         scoring_batch_size=config.scoring_batch_size,
     )
@@ -183,11 +186,14 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
             adversary,
             prompt_welfare=Egalitarian() if config.objective == "mean_of_prompt_mins" else None,
         ),
-        advantages=TokenAdvantages(
-            models, kl, config.kl_estimator, gamma=config.gamma, lmbda=config.lam, fresh=state is None
-        ),
+        advantages=make_advantages(config, models, kl, fresh=state is None),
         learner=Learner(
-            config, models, config.num_iterations, config.rollout_batch_size, loss_mask_key="action_mask"
+            config,
+            models,
+            config.num_iterations,
+            config.rollout_batch_size,
+            config.optim,
+            loss_mask_key="action_mask",
         ),
         monitors=monitors,
         start=start,
@@ -196,94 +202,6 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     restore(state, parts, folder)
     write_config(folder, config)
     return parts
-
-
-class TokenAdvantages:
-    """Advantages of the tokens of responses: one column a group, one for the KL penalty, and their sum.
-
-    Args:
-        models: give the reference's log-probabilities, and the values.
-        kl: controls the weight of the penalty, beta, from one rollout to the next.
-        kl_estimator: of the penalty of a token, see :func:`~torchrl_maxmin.objectives.kl_estimate`.
-        gamma: discount.
-        lmbda: trace decay.
-        fresh: whether the policy is the reference still, which the first rollout is checked for.
-    """
-
-    def __init__(
-        self, models: FullCopies, kl: Any, kl_estimator: str, *, gamma: float, lmbda: float, fresh: bool
-    ):
-        self.models, self.kl, self.kl_estimator = models, kl, kl_estimator
-        self.gamma, self.lmbda, self.fresh = gamma, lmbda, fresh
-
-    @torch.no_grad()
-    def __call__(self, batch: TensorDictBase) -> tuple[TensorDictBase, Metrics]:
-        """Return the rows that the loss reads, and the rollout's metrics; beta moves on the KL.
-
-        Args:
-            batch: batch size [B], as :class:`~torchrl_maxmin.rollouts.language.LanguageRollouts` yields it,
-                with ``group_weights`` [B, K].
-        """
-        rows = batch.select(
-            "prompt_tokens", "prompt_mask", "action", "action_mask", "sample_log_prob", "group_weights"
-        )
-        rows["ref_log_prob"] = self.models.ref_log_prob(rows)
-        if self.fresh:
-            check_first_rollout(self.models.policy, rows)
-            self.fresh = False
-        rows["state_value"] = self.models.values(rows)
-        coef, mask = self.kl.coef, rows["action_mask"]
-        penalty = kl_estimate(rows["sample_log_prob"] - rows["ref_log_prob"], self.kl_estimator)
-        columns, rows["value_target"] = token_gae(
-            batch["next", "reward"],
-            rows["state_value"],
-            mask,
-            gamma=self.gamma,
-            lmbda=self.lmbda,
-            sample_log_prob=penalty,  # less nothing: any estimate, not the difference of two alone
-            ref_log_prob=torch.zeros_like(penalty),
-            kl_coef=coef,
-        )
-        rows["advantage"] = whiten(scalarise_advantage(columns, rows["group_weights"]), mask)
-        metrics = rollout_metrics(batch, rows["ref_log_prob"], coef)
-        # the controller takes the penalty that each response paid
-        self.kl.update([-coef * metrics["objective/kl"]] * len(rows))
-        self.kl.coef = float(self.kl.coef)
-        return rows, metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """The weight of the penalty."""
-        return {"kl_coef": self.kl.coef}
-
-
-def rollout_metrics(batch: TensorDictBase, ref_log_prob: torch.Tensor, kl_coef: float) -> Metrics:
-    """Metrics of one rollout.
-
-    Args:
-        batch: the rollout, batch size [B], with ``group_weights``.
-        ref_log_prob: the reference's log-probabilities [B, R].
-        kl_coef: beta, as it was for this rollout.
-
-    Returns:
-        ``objective/kl`` is the sampled KL of a whole response in nats; ``objective/welfare`` the
-        worst group's reward less beta times it; ``rewards/{k}/mean`` calibrated rewards.
-    """
-    mask, log_prob = batch["action_mask"], batch["sample_log_prob"]
-    rewards = batch["next", "group_reward"]
-    utilities = rewards.mean(0)
-    kl = ((log_prob - ref_log_prob) * mask).sum(-1).mean()
-    metrics: dict[str, Any] = {
-        "objective/kl": kl,
-        "objective/kl_coef": kl_coef,
-        "objective/entropy": -(log_prob * mask).sum(-1).mean(),
-        "objective/scores": (batch["next", "reward"] * batch["group_weights"]).sum(-1).mean(),
-        "objective/welfare": utilities.min() - kl_coef * kl,
-        "maxmin/worst_group": utilities.argmin(),
-        "completions/mean_length": mask.sum(-1).float().mean(),
-    }
-    for k, reward in enumerate(rewards.T):
-        metrics |= {f"rewards/{k}/mean": reward.mean(), f"rewards/{k}/std": reward.std(correction=0)}
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def monitor_rewards(rewards: FunctionRewards) -> Monitor:
@@ -297,7 +215,7 @@ def monitor_rewards(rewards: FunctionRewards) -> Monitor:
 
 
 def monitor_gap(
-    config: PPOConfig, models: FullCopies, rewards: CalibratedRewards, prompts: TensorDict
+    config: PPOConfig, models: LanguageNetworks, rewards: CalibratedRewards, prompts: TensorDict
 ) -> Monitor:
     """Log the certified distance to the optimum, every ``gap_steps`` iterations, where the samples can say.
 

@@ -60,7 +60,7 @@ class Advantages(Protocol):
     """Maps a batch with group weights to the rows that the loss reads, and to the batch's metrics."""
 
     def __call__(self, batch: TensorDictBase) -> tuple[TensorDictBase, Metrics]:
-        """Return rows with ``advantage`` weighted and whitened, and metrics."""
+        """Return rows with ``advantage`` weighted, and whitened where a critic gave it, and metrics."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -153,12 +153,13 @@ def update_metrics(losses: Mapping[str, Tensor], group_weights: Tensor) -> Metri
         "policy/approxkl_avg": losses["kl_approx"],
         "val/ratio": losses["mean_ratio"],
         "loss/policy_avg": losses["loss_objective"],
-        "loss/value_avg": losses["loss_critic"],
     }
+    if "loss_critic" in losses:
+        metrics["loss/value_avg"] = losses["loss_critic"]
     if "entropy" in losses:
         metrics["policy/entropy_avg"] = losses["entropy"]
     metrics |= {f"maxmin/weights/{k}": weight for k, weight in enumerate(weights)}
-    for k, explained in enumerate(losses["explained_variance"].reshape(-1)):
+    for k, explained in enumerate(losses.get("explained_variance", weights[:0]).reshape(-1)):
         metrics[f"val/explained_var/{'kl' if k == len(weights) else k}"] = explained
     return {name: float(value) for name, value in metrics.items()}
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.making import check_critic
+from torchrl_maxmin.models.settings import ModelSettings
 from torchrl_maxmin.objectives.functional import KL_ESTIMATORS
+from torchrl_maxmin.objectives.response_advantage import REWARD_SCALES
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
 
 __all__ = ["PPOConfig"]
 
+ADVANTAGES = ("gae", "rloo", "grpo")
+
 
 @dataclass
-class PPOConfig(PPOSettings, ChatSettings):
+class PPOConfig(PPOSettings, ModelSettings, ChatSettings):
     """MaxMin PPO of a causal language model.
 
     Nash and alpha_fair need ``--calibration win_rate``, and count from what a response pays that does not
@@ -31,7 +36,17 @@ class PPOConfig(PPOSettings, ChatSettings):
         objective: min_of_means (the paper, the minimum over groups of the mean reward),
             mean_of_prompt_mins (the same for every prompt by itself, over its num_generations) or
             mean_of_mins (the mean of every response's smallest reward).
+        critic: what gives the values of the groups; adapter (of its own, on the policy's trunk), heads (on
+            the policy's states) or full (a trunk of its own). An adapter with use_peft, else full.
+        merge_adapter: save the policy as a plain model, its adapter added to the weights; false saves the
+            adapter alone.
         num_generations: responses to every prompt of a rollout.
+        advantage: gae (a critic with values of every group) or, without a critic, from the other responses
+            to the prompt, num_generations of 2 or more: rloo (leave one out, unbiased) or grpo.
+            critic_learning_rate, cliprange_value, lam and gamma are of gae.
+        scale_rewards: of grpo; group, its default, divides each group's rewards by their own deviation
+            within the prompt (another unit a group and prompt than the one that max-min compares), none
+            leaves them (Dr. GRPO).
         gap_steps: certify the distance to the optimum every so many iterations, logged as
             maxmin/duality_gap; 0 never does.
         stop_at_gap: stop once the upper end of that distance is at most this; 0 runs to the end. The error
@@ -56,6 +71,9 @@ class PPOConfig(PPOSettings, ChatSettings):
         rollout_batch_size: responses a rollout.
         generation_batch_size: most responses sampled at once.
         scoring_batch_size: most responses that reference, critic and rewards read at once.
+        importance_sampling_cap: score what was sampled once more before the updates, and weigh each token by
+            the ratio of the two probabilities, at most this; for samplers that compute otherwise than the
+            trainer (half precision). 0 takes the sampler's own log-probabilities.
         temperature: of sampling and scoring.
         response_length: most tokens of a response.
         max_prompt_length: longest prompt in tokens; longer ones lose their start.
@@ -68,7 +86,11 @@ class PPOConfig(PPOSettings, ChatSettings):
     reward_model_path: str | None = None
     reward_funcs: list[str] = field(default_factory=list)
     monitor_funcs: list[str] = field(default_factory=list)
+    critic: str | None = None
+    merge_adapter: bool = True
     num_generations: int = 1
+    advantage: str = "gae"
+    scale_rewards: str | None = None
     gap_steps: int = 0
     stop_at_gap: float = 0.0
     certificate_prompts: int = 128
@@ -87,6 +109,7 @@ class PPOConfig(PPOSettings, ChatSettings):
     rollout_batch_size: int = 64
     generation_batch_size: int = 512
     scoring_batch_size: int = 512
+    importance_sampling_cap: float = 0.0
     temperature: float = 1.0
     response_length: int = 53
     max_prompt_length: int = 512
@@ -96,8 +119,11 @@ class PPOConfig(PPOSettings, ChatSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work together."""
         super().check()
+        self.check_model()
+        check_critic(self, self.critic)
         self.require_known(
             objective=OBJECTIVES,
+            advantage=ADVANTAGES,
             calibration=CALIBRATIONS,
             kl_estimator=KL_ESTIMATORS,
             kl_controller=("constant", "adaptive"),
@@ -108,7 +134,9 @@ class PPOConfig(PPOSettings, ChatSettings):
             "calibration_prompts", "calibration_samples", "baseline_samples", "certificate_prompts",
             "certificate_samples", "kl_horizon", "generation_batch_size", "scoring_batch_size",
         )  # fmt: skip
-        self.require_at_least(0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap")
+        self.require_at_least(
+            0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap", "importance_sampling_cap"
+        )
         self.require_positive("temperature", "kl_target", "reward_bound")
         if bool(self.reward_model_path) == bool(self.reward_funcs):
             raise UserError("give a reward: either --reward_model_path or --reward_funcs")
@@ -127,7 +155,29 @@ class PPOConfig(PPOSettings, ChatSettings):
             raise UserError("--kl_controller adaptive starts from --beta, which must be positive")
         if self.welfare in ("nash", "alpha_fair") and self.calibration != "win_rate":
             raise UserError(f"--welfare {self.welfare} needs positive utilities: add --calibration win_rate")
+        self._check_advantage()
         self._check_certificate()
+
+    def _check_advantage(self) -> None:
+        if self.scale_rewards is not None:
+            if self.advantage != "grpo":
+                raise UserError(
+                    "--scale_rewards is of --advantage grpo, the only one that may divide: leave it out"
+                )
+            self.require_known(scale_rewards=REWARD_SCALES)
+        if self.advantage == "gae":
+            return
+        if self.num_generations < 2:
+            raise UserError(
+                f"--advantage {self.advantage} compares responses to one prompt: it needs --num_generations "
+                "of at least 2"
+            )
+        for name in ("critic", "critic_learning_rate", "cliprange_value", "lam", "gamma"):
+            if getattr(self, name) != getattr(PPOConfig, name):
+                raise UserError(
+                    f"--{name} does nothing with --advantage {self.advantage}, which has no critic: "
+                    "leave it out"
+                )
 
     def _check_certificate(self) -> None:
         if self.stop_at_gap and not self.gap_steps:

@@ -23,13 +23,13 @@ from torchrl_maxmin.core.run import (
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import is_encoder, load_tokenizer, require_trunk
+from torchrl_maxmin.models.lora import require_adaptable
 from torchrl_maxmin.models.sampling import encode_prompts
 from torchrl_maxmin.models.sequences import max_positions
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import TextEncoder, text_key
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
-from torchrl_maxmin.rewards.adapters import require_adaptable
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.reward_config import RewardConfig
@@ -46,6 +46,7 @@ _OPTIONS = (
     "head_learning_rate",
     "reward_l2",
     "weight_decay",
+    "optim",
     "convergence_tolerance",
     "num_restarts",
     "max_groups",
@@ -183,6 +184,7 @@ class _Reference:
             self.tokenizer,
             max_new_tokens=self.config.response_length,
             device=self.device,
+            **self.config.load_options(),
         )
 
     def rewards(self, mixture: RewardMixture) -> torch.Tensor:

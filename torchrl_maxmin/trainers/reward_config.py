@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.rewards.adapters import ADAPTERS, LoraSettings
+from torchrl_maxmin.models.settings import ModelSettings
+from torchrl_maxmin.rewards.adapters import ADAPTERS
 from torchrl_maxmin.rewards.base import HEADS
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
@@ -16,7 +17,7 @@ __all__ = ["RewardConfig"]
 
 
 @dataclass
-class RewardConfig(MixtureSettings):
+class RewardConfig(ModelSettings, MixtureSettings):
     """A reward mixture learned from who preferred what.
 
     Args:
@@ -41,13 +42,7 @@ class RewardConfig(MixtureSettings):
         num_restarts: random starts of the linear warm start; the best likelihood wins.
         head: linear, mlp or low_rank (groups share a few features, for small minorities).
         head_rank: features of low_rank; as many as groups when left out.
-        use_peft: freeze the trunk and train LoRA adapters on it.
         adapters: per_group (an adapter a group) or shared.
-        lora_r: rank of the adapters.
-        lora_alpha: scale of the adapters.
-        lora_dropout: dropout on the adapters' inputs.
-        lora_target_modules: layers that get adapters; when left out peft's choice, or all-linear where it has
-            none.
         identifiability: whether to report if these pairs tell the users apart.
         convergence_tolerance: stop when no user changed group and the log-likelihood a pair rose by less.
         calibration: scale that the heads are saved with, fitted on samples of model_name_or_path (on the
@@ -78,12 +73,7 @@ class RewardConfig(MixtureSettings):
     num_restarts: int = 4
     head: str = "linear"
     head_rank: int | None = None
-    use_peft: bool = False
     adapters: str = "per_group"
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    lora_target_modules: list[str] | None = None
     identifiability: bool = True
     convergence_tolerance: float = 1e-4
     calibration: str = "sft_std"
@@ -96,18 +86,18 @@ class RewardConfig(MixtureSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
         super().check()
+        self.check_model()
         self.require_at_least(
             1,
             "num_rounds", "steps_per_round", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "scoring_batch_size", "num_restarts", "lora_r", "lora_alpha", "calibration_prompts",
-            "calibration_samples", "response_length",
+            "scoring_batch_size", "num_restarts", "calibration_prompts", "calibration_samples",
+            "response_length",
         )  # fmt: skip
         self.require_at_least(
             0,
             "learning_rate", "head_learning_rate", "reward_l2", "weight_decay", "convergence_tolerance",
             "save_rounds",
         )  # fmt: skip
-        self.require_in_range(0, 1, "lora_dropout")
         self.require_known(
             assignment=("soft", "hard"),
             head=tuple(HEADS),
@@ -116,20 +106,16 @@ class RewardConfig(MixtureSettings):
         )
         if self.head_rank is not None and (self.head != "low_rank" or self.head_rank < 1):
             raise UserError("--head_rank is a positive number that goes with --head low_rank")
-        lora = self.lora_target_modules is not None or self.adapters != type(self).adapters
-        if lora and not self.use_peft:
-            raise UserError("--adapters and --lora_target_modules go with --use_peft true")
+        if self.adapters != type(self).adapters and not self.use_peft:
+            raise UserError("--adapters goes with --use_peft")
         if self.calibration == "sft_std" and self.calibration_samples < 2:
             raise UserError("--calibration sft_std needs --calibration_samples of at least 2")
-
-    def lora_settings(self) -> LoraSettings:
-        """Size and place of the adapters."""
-        return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
     def model_options(self) -> dict[str, Any]:
         """Arguments of :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone`."""
         options: dict[str, Any] = {"head": self.head, "rank": self.head_rank}
-        options |= self.reading_options()
+        options |= self.reading_options() | self.load_options()
+        options |= {"autocast": self.bf16, "gradient_checkpointing": self.gradient_checkpointing}
         if self.use_peft:
             lora = ("adapters", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
             options |= {"use_peft": True, **{name: getattr(self, name) for name in lora}}

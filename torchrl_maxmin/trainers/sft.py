@@ -20,6 +20,7 @@ from torchrl_maxmin.core.run import (
     write_config,
     write_json,
 )
+from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.loading import (
     ensure_pad_token,
     load_causal_lm,
@@ -27,7 +28,9 @@ from torchrl_maxmin.models.loading import (
     plain_generation,
     require_causal_lm,
 )
+from torchrl_maxmin.models.lora import add_adapters, save_policy
 from torchrl_maxmin.models.sequences import max_positions, pad_right
+from torchrl_maxmin.models.settings import ModelSettings
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational, speaker_of, split_prompt
 from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns
@@ -49,7 +52,7 @@ SCHEDULES = (
 
 
 @dataclass
-class SFTConfig(ChatSettings):
+class SFTConfig(ModelSettings, ChatSettings):
     """Supervised fine-tuning of a causal language model.
 
     Args:
@@ -71,6 +74,7 @@ class SFTConfig(ChatSettings):
         weight_decay: AdamW weight decay.
         max_length: longest text in tokens; longer ones lose their start, but for BOS.
         completion_only_loss: leave the prompt's tokens out of the loss.
+        merge_adapter: save a plain model, its adapter added to the weights; false saves the adapter alone.
         seed: seed of everything random.
         device: cpu, cuda or auto.
     """
@@ -89,11 +93,13 @@ class SFTConfig(ChatSettings):
     weight_decay: float = 0.0
     max_length: int = 1024
     completion_only_loss: bool = False
+    merge_adapter: bool = True
     seed: int = 0
     device: str = "auto"
 
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
+        self.check_model()
         self.require_seed()
         self.require_known(lr_scheduler_type=SCHEDULES)
         self.require_at_least(1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
@@ -177,7 +183,7 @@ def run_sft(config: SFTConfig) -> Path:
     prompts, completions = _read_texts(config)
     folder = prepare_output_dir(config.output_dir)
     seed_everything(config.seed)
-    model = load_causal_lm(config.model_name_or_path)
+    model = load_causal_lm(config.model_name_or_path, **config.load_options())
     ensure_pad_token(tokenizer, model)
     if any(map(is_conversational, completions)) and (turn_end := TextEncoder(tokenizer).turn_end) is not None:
         plain_generation(model, [tokenizer.eos_token_id, turn_end])  # what it is taught to end with ends it
@@ -199,11 +205,16 @@ def run_sft(config: SFTConfig) -> Path:
             "labels": tokens.masked_fill(~scored, -100),
         }
 
+    adapted = None
+    if config.use_peft:
+        adapted = add_adapters(model, ["default"], config.lora_settings(), task_type="CAUSAL_LM")
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
     loss = _train(config, model, rows, collate, folder, device)
     write_json(
         folder / "summary.json", {"schema_version": SCHEMA_VERSION, "rows": len(rows), "train_loss": loss}
     )
-    model.save_pretrained(folder)
+    save_policy(model, adapted, folder, merge=config.merge_adapter)
     tokenizer.save_pretrained(folder)
     write_config(folder, config)
     return folder
@@ -235,6 +246,8 @@ def _train(
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=1.0,
+        optim=config.optim,
+        bf16=config.bf16,
         seed=config.seed,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,

@@ -1,0 +1,130 @@
+"""Policy, reference and critic of a language model on one trunk, told apart by LoRA adapters."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.checkpointing import checkpoint_layers
+from torchrl_maxmin.models.full import LanguageNetworks, heads_on_policy
+from torchrl_maxmin.models.language import TokenCritic, TokenPolicy, ValueHeads, predicting_states
+from torchrl_maxmin.models.lora import (
+    AdapterSwitch,
+    LoraSettings,
+    add_adapters,
+    read_adapter,
+    save_policy,
+    write_adapter,
+)
+from torchrl_maxmin.models.sequences import backbone_of, states_width
+
+__all__ = ["SharedTrunk"]
+
+#: adapters by role; peft saves the one that it calls default in the folder itself
+_ADAPTERS = {"policy": "default", "critic": "critic"}
+
+
+class SharedTrunk(LanguageNetworks):
+    """One frozen trunk: the policy is it with an adapter, the reference it without, the critic with another.
+
+    Adapters and value heads are float32 whatever the trunk is. A new adapter changes nothing, so that the
+    policy starts as the reference to the bit.
+
+    Args:
+        reference: the policy to start from; its model is adapted in place and frozen.
+        tokenizer: theirs.
+        num_columns: value heads of the critic; with 0 there is none.
+        lora: the adapters.
+        critic: ``adapter`` of its own, ``heads`` on the policy's states
+            (:func:`~torchrl_maxmin.models.full.heads_on_policy`) or ``full``, a copy of the trunk that is
+            trained whole.
+        gradient_checkpointing: whether layers are computed again at backward, in place of being kept.
+        merge: whether :meth:`save` adds the adapter to the weights.
+        **options: those of :class:`~torchrl_maxmin.models.full.LanguageNetworks`.
+
+    Attributes:
+        switch: says which adapter is at work.
+
+    Raises:
+        UserError: for settings that peft refuses, or an adapter on the output embeddings.
+    """
+
+    def __init__(
+        self,
+        reference: TokenPolicy,
+        tokenizer: Any,
+        num_columns: int,
+        *,
+        lora: LoraSettings,
+        critic: str = "adapter",
+        gradient_checkpointing: bool = False,
+        merge: bool = True,
+        **options: Any,
+    ):
+        model, device = reference.model, next(reference.parameters()).device
+        own_critic = copy.deepcopy(backbone_of(model)) if num_columns and critic == "full" else None
+        with_adapter = bool(num_columns) and critic == "adapter"
+        names = list(_ADAPTERS.values())[: 1 + with_adapter]
+        self.adapted = add_adapters(model, names, lora, task_type="CAUSAL_LM")
+        if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
+            raise UserError(
+                "--lora_target_modules names the output embeddings, whose log-probabilities are taken from "
+                "their weights alone; leave them out (all-linear does)"
+            )
+        self.adapters = names
+        self.switch, self.merge = AdapterSwitch(self.adapted, names[0]), merge
+        policy = copy.copy(reference)
+        policy.within = partial(self.switch.using, names[0])
+        reference.within = partial(self.switch.using, None)
+        values: ValueHeads | None = None
+        if with_adapter:
+            trunk = backbone_of(model)  # not a module of the critic: it is the policy's too
+            values = ValueHeads(partial(predicting_states, trunk), states_width(trunk), num_columns).to(
+                device
+            )
+            values.within = partial(self.switch.using, _ADAPTERS["critic"])
+        elif num_columns and critic == "heads":
+            values = heads_on_policy(policy, num_columns)
+        elif own_critic is not None:
+            values = TokenCritic(own_critic, num_columns).to(device)
+        if gradient_checkpointing:
+            checkpoint_layers(model, self.switch.snapshot)
+            if own_critic is not None:
+                checkpoint_layers(own_critic)
+        super().__init__(policy, reference, values, tokenizer, **options)
+
+    @property
+    def roles(self) -> dict[str, nn.Module]:
+        """What is trained beside the adapters, by role."""
+        return {} if self.critic is None else {"critic": self.critic}
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that are trained, by role: the policy's adapter; the critic's, and its heads."""
+        found = [(name.split("."), p) for name, p in self.adapted.named_parameters() if p.requires_grad]
+        own = {role: [p for path, p in found if name in path] for role, name in _ADAPTERS.items()}
+        if self.critic is None:
+            own.pop("critic")
+        else:
+            own["critic"] += [p for p in self.critic.parameters() if p.requires_grad]
+        return own
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every trained part, by role; the trunk is where it came from."""
+        adapters = {name: read_adapter(self.adapted, name) for name in self.adapters}
+        return {"adapters": adapters} | {role: m.state_dict() for role, m in self.roles.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        for name in self.adapters:
+            write_adapter(self.adapted, name, state["adapters"][name])
+
+    def save(self, folder: Path) -> None:
+        """Write the policy and its tokenizer, see :func:`~torchrl_maxmin.models.lora.save_policy`."""
+        save_policy(self.policy.model, self.adapted, folder, merge=self.merge)
+        self.tokenizer.save_pretrained(folder)
