@@ -79,7 +79,9 @@ def ends_of_smallest(
     apart = _others_above(means, widths, rho)
 
     own = float(np.min(freedom))
-    wider = own + _SHARED_FREEDOM * rho[..., None] * (1 - 1 / means.shape[-1])
+    # How many other groups may be the worst: none that is far above, all that are equal.
+    rivals = 2 * ndtr(-apart / np.sqrt(2 * (1 - rho[..., None]))).sum(axis=-1, keepdims=True)
+    wider = own + _SHARED_FREEDOM * rho[..., None] * rivals / (1 + rivals)
 
     def at(score: np.ndarray, side: int) -> np.ndarray:
         quantile = ndtr(score[..., None])
