@@ -23,7 +23,7 @@ _MOST_CORRELATION = 0.95
 _BORROWED = 4.0
 #: Where groups share their errors no lucky one has the smallest high, and t at a group's own freedom is too
 #: wide: simulated coverage is nominal at so many more degrees of freedom a unit of correlation.
-_SHARED_FREEDOM = 1.6
+_SHARED_FREEDOM = 2.5
 _NODES = np.linspace(-5, 5, 41)
 _WEIGHTS = np.exp(-(_NODES**2) / 2) / np.exp(-(_NODES**2) / 2).sum()
 _HALVINGS = 40
