@@ -4,7 +4,6 @@ Each of 16 kinds has subjects of its own, so that a question and its subject bel
 from Koala, Alpaca or any other set.
 """
 
-# ruff: noqa: SIM905 - a list of words reads better as one string
 from __future__ import annotations
 
 import random
@@ -53,13 +52,14 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Tell me about {}./What made {} so important?",
-        "Marie Curie|the printing press|the Silk Road|Ada Lovelace|the Roman roads|the first moon landing|the "
-        "Great Wall of China|Leonardo da Vinci|the steam engine|the city of Venice",
+        "Marie Curie|the printing press|the Silk Road|Ada Lovelace|the Roman roads|the first moon "
+        "landing|the Great Wall of China|Leonardo da Vinci|the steam engine|the city of Venice",
     ),
     (
         "Recommend {}./I am looking for {}. What do you suggest?",
-        "a book for a rainy weekend|a quick vegetarian dinner|a board game for two|a hobby without a screen|a "
-        "gift for a grandfather|a city to visit in spring|a podcast about science|music for concentrating",
+        "a book for a rainy weekend|a quick vegetarian dinner|a board game for two|a hobby without a "
+        "screen|a gift for a grandfather|a city to visit in spring|a podcast about science|music for "
+        "concentrating",
     ),
     (
         "Is it {}?/Some say that it is not {}. Is that so?",
@@ -73,18 +73,18 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
     (
         "How would you {}?/A customer wants me to {}. What do I answer?",
-        "explain a late delivery|refund a broken lamp|describe our new tea|cancel an order politely|repair an "
-        "old radio|pack twelve wine glasses",
+        "explain a late delivery|refund a broken lamp|describe our new tea|cancel an order "
+        "politely|repair an old radio|pack twelve wine glasses",
     ),
     (
         "What would happen if {}?/Imagine that {}. What follows?",
-        "the moon vanished|nobody slept any more|all cars were electric|insects died out|money were abolished|"
-        "the day had thirty hours",
+        "the moon vanished|nobody slept any more|all cars were electric|insects died out|money were "
+        "abolished|the day had thirty hours",
     ),
     (
         "List three {}./Name some {} and say a word about each.",
-        "rivers in Africa|renewable sources of energy|animals that sleep in winter|uses of vinegar|inventions "
-        "of the twentieth century|kinds of clouds|exercises for a stiff back",
+        "rivers in Africa|renewable sources of energy|animals that sleep in winter|uses of "
+        "vinegar|inventions of the twentieth century|kinds of clouds|exercises for a stiff back",
     ),
     (
         "How does {} work?/I would like to understand how {} works.",

@@ -19,14 +19,15 @@ _SLOTS: dict[str, list[str]] = {
         "family drama/spy film/courtroom drama/sports film/crime film/fantasy/monster movie/biopic"
     ).split("/"),
     "place": (
-        "a fishing village/Chicago/a boarding school/the Scottish Highlands/a submarine/a small desert town/"
-        "postwar Rome/a hospital at night/the edge of the solar system/a travelling circus/Tokyo/an old hotel/"
-        "a Norwegian island/the backstage of an opera house/a prison/suburban Ohio"
+        "a fishing village/Chicago/a boarding school/the Scottish Highlands/a submarine/a small "
+        "desert town/postwar Rome/a hospital at night/the edge of the solar system/a travelling "
+        "circus/Tokyo/an old hotel/a Norwegian island/the backstage of an opera house/a "
+        "prison/suburban Ohio"
     ).split("/"),
     "lead": (
-        "a retired detective/a lonely lighthouse keeper/a young violinist/a taxi driver/"
-        "an ageing boxer/a night watchman/a widowed farmer/a schoolteacher/a failed magician/a bank robber/a translator/"
-        "a chess prodigy/an undertaker/a runaway princess/a bored accountant/a nurse"
+        "a retired detective/a lonely lighthouse keeper/a young violinist/a taxi driver/an ageing "
+        "boxer/a night watchman/a widowed farmer/a schoolteacher/a failed magician/a bank robber/a "
+        "translator/a chess prodigy/an undertaker/a runaway princess/a bored accountant/a nurse"
     ).split("/"),
     "goal": (
         "has one night to find a missing child/inherits a house that nobody wants/tries to win back an old "
@@ -43,8 +44,9 @@ _SLOTS: dict[str, list[str]] = {
         "after years of putting it off/during the holidays/the week it opened/late at night/on an old tape"
     ).split("/"),
     "aspect": (
-        "the camera work/the soundtrack/the dialogue/the pacing/the ending/the costume design/the lead performance/"
-        "the script/the editing/the opening scene/the lighting/the supporting cast/the final hour/the humour"
+        "the camera work/the soundtrack/the dialogue/the pacing/the ending/the costume design/the "
+        "lead performance/the script/the editing/the opening scene/the lighting/the supporting "
+        "cast/the final hour/the humour"
     ).split("/"),
     "other": (
         "the story itself/the special effects/the romance/the villain/the narration/the middle section/"

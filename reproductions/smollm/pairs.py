@@ -1,4 +1,4 @@
-"""What every run starts from: prompts, the reference policy, and pairs of its answers with people's labels."""
+"""What every run starts from: prompts, the reference policy, and pairs of its answers with labels."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ __all__ = ["Labels", "Pairs", "Reference", "cut_sentences", "label_pairs", "make
 
 #: one set of held-out prompts for all seeds, so that they can be compared
 TEST_SEED = 20_240_213
+#: an answer of fewer is no sentence, such as the 1. of a list
+FEWEST_WORDS = 3
 _MAX_ROUNDS = 20  # of drawing pairs; a policy that varies at all needs two
 _AT_ONCE = 64
 
@@ -82,9 +84,9 @@ class Reference:
 def make_reference(task: Reference) -> None:
     """Write the prompts, and tune the model on answers of its own that end with a sentence.
 
-    Left alone, SmolLM2 ends one of 30 answers within 32 tokens: "few words" would be a matter of spelling, and at
-    temperature 1 it strays. Its answers at a lower temperature, cut after one to three sentences, teach it both
-    to end and to stay with the subject, and nothing that it did not say itself.
+    Left alone, SmolLM2 ends one of 30 answers within 32 tokens: "few words" would be a matter of spelling,
+    and at temperature 1 it strays. Its answers at a lower temperature, cut after one to three sentences,
+    teach it both to end and to stay with the subject, and nothing that it did not say itself.
     """
     task.folder.mkdir(parents=True, exist_ok=True)
     prompts, heldout = _draw_prompts(task.kind, task.num_prompts, task.num_test_prompts, task.seed)
@@ -107,7 +109,7 @@ def make_reference(task: Reference) -> None:
     rows = []
     for prompt, (text,) in zip(asked, answers, strict=True):
         cut = cut_sentences(plain_text(text), int(rng.integers(1, 4)))
-        if cut:
+        if len(cut.split()) >= FEWEST_WORDS:
             rows.append({"prompt": prompt, "completion": as_completion(cut, prompt)})
     if not rows:  # a model that makes no sentence
         rows = [{"prompt": p, "completion": text[0]} for p, text in zip(asked, answers, strict=True)]

@@ -60,6 +60,8 @@ class Recipe:
         use_peft: train adapters in ``reward`` and ``ppo``, with the flags that ``lora`` adds to theirs.
         lora: these flags by stage.
         judge: of the answers, flags of ``evaluate``; empty for the tastes themselves.
+        launch: command that ``reward`` and ``ppo`` run by, such as torchrun with ``-m torchrl_maxmin``; verb
+            and ``--config`` are put behind it. Empty runs them in the step's own process.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Recipe:
     use_peft: bool = True
     lora: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     judge: Mapping[str, Any] = field(default_factory=dict)
+    launch: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -82,7 +82,9 @@ def _accuracy(runs: Sequence[Run]) -> dict[str, float]:
     found = [json.loads((run.folder / "ranking/ranking.json").read_text()) for run in runs]
     starts = np.cumsum([0, *(len(seed["groups"]) for seed in found)])
     right = np.concatenate([seed["right"] for seed in found])
-    users = np.concatenate([np.asarray(seed["users"]) + start for seed, start in zip(found, starts, strict=False)])
+    users = np.concatenate(
+        [np.asarray(seed["users"]) + start for seed, start in zip(found, starts, strict=False)]
+    )
     groups = np.concatenate([seed["groups"] for seed in found])
     both = accuracy_by_group(right, users, groups, 2, warn=False)
     (total,) = accuracy_by_group(right, users, np.zeros(len(groups), dtype=int), 1, warn=False)
@@ -127,20 +129,20 @@ def write_results(folder: Path, parts: Sequence[tuple[Recipe, Sequence[Run], flo
 
 _HEAD = """# The paper's language experiments on a real model of 135 million parameters
 
-Written by `run.py`. Users are simulated by tastes that can be computed (`tastes.py`): they choose between two
-answers of the reference policy, and say nothing else. Training knows who chose, but neither how many groups there
-are nor who belongs to which. A win rate is how often a group's own true utility prefers the policy's answer to
-the reference's on held-out prompts, ties one half. Brackets are 95% intervals: t over seeds plus what the shared
-prompts add, with one seed the chance of the prompts alone; accuracies are over users. The worst group's is wider
-than each group's own, its estimate biased low.
+Written by `run.py`. Users are simulated by tastes that can be computed (`tastes.py`): they choose between
+two answers of the reference policy, and say nothing else. Training knows who chose, but neither how many
+groups there are nor who belongs to which. A win rate is how often a group's own true utility prefers the
+policy's answer to the reference's on held-out prompts, ties one half. Brackets are 95% intervals: t over
+seeds plus what the shared prompts add, with one seed the chance of the prompts alone; accuracies are over
+users. The worst group's is wider than each group's own, its estimate biased low.
 
-Where this is another experiment than the paper's: the model is SmolLM2-135M-Instruct from a four-bit file, not
-Tulu2-7B or GPT-2, tuned for some steps on its own answers so that it ends them; the users' tastes and the judge
-are functions of the text, not GPT-4, so that a win needs no better answer, only one more to the taste; prompts
-are ours, neither IMDb's nor Koala's; policies have some ten iterations, and no preference prompt is appended at
-the test; groups are found by EM and reach the policy, where the paper's code trains on the true ones; responses
-are 32 tokens at most. The paper gives one seed and no intervals; with 50 prompts its win rates are within about
-seven points. Compare signs and orders, not sizes."""
+Where this is another experiment than the paper's: the model is SmolLM2-135M-Instruct from a four-bit file,
+not Tulu2-7B or GPT-2, tuned for some steps on its own answers so that it ends them; the users' tastes and
+the judge are functions of the text, not GPT-4, so that a win needs no better answer, only one more to the
+taste; prompts are ours, neither IMDb's nor Koala's; policies have some ten iterations, and no preference
+prompt is appended at the test; groups are found by EM and reach the policy, where the paper's code trains
+on the true ones; responses are 32 tokens at most. The paper gives one seed and no intervals; with 50
+prompts its win rates are within about seven points. Compare signs and orders, not sizes."""
 
 
 def section(recipe: Recipe, rows: Sequence[Mapping[str, Any]], minutes: float) -> list[str]:
@@ -158,7 +160,7 @@ def section(recipe: Recipe, rows: Sequence[Mapping[str, Any]], minutes: float) -
         f"{'adapters' if recipe.use_peft else 'all weights'}. Every number with its interval: "
         f"[{recipe.name}.csv]({recipe.name}.csv). Finished steps took {minutes:.0f} minutes of one core."
     )
-    parts = [*head, *_findings(rows), *_accuracy_table(rows), *_win_table(rows)]
+    parts = [*head, *_findings(rows), *_tastes_table(recipe), *_accuracy_table(rows), *_win_table(rows)]
     return [*parts, *(_figure_5(rows) if recipe.kind == "film" else []), *_details(rows)]
 
 
@@ -175,6 +177,18 @@ def _findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["\n".join(lines)]
 
 
+def _tastes_table(recipe: Recipe) -> list[str]:
+    lines = [
+        [f"{pair.names[side]} {pair.codes[side]}".strip(), pair.wants[side], pair.computed[side]]
+        for pair in map(TASTES.__getitem__, recipe.tastes)
+        for side in (0, 1)
+    ]
+    return [
+        "### Tastes (Table 4)" if recipe.kind == "chat" else "### Tastes",
+        markdown_table(["group", "wants", "computed as"], lines, rule="|---"),
+    ]
+
+
 def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = ("total", "majority", "minority")
 
@@ -186,7 +200,7 @@ def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     header = ["tastes and ratio", *names, "paper's total / majority / minority"]
     return [
         "### One reward for all (Table 1)",
-        "Share of held-out pairs that the single reward ranks as their user did. The paper has P1A and P1B alone.",
+        "Share of held-out pairs that the single reward ranks as their user did. The paper has P1A and P1B.",
         markdown_table(header, map(line, rows)),
     ]
 
@@ -202,8 +216,8 @@ def _win_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     header = ["tastes and ratio", "policy", "majority", "minority", "worst group", "average over people"]
     return [
         "### Win rates against the reference (Tables 2 and 3)",
-        "The paper's are GPT-4's win rates against Tulu2-7B; its MaxMin was trained on the true groups, once for all "
-        "ratios.",
+        "The paper's are GPT-4's win rates against Tulu2-7B; its MaxMin was trained on the true groups, once "
+        "for all ratios.",
         markdown_table([*header, "paper's majority / minority"], lines()),
     ]
 
@@ -234,8 +248,8 @@ def _figure_5(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     header = ["ratio", "policy", "sentiment (VADER)", "words", "paper's sentiment", "paper's conciseness"]
     return [
         "### Averages of the two tastes (Figure 5)",
-        "Sentiment is between -1 and 1, and fewer words are better; the paper's sentiment is a classifier's logit "
-        "and its conciseness a score that is better when higher, at 80:20, both read off the bars.",
+        "Sentiment is between -1 and 1, and fewer words are better; the paper's sentiment is a classifier's "
+        "logit and its conciseness a score that is better when higher, at 80:20, both read off the bars.",
         markdown_table(header, lines()),
     ]
 

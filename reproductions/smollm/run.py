@@ -2,11 +2,11 @@
 
     python reproductions/smollm/run.py [--recipes FILE ...] [--tastes ...] [--ratios ...] [--smoke]
 
-A recipe says what is trained and how much; recipes/imdb.yaml and recipes/psoups.yaml are the paper's two. Every
-run of one is a pair of tastes, a ratio of users and a seed: people label pairs, a single reward and a mixture are
-fitted, a policy is trained on each and measured by the true tastes. A run that was cut off goes on where it was;
-steps whose settings changed are done again. results.md and a CSV file a recipe hold all runs that are finished,
-those of earlier calls too. Remove the folder of the runs to start over.
+A recipe says what is trained and how much; recipes/imdb.yaml and recipes/psoups.yaml are the paper's two.
+Every run of one is a pair of tastes, a ratio of users and a seed: people label pairs, a single reward and a
+mixture are fitted, a policy is trained on each and measured by the true tastes. A run that was cut off goes
+on where it was; steps whose settings changed are done again. results.md and a CSV file a recipe hold all
+runs that are finished, those of earlier calls too. Remove the folder of the runs to start over.
 """
 
 import sys
@@ -37,11 +37,15 @@ RECIPES = [HERE / "recipes/imdb.yaml", HERE / "recipes/psoups.yaml"]
 def main() -> None:
     """Run what is not done yet and write the results."""
     parser = make_parser(__doc__)
-    parser.add_argument("--recipes", type=Path, nargs="+", default=RECIPES, help="YAML files; both by default")
+    parser.add_argument(
+        "--recipes", type=Path, nargs="+", default=RECIPES, help="YAML files; both by default"
+    )
     parser.add_argument("--tastes", nargs="+", help="only these of a recipe's pairs of tastes")
     parser.add_argument("--ratios", type=float, nargs="+", help="only these of its ratios")
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than a recipe's, a run each")
-    parser.add_argument("--use_peft", choices=("true", "false"), help="adapters or all weights, whatever it says")
+    parser.add_argument(
+        "--use_peft", choices=("true", "false"), help="adapters or all weights, whatever it says"
+    )
     parser.add_argument("--model_name_or_path", help="another base model")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from pairs import Labels, Pairs, Reference, label_pairs, make_reference, sample_pairs
 from recipes import Recipe
 from steps import Plan
@@ -24,7 +27,7 @@ from torchrl_maxmin.trainers.reward import run_reward
 from torchrl_maxmin.trainers.reward_config import RewardConfig
 from torchrl_maxmin.trainers.sft import SFTConfig
 
-__all__ = ["POLICIES", "Ranked", "RecipePlan", "Run", "measure_ranking", "require_flags"]
+__all__ = ["POLICIES", "Launch", "Ranked", "RecipePlan", "Run", "launch", "measure_ranking", "require_flags"]
 
 #: policies and the groups that their rewards know of; training is not told how many there are
 POLICIES: dict[str, int | str] = {"single": 1, "maxmin": "auto"}
@@ -35,9 +38,38 @@ def require_flags(config: type, flags: Mapping[str, Any], stage: str) -> None:
     unknown = sorted(flags.keys() - {item.name for item in fields(config)})
     if unknown:
         raise UserError(
-            f"{stage} has no flag {', '.join(unknown)}; take it out of the recipe, or leave the adapters away by "
-            "--use_peft false"
+            f"{stage} has no flag {', '.join(unknown)}; take it out of the recipe, or leave adapters away "
+            "by --use_peft false"
         )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A verb in processes of its own: see :func:`launch`."""
+
+    command: tuple[str, ...]
+    verb: str
+    config: Any
+
+
+def launch(task: Launch) -> None:
+    """Run a verb by a command, with a config file that lies beside its output folder.
+
+    Raises:
+        UserError: where it ends otherwise than well.
+    """
+    folder = Path(task.config.output_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f"{folder.name}.yaml")
+    path.write_text(yaml.safe_dump(asdict(task.config), sort_keys=False))
+    command = [*task.command, task.verb, "--config", str(path)]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} ended with {done.returncode}; what it said stands above")
+
+
+#: stages that several GPUs share, and the verbs that run them
+_VERBS = {run_reward: "reward", run_ppo: "ppo"}
 
 
 @dataclass(frozen=True)
@@ -80,11 +112,18 @@ class RecipePlan:
         self.runs: list[Run] = []
         for seed in recipe.seeds:
             self._base(seed)
-            self.runs += [self._run(seed, tastes, ratio) for tastes in recipe.tastes for ratio in recipe.ratios]
+            self.runs += [
+                self._run(seed, tastes, ratio) for tastes in recipe.tastes for ratio in recipe.ratios
+            ]
 
     def _add(self, where: str, function: Any, config: Any, after: tuple[str, ...] = ()) -> str:
         if hasattr(config, "check"):
             config.check()
+        if self.recipe.launch and function in _VERBS:
+            function, config = (
+                launch,
+                Launch(tuple(shlex.split(self.recipe.launch)), _VERBS[function], config),
+            )
         name = f"{self.recipe.name} {where}"
         return self.plan.add(name, function, config, self.home / where, after)
 
@@ -215,8 +254,8 @@ class Ranked:
 def measure_ranking(task: Ranked) -> None:
     """Write ``ranking.json``: by held-out pair whether the reward ranks it as its user did.
 
-    ``right`` [P] is 1, 0, or one half for equal rewards; ``users`` [P] and ``groups`` [U] are numbers, groups in
-    the order of the tastes.
+    ``right`` [P] is 1, 0, or one half for equal rewards; ``users`` [P] and ``groups`` [U] are numbers, groups
+    in the order of the tastes.
     """
     data = PreferenceDataset.load(str(task.pairs), conversations="messages")
     reward = load_reward_model(str(task.reward))

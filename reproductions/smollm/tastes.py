@@ -1,14 +1,15 @@
 """What simulated users like: two tastes at a time, each a function of prompt and answer alone.
 
 Sentiment is VADER's compound, reading grade the automated readability index of ``textstat`` (its other grades
-download a dictionary of syllables), length is counted in words. The three pairs of chat tastes want the opposite
-of one number. Alone, whatever one side gains the other loses: win rates of the two would add up to one, and no
-policy could please both, as the paper's does by its judge. People agree on something, though: here both sides
-also want the answer to speak of what was asked (:func:`relevance`).
+download a dictionary of syllables), length is counted in words. The three pairs of chat tastes want the
+opposite of one number. Alone, whatever one side gains the other loses: win rates of the two would add up to
+one, and no policy could please both, as the paper's does by its judge. People agree on something, though:
+here both sides also want the answer to speak of what was asked (:func:`relevance`).
 
     python reproductions/smollm/tastes.py    # says what an answer is worth, as a check of the packages
 """
 
+# ruff: noqa: SIM905 - a list of words reads better as one string
 from __future__ import annotations
 
 import re
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -24,16 +26,29 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import plain_text
 
-__all__ = ["TASTES", "Tastes", "film", "grade", "judge_name", "length", "relevance", "require_packages", "tone"]
+__all__ = [
+    "TASTES",
+    "Tastes",
+    "film",
+    "grade",
+    "judge_name",
+    "length",
+    "relevance",
+    "require_packages",
+    "tone",
+]
 
 #: about one standard deviation of each over samples of the reference, so that utilities have one scale
 UNITS = {"sentiment": 0.45, "words": 6.0, "grade": 4.0, "relevance": 0.3}
 #: grades beyond are those of what is no sentence
 GRADES = (0.0, 20.0)
 _IDLE = frozenset(
-    "what which when where would could should about that this with your from have does than then them they "
-    "some tell give write explain name list make know like need want customer friends suggest advice "
-    "word words each three work works happen happens follows imagine think lately always feel".split()  # noqa: SIM905
+    (
+        "what which when where would could should about that this with your from have does than then "
+        "them they some tell give write explain name list make know like need want customer friends "
+        "suggest advice word words each three work works happen happens follows imagine think lately "
+        "always feel"
+    ).split()
 )
 
 
@@ -89,13 +104,11 @@ def _stem(word: str) -> str:
 
 def require_packages() -> None:
     """Raise :class:`UserError` where a scorer is not installed."""
-    try:
-        import textstat
-        import vaderSentiment  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"simulated users need the package {error.name}: pip install 'torchrl-maxmin[smollm]'"
-        ) from error
+    for package in ("textstat", "vaderSentiment"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"simulated users need the package {package}: pip install 'torchrl-maxmin[smollm]'"
+            )
 
 
 def _asked(prompts: Sequence[Text]) -> list[str]:
@@ -106,14 +119,14 @@ def _asked(prompts: Sequence[Text]) -> list[str]:
 def film(prompts: Sequence[Text], completions: Sequence[Text]) -> np.ndarray:
     """Utilities [N, 2] of reviews: praise, and few words."""
     texts = [plain_text(text) for text in completions]
-    return np.stack(
-        [sentiments(texts) / UNITS["sentiment"], -word_counts(texts) / UNITS["words"]], axis=-1
-    )
+    return np.stack([sentiments(texts) / UNITS["sentiment"], -word_counts(texts) / UNITS["words"]], axis=-1)
 
 
 def grade(prompts: Sequence[Text], completions: Sequence[Text]) -> np.ndarray:
     """Utilities [N, 2] of answers: a pupil's reading, and an expert's."""
-    return _opposed(-grades([plain_text(text) for text in completions]) / UNITS["grade"], prompts, completions)
+    return _opposed(
+        -grades([plain_text(text) for text in completions]) / UNITS["grade"], prompts, completions
+    )
 
 
 def length(prompts: Sequence[Text], completions: Sequence[Text]) -> np.ndarray:
@@ -141,35 +154,48 @@ class Tastes:
         names: of the majority's, and of the minority's.
         codes: the paper's names of the two.
         wants: what each wants, in words for a judge that reads.
+        computed: what stands for it here.
         utilities: ``f(prompts, completions)``, [N, 2] in :data:`UNITS`.
     """
 
     names: tuple[str, str]
     codes: tuple[str, str]
     wants: tuple[str, str]
+    computed: tuple[str, str]
     utilities: Callable[[Sequence[Text], Sequence[Text]], np.ndarray]
 
 
+_RELEVANT = "words of the question taken up"
 TASTES: dict[str, Tastes] = {
     "film": Tastes(
-        ("positive", "concise"), ("", ""), ("praise of the film", "as few words as possible"), film
+        ("positive", "concise"),
+        ("", ""),
+        ("praise of the film", "as few words as possible"),
+        ("VADER's sentiment of what was added", "fewer words added"),
+        film,
     ),
     "grade": Tastes(
         ("elementary", "expert"),
         ("P1A", "P1B"),
         ("an answer that an elementary school pupil understands", "an answer for experts with a doctorate"),
+        (f"lower reading grade, {_RELEVANT}", f"higher reading grade, {_RELEVANT}"),
         grade,
     ),
     "length": Tastes(
         ("concise", "informative"),
         ("P2A", "P2B"),
-        ("a concise answer without anything that could be left out", "an answer with as much detail as can be"),
+        (
+            "a concise answer without anything that could be left out",
+            "an answer with as much detail as can be",
+        ),
+        (f"fewer words, {_RELEVANT}", f"more words, {_RELEVANT}"),
         length,
     ),
     "tone": Tastes(
         ("friendly", "unfriendly"),
         ("P3A", "P3B"),
         ("a friendly, witty and funny answer", "an answer in an unfriendly tone"),
+        (f"VADER's sentiment, {_RELEVANT}", f"less of VADER's sentiment, {_RELEVANT}"),
         tone,
     ),
 }

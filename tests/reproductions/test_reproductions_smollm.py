@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy.special import expit
 from scripts import REPRODUCTIONS, load_script, on_path
 
@@ -29,6 +30,7 @@ from openings import film_openings  # noqa: E402
 from steps import Plan  # noqa: E402
 
 from torchrl_maxmin.core.errors import UserError  # noqa: E402
+from torchrl_maxmin.trainers.reward_config import RewardConfig  # noqa: E402
 from torchrl_maxmin.world.world import write_rows  # noqa: E402
 
 RECIPES = [*run.RECIPES, *sorted((REPRODUCTIONS / "tulu2").glob("*.yaml"))]
@@ -49,7 +51,8 @@ def test_openings_are_distinct_seeded_and_varied():
 
 def test_instructions_are_distinct_and_held_out_by_subject():
     known, heldout = instructions(240, 0), instructions(60, 1, heldout=True)
-    assert len(set(known)) == 240 and len(set(heldout)) == 60
+    assert len(set(known)) == 240
+    assert len(set(heldout)) == 60
     assert len(set(instructions(60, 0)) & set(instructions(60, 1))) < 60
     subjects = [subject for _, about in sys.modules["instructions"]._KINDS for subject in about.split("|")]
 
@@ -65,7 +68,8 @@ def test_training_prompts_are_none_of_the_held_out_ones():
     for kind in recipes.KINDS:
         for seed in (0, 1):
             known, heldout = pairs._draw_prompts(kind, 200, 50, seed)
-            assert len(known) == 200 and len(heldout) == 50
+            assert len(known) == 200
+            assert len(heldout) == 50
             assert not any(text in heldout for text in known)
         assert pairs._draw_prompts(kind, 200, 50, 3)[1] == heldout
 
@@ -87,13 +91,18 @@ def worth(name, text):
     ("name", "first", "second"),
     [
         ("grade", "It is a nice way to rest.", "Vibrations of laryngeal musculature facilitate homeostasis."),
-        ("length", "To rest.", "To rest, and to calm themselves when somebody has hurt them or they are afraid."),
+        (
+            "length",
+            "To rest.",
+            "To rest, and to calm themselves when somebody has hurt them or they are afraid.",
+        ),
         ("tone", "What a lovely and charming question!", "What a stupid and horrible question."),
     ],
 )
 def test_opposite_tastes_disagree_on_their_number_and_agree_on_relevance(name, first, second):
     one, other = worth(name, first), worth(name, second)
-    assert one[0] > other[0] and one[1] < other[1]
+    assert one[0] > other[0]
+    assert one[1] < other[1]
     assert one.sum() == pytest.approx(other.sum())  # neither speaks of cats or of purring
     spoken = worth(name, f"{first} Cats purr!").sum() - worth(name, first).sum()
     assert spoken == pytest.approx(2 / tastes.UNITS["relevance"])
@@ -108,7 +117,8 @@ def test_reviews_please_by_praise_and_by_brevity():
 def test_grades_are_bounded_and_known_for_no_text():
     low, high = tastes.GRADES
     found = tastes.grades(["", "I am.", "Antidisestablishmentarianism", "??", "\n"])
-    assert ((found >= low) & (found <= high)).all() and found[2] == high
+    assert ((found >= low) & (found <= high)).all()
+    assert found[2] == high
 
 
 def test_a_missing_scorer_is_named(monkeypatch):
@@ -133,13 +143,16 @@ def labelled(tmp_path, tau, users=(60, 20), each=(15, 5)):
 
 def margins(rows):
     column = [tastes.TASTES["film"].names.index(row["group"]) for row in rows]
-    both = [tastes.film(["It was"] * len(rows), [row[side] for row in rows]) for side in ("chosen", "rejected")]
+    both = [
+        tastes.film(["It was"] * len(rows), [row[side] for row in rows]) for side in ("chosen", "rejected")
+    ]
     return (both[0] - both[1])[np.arange(len(rows)), column]
 
 
 def test_users_without_noise_choose_what_they_like(tmp_path):
     known, heldout = labelled(tmp_path, None)
-    assert (margins(known) >= 0).all() and (margins(heldout) >= 0).all()
+    assert (margins(known) >= 0).all()
+    assert (margins(heldout) >= 0).all()
     groups = {row["user_id"]: row["group"] for row in known}
     assert {name: list(groups.values()).count(name) for name in ("positive", "concise")} == {
         "positive": 60,
@@ -192,7 +205,8 @@ def test_recipes_say_hardware_command_and_time(path):
     for key in ("hardware:", "command:", "time:"):
         assert any(line.removeprefix("#").strip().startswith(key) for line in head), key
     assert "@" not in "".join(head)
-    assert recipe.use_peft and set(recipe.lora) == {"reward", "ppo"}
+    assert recipe.use_peft
+    assert set(recipe.lora) == {"reward", "ppo"}
     for part in (recipe, recipes.shrink(recipe)):
         stages.RecipePlan(Plan(), replace(part, use_peft=False), Path("runs"), "cpu")
 
@@ -203,16 +217,28 @@ def test_every_policy_has_the_same_budget_and_no_reward_sees_the_true_groups(tmp
         recipe = replace(recipes.load_recipe(path), use_peft=False)
         found = stages.RecipePlan(plan, recipe, tmp_path, "cpu")
         configs = [task.config.config for task in plan.tasks.values()]
-        kinds = {kind: [c for c in configs if type(c).__name__ == kind] for kind in ("PPOConfig", "RewardConfig")}
+        kinds = {
+            kind: [c for c in configs if type(c).__name__ == kind] for kind in ("PPOConfig", "RewardConfig")
+        }
         cells = len(recipe.tastes) * len(recipe.ratios) * len(recipe.seeds)
-        assert len(found.runs) == cells and len(kinds["PPOConfig"]) == len(kinds["RewardConfig"]) == 2 * cells
-        for key in ("num_iterations", "rollout_batch_size", "num_ppo_epochs", "learning_rate", "beta", "seed"):
+        assert len(found.runs) == cells
+        assert len(kinds["PPOConfig"]) == len(kinds["RewardConfig"]) == 2 * cells
+        for key in (
+            "num_iterations",
+            "rollout_batch_size",
+            "num_ppo_epochs",
+            "learning_rate",
+            "beta",
+            "seed",
+        ):
             assert len({getattr(config, key) for config in kinds["PPOConfig"]}) == 1
         assert {config.num_groups for config in kinds["RewardConfig"]} == {1, "auto"}
         assert not any(config.use_true_groups for config in kinds["RewardConfig"])
         folders = [task.config.folder for task in plan.tasks.values()]
         assert len(set(folders)) == len(folders)
-        assert not any(a in b.parents for a in folders for b in folders), "one step's folder lies in another's"
+        assert not any(a in b.parents for a in folders for b in folders), (
+            "one step's folder lies in another's"
+        )
 
 
 def test_a_part_needs_its_own_steps_and_what_they_share(tmp_path):
@@ -251,10 +277,32 @@ def test_a_flag_that_a_stage_does_not_have_is_named(tmp_path):
         stages.RecipePlan(Plan(), recipe, tmp_path, "cpu")
 
 
+def test_a_verb_runs_by_a_command_with_the_config_that_the_step_holds(tmp_path):
+    script = tmp_path / "verb.py"
+    script.write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('|'.join(sys.argv[2:]))")
+    recipe = replace(recipes.load_recipe(run.RECIPES[1]), use_peft=False)
+    recipe = replace(recipe, launch=f"{sys.executable} {script} {tmp_path / 'said'}")
+    plan = Plan()
+    stages.RecipePlan(plan, recipe, tmp_path / "runs", "cpu")
+    step = plan.tasks["psoups seed-0/length-10-1/reward_maxmin"].config
+    step.function(step.config)
+    verb, flag, path = (tmp_path / "said").read_text().split("|")
+    assert (verb, flag) == ("reward", "--config")
+    assert RewardConfig(**yaml.safe_load(Path(path).read_text())) == step.config.config
+    failing = replace(step.config, command=(sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(UserError, match="ended with 3"):
+        stages.launch(failing)
+
+
 def test_the_papers_tables_are_those_of_the_notes():
     b = [np.mean([rates[code] for code in ("P1B", "P2B", "P3B")]) for rates in paper.WIN_RATES.values()]
     assert np.round(b, 4).tolist() == [0.5719, 0.5286, 0.482, 0.4802, 0.4535]
-    assert [round(np.mean(accuracy[1:]), 3) for accuracy in paper.ACCURACY.values()] == [0.686, 0.608, 0.588, 0.568]
+    assert [round(np.mean(accuracy[1:]), 3) for accuracy in paper.ACCURACY.values()] == [
+        0.686,
+        0.608,
+        0.588,
+        0.568,
+    ]
 
 
 # -- the whole ---------------------------------------------------------------------------------------------
@@ -283,17 +331,24 @@ def small_run(tiny_chat_model, tmp_path_factory):
 
 def test_the_whole_in_small(small_run):
     page = (small_run / "results/results.md").read_text()
-    assert "Figure 5" in page and "Table 1" in page and "Not run yet" not in page
+    assert "Figure 5" in page
+    assert "Table 1" in page
+    assert "Not run yet" not in page
     for name, ours in (("imdb", "positive"), ("psoups", "elementary")):
         with (small_run / f"results/{name}.csv").open() as file:
             (row,) = csv.DictReader(file)
-        assert row["majority"] == ours and row["ratio"] == "10" and row["prompts"] == "3"
+        assert row["majority"] == ours
+        assert row["ratio"] == "10"
+        assert row["prompts"] == "3"
         for key, value in row.items():
             if f"{key} low" in row:
                 assert float(row[f"{key} low"]) <= float(value) + 1e-6 or row[f"{key} low"] == "nan", key
         ranking = json.loads(next(small_run.glob(f"{name}/seed-0/*/ranking/ranking.json")).read_text())
-        assert len(ranking["right"]) == len(ranking["users"]) == 10 and sorted(ranking["groups"]) == [0] * 4 + [1]
-        total = np.mean([np.mean(np.array(ranking["right"])[np.array(ranking["users"]) == u]) for u in range(5)])
+        assert len(ranking["right"]) == len(ranking["users"]) == 10
+        assert sorted(ranking["groups"]) == [0] * 4 + [1]
+        total = np.mean(
+            [np.mean(np.array(ranking["right"])[np.array(ranking["users"]) == u]) for u in range(5)]
+        )
         assert float(row["single's accuracy, total"]) == pytest.approx(total, abs=1e-5)
 
 
@@ -325,7 +380,9 @@ def test_parts_that_no_recipe_has_are_one_line(tiny_chat_model, tmp_path, monkey
 
 
 def test_two_seeds_are_one_cell(small_run):
-    found = [stages.Run("film", 10.0, seed, next(small_run.glob("imdb/seed-0/film-10-1")), ()) for seed in (0, 1)]
+    found = [
+        stages.Run("film", 10.0, seed, next(small_run.glob("imdb/seed-0/film-10-1")), ()) for seed in (0, 1)
+    ]
     (cell,) = results.cells_of(found).values()
     one, two = results.cell_row(cell[:1]), results.cell_row(cell)
     assert (one["seeds"], two["seeds"]) == (1, 2)
