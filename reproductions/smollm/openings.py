@@ -59,7 +59,7 @@ _SLOTS: dict[str, list[str]] = {
         "Letters to Nobody/The Ferryman's Son/Static/Cold Supper/An Honest Forgery/The Long Intermission"
     ).split("/"),
     "maker": (
-        "director/writer/studio/composer/cinematographer/leading lady/comedian behind it/team of animators"
+        "director/writer/studio/composer/cinematographer/leading lady/comedian/team of animators"
     ).split("/"),
     "hope": (
         "something light/a proper scare/another routine sequel/the usual clichés/a good cry/very little/"
