@@ -13,7 +13,7 @@ __all__ = ["instructions"]
 #: what is asked, and about what; both vary
 _KINDS: tuple[tuple[str, str], ...] = (
     (
-        "Why {}?/Can you tell me why {}?/My son asks why {}. What should I say?",
+        "Why is it that {}?/Can you tell me why {}?/My son asks why {}. What should I say?",
         "the sky is blue|ice floats on water|cats purr|we dream|leaves change colour in autumn|the sea is "
         "salty|metal feels colder than wood|stars twinkle|bread rises|we have leap years|onions make us "
         "cry|planes can fly upside down",

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 #: about one standard deviation of each over samples of the reference, so that utilities have one scale
-UNITS = {"sentiment": 0.35, "words": 7.0, "grade": 4.5, "relevance": 0.3}
+UNITS = {"sentiment": 0.35, "words": 7.0, "grade": 4.0, "relevance": 0.3}
 #: grades beyond are those of what is no sentence
 GRADES = (0.0, 20.0)
 _IDLE = frozenset(

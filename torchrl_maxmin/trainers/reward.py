@@ -48,6 +48,7 @@ _OPTIONS = (
     "weight_decay",
     "convergence_tolerance",
     "num_restarts",
+    "warm_start_l2",
     "max_groups",
     "max_length",
     "identifiability",
