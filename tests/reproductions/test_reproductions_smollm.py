@@ -30,9 +30,12 @@ from openings import film_openings  # noqa: E402
 from steps import Plan  # noqa: E402
 
 from torchrl_maxmin.core.errors import UserError  # noqa: E402
+from torchrl_maxmin.trainers.ppo_config import PPOConfig  # noqa: E402
 from torchrl_maxmin.trainers.reward_config import RewardConfig  # noqa: E402
 from torchrl_maxmin.world.world import write_rows  # noqa: E402
 
+#: the recipes' own, where the policy stage has adapters and advantages without a critic
+USE_PEFT = str({"use_peft", "advantage"} <= PPOConfig.__dataclass_fields__.keys()).lower()
 RECIPES = [*run.RECIPES, *sorted((REPRODUCTIONS / "tulu2").glob("*.yaml"))]
 
 # -- prompts -----------------------------------------------------------------------------------------------
@@ -325,7 +328,7 @@ def small_run(tiny_chat_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm") / "runs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "run_tasks", in_this_process)
-        run_small(folder, tiny_chat_model, patch, "--use_peft", "false")
+        run_small(folder, tiny_chat_model, patch, "--use_peft", USE_PEFT)
     return folder
 
 
@@ -366,14 +369,14 @@ def test_a_finished_run_is_not_done_again(small_run, tiny_chat_model, monkeypatc
     assert len(marks) == 2 * (2 + 7)
     monkeypatch.setattr(run, "run_tasks", in_this_process)
     text = (small_run / "results/results.md").read_text()
-    run_small(small_run, tiny_chat_model, monkeypatch, "--use_peft", "false")
+    run_small(small_run, tiny_chat_model, monkeypatch, "--use_peft", USE_PEFT)
     assert {path: path.stat().st_mtime_ns for path in small_run.rglob("done.json")} == marks
     assert (small_run / "results/results.md").read_text() == text
 
 
 def test_parts_that_no_recipe_has_are_one_line(tiny_chat_model, tmp_path, monkeypatch, capsys):
     def main():
-        run_small(tmp_path, tiny_chat_model, monkeypatch, "--use_peft", "false", "--tastes", "sour")
+        run_small(tmp_path, tiny_chat_model, monkeypatch, "--use_peft", USE_PEFT, "--tastes", "sour")
 
     assert exit_code("smollm", main) == 2
     assert "none of the recipes has these tastes" in capsys.readouterr().err
@@ -396,5 +399,5 @@ def test_the_real_model_in_small(tmp_path, monkeypatch):
     """Downloads 93 MB, and takes minutes and 9 GB."""
     pytest.importorskip("gguf")
     model = sys.modules["smollm2"].make(tmp_path / "smollm2")
-    run_small(tmp_path / "runs", model, monkeypatch, "--use_peft", "false")
+    run_small(tmp_path / "runs", model, monkeypatch, "--use_peft", USE_PEFT)
     assert "Not run yet" not in (tmp_path / "runs/results/results.md").read_text()
