@@ -41,7 +41,7 @@ class RewardConfig(MixtureSettings):
         num_restarts: random starts of the linear warm start; the best likelihood wins.
         warm_start_l2: penalty on its squared weights, in units of pairs. It chooses K too: a model with
             hundreds of features and more overfits some hundred pairs, and finds one group, unless this is
-            about .1.
+            some tenths.
         head: linear, mlp or low_rank (groups share a few features, for small minorities).
         head_rank: features of low_rank; as many as groups when left out.
         use_peft: freeze the trunk and train LoRA adapters on it.
