@@ -158,7 +158,7 @@ def section(recipe: Recipe, rows: Sequence[Mapping[str, Any]], minutes: float) -
         f"{rows[0]['prompts']} held-out prompts; {ppo['num_iterations']} iterations of "
         f"{ppo['rollout_batch_size']} responses, beta {ppo['beta']:g}, "
         f"{'adapters' if recipe.use_peft else 'all weights'}. Every number with its interval: "
-        f"[{recipe.name}.csv]({recipe.name}.csv). Finished steps took {minutes:.0f} minutes of one core."
+        f"[{recipe.name}.csv]({recipe.name}.csv). Finished steps add up to {minutes:.0f} minutes."
     )
     parts = [*head, *_findings(rows), *_tastes_table(recipe), *_accuracy_table(rows), *_win_table(rows)]
     return [*parts, *(_figure_5(rows) if recipe.kind == "film" else []), *_details(rows)]
