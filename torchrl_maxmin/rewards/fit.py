@@ -113,6 +113,7 @@ def fit_mixture(
     use_true_groups: bool = False,
     convergence_tolerance: float = 1e-4,
     num_restarts: int = 4,
+    warm_start_l2: float = 1e-4,
     max_groups: int = 3,
     max_length: int | None = None,
     model_options: dict[str, Any] | None = None,
@@ -136,6 +137,7 @@ def fit_mixture(
         convergence_tolerance: stop when no user changed group and the training
             log-likelihood a pair rose by less than this.
         num_restarts: starts of the linear mixture.
+        warm_start_l2: penalty on its squared weights, in units of choices.
         max_groups: largest K that ``"auto"`` tries.
         max_length: longest text in tokens.
         model_options: kind of heads, adapters and so on, as
@@ -173,8 +175,8 @@ def fit_mixture(
         reading = {name: options[name] for name in _READING if name in options}
         size = tuning.scoring_batch_size
         choices = feature_choices(data, model, max_length, device, size, **reading)
-        restarts = {"num_restarts": num_restarts, "assignment": assignment}
-        warm = linear_warm_start(choices, num_groups, max_groups, seed, **restarts)
+        fit = {"num_restarts": num_restarts, "assignment": assignment, "l2": warm_start_l2}
+        warm = linear_warm_start(choices, num_groups, max_groups, seed, **fit)
         if identifiability:
             warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))
     start = warm.responsibilities

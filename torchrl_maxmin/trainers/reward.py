@@ -49,6 +49,7 @@ _OPTIONS = (
     "optim",
     "convergence_tolerance",
     "num_restarts",
+    "warm_start_l2",
     "max_groups",
     "max_length",
     "identifiability",

@@ -40,6 +40,9 @@ class RewardConfig(ModelSettings, MixtureSettings):
         reward_l2: penalty on squared rewards.
         weight_decay: AdamW weight decay.
         num_restarts: random starts of the linear warm start; the best likelihood wins.
+        warm_start_l2: penalty on its squared weights, in units of pairs. It chooses K too: a model with
+            hundreds of features and more overfits some hundred pairs, and finds one group, unless this is
+            some tenths.
         head: linear, mlp or low_rank (groups share a few features, for small minorities).
         head_rank: features of low_rank; as many as groups when left out.
         adapters: per_group (an adapter a group) or shared.
@@ -71,6 +74,7 @@ class RewardConfig(ModelSettings, MixtureSettings):
     reward_l2: float = 1e-3
     weight_decay: float = 0.01
     num_restarts: int = 4
+    warm_start_l2: float = 1e-4
     head: str = "linear"
     head_rank: int | None = None
     adapters: str = "per_group"
@@ -96,7 +100,7 @@ class RewardConfig(ModelSettings, MixtureSettings):
         self.require_at_least(
             0,
             "learning_rate", "head_learning_rate", "reward_l2", "weight_decay", "convergence_tolerance",
-            "save_rounds",
+            "save_rounds", "warm_start_l2",
         )  # fmt: skip
         self.require_known(
             assignment=("soft", "hard"),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,15 @@ class Step:
         """Where a finished step leaves its digest and how long it took."""
         return self.folder / "done.json"
 
+    @property
+    def done(self) -> bool:
+        """Whether it was finished before with the same settings and the same steps before it."""
+        return self.mark.is_file() and json.loads(self.mark.read_text())["digest"] == self.digest
+
 
 def run_step(step: Step) -> None:
-    """Run a step, unless it was finished before with the same settings and the same steps before it."""
-    if step.mark.is_file() and json.loads(step.mark.read_text())["digest"] == step.digest:
+    """Run a step, unless it is done."""
+    if step.done:
         return
     shutil.rmtree(step.folder, ignore_errors=True)
     start = time.perf_counter()
@@ -70,3 +75,17 @@ class Plan:
         """How long each finished step took when it ran."""
         marks = {name: task.config.mark for name, task in self.tasks.items()}
         return {name: json.loads(m.read_text())["seconds"] for name, m in marks.items() if m.is_file()}
+
+    def needed(self, names: Iterable[str]) -> dict[str, Task]:
+        """Return these tasks and all that they wait for, in the order of the plan."""
+        found, left = set(), list(names)
+        while left:
+            name = left.pop()
+            if name not in found:
+                found.add(name)
+                left += self.tasks[name].after
+        return {name: task for name, task in self.tasks.items() if name in found}
+
+    def done(self, name: str) -> bool:
+        """Whether a step is done."""
+        return self.tasks[name].config.done
