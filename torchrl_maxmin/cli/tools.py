@@ -160,30 +160,39 @@ def env(arguments: list[str]) -> int:
 
 def plan(arguments: list[str]) -> int:
     """``plan``: memory and time of a stage from a model's config."""
+    line = "memory and time of a stage, from a model's config alone"
     from torchrl_maxmin.trainers.plan import GB, PlanConfig, run_plan, verdict
 
-    config = parse_config("plan", "memory and time of a stage, from a model's config alone", PlanConfig, arguments)
-    found = run_plan(config)
-    settings = config.resolved()
+    config = parse_config("plan", line, PlanConfig, arguments)
+    found, settings = run_plan(config), config.resolved()
     table = Table(title=f"{settings.stage}, {found.parameters:,} parameters; GB by part at each phase's peak")
     table.add_column("")
     for phase in found.phases:
         table.add_column(phase.name, justify="right")
     for part in dict.fromkeys(part for phase in found.phases for part in phase.parts):
         sizes = [phase.parts.get(part, 0.0) / GB for phase in found.phases]
-        table.add_row(part, *(f"{size:.3f}" if size else "" for size in sizes))
+        if max(sizes) >= 0.0005:
+            table.add_row(part, *(f"{size:.3f}" if size else "" for size in sizes))
     table.add_section()
     table.add_row("all", *(f"{phase.total / GB:.3f}" for phase in found.phases), style="bold")
-    seconds = [phase.seconds for phase in found.phases]
-    table.add_row("seconds", *("" if value is None else f"{value:.1f}" for value in seconds))
+    table.add_row("time", *(_duration(phase.seconds) for phase in found.phases))
     Console().print(table)
     flops = ", ".join(f"{value / 1e9:,.0f} GFLOP/s {name}" for name, value in found.rates["flops"].items())
     _write(
-        f"seconds of an iteration (calibrate once), by what was measured here just now ({found.rates['device']}: "
-        f"{flops}, {found.rates['bytes_per_second'] / GB:.0f} GB/s)"
+        f"time of an iteration, by rates measured here just now on {found.rates['device']} ({flops}, "
+        f"{found.rates['bytes_per_second'] / GB:.0f} GB/s); generate and calibrate if all responses are of full length"
     )
     _write("\n".join(verdict(found, settings)))
     return 0
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _write(text: str) -> None:

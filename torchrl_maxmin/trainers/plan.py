@@ -183,6 +183,7 @@ class PlanConfig(CheckedSettings):
             "distributed": "none" if self.gpus == 1 else "ddp",
             "memory_gb": 80.0 if self.device == "cuda" else _installed_memory() / GB,
             "reward_funcs": [],
+            "lora_target_modules": None if self.stage == "reward" else ["all-linear"],
         }
         order = [_STAGES[self.stage], *_STAGES.values()]
         for field in dataclasses.fields(self):

@@ -18,6 +18,8 @@ from torchrl_maxmin.rewards import adapters as lora
 
 __all__ = ["Network", "Size", "reward_network", "size_of"]
 
+_LARGE_BLOCK = 2**25  # bytes, where malloc of glibc asks the operating system for every block at most
+
 
 @dataclass(frozen=True)
 class Network:
@@ -74,6 +76,9 @@ class Size:
         trained: parameters that are trained, of all adapters.
         gradients: bytes of their gradients, in the dtype of each.
         largest: elements of the largest parameter that is trained.
+        half: trained parameters in half precision, of which the optimizer has float32 copies.
+        pieces: bytes of gradients that the C library keeps when they are freed: it takes none below 32 MiB from
+            the operating system by itself, and gives none back while others lie around it.
     """
 
     parameters: int
@@ -82,6 +87,13 @@ class Size:
     trained: int
     gradients: int
     largest: int
+    half: int = 0
+    pieces: int = 0
+
+    @classmethod
+    def of_heads(cls, elements: int) -> Size:
+        """That of trained heads in float32."""
+        return cls(elements, 4 * elements, 0, elements, 4 * elements, elements)
 
 
 def size_of(network: Network) -> Size:
@@ -101,6 +113,8 @@ def size_of(network: Network) -> Size:
         trained=sum(p.numel() for p in trained),
         gradients=sum(p.nbytes for p in trained),
         largest=max((p.numel() for p in trained), default=0),
+        half=sum(p.numel() for p in trained if p.itemsize == 2),
+        pieces=sum(p.nbytes for p in trained if p.nbytes < _LARGE_BLOCK),
     )
 
 

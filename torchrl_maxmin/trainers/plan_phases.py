@@ -118,6 +118,7 @@ class Planner:
                 False for the fused kernel.
         """
         held = _FLOAT * (size.trained if self.device == "cuda" else 2 * size.largest) if foreach else 0
+        held += _FLOAT * size.half  # float32 gradients for the copies of half-precision weights
         moved = _ADAM_PASSES * _FLOAT * size.trained
         return held, 0.0 if self.rates is None else moved / self.rates.bandwidth
 
@@ -145,7 +146,7 @@ def _share(rows: int, settings: Any) -> int:
 
 
 def _held(
-    settings: Any, planner: Planner, weights: dict[str, float], sizes: Sequence[Size], trained: bool = True
+    settings: Any, planner: Planner, weights: dict[str, float], sizes: Sequence[Size], stepped: bool = True
 ) -> dict[str, float]:
     """Parts that stay from phase to phase, of one of the processes.
 
@@ -154,16 +155,21 @@ def _held(
         planner: knows what a process holds before.
         weights: bytes by part.
         sizes: of what is trained.
-        trained: whether there was a step of the optimizer.
+        stepped: whether there was a step of the optimizer.
     """
     shards = settings.gpus if settings.distributed == "fsdp2" else 1
     parts = {name: size / shards for name, size in weights.items() if size}
     gradients = sum(size.gradients for size in sizes)
-    if trained:
+    if stepped:
         parts["gradients"] = gradients / shards
         if settings.distributed == "ddp":
             parts["gradient buckets"] = gradients
-        parts["Adam states"] = 2 * _FLOAT * sum(size.trained for size in sizes) / shards
+        trained = sum(size.trained for size in sizes)
+        parts["Adam states"] = 2 * _FLOAT * trained / shards
+        half = sum(size.half for size in sizes)
+        parts |= {"float32 copies": _FLOAT * half / shards} if half else {}
+        if settings.device == "cpu":
+            parts["freed in pieces"] = sum(size.pieces for size in sizes)
     if shards > 1:
         depth = text_config(load_config(settings.model_name_or_path)).num_hidden_layers
         parts["gathered layers"] = 2 * max(weights.values()) / depth
@@ -193,7 +199,7 @@ def _roles(settings: Any, planner: Planner) -> _Roles:
     columns = settings.num_groups + 1
     kind = settings.critic if settings.advantage == "gae" else None
     width = text_config(load_config(name)).hidden_size
-    heads = Size(*(columns * (width + 1) * k for k in (1, _FLOAT, 0, 1, _FLOAT, 1))) if kind else None
+    heads = Size.of_heads(columns * (width + 1)) if kind else None
     whole = Network(name, "trunk", trained=True, **common)
     if not settings.use_peft:
         policy = Network(name, trained=True, **common)
@@ -231,7 +237,7 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
     weights = dict(roles.weights)
     if reader is not None:
         weights["reward model"] = planner.size(reader).weights + on_top
-    before = _held(settings, planner, weights, roles.trained, trained=False)
+    before = _held(settings, planner, weights, roles.trained, stepped=False)
     held = _held(settings, planner, weights, roles.trained)
 
     samples = _share(settings.calibration_prompts * settings.calibration_samples, settings)
@@ -290,7 +296,8 @@ def _update(
     def of_policy(model: nn.Module) -> Tensor:
         states = states_of(model, *shape)
         loss = log_probs_of(model, states, entropy).sum()
-        return loss + values_of(states, columns).sum() if roles.shares_states else loss
+        # heads learn what can be read off the policy's states, and do not move them
+        return loss + values_of(states.detach(), columns).sum() if roles.shares_states else loss
 
     def of_critic(model: nn.Module) -> Tensor:
         return values_of(states_of(model, *shape), columns).sum()
@@ -364,7 +371,7 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
     )
     size = planner.size(network)
     weights = {"trunk weights": size.weights, "adapters": size.adapters * len(names)}
-    before = _held(settings, planner, weights, [size], trained=False)
+    before = _held(settings, planner, weights, [size], stepped=False)
     held = _held(settings, planner, weights, [size])
     pairs, tokens = settings.per_device_train_batch_size, settings.max_length
     passes = groups if len(names) > 1 else 1
