@@ -50,7 +50,9 @@ def write_prompts(path: Path, model: str) -> int:
     from transformers import AutoTokenizer
 
     topics = ["the sea", "my old house", "a long film", "winter", "the new school", "bread", "a quiet town"]
-    texts = [f"Review {i}: I thought about {topics[i % 7]} and {topics[(3 * i + 2) % 7]}, and" for i in range(64)]
+    texts = [
+        f"Review {i}: I thought about {topics[i % 7]} and {topics[(3 * i + 2) % 7]}, and" for i in range(64)
+    ]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     tokenizer = AutoTokenizer.from_pretrained(model)
     return max(len(tokenizer(text).input_ids) for text in texts)
@@ -60,7 +62,9 @@ def words(flags: dict[str, Any]) -> list[str]:
     """Flags as a command line has them."""
     found: list[str] = []
     for name, value in flags.items():
-        found += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}", str(value).lower()]
+        found += (
+            [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}", str(value).lower()]
+        )
     return found
 
 
@@ -130,8 +134,8 @@ def main() -> int:
     for name in given.only:
         results.append(compare(name, given))
         planned, measured = (results[-1][f"{kind}_bytes"] / 1e9 for kind in ("planned", "measured"))
-        print(f"{name:<28} planned {planned:6.2f} GB, measured {measured:6.2f} GB, {planned / measured - 1:+.1%}")
-        sys.stdout.flush()
+        apart = planned / measured - 1
+        print(f"{name:<28} planned {planned:6.2f} GB, measured {measured:6.2f} GB, {apart:+.1%}", flush=True)
         if given.output:
             given.output.write_text(json.dumps(results, indent=2) + "\n")
     return int(any(abs(result["difference"]) > BAR for result in results))

@@ -180,7 +180,7 @@ def plan(arguments: list[str]) -> int:
     flops = ", ".join(f"{value / 1e9:,.0f} GFLOP/s {name}" for name, value in found.rates["flops"].items())
     _write(
         f"time of an iteration, by rates measured here just now on {found.rates['device']} ({flops}, "
-        f"{found.rates['bytes_per_second'] / GB:.0f} GB/s); generate and calibrate if all responses are of full length"
+        f"{found.rates['bytes_per_second'] / GB:.0f} GB/s), with all responses of full length"
     )
     _write("\n".join(verdict(found, settings)))
     return 0

@@ -218,7 +218,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 
 def _logits_bytes(func: Any, args: Any, device: str) -> float:
-    """Bytes of logits, and of matrices in another dtype, that the chunked operator holds beside its results."""
+    """Bytes of logits, and of matrices in another dtype, that the chunked operator holds for a while."""
     if not func._schema.name.startswith("maxmin::token_log_probs"):
         return 0.0
     backward = func._schema.name.endswith("backward")
@@ -239,15 +239,17 @@ def _logits_bytes(func: Any, args: Any, device: str) -> float:
 def fake_copy(model: nn.Module) -> nn.Module:
     """Move a model from the meta device to fake memory, in place; to be called within ``FakeTensorMode``.
 
-    The fake device is the CPU's, whose attention keeps what a GPU's does where a mask is given; the meta device
-    itself has none but the one that keeps all scores.
+    The fake device is the CPU's, whose attention keeps what a GPU's does where a mask is given; that of the
+    meta device keeps all scores.
     """
     moved: dict[int, Tensor] = {}
 
     def of(tensor: Tensor) -> Tensor:
         if id(tensor) not in moved:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            moved[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+            moved[id(tensor)] = (
+                nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+            )
         return moved[id(tensor)]
 
     for module in model.modules():
@@ -291,7 +293,8 @@ def shallow_depths(model: nn.Module) -> tuple[int, int] | None:
     for deeper in range(3, depth):
         for period in range(1, (deeper - 1) // 2 + 1):
             first = deeper - 2 * period  # the first layer of all is another: embeddings live beside it
-            if all(kinds[i] == kinds[i + period] for i in range(first, depth - period)):
+            whole = (depth - deeper) % period == 0
+            if whole and all(kinds[i] == kinds[i + period] for i in range(first, depth - period)):
                 return deeper - period, deeper
     return None
 

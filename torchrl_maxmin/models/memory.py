@@ -90,8 +90,8 @@ class Jobs:
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             words = next(iter(str(error).strip().splitlines()), "no more is known")
             raise UserError(
-                f"no dry run of a {self.config.model_type} model ({type(error).__name__}: {words}): what it does "
-                "depends on values, which a plan has not"
+                f"no dry run of a {self.config.model_type} model ({type(error).__name__}: {words}): "
+                "what it does depends on values, which a plan has not"
             ) from error
 
     def prefill(self, build: Build, rows: int, tokens: int) -> Trace:

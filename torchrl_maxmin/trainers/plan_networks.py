@@ -42,16 +42,17 @@ class Network:
     trained: bool = False
     adapters: tuple[str, ...] = ()
     active: str | None = None
-    lora: lora.LoraSettings = lora.LoraSettings()
+    lora: lora.LoraSettings | None = None
     checkpointing: bool = False
 
     def build(self, config: Any) -> nn.Module:
         """Make it of a config, which may have fewer layers than its own."""
         model: Any = without_weights(config, self.kind, self.dtype).requires_grad_(self.trained)
         if self.adapters:
-            model = lora.add_adapters(model, self.adapters, self.lora)
+            settings = self.lora or lora.LoraSettings()
+            model = lora.add_adapters(model, self.adapters, settings)
             model.set_adapter(self.active or self.adapters[0])
-            lora.set_adapter_dropout(model, self.lora.dropout > 0)
+            lora.set_adapter_dropout(model, settings.dropout > 0)
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             layer = import_transformers().modeling_layers.GradientCheckpointingLayer
@@ -77,8 +78,8 @@ class Size:
         gradients: bytes of their gradients, in the dtype of each.
         largest: elements of the largest parameter that is trained.
         half: trained parameters in half precision, of which the optimizer has float32 copies.
-        pieces: bytes of gradients that the C library keeps when they are freed: it takes none below 32 MiB from
-            the operating system by itself, and gives none back while others lie around it.
+        pieces: bytes of gradients that the C library keeps when they are freed: none below 32 MiB is a block
+            of the operating system's own, and what lies between others is not given back.
     """
 
     parameters: int
