@@ -18,8 +18,6 @@ from torchrl_maxmin.rewards import adapters as lora
 
 __all__ = ["Network", "Size", "reward_network", "size_of"]
 
-_LARGE_BLOCK = 2**25  # bytes, where malloc of glibc asks the operating system for every block at most
-
 
 @dataclass(frozen=True)
 class Network:
@@ -77,9 +75,8 @@ class Size:
         trained: parameters that are trained, of all adapters.
         gradients: bytes of their gradients, in the dtype of each.
         largest: elements of the largest parameter that is trained.
+        embeddings: bytes of the input embeddings.
         half: trained parameters in half precision, of which the optimizer has float32 copies.
-        pieces: bytes of gradients that the C library keeps when they are freed: none below 32 MiB is a block
-            of the operating system's own, and what lies between others is not given back.
     """
 
     parameters: int
@@ -88,8 +85,8 @@ class Size:
     trained: int
     gradients: int
     largest: int
+    embeddings: int = 0
     half: int = 0
-    pieces: int = 0
 
     @classmethod
     def of_heads(cls, elements: int) -> Size:
@@ -114,8 +111,8 @@ def size_of(network: Network) -> Size:
         trained=sum(p.numel() for p in trained),
         gradients=sum(p.nbytes for p in trained),
         largest=max((p.numel() for p in trained), default=0),
+        embeddings=model.get_input_embeddings().weight.nbytes,
         half=sum(p.numel() for p in trained if p.itemsize == 2),
-        pieces=sum(p.nbytes for p in trained if p.nbytes < _LARGE_BLOCK),
     )
 
 

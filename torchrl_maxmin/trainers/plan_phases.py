@@ -69,8 +69,6 @@ def _held(
         parts["Adam states"] = 2 * FLOAT * trained / shards
         half = sum(size.half for size in sizes)
         parts |= {"float32 copies": FLOAT * half / shards} if half else {}
-        if settings.device == "cpu":
-            parts["freed in pieces"] = sum(size.pieces for size in sizes)
     if shards > 1:
         depth = text_config(load_config(settings.model_name_or_path)).num_hidden_layers
         parts["gathered layers"] = 2 * max(weights.values()) / depth
@@ -138,6 +136,8 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
     weights = dict(roles.weights)
     if reader is not None:
         weights["reward model"] = planner.size(reader).weights + on_top
+    if planner.device == "cpu":
+        weights["file of resized embeddings"] = planner.size(roles.reference).embeddings
     before = _held(settings, planner, weights, roles.trained, stepped=False)
     held = _held(settings, planner, weights, roles.trained)
 
@@ -161,7 +161,7 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
         parts = {"optimizer step": workspace}
     seconds = seconds * settings.num_ppo_epochs * rollout / micro + steps * sum(s for _, s in workspaces)
     flags = ("per_device_train_batch_size", "gradient_checkpointing")
-    update = Phase("update", held | parts, seconds, flags)
+    update = Phase("update", held | parts | planner.pieces(parts), seconds, flags)
     return [calibrate, generate, score, update, Phase("save", held)]
 
 
@@ -248,7 +248,7 @@ def _sft(settings: Any, planner: Planner) -> list[Phase]:
     seconds = settings.gradient_accumulation_steps * trace.seconds + step
     update = Phase(
         "update",
-        held | {"activations": trace.peak},
+        held | {"activations": trace.peak} | planner.pieces({"activations": trace.peak}),
         seconds,
         ("per_device_train_batch_size", "gradient_checkpointing"),
     )
@@ -294,7 +294,7 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
     parts = {"activations": trace.peak} if trace.peak > workspace else {"optimizer step": workspace}
     update = Phase(
         "update",
-        held | parts,
+        held | parts | planner.pieces(parts),
         settings.gradient_accumulation_steps * trace.seconds + step,
         ("per_device_train_batch_size", "gradient_checkpointing"),
     )
