@@ -173,6 +173,7 @@ def test_refuses(config_only, flags, words):
         make_plan(PlanConfig(config_only, **{"num_groups": 2, **flags}))
 
 
+@pytest.mark.slow
 def test_advice_is_found_by_planning_again(config_only):
     sizes = {"mini_batch_size": 64, "rollout_batch_size": 64, "max_prompt_length": 128, "response_length": 64}
     config = PlanConfig(config_only, 2, **sizes, calibration_prompts=16, reward_funcs=["a"])

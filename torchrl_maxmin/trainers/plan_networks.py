@@ -29,7 +29,7 @@ class Network:
         dtype: of the weights below adapters.
         trained: whether it is trained: its adapters where it has some, else all of it.
         adapters: names of its LoRA adapters.
-        active: the adapter that its passes go through; all but the active one are idle.
+        active: the adapter that its passes go through, the others idle; None where each has its own pass.
         lora: size and place of the adapters.
         checkpointing: whether a backward pass computes every layer again.
     """
@@ -49,7 +49,8 @@ class Network:
         if self.adapters:
             settings = self.lora or lora.LoraSettings()
             model = lora.add_adapters(model, self.adapters, settings)
-            model.set_adapter(self.active or self.adapters[0])
+            if self.active is not None:
+                model.set_adapter(self.active)
             lora.set_adapter_dropout(model, settings.dropout > 0)
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

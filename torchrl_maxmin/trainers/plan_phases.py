@@ -229,6 +229,7 @@ def _sft(settings: Any, planner: Planner) -> list[Phase]:
         dtype=settings.torch_dtype(),
         trained=True,
         adapters=names,
+        active=names[0] if names else None,
         lora=_lora(settings),
         checkpointing=settings.gradient_checkpointing,
     )
