@@ -45,6 +45,7 @@ ENV_PPO = (
 )
 OTHERS = {
     "data": ("torchrl_maxmin.cli.tools", "data", "data check FILE: what is in a preference data set"),
+    "plan": ("torchrl_maxmin.cli.tools", "plan", "memory and time of a stage, from a model's config alone"),
     "report": ("torchrl_maxmin.cli.tools", "report", "report FOLDER: print and rewrite the report of a run"),
     "env": ("torchrl_maxmin.cli.tools", "env", "versions, for a bug report"),
 }

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from torchrl_maxmin.cli.parsing import OneLineParser
+from torchrl_maxmin.cli.parsing import OneLineParser, parse_config
 from torchrl_maxmin.core.errors import UserError
 
-__all__ = ["data", "env", "report", "training_histories"]
+__all__ = ["data", "env", "plan", "report", "training_histories"]
 
 PACKAGES = (
     "torchrl-maxmin",
@@ -155,6 +156,43 @@ def env(arguments: list[str]) -> int:
     lines["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     _write("\n".join(f"{name:<16}{value}" for name, value in lines.items()))
     return 0
+
+
+def plan(arguments: list[str]) -> int:
+    """``plan``: memory and time of a stage from a model's config."""
+    line = "memory and time of a stage, from a model's config alone"
+    from torchrl_maxmin.trainers.plan import GB, PlanConfig, run_plan, verdict
+
+    config = parse_config("plan", line, PlanConfig, arguments)
+    found, settings = run_plan(config), config.resolved()
+    table = Table(title=f"{settings.stage}, {found.parameters:,} parameters; GB by part at each phase's peak")
+    table.add_column("")
+    for phase in found.phases:
+        table.add_column(phase.name, justify="right")
+    for part in dict.fromkeys(part for phase in found.phases for part in phase.parts):
+        sizes = [phase.parts.get(part, 0.0) / GB for phase in found.phases]
+        if max(sizes) >= 0.0005:
+            table.add_row(part, *(f"{size:.3f}" if size else "" for size in sizes))
+    table.add_section()
+    table.add_row("all", *(f"{phase.total / GB:.3f}" for phase in found.phases), style="bold")
+    table.add_row("time", *(_duration(phase.seconds) for phase in found.phases))
+    Console().print(table)
+    flops = ", ".join(f"{value / 1e9:,.0f} GFLOP/s {name}" for name, value in found.rates["flops"].items())
+    _write(
+        f"time of an iteration, by rates measured here just now on {found.rates['device']} ({flops}, "
+        f"{found.rates['bytes_per_second'] / GB:.0f} GB/s), with all responses of full length"
+    )
+    _write("\n".join(verdict(found, settings)))
+    return 0
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _write(text: str) -> None:

@@ -1,0 +1,141 @@
+"""The networks of a stage as a plan knows them: shapes, adapters, what of them is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchrl_maxmin.models.checkpointing import checkpoint_layers
+from torchrl_maxmin.models.dry_run import nbytes
+from torchrl_maxmin.models.loading import load_config, reading
+from torchrl_maxmin.models.lora import AdapterSwitch, LoraSettings, add_adapters
+from torchrl_maxmin.models.memory import without_weights
+
+__all__ = ["Network", "Size", "reward_network", "size_of"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model that a stage holds, without its weights.
+
+    Attributes:
+        model_name_or_path: whose config it is of.
+        kind: ``"policy"`` (a causal language model) or ``"trunk"``.
+        dtype: of the weights below adapters.
+        trained: whether it is trained: its adapters where it has some, else all of it.
+        adapters: names of its LoRA adapters.
+        active: the adapter that its passes go through, the others idle; None where each has its own pass.
+        lora: size and place of the adapters.
+        checkpointing: whether a backward pass computes every layer again.
+    """
+
+    model_name_or_path: str
+    kind: str = "policy"
+    dtype: torch.dtype = torch.float32
+    trained: bool = False
+    adapters: tuple[str, ...] = ()
+    active: str | None = None
+    lora: LoraSettings | None = None
+    checkpointing: bool = False
+
+    def build(self, config: Any) -> nn.Module:
+        """Make it of a config, which may have fewer layers than its own."""
+        model: Any = without_weights(config, self.kind, self.dtype).requires_grad_(self.trained)
+        if self.adapters:
+            model = add_adapters(model, self.adapters, self.lora or LoraSettings())
+            switch = AdapterSwitch(model, self.active or self.adapters[0])
+            for module in switch.dropouts:
+                module.train()
+            if self.checkpointing:
+                checkpoint_layers(model, switch.snapshot)
+        elif self.checkpointing:
+            checkpoint_layers(model)
+        return model
+
+    def through(self, adapter: str) -> Network:
+        """The same network with another adapter active."""
+        return replace(self, active=adapter)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a network weighs.
+
+    Attributes:
+        parameters: how many it has, the adapters' included; shared ones count once.
+        weights: bytes of all that is no adapter.
+        adapters: bytes of an adapter.
+        trained: parameters that are trained, of all adapters.
+        gradients: bytes of their gradients, in the dtype of each.
+        largest: elements of the largest parameter that is trained.
+        embeddings: bytes of the input embeddings.
+        half: trained parameters in half precision, of which the optimizer has float32 copies.
+    """
+
+    parameters: int
+    weights: int
+    adapters: int
+    trained: int
+    gradients: int
+    largest: int
+    embeddings: int = 0
+    half: int = 0
+
+    @classmethod
+    def of_heads(cls, elements: int) -> Size:
+        """That of trained heads in float32."""
+        return cls(elements, 4 * elements, 0, elements, 4 * elements, elements)
+
+
+def size_of(network: Network) -> Size:
+    """Measure a network on the meta device: parameters to the last one, and no memory."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model: Any = network.build(load_config(network.model_name_or_path))
+        if network.adapters:
+            model.set_requires_grad(list(network.adapters), network.trained)
+    # tied weights are one parameter on the meta device too
+    own = [p for name, p in model.named_parameters() if ".lora_" not in name] + list(model.buffers())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    added = [p for name, p in model.named_parameters() if ".lora_" in name]
+    return Size(
+        parameters=sum(p.numel() for p in model.parameters()),
+        weights=nbytes(own),
+        adapters=sum(p.nbytes for p in added) // max(len(network.adapters), 1),
+        trained=sum(p.numel() for p in trained),
+        gradients=sum(p.nbytes for p in trained),
+        largest=max((p.numel() for p in trained), default=0),
+        embeddings=model.get_input_embeddings().weight.nbytes,
+        half=sum(p.numel() for p in trained if p.itemsize == 2),
+    )
+
+
+def reward_network(folder: str | None, name_or_path: str) -> tuple[Network, int, int]:
+    """The trunk of a reward model, how often it reads a text, and bytes of what is on it.
+
+    Args:
+        folder: what the reward stage wrote, or another sequence classifier; None for one with linear heads on
+            ``name_or_path`` that is trained as a whole.
+        name_or_path: the policy's model.
+
+    Raises:
+        UserError: for a folder without a config.
+    """
+    if folder is None:
+        return Network(name_or_path, "trunk"), 1, 0
+    load_config(folder)
+    extra, state = Path(folder) / "mixture.json", {}
+    if extra.is_file():
+        with reading("mixture.json", folder):
+            state = json.loads(extra.read_text())
+    form = state.get("heads", {})
+    dtype = getattr(torch, form.get("dtype") or state.get("dtype", "float32"))
+    passes = form["num_groups"] if form.get("adapters") == "per_group" else 1
+    files: Sequence[Path] = [*Path(folder).glob("adapters/*/*.safetensors"), *Path(folder).glob("heads.*")]
+    network = Network(form.get("base") or folder, "trunk", dtype)
+    return network, passes, sum(file.stat().st_size for file in files)
