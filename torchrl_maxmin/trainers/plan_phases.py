@@ -36,7 +36,7 @@ def stage_phases(settings: Any, planner: Planner) -> list[Phase]:
 def _lora(settings: Any) -> LoraSettings:
     targets = settings.lora_target_modules
     return LoraSettings(
-        settings.lora_r, 2 * settings.lora_r, settings.lora_dropout, tuple(targets) if targets else None
+        settings.lora_r, 2 * settings.lora_r, settings.lora_dropout, tuple(targets or ("all-linear",))
     )
 
 
