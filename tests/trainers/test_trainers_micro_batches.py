@@ -141,7 +141,7 @@ def test_an_accumulated_step_of_sft_is_the_step_on_the_whole(
         taken.append([p.grad.clone() for p in parameters])
         return torch.zeros(())
 
-    def load(name):
+    def load(name, **_):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
         model.accepts_loss_kwargs = accepts
         return model

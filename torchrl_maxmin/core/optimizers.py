@@ -69,6 +69,11 @@ class MasterWeights:
         self.copies.append((parameter, master))
         return master
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the optimizer, with the rates as they are."""
+        return self.optimizer.param_groups
+
     def zero_grad(self) -> None:
         """Drop the gradients."""
         for group in self.groups:
