@@ -60,7 +60,7 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("reward", "num_groups", "0", "--num_groups is a positive number or auto"),
         ("demo", "num_groups", "two", "--num_groups is a positive number or auto"),
         ("reward", "assignment", "medium", "none of soft, hard"),
-        ("reward", "adapters", "shared", "--adapters and --lora_target_modules go with --use_peft true"),
+        ("reward", "adapters", "shared", "--adapters goes with --use_peft"),
         ("reward", "num_rounds", "0", "--num_rounds must be at least 1"),
         ("reward", "heldout_fraction", "1.5", "--heldout_fraction must be at least 0 and below 1"),
         ("ppo", "objective", "max", "none of min_of_means, mean_of_prompt_mins"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "adapted_model",
     "end_tokens",
     "ensure_pad_token",
+    "import_peft",
     "import_transformers",
     "is_encoder",
     "load_causal_lm",
@@ -26,6 +28,7 @@ __all__ = [
     "load_tokenizer",
     "load_trunk",
     "plain_generation",
+    "quiet_peft",
     "reading",
     "require_causal_lm",
     "require_model",
@@ -46,6 +49,23 @@ def import_transformers() -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def import_peft() -> Any:
+    """The peft package; raises :class:`UserError` where it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("LoRA adapters need peft: pip install 'torchrl-maxmin[llm]'") from error
+    return peft
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that peft calls transformers by a name of its past."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @contextmanager
@@ -251,11 +271,20 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype | str = torch.float32, 
             base or name_or_path, dtype=dtype, **options
         )
     if base is not None:
-        from torchrl_maxmin.models.lora import merge_adapter
-
-        model = merge_adapter(model, name_or_path)
+        model = _with_adapter(model, name_or_path)
     plain_generation(model)
     return model.eval()
+
+
+def _with_adapter(model: Any, folder: str) -> Any:
+    """Load an adapter and add it to the weights of its model; returns a plain model."""
+    peft, tokenizer = import_peft(), Path(folder) / "tokenizer_config.json"
+    if tokenizer.is_file():  # a pad token that was added to it
+        size = len(import_transformers().AutoTokenizer.from_pretrained(folder))
+        if size > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(size)
+    with quiet_peft(), reading("adapter", folder):
+        return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def is_encoder(config: Any) -> bool:

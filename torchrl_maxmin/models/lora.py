@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.loading import import_transformers, reading
+from torchrl_maxmin.models.loading import import_peft, import_transformers, quiet_peft
 
 __all__ = [
     "AdapterSwitch",
@@ -22,7 +21,6 @@ __all__ = [
     "base_state",
     "copy_adapter_",
     "import_peft",
-    "merge_adapter",
     "merged_state",
     "quiet_peft",
     "read_adapter",
@@ -30,15 +28,6 @@ __all__ = [
     "save_policy",
     "write_adapter",
 ]
-
-
-def import_peft() -> Any:
-    """The peft package; raises :class:`UserError` where it is not installed."""
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError("LoRA adapters need peft: pip install 'torchrl-maxmin[llm]'") from error
-    return peft
 
 
 @dataclass(frozen=True)
@@ -122,17 +111,6 @@ def base_state(model: Any) -> dict[str, Tensor]:
     """The weights below the adapters, by their names without them."""
     own = {name: w for name, w in model.get_base_model().state_dict().items() if ".lora_" not in name}
     return {name.replace(".base_layer.", "."): weight for name, weight in own.items()}
-
-
-def merge_adapter(model: Any, folder: str) -> Any:
-    """Load a saved adapter and add it to the weights of its model; returns a plain model."""
-    peft, tokenizer = import_peft(), Path(folder) / "tokenizer_config.json"
-    if tokenizer.is_file():  # a pad token that was added to it
-        size = len(import_transformers().AutoTokenizer.from_pretrained(folder))
-        if size > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(size)
-    with quiet_peft(), reading("adapter", folder):
-        return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def save_policy(model: Any, adapted: Any, folder: Path, *, merge: bool, adapter: str = "default") -> None:
@@ -231,14 +209,6 @@ class AdapterSwitch:
 def copy_adapter_(model: Any, source: str, target: str) -> None:
     """Copy one adapter's weights into another's."""
     write_adapter(model, target, read_adapter(model, source))
-
-
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Without the warning that peft calls transformers by a name of its past."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def read_adapter(model: Any, name: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ class SFTConfig(ModelSettings, ChatSettings):
     weight_decay: float = 0.0
     max_length: int = 1024
     completion_only_loss: bool = False
+    optim: str = field(default="adamw_torch_fused", kw_only=True)  # as of the Trainer
     merge_adapter: bool = True
     seed: int = 0
     device: str = "auto"
