@@ -311,12 +311,21 @@ class ValueHeads(TensorDictModuleBase):
         states: gives hidden states [B, R, width] of a tensordict, as :func:`predicting_states` does.
         width: of the hidden states, H.
         num_columns: value heads; groups, plus one for the KL column.
+        backbone: the trunk that gives the states, where it is the critic's own.
 
     Reads what :func:`predicting_states` reads; writes ``state_value`` [B, R, num_columns] fp32.
     """
 
-    def __init__(self, states: Callable[[TensorDictBase], Tensor], width: int, num_columns: int):
+    def __init__(
+        self,
+        states: Callable[[TensorDictBase], Tensor],
+        width: int,
+        num_columns: int,
+        backbone: nn.Module | None = None,
+    ):
         super().__init__()
+        if backbone is not None:
+            self.backbone = backbone  # before the heads: norms are summed in the order of the parameters
         self.in_keys = list(_SCORED)
         self.out_keys = ["state_value"]
         self.states = states
@@ -343,8 +352,8 @@ class TokenCritic(ValueHeads):
     """
 
     def __init__(self, backbone: nn.Module, num_columns: int):
-        super().__init__(partial(predicting_states, backbone), states_width(backbone), num_columns)
-        self.backbone = backbone
+        states = partial(predicting_states, backbone)
+        super().__init__(states, states_width(backbone), num_columns, backbone)
 
 
 class TokenScorer(TensorDictModuleBase):
