@@ -115,7 +115,8 @@ class TokenPolicy(TensorDictModuleBase):
         head: what stands between hidden states and logits.
         within: makes what the model runs in, such as the adapter that is this policy's; nothing by default.
         compute_dtype: what the model computes in, where not its weights' dtype.
-        keep_states: whether the hidden states of :meth:`log_prob_and_entropy` stay for :meth:`take_states`.
+        keep_states: whether the hidden states of :meth:`log_prob_and_entropy` stay for :meth:`take_states`,
+            where gradients are taken.
 
     Raises:
         ValueError: for a pad token that ends a response, or a model whose logits are not a linear
@@ -280,7 +281,7 @@ class TokenPolicy(TensorDictModuleBase):
         """Log-probabilities and token entropies, both [B, R] and zero where masked."""
         action, mask = tensordict["action"], tensordict["action_mask"]
         states = self.states(tensordict)
-        if self.keep_states:
+        if self.keep_states and torch.is_grad_enabled():  # no rollout's states stay in memory
             self._states = tensordict.select(*_SCORED), states.detach()
         output = self.model.get_output_embeddings()
         bias = getattr(output, "bias", None)

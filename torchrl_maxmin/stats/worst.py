@@ -22,7 +22,8 @@ _MOST_CORRELATION = 0.95
 #: Standard errors of few seeds are drawn towards those of all groups, as if these were so many more seeds.
 _BORROWED = 4.0
 #: Where groups share their errors no lucky one has the smallest high, and t at a group's own freedom is too
-#: wide: simulated coverage is nominal at so many more degrees of freedom a unit of correlation.
+#: wide: so many more degrees of freedom a unit of correlation, chosen on reproductions/coverage/worst.csv.
+#: Outside of it: 16 equal groups, three seeds of normal errors alone with .8 in common, are covered in .91.
 _SHARED_FREEDOM = 2.5
 _NODES = np.linspace(-5, 5, 41)
 _WEIGHTS = np.exp(-(_NODES**2) / 2) / np.exp(-(_NODES**2) / 2).sum()
