@@ -33,6 +33,13 @@ def sft_config(tiny_model, texts, tmp_path, **settings):
     return SFTConfig(tiny_model, texts, str(tmp_path / "sft"), **(base | settings))
 
 
+def test_half_precision_weights_are_not_trained_as_they_are(tiny_model, texts, tmp_path):
+    config = sft_config(tiny_model, texts, tmp_path, dtype="bfloat16")
+    with pytest.raises(UserError, match="loses small steps; give --dtype float32"):
+        run_sft(config)
+    assert not Path(config.output_dir).exists()
+
+
 def plain_loss(folder, path):
     """Mean negative log-likelihood a text, one at a time."""
     model, tokenizer = (

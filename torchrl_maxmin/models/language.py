@@ -115,7 +115,8 @@ class TokenPolicy(TensorDictModuleBase):
         head: what stands between hidden states and logits.
         within: makes what the model runs in, such as the adapter that is this policy's; nothing by default.
         compute_dtype: what the model computes in, where not its weights' dtype.
-        keep_states: whether the hidden states of :meth:`log_prob_and_entropy` stay for :meth:`take_states`.
+        keep_states: whether the hidden states of :meth:`log_prob_and_entropy` stay for :meth:`take_states`,
+            where gradients are taken.
 
     Raises:
         ValueError: for a pad token that ends a response, or a model whose logits are not a linear
@@ -280,7 +281,7 @@ class TokenPolicy(TensorDictModuleBase):
         """Log-probabilities and token entropies, both [B, R] and zero where masked."""
         action, mask = tensordict["action"], tensordict["action_mask"]
         states = self.states(tensordict)
-        if self.keep_states:
+        if self.keep_states and torch.is_grad_enabled():  # no rollout's states stay in memory
             self._states = tensordict.select(*_SCORED), states.detach()
         output = self.model.get_output_embeddings()
         bias = getattr(output, "bias", None)
@@ -311,12 +312,21 @@ class ValueHeads(TensorDictModuleBase):
         states: gives hidden states [B, R, width] of a tensordict, as :func:`predicting_states` does.
         width: of the hidden states, H.
         num_columns: value heads; groups, plus one for the KL column.
+        backbone: the trunk that gives the states, where it is the critic's own.
 
     Reads what :func:`predicting_states` reads; writes ``state_value`` [B, R, num_columns] fp32.
     """
 
-    def __init__(self, states: Callable[[TensorDictBase], Tensor], width: int, num_columns: int):
+    def __init__(
+        self,
+        states: Callable[[TensorDictBase], Tensor],
+        width: int,
+        num_columns: int,
+        backbone: nn.Module | None = None,
+    ):
         super().__init__()
+        if backbone is not None:
+            self.backbone = backbone  # before the heads: norms are summed in the order of the parameters
         self.in_keys = list(_SCORED)
         self.out_keys = ["state_value"]
         self.states = states
@@ -343,8 +353,8 @@ class TokenCritic(ValueHeads):
     """
 
     def __init__(self, backbone: nn.Module, num_columns: int):
-        super().__init__(partial(predicting_states, backbone), states_width(backbone), num_columns)
-        self.backbone = backbone
+        states = partial(predicting_states, backbone)
+        super().__init__(states, states_width(backbone), num_columns, backbone)
 
 
 class TokenScorer(TensorDictModuleBase):

@@ -70,6 +70,8 @@ class ModelSettings(CheckedSettings):
             raise UserError("--load_in_4bit freezes the weights: it goes with --use_peft")
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise UserError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+        if self.load_in_4bit and getattr(self, "merge_adapter", False):
+            raise UserError("4-bit weights take no adapter: --load_in_4bit goes with --merge_adapter false")
         names = [name.value for name in import_transformers().training_args.OptimizerNames]
         if self.optim not in names:
             raise UserError(f"--optim {self.optim!r} is none of {', '.join(names)}")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from scipy.special import ndtr, ndtri
 
 __all__ = ["bias_of_smallest", "ends_of_smallest", "mean_correlation"]
 
@@ -21,9 +21,6 @@ Ends = Callable[..., tuple[np.ndarray, np.ndarray]]
 _MOST_CORRELATION = 0.95
 #: Standard errors of few seeds are drawn towards those of all groups, as if these were so many more seeds.
 _BORROWED = 4.0
-#: Where groups share their errors no lucky one has the smallest high, and t at a group's own freedom is too
-#: wide: simulated coverage is nominal at so many more degrees of freedom a unit of correlation.
-_SHARED_FREEDOM = 2.5
 _NODES = np.linspace(-5, 5, 41)
 _WEIGHTS = np.exp(-(_NODES**2) / 2) / np.exp(-(_NODES**2) / 2).sum()
 _HALVINGS = 40
@@ -78,16 +75,8 @@ def ends_of_smallest(
     widths = _steadied(errors, np.asarray(freedom, dtype=np.float64))
     apart = _others_above(means, widths, rho)
 
-    own = float(np.min(freedom))
-    # How many other groups may be the worst: none that is far above, all that are equal.
-    rivals = 2 * ndtr(-apart / np.sqrt(2 * (1 - rho[..., None]))).sum(axis=-1, keepdims=True)
-    wider = own + _SHARED_FREEDOM * rho[..., None] * rivals / (1 + rivals)
-
     def at(score: np.ndarray, side: int) -> np.ndarray:
-        quantile = ndtr(score[..., None])
-        if np.isfinite(own):
-            quantile = stdtr(own, stdtrit(wider, quantile))
-        return ends_at(2 * quantile - 1)[side].min(axis=-1)
+        return ends_at(2 * ndtr(score[..., None]) - 1)[side].min(axis=-1)
 
     def below(score: np.ndarray) -> np.ndarray:
         return _all_above(apart, rho, -score)

@@ -185,6 +185,11 @@ def run_sft(config: SFTConfig) -> Path:
     folder = prepare_output_dir(config.output_dir)
     seed_everything(config.seed)
     model = load_causal_lm(config.model_name_or_path, **config.load_options())
+    if model.dtype.itemsize < 4 and not config.use_peft:
+        raise UserError(
+            "sft would train weights in half precision, which loses small steps; give --dtype float32 with "
+            "--bf16, or --use_peft"
+        )
     ensure_pad_token(tokenizer, model)
     if any(map(is_conversational, completions)) and (turn_end := TextEncoder(tokenizer).turn_end) is not None:
         plain_generation(model, [tokenizer.eos_token_id, turn_end])  # what it is taught to end with ends it
