@@ -175,7 +175,7 @@ def test_a_saved_policy_is_the_trained_one(name, merge, tmp_path, tokenizer):
     for load in loaders:
         policy = TokenPolicy(load(str(folder)), eos_token_id=2, pad_token_id=0, max_new_tokens=6)
         with torch.no_grad():
-            torch.testing.assert_close(policy.log_prob(rows), expected, rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(policy.log_prob(rows), expected, rtol=0, atol=1e-5)
 
 
 def test_value_heads_on_the_policys_states_take_its_pass():
