@@ -14,9 +14,10 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
-from torchrl_maxmin.models.language import TokenCritic, TokenPolicy, TokenScorer, ValueHeads
+from torchrl_maxmin.models.critics import TokenCritic, ValueHeads
+from torchrl_maxmin.models.language import TokenPolicy, TokenScorer
 from torchrl_maxmin.models.networks import Networks
-from torchrl_maxmin.models.sequences import backbone_of, in_batches, states_width
+from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, states_width
 
 __all__ = ["FullCopies", "LanguageNetworks", "heads_on_policy"]
 
@@ -59,19 +60,20 @@ class LanguageNetworks(Networks):
     @torch.no_grad()
     def log_prob(self, responses: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of the tokens under the policy."""
-        return in_batches(self.policy.log_prob, responses, self.scoring_batch_size)
+        return in_length_buckets(self.policy.log_prob, responses, self.scoring_batch_size)
 
     @torch.no_grad()
     def ref_log_prob(self, responses: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of the tokens under the reference."""
-        return in_batches(self.reference.log_prob, responses, self.scoring_batch_size)
+        return in_length_buckets(self.reference.log_prob, responses, self.scoring_batch_size)
 
     @torch.no_grad()
     def values(self, responses: TensorDictBase) -> Tensor:
         """Values [B, R, num_columns] of the tokens, where there is a critic."""
-        assert self.critic is not None
-        rows = responses.select(*self.critic.in_keys)
-        return in_batches(self.critic, rows, self.scoring_batch_size)["state_value"]
+        critic = self.critic
+        assert critic is not None
+        rows = responses.select(*critic.in_keys)
+        return in_length_buckets(lambda part: critic(part)["state_value"], rows, self.scoring_batch_size)
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer in the format of Hugging Face."""
@@ -108,7 +110,7 @@ class FullCopies(LanguageNetworks):
     Args:
         reference: the policy to start from; frozen. The policy is a copy of it, and the critic of its trunk.
         tokenizer: theirs.
-        num_columns: value heads, see :class:`~torchrl_maxmin.models.language.ValueHeads`; with 0 there is no
+        num_columns: value heads, see :class:`~torchrl_maxmin.models.critics.ValueHeads`; with 0 there is no
             critic, and no memory for it.
         critic: ``full``, or ``heads`` on the policy's states, see :func:`heads_on_policy`.
         gradient_checkpointing: whether layers are computed again at backward, in place of being kept.

@@ -1,11 +1,9 @@
-"""Policy and critic around a Hugging Face causal language model, as TensorDict modules."""
+"""A policy around a Hugging Face causal language model, as TensorDict modules."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.models.checks import check_model
+from torchrl_maxmin.models.decoding import SampledLogProbs, StopStrings, TruncatedLogProbs
 from torchrl_maxmin.models.loading import (
     end_tokens,
     ensure_pad_token,
@@ -23,11 +22,18 @@ from torchrl_maxmin.models.loading import (
     plain_generation,
 )
 from torchrl_maxmin.models.output_head import OutputHead
-from torchrl_maxmin.models.sequences import backbone_of, hidden_states, mask_after_eos, states_width
+from torchrl_maxmin.models.sequences import (
+    Ends,
+    backbone_of,
+    hidden_states,
+    in_length_buckets,
+    mask_after_eos,
+)
 
-__all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "ValueHeads", "predicting_states"]
+__all__ = ["SCORED", "TokenPolicy", "TokenScorer", "predicting_states"]
 
-_SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
+#: what scoring a response reads
+SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
 _NO_TOKENS = (
     "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
     "scored from padding; give it the tokenizer's BOS token, or leave it out"
@@ -57,45 +63,14 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))
 
 
-@dataclass
-class SampledLogProbs:
-    """A logits processor that changes nothing and remembers how likely each sampled token was.
-
-    A token is known one call after its scores: only one step's scores are held, never [B, R, V].
-
-    Attributes:
-        temperature: of the sampling; processors of the caller's see scores that are not divided yet.
-        columns: the log-probabilities [B] in fp32 of every column but the last, which a last call adds.
-        scores: those of the last call.
-    """
-
-    temperature: float = 1.0
-    columns: list[Tensor] = field(default_factory=list)
-    scores: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
-        """Take the scores [B, V] of the next token, None after the last, given all tokens [B, T]."""
-        if self.scores is not None:
-            last = self.scores.float()
-            if self.temperature != 1.0:
-                last = last / self.temperature
-            self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
-        self.scores = scores
-        return scores
-
-
-# generate() asks for it at every token, and working it out takes longer than the log-probability.
-SampledLogProbs.__call__.__signature__ = inspect.signature(SampledLogProbs.__call__)  # type: ignore[attr-defined]
-
-
 class TokenPolicy(TensorDictModuleBase):
     """A causal language model that answers padded prompts.
 
     Calling it samples a response; :meth:`log_prob` scores one that is given. Both use the
-    same temperature and nothing else shapes the distribution (no top-k, top-p or
-    penalties), so a behaviour log-probability is that of what was sampled. What the model does to
-    its logits (scale, soft cap, bias) is read off its behaviour, see
-    :class:`~torchrl_maxmin.models.output_head.OutputHead`.
+    same temperature, and a behaviour log-probability is that of what was sampled: with ``top_k`` or
+    ``top_p`` that of the truncated distribution, where :meth:`log_prob` is that of the whole one. Nothing
+    else (penalties) shapes it. What the model does to its logits (scale, soft cap, bias) is read off its
+    behaviour, see :class:`~torchrl_maxmin.models.output_head.OutputHead`.
 
     Args:
         model: a Hugging Face causal language model.
@@ -104,11 +79,17 @@ class TokenPolicy(TensorDictModuleBase):
         pad_token_id: what fills the columns after it; must differ from all of them.
         max_new_tokens: columns R of a response.
         temperature: softmax temperature, at sampling and at scoring.
-        generation_batch_size: most prompts answered at once; None for all of a call.
+        generation_batch_size: most prompts answered at once, those of like length together; None for all of
+            a call.
+        top_k: sample from so many likeliest tokens; 0 takes all.
+        top_p: sample from the likeliest tokens that hold so much probability together; 1 takes all.
+        stop_strings: strings that end a response, see :class:`~torchrl_maxmin.models.decoding.StopStrings`.
+        tokenizer: the model's, which stop strings need.
 
     Reads ``prompt_tokens`` [B, P] int64 and ``prompt_mask`` [B, P] bool, padded left; writes
     ``action`` [B, R] int64, ``action_mask`` [B, R] bool and ``sample_log_prob`` [B, R] fp32
-    (zero where masked).
+    (zero where masked); with ``top_k`` or ``top_p`` also ``kept_log_mass`` [B, R] fp32, the log of the
+    probability of the tokens that were kept, which is what the whole distribution's log-probability is less.
 
     Attributes:
         eos_token_ids: every token that ends a response, those given first.
@@ -119,8 +100,8 @@ class TokenPolicy(TensorDictModuleBase):
             where gradients are taken.
 
     Raises:
-        ValueError: for a pad token that ends a response, or a model whose logits are not a linear
-            layer of its hidden states, scaled or soft-capped at most.
+        ValueError: for a pad token that ends a response, stop strings without a tokenizer, or a model whose
+            logits are not a linear layer of its hidden states, scaled or soft-capped at most.
 
     Example:
         >>> import torch
@@ -144,6 +125,10 @@ class TokenPolicy(TensorDictModuleBase):
         max_new_tokens: int,
         temperature: float = 1.0,
         generation_batch_size: int | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_strings: Sequence[str] = (),
+        tokenizer: Any = None,
     ):
         eos_token_ids = end_tokens(model, eos_token_id)
         if pad_token_id in eos_token_ids:
@@ -151,10 +136,16 @@ class TokenPolicy(TensorDictModuleBase):
                 f"pad_token_id equals eos_token_id ({pad_token_id}): the policy would never learn to stop; "
                 "give the tokenizer a pad token of its own"
             )
+        if stop_strings and tokenizer is None:
+            raise ValueError("stop_strings are looked for in the tokenizer's text: give the tokenizer, too")
         super().__init__()
         plain_generation(model, eos_token_ids)
+        self.top_k, self.top_p = top_k, top_p
+        self.stops = StopStrings(stop_strings, tokenizer, eos_token_ids) if stop_strings else None
         self.in_keys = ["prompt_tokens", "prompt_mask"]
         self.out_keys = ["action", "action_mask", "sample_log_prob"]
+        if self.truncated:
+            self.out_keys.append("kept_log_mass")
         self.model = model
         self.head = OutputHead.read(model)
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
@@ -174,6 +165,9 @@ class TokenPolicy(TensorDictModuleBase):
         max_new_tokens: int,
         temperature: float = 1.0,
         generation_batch_size: int | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_strings: Sequence[str] = (),
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> TokenPolicy:
@@ -187,6 +181,9 @@ class TokenPolicy(TensorDictModuleBase):
             max_new_tokens: as of the class.
             temperature: as of the class.
             generation_batch_size: as of the class.
+            top_k: as of the class.
+            top_p: as of the class.
+            stop_strings: as of the class.
             device: where to.
             **options: how to load it, see :func:`~torchrl_maxmin.models.loading.load_causal_lm`.
 
@@ -202,9 +199,23 @@ class TokenPolicy(TensorDictModuleBase):
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             generation_batch_size=generation_batch_size,
+            top_k=top_k,
+            top_p=top_p,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
         )
         check_model(policy)
         return policy
+
+    @property
+    def truncated(self) -> bool:
+        """Whether less likely tokens are left out of what is sampled."""
+        return self.top_k > 0 or self.top_p < 1
+
+    @property
+    def ends(self) -> Ends:
+        """What ends a response: the end tokens, or what marks them and the stop strings."""
+        return self.eos_token_ids if self.stops is None else self.stops
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase, max_new_tokens: int | None = None) -> TensorDictBase:
@@ -220,34 +231,48 @@ class TokenPolicy(TensorDictModuleBase):
         max_new_tokens = max_new_tokens or self.max_new_tokens
         size = self.generation_batch_size or len(tensordict)
         if len(tensordict) > size:
-            return torch.cat([self(part, max_new_tokens) for part in tensordict.split(size)])
+            prompts = tensordict.select(*self.in_keys)
+            answer = partial(self.forward, max_new_tokens=max_new_tokens)
+            answers = in_length_buckets(lambda part: answer(part).select(*self.out_keys), prompts, size)
+            return tensordict.update(answers)
         prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
         if int(prompt_mask.sum(-1).min()) < 1:
             raise ValueError(_NO_TOKENS)
+        width = prompt.shape[-1]
         sampled = SampledLogProbs(self.temperature)
+        if self.truncated:
+            sampled = TruncatedLogProbs(self.temperature, self.top_k, self.top_p)
+        options: dict[str, Any] = {}
+        if self.stops is not None:
+            completed = self.stops.completed
+            options["stopping_criteria"] = [lambda tokens, *_, **__: completed(tokens[:, width:])]
         with self.within():
             generated = self.model.generate(
                 input_ids=prompt,
                 attention_mask=prompt_mask.long(),
                 do_sample=True,
-                temperature=self.temperature,
+                temperature=sampled.temperature,
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(self.eos_token_ids),
                 pad_token_id=self.pad_token_id,
                 logits_processor=[sampled],
-            )[:, prompt.shape[-1] :]
+                **options,
+            )[:, width:]
         sampled(generated, None)
-        log_prob = torch.stack(sampled.columns, -1)
         # generate() returns early only when every row has ended: what is missing is padding
         short = max_new_tokens - generated.shape[-1]
         action = nn.functional.pad(generated, (0, short), value=self.pad_token_id)
-        action_mask = mask_after_eos(action, self.eos_token_ids)
+        action_mask = mask_after_eos(action, self.ends)
         tensordict["action"] = action.masked_fill(~action_mask, self.pad_token_id)
         tensordict["action_mask"] = action_mask
-        log_prob = nn.functional.pad(log_prob, (0, short))
-        tensordict["sample_log_prob"] = torch.where(action_mask, log_prob, 0.0)
+        columns = {"sample_log_prob": sampled.columns}
+        if isinstance(sampled, TruncatedLogProbs):
+            columns["kept_log_mass"] = sampled.log_mass
+        for key, found in columns.items():
+            values = nn.functional.pad(torch.stack(found, -1), (0, short))
+            tensordict[key] = torch.where(action_mask, values, 0.0)
         return tensordict
 
     @property
@@ -266,7 +291,7 @@ class TokenPolicy(TensorDictModuleBase):
         Others are computed. A loss that scores and then values the same rows runs the model once.
         """
         kept, self._states = self._states, None
-        if kept is not None and all(torch.equal(kept[0][key], tensordict[key]) for key in _SCORED):
+        if kept is not None and all(torch.equal(kept[0][key], tensordict[key]) for key in SCORED):
             return kept[1]
         with torch.no_grad():
             return self.states(tensordict)
@@ -282,7 +307,7 @@ class TokenPolicy(TensorDictModuleBase):
         action, mask = tensordict["action"], tensordict["action_mask"]
         states = self.states(tensordict)
         if self.keep_states and torch.is_grad_enabled():  # no rollout's states stay in memory
-            self._states = tensordict.select(*_SCORED), states.detach()
+            self._states = tensordict.select(*SCORED), states.detach()
         output = self.model.get_output_embeddings()
         bias = getattr(output, "bias", None)
         if bias is not None and self.head.bias_scale != 1.0:
@@ -302,61 +327,6 @@ class TokenPolicy(TensorDictModuleBase):
         return scattered, None if token_entropy is None else blank.masked_scatter(mask, token_entropy)
 
 
-class ValueHeads(TensorDictModuleBase):
-    """One value head a group, and one for the KL penalty where there is one, on hidden states.
-
-    Group weights move every iteration and the value of a group does not, so heads of their
-    own keep every group's advantage valid whatever the weights are.
-
-    Args:
-        states: gives hidden states [B, R, width] of a tensordict, as :func:`predicting_states` does.
-        width: of the hidden states, H.
-        num_columns: value heads; groups, plus one for the KL column.
-        backbone: the trunk that gives the states, where it is the critic's own.
-
-    Reads what :func:`predicting_states` reads; writes ``state_value`` [B, R, num_columns] fp32.
-    """
-
-    def __init__(
-        self,
-        states: Callable[[TensorDictBase], Tensor],
-        width: int,
-        num_columns: int,
-        backbone: nn.Module | None = None,
-    ):
-        super().__init__()
-        if backbone is not None:
-            self.backbone = backbone  # before the heads: norms are summed in the order of the parameters
-        self.in_keys = list(_SCORED)
-        self.out_keys = ["state_value"]
-        self.states = states
-        self.within: Callable[[], AbstractContextManager[Any]] = nullcontext  # as of TokenPolicy
-        # drawing nothing: a run's random numbers do not depend on the number of groups
-        self.head = nn.utils.skip_init(nn.Linear, width, num_columns)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``state_value`` [B, R, num_columns]."""
-        with self.within():
-            states = self.states(tensordict)
-        tensordict["state_value"] = self.head(states.to(self.head.weight.dtype)).float()
-        return tensordict
-
-
-class TokenCritic(ValueHeads):
-    """A trunk with value heads, see :class:`ValueHeads`.
-
-    Args:
-        backbone: a Hugging Face trunk of its own (not shared with the policy).
-        num_columns: value heads; groups, plus one for the KL column.
-    """
-
-    def __init__(self, backbone: nn.Module, num_columns: int):
-        states = partial(predicting_states, backbone)
-        super().__init__(states, states_width(backbone), num_columns, backbone)
-
-
 class TokenScorer(TensorDictModuleBase):
     """The policy as ``MaxMinPPOLoss`` reads it: log-probability and entropy of given responses.
 
@@ -370,7 +340,7 @@ class TokenScorer(TensorDictModuleBase):
 
     def __init__(self, policy: TokenPolicy, entropy: bool = False):
         super().__init__()
-        self.in_keys = list(_SCORED)
+        self.in_keys = list(SCORED)
         self.out_keys = ["log_prob", "entropy"] if entropy else ["log_prob"]
         self.policy = policy
         self.entropy = entropy
