@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.models.checks import check_model
-from torchrl_maxmin.models.decoding import SampledLogProbs, StopStrings, TruncatedLogProbs
+from torchrl_maxmin.models.decoding import StopStrings, truncating_warpers
 from torchrl_maxmin.models.loading import (
     end_tokens,
     ensure_pad_token,
@@ -63,6 +65,46 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))
 
 
+@dataclass
+class SampledLogProbs:
+    """A logits processor that remembers how likely sampled tokens were; all that it changes is to truncate.
+
+    A token is known one call after its scores: only one step's scores are held, never [B, R, V].
+
+    Attributes:
+        temperature: of the sampling; processors of the caller's see scores that are not divided yet.
+        warpers: what truncates the scores; they are divided here then, and sampled as they come out.
+        columns: the log-probabilities [B] in fp32 of every column but the last, which a last call adds.
+        log_mass: log [B] in fp32 of the probability that the tokens left hold, where there are warpers.
+        scores: those of the last call.
+    """
+
+    temperature: float = 1.0
+    warpers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+    columns: list[Tensor] = field(default_factory=list)
+    log_mass: list[Tensor] = field(default_factory=list)
+    scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
+        """Take the scores [B, V] of the next token, None after the last, given all tokens [B, T]."""
+        if self.scores is not None:
+            last = self.scores.float()
+            if self.temperature != 1.0 and not self.warpers:
+                last = last / self.temperature
+            self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
+        if self.warpers and scores is not None:
+            whole = scores = scores.float() / self.temperature
+            for warper in self.warpers:
+                scores = warper(input_ids, scores)
+            self.log_mass.append(scores.logsumexp(-1) - whole.logsumexp(-1))
+        self.scores = scores
+        return scores
+
+
+# generate() asks for it at every token, and working it out takes longer than the log-probability.
+SampledLogProbs.__call__.__signature__ = inspect.signature(SampledLogProbs.__call__)  # type: ignore[attr-defined]
+
+
 class TokenPolicy(TensorDictModuleBase):
     """A causal language model that answers padded prompts.
 
@@ -88,11 +130,13 @@ class TokenPolicy(TensorDictModuleBase):
 
     Reads ``prompt_tokens`` [B, P] int64 and ``prompt_mask`` [B, P] bool, padded left; writes
     ``action`` [B, R] int64, ``action_mask`` [B, R] bool and ``sample_log_prob`` [B, R] fp32
-    (zero where masked); with ``top_k`` or ``top_p`` also ``kept_log_mass`` [B, R] fp32, the log of the
-    probability of the tokens that were kept, which is what the whole distribution's log-probability is less.
+    (zero where masked); with ``top_k`` or ``top_p`` also ``whole_log_prob`` [B, R] fp32, which is less by the
+    log of the probability that the tokens left hold together.
 
     Attributes:
         eos_token_ids: every token that ends a response, those given first.
+        ends: what ends a response: these tokens, or what marks them and the stop strings.
+        truncated: whether ``top_k`` or ``top_p`` leaves tokens out.
         head: what stands between hidden states and logits.
         within: makes what the model runs in, such as the adapter that is this policy's; nothing by default.
         compute_dtype: what the model computes in, where not its weights' dtype.
@@ -140,12 +184,14 @@ class TokenPolicy(TensorDictModuleBase):
             raise ValueError("stop_strings are looked for in the tokenizer's text: give the tokenizer, too")
         super().__init__()
         plain_generation(model, eos_token_ids)
-        self.top_k, self.top_p = top_k, top_p
+        self.warpers = truncating_warpers(top_k, top_p)
+        self.truncated = bool(self.warpers)
         self.stops = StopStrings(stop_strings, tokenizer, eos_token_ids) if stop_strings else None
+        self.ends: Ends = self.stops or eos_token_ids
         self.in_keys = ["prompt_tokens", "prompt_mask"]
         self.out_keys = ["action", "action_mask", "sample_log_prob"]
         if self.truncated:
-            self.out_keys.append("kept_log_mass")
+            self.out_keys.append("whole_log_prob")
         self.model = model
         self.head = OutputHead.read(model)
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
@@ -207,16 +253,6 @@ class TokenPolicy(TensorDictModuleBase):
         check_model(policy)
         return policy
 
-    @property
-    def truncated(self) -> bool:
-        """Whether less likely tokens are left out of what is sampled."""
-        return self.top_k > 0 or self.top_p < 1
-
-    @property
-    def ends(self) -> Ends:
-        """What ends a response: the end tokens, or what marks them and the stop strings."""
-        return self.eos_token_ids if self.stops is None else self.stops
-
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase, max_new_tokens: int | None = None) -> TensorDictBase:
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
@@ -233,15 +269,12 @@ class TokenPolicy(TensorDictModuleBase):
         if len(tensordict) > size:
             prompts = tensordict.select(*self.in_keys)
             answer = partial(self.forward, max_new_tokens=max_new_tokens)
-            answers = in_length_buckets(lambda part: answer(part).select(*self.out_keys), prompts, size)
-            return tensordict.update(answers)
+            return tensordict.update(in_length_buckets(answer, prompts, size))
         prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
         if int(prompt_mask.sum(-1).min()) < 1:
             raise ValueError(_NO_TOKENS)
         width = prompt.shape[-1]
-        sampled = SampledLogProbs(self.temperature)
-        if self.truncated:
-            sampled = TruncatedLogProbs(self.temperature, self.top_k, self.top_p)
+        sampled = SampledLogProbs(self.temperature, self.warpers)
         options: dict[str, Any] = {}
         if self.stops is not None:
             completed = self.stops.completed
@@ -251,7 +284,7 @@ class TokenPolicy(TensorDictModuleBase):
                 input_ids=prompt,
                 attention_mask=prompt_mask.long(),
                 do_sample=True,
-                temperature=sampled.temperature,
+                temperature=1.0 if self.truncated else self.temperature,
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=max_new_tokens,
@@ -267,12 +300,12 @@ class TokenPolicy(TensorDictModuleBase):
         action_mask = mask_after_eos(action, self.ends)
         tensordict["action"] = action.masked_fill(~action_mask, self.pad_token_id)
         tensordict["action_mask"] = action_mask
-        columns = {"sample_log_prob": sampled.columns}
-        if isinstance(sampled, TruncatedLogProbs):
-            columns["kept_log_mass"] = sampled.log_mass
-        for key, found in columns.items():
-            values = nn.functional.pad(torch.stack(found, -1), (0, short))
-            tensordict[key] = torch.where(action_mask, values, 0.0)
+        log_probs = {"sample_log_prob": torch.stack(sampled.columns, -1)}
+        if self.truncated:
+            log_probs["whole_log_prob"] = log_probs["sample_log_prob"] + torch.stack(sampled.log_mass, -1)
+        for key, log_prob in log_probs.items():
+            padded = nn.functional.pad(log_prob, (0, short))
+            tensordict[key] = torch.where(action_mask, padded, 0.0)
         return tensordict
 
     @property

@@ -129,7 +129,7 @@ def in_length_buckets(function: Callable[[Any], Any], rows: TensorDictBase, batc
     Rows that fit at once are left as they are.
 
     Args:
-        function: maps a tensordict [B] to a tensor or tensordict of as many rows.
+        function: maps a tensordict [B] to a tensor of as many rows, or adds entries to it, the result.
         rows: ``prompt_tokens`` and ``prompt_mask`` [N, P], padded left; ``action_mask`` [N, R] of responses.
         batch_size: most rows at once.
 
@@ -151,7 +151,8 @@ def in_length_buckets(function: Callable[[Any], Any], rows: TensorDictBase, batc
     for part in rows[order].split(batch_size):
         width = int(part["prompt_mask"].sum(-1).max())
         prompts = {key: part[key][:, -width:] for key in ("prompt_tokens", "prompt_mask")}
-        parts.append(function(part.copy().update(prompts)))
+        found = function(part.copy().update(prompts))
+        parts.append(found if isinstance(found, Tensor) else found.exclude(*part.keys()))
     return torch.cat(parts)[order.argsort()]
 
 

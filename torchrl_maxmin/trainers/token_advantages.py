@@ -12,7 +12,6 @@ from torch import Tensor
 
 from torchrl_maxmin.masks import whiten
 from torchrl_maxmin.models.checks import check_first_rollout
-from torchrl_maxmin.models.decoding import whole_log_prob
 from torchrl_maxmin.models.full import LanguageNetworks
 from torchrl_maxmin.objectives import grpo_advantage, kl_estimate, rloo_advantage, scalarise_advantage
 from torchrl_maxmin.trainers.ppo import Metrics
@@ -48,7 +47,8 @@ class LanguageAdvantages(ABC):
     """What all advantages of tokens share: the reference, the KL penalty and what is logged.
 
     Where top-k or top-p shape the rollouts, let m be the distribution that is sampled: the policy p on the
-    tokens kept, which have the probability Z (``kept_log_mass`` is its log), divided by Z.
+    tokens kept, divided by their probability Z. A batch has log m in ``sample_log_prob`` and log p, which is
+    log m + log Z, in ``whole_log_prob``.
 
     - Utilities of groups are those of m, whose responses are scored: unbiased for m, and no estimate for p,
       some of whose tokens are never seen.
@@ -98,7 +98,8 @@ class LanguageAdvantages(ABC):
         rows["ref_log_prob"] = self.models.ref_log_prob(rows)
         metrics: Metrics = {}
         # the ratio is of the whole distribution, which is trained
-        sampled, rows["sample_log_prob"] = rows["sample_log_prob"], whole_log_prob(batch)
+        sampled = rows["sample_log_prob"]
+        rows["sample_log_prob"] = whole = batch.get("whole_log_prob", sampled)
         if self.fresh:
             scored = check_first_rollout(self.models.policy, rows)
             metrics = mismatch(scored, rows[: len(scored)])
@@ -111,9 +112,8 @@ class LanguageAdvantages(ABC):
             weight = ratio.clamp(max=self.importance_sampling_cap).unsqueeze(-1)
             rows["sample_log_prob"] = scored
         coef = self.kl.coef
-        log_mass = batch.get("kept_log_mass", 0.0)
-        log_ratio = rows["sample_log_prob"] - log_mass - rows["ref_log_prob"]
-        penalty = kl_estimate(log_ratio, self.kl_estimator)
+        log_mass = whole - sampled  # 0 but for top-k and top-p
+        penalty = kl_estimate(rows["sample_log_prob"] - log_mass - rows["ref_log_prob"], self.kl_estimator)
         self.estimate(rows, batch["next", "reward"], penalty, coef)
         if weight is not None:
             rows["advantage"] = rows["advantage"] * weight
