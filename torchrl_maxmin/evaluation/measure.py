@@ -356,10 +356,10 @@ def _certificate(
 ) -> dict[str, Any]:
     """Certify the gap of a policy to the max-min optimum under the rewards that it was trained on."""
     beta = config.beta if config.beta is not None else trained.get("kl_coef")
-    if "calibration" not in trained:
-        return {**_NOTHING, "reason": f"the folder of {config.certify} does not say how it was trained"}
     if config.truncated:
         return {**_NOTHING, "reason": "top_k and top_p leave out tokens that the optimum may need"}
+    if "calibration" not in trained:
+        return {**_NOTHING, "reason": f"the folder of {config.certify} does not say how it was trained"}
     if not beta:
         return {**_NOTHING, "reason": "without a KL penalty (beta 0) the optimum has no closed form"}
     calibration = Calibration.from_dict(trained["calibration"])
