@@ -11,6 +11,7 @@ from torchrl_maxmin.models.sequences import (
     backbone_of,
     has_ended,
     hidden_states,
+    in_length_buckets,
     last_index,
     mask_after_eos,
     pad_left,
@@ -87,3 +88,30 @@ def test_hidden_states_do_not_depend_on_padding(tiny_model, pad):
         for row, s, m in zip(rows, states, mask, strict=False):
             alone = trunk(input_ids=torch.tensor([row])).last_hidden_state[0]
             torch.testing.assert_close(s[m], alone, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ROWS, st.integers(1, 6), st.booleans(), st.randoms())
+def test_buckets_give_every_row_its_own_result(rows, size, answered, random):
+    tokens, mask = pad_left(rows, 0)
+    table = TensorDict({"prompt_tokens": tokens, "prompt_mask": mask}, [len(rows)])
+    answers = [random.randint(1, 4) if answered else 0 for _ in rows]
+    if answered:
+        table["action_mask"] = torch.arange(4) < torch.tensor(answers)[:, None]
+    seen = []
+
+    def function(part):
+        real = part["prompt_mask"]
+        if len(rows) > size:
+            assert real[:, 0].any()  # no column is padding alone
+        seen.append((real.sum(-1) + part.get("action_mask", torch.zeros(len(real), 1)).sum(-1)).tolist())
+        part["total"] = torch.stack([(part["prompt_tokens"] * real).sum(-1), real.sum(-1)], -1)
+        return part
+
+    found = in_length_buckets(function, table.copy(), size)
+    assert found["total"].tolist() == [[sum(row), len(row)] for row in rows]
+    whole = [length for part in seen for length in part]
+    assert all(len(part) <= size for part in seen) or len(seen) == 1
+    if len(rows) > size:
+        assert found.keys() == {"total"}
+        assert whole == sorted(map(sum, zip(map(len, rows), answers, strict=True)), reverse=True)

@@ -111,3 +111,27 @@ def test_the_penalty_moves_on_the_kl_after_the_rollout_that_paid_it():
     assert metrics["objective/kl"] == pytest.approx(0.5 * 10 / 3)
     assert metrics["objective/kl_coef"] == 0.3
     assert advantages.state_dict() == {"kl_coef": pytest.approx(0.3 * (1 + 0.2 * 3 / 40))}
+
+
+@pytest.mark.parametrize("cap", [0.0, 0.5])
+def test_truncated_rollouts_pay_for_what_was_sampled_and_train_the_whole_policy(cap):
+    batch, models, advantages = make([3, 6, 1], 2, 0)
+    sampled, ref_log_prob = batch["sample_log_prob"].clone(), models.known[0]
+    batch["whole_log_prob"] = whole = sampled - torch.rand(3, WIDTH)
+    advantages.importance_sampling_cap = cap
+    models.log_prob = lambda rows: whole
+    rows, metrics = advantages(batch)
+    assert torch.equal(rows["sample_log_prob"], whole)  # what PPO's ratio is taken to
+
+    plain, _, same = make([3, 6, 1], 2, 0)
+    expected, plain_metrics = same(plain)
+    mask = batch["action_mask"]
+    bound = float32_bound(10.0)
+    target = rows["value_target"][mask] - expected["value_target"][mask]
+    assert target.abs().max() < bound  # the penalty is that of the truncated distribution
+    weight = (whole - sampled).exp().clamp(max=cap) if cap else torch.ones(3, WIDTH)
+    difference = rows["advantage"].squeeze(-1) - expected["advantage"].squeeze(-1) * weight
+    assert difference[mask].abs().max() < bound
+    assert metrics["objective/kl"] == plain_metrics["objective/kl"]
+    kl = ((sampled - ref_log_prob) * mask).sum(-1).mean()
+    assert metrics["objective/kl"] == pytest.approx(float(kl), abs=float32_bound(10.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_maxmin.models.sequences import mask_after_eos
+from torchrl_maxmin.models.sequences import Ends, mask_after_eos
 
 __all__ = ["TokenEnv"]
 
@@ -29,7 +29,8 @@ class TokenEnv(EnvBase):
         num_groups: K.
         num_prompts: prompts a step.
         max_new_tokens: columns of a response, R.
-        eos_token_id: the token, or the several tokens, that end a response.
+        eos_token_id: the token, or the several tokens, that end a response, or what marks its ends, see
+            :attr:`~torchrl_maxmin.models.language.TokenPolicy.ends`.
         vocab_size: number of tokens.
         num_generations: responses to every prompt, side by side; B is ``num_prompts`` times this.
         minimum: reward with the least of a response's group rewards (``mean_of_mins``); the
@@ -55,7 +56,7 @@ class TokenEnv(EnvBase):
         num_groups: int,
         num_prompts: int,
         max_new_tokens: int,
-        eos_token_id: int | Sequence[int],
+        eos_token_id: Ends,
         vocab_size: int,
         num_generations: int = 1,
         minimum: bool = False,

@@ -15,6 +15,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.evaluation.judges import EndpointJudge, Judge, judge_pairs
 from torchrl_maxmin.models.sampling import to_texts
+from torchrl_maxmin.models.sequences import Ends
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import as_completion
 from torchrl_maxmin.rewards import load_reward_model
@@ -55,7 +56,7 @@ class UtilityJudge:
         tokenizer: Any,
         prompts: Sequence[Text],
         columns: Mapping[str, Sequence[Any]],
-        eos_token_ids: Sequence[int],
+        ends: Ends,
     ) -> np.ndarray:
         """Return the utilities [N, G] of sampled responses, read as the policy stage reads them.
 
@@ -64,13 +65,13 @@ class UtilityJudge:
             tokenizer: The policy's.
             prompts: The texts that ``prompt_index`` counts.
             columns: Further columns of the data, one value a prompt, for a function that takes them.
-            eos_token_ids: Tokens that end a response.
+            ends: What ends a response, see :attr:`~torchrl_maxmin.models.language.TokenPolicy.ends`.
 
         Raises:
             UserError: Where one is no number.
         """
         if self.mixture is not None:
-            rewards = MixtureRewards(self.mixture, tokenizer, prompts, eos_token_ids)
+            rewards = MixtureRewards(self.mixture, tokenizer, prompts, ends)
             return self.mixture.calibration.apply(rewards.in_batches(responses)).numpy()
         assert self.function is not None
         texts = to_texts(tokenizer, responses, prompts)

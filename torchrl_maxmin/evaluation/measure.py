@@ -38,6 +38,7 @@ from torchrl_maxmin.models.loading import (
 )
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.models.sequences import penalise_missing_eos, require_positions
+from torchrl_maxmin.models.settings import SamplingSettings
 from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import Calibration, load_reward_model
@@ -49,7 +50,7 @@ __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
 
 
 @dataclass
-class EvaluateConfig(ChatSettings):
+class EvaluateConfig(SamplingSettings, ChatSettings):
     """Results by group of several policies on held-out prompts.
 
     Args:
@@ -78,7 +79,6 @@ class EvaluateConfig(ChatSettings):
         num_prompts: use the first so many prompts; 0 uses all.
         response_length: most tokens of a response.
         max_prompt_length: longest prompt in tokens.
-        temperature: of sampling.
         dataset_split: split of the prompts.
         seed: seed of the sampling, and the number that the results are filed under.
         device: cpu, cuda or auto.
@@ -100,7 +100,6 @@ class EvaluateConfig(ChatSettings):
     num_prompts: int = 0
     response_length: int = 53
     max_prompt_length: int = 512
-    temperature: float = 1.0
     dataset_split: str = "test"
     seed: int = 0
     device: str = "auto"
@@ -123,9 +122,10 @@ class EvaluateConfig(ChatSettings):
         if len(self.folders()) < 2:
             raise UserError(f"--policies needs name=folder of a policy to compare with {REFERENCE}")
         self.require_seed()
+        self.check_sampling()
         self.require_at_least(1, "num_samples", "response_length", "max_prompt_length", "certificate_prompts")
         self.require_at_least(0, "num_prompts")
-        self.require_positive("temperature", "beta", "reward_bound")
+        self.require_positive("beta", "reward_bound")
         named = self.certify != type(self).certify
         given = {"certify": named, "beta": self.beta, "reward_bound": self.reward_bound}
         flags = [f"--{name}" for name, value in given.items() if value]
@@ -188,11 +188,13 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
             policy = _load_policy(path, tokenizer, config, device)
             responses[name] = sampled = sample_responses(policy, prompts, config.num_samples)
             if mixture is not None:
-                scorers[name] = MixtureRewards(mixture, tokenizer, texts, policy.eos_token_ids)
+                scorers[name] = MixtureRewards(mixture, tokenizer, texts, policy.ends)
             if isinstance(judge, UtilityJudge):
-                found = judge(sampled, tokenizer, texts, columns, policy.eos_token_ids)
+                found = judge(sampled, tokenizer, texts, columns, policy.ends)
                 utilities[name] = found.reshape(*shape, -1)
-            ratio = sampled["sample_log_prob"] - score_responses(reference, sampled)
+            ratio = sampled["sample_log_prob"] - score_responses(
+                reference, sampled, config.scoring_batch_size
+            )
             kl[name] = ratio.sum(-1).double().numpy().reshape(shape)
             length[name] = sampled["action_mask"].sum(-1).double().numpy().reshape(shape)
             advance(note=name)
@@ -249,9 +251,8 @@ def _shared_tokenizer(config: EvaluateConfig, folders: dict[str, str], texts: Se
 
 
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
-    length, temperature = config.response_length, config.temperature
     return TokenPolicy.from_pretrained(
-        path, tokenizer, max_new_tokens=length, temperature=temperature, device=device
+        path, tokenizer, max_new_tokens=config.response_length, device=device, **config.sampling_options()
     )
 
 
@@ -355,6 +356,8 @@ def _certificate(
 ) -> dict[str, Any]:
     """Certify the gap of a policy to the max-min optimum under the rewards that it was trained on."""
     beta = config.beta if config.beta is not None else trained.get("kl_coef")
+    if config.truncated:
+        return {**_NOTHING, "reason": "top_k and top_p leave out tokens that the optimum may need"}
     if "calibration" not in trained:
         return {**_NOTHING, "reason": f"the folder of {config.certify} does not say how it was trained"}
     if not beta:
@@ -370,7 +373,7 @@ def _certificate(
     def rewards(responses: TensorDict) -> torch.Tensor:
         samples = own[responses["prompt_index"].cpu()] if calibration.by_prompt else None
         calibrated = calibration.apply(source.in_batches(responses), samples).double()
-        return penalise_missing_eos(calibrated, responses, source.eos_token_ids, penalty)
+        return penalise_missing_eos(calibrated, responses, source.ends, penalty)
 
     some = prompts[: config.certificate_prompts]
     certificate = policy_certificate(

@@ -1,5 +1,6 @@
 """Policy and critic modules around Hugging Face language models."""
 
-from torchrl_maxmin.models.language import TokenCritic, TokenPolicy, TokenScorer, predicting_states
+from torchrl_maxmin.models.full import TokenCritic
+from torchrl_maxmin.models.language import TokenPolicy, TokenScorer, predicting_states
 
 __all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "predicting_states"]

@@ -93,7 +93,7 @@ def check_model(policy: Any) -> None:
         _require_equal(
             policy,
             policy.log_prob(sampled),
-            sampled["sample_log_prob"],
+            sampled.get("whole_log_prob", sampled["sample_log_prob"]),
             sampled["action_mask"],
             largest,
             "generate() samples with other log-probabilities than those that train it",
@@ -126,7 +126,7 @@ def check_first_rollout(policy: Any, rollout: TensorDictBase, rows: int = 64) ->
     _require_equal(
         policy,
         scored,
-        rollout["sample_log_prob"],
+        rollout.get("whole_log_prob", rollout["sample_log_prob"]),
         mask,
         largest,
         "before the first update the probability ratio of PPO is not 1",

@@ -4,21 +4,77 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
-from torchrl_maxmin.models.language import TokenCritic, TokenPolicy, TokenScorer, ValueHeads
+from torchrl_maxmin.models.language import SCORED, TokenPolicy, TokenScorer, predicting_states
 from torchrl_maxmin.models.networks import Networks
-from torchrl_maxmin.models.sequences import backbone_of, in_batches, states_width
+from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, states_width
 
-__all__ = ["FullCopies", "LanguageNetworks", "heads_on_policy"]
+__all__ = ["FullCopies", "LanguageNetworks", "TokenCritic", "ValueHeads", "heads_on_policy"]
+
+
+class ValueHeads(TensorDictModuleBase):
+    """One value head a group, and one for the KL penalty where there is one, on hidden states.
+
+    Group weights move every iteration and the value of a group does not, so heads of their
+    own keep every group's advantage valid whatever the weights are.
+
+    Args:
+        states: gives hidden states [B, R, width] of a tensordict, as :func:`predicting_states` does.
+        width: of the hidden states, H.
+        num_columns: value heads; groups, plus one for the KL column.
+        backbone: the trunk that gives the states, where it is the critic's own.
+
+    Reads what :func:`predicting_states` reads; writes ``state_value`` [B, R, num_columns] fp32.
+    """
+
+    def __init__(
+        self,
+        states: Callable[[TensorDictBase], Tensor],
+        width: int,
+        num_columns: int,
+        backbone: nn.Module | None = None,
+    ):
+        super().__init__()
+        if backbone is not None:
+            self.backbone = backbone  # before the heads: norms are summed in the order of the parameters
+        self.in_keys = list(SCORED)
+        self.out_keys = ["state_value"]
+        self.states = states
+        self.within: Callable[[], AbstractContextManager[Any]] = nullcontext  # as of TokenPolicy
+        # drawing nothing: a run's random numbers do not depend on the number of groups
+        self.head = nn.utils.skip_init(nn.Linear, width, num_columns)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``state_value`` [B, R, num_columns]."""
+        with self.within():
+            states = self.states(tensordict)
+        tensordict["state_value"] = self.head(states.to(self.head.weight.dtype)).float()
+        return tensordict
+
+
+class TokenCritic(ValueHeads):
+    """A trunk with value heads, see :class:`ValueHeads`.
+
+    Args:
+        backbone: a Hugging Face trunk of its own (not shared with the policy).
+        num_columns: value heads; groups, plus one for the KL column.
+    """
+
+    def __init__(self, backbone: nn.Module, num_columns: int):
+        states = partial(predicting_states, backbone)
+        super().__init__(states, states_width(backbone), num_columns, backbone)
 
 
 class LanguageNetworks(Networks):
@@ -59,19 +115,19 @@ class LanguageNetworks(Networks):
     @torch.no_grad()
     def log_prob(self, responses: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of the tokens under the policy."""
-        return in_batches(self.policy.log_prob, responses, self.scoring_batch_size)
+        return in_length_buckets(self.policy.log_prob, responses, self.scoring_batch_size)
 
     @torch.no_grad()
     def ref_log_prob(self, responses: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of the tokens under the reference."""
-        return in_batches(self.reference.log_prob, responses, self.scoring_batch_size)
+        return in_length_buckets(self.reference.log_prob, responses, self.scoring_batch_size)
 
     @torch.no_grad()
     def values(self, responses: TensorDictBase) -> Tensor:
         """Values [B, R, num_columns] of the tokens, where there is a critic."""
         assert self.critic is not None
         rows = responses.select(*self.critic.in_keys)
-        return in_batches(self.critic, rows, self.scoring_batch_size)["state_value"]
+        return in_length_buckets(self.critic, rows, self.scoring_batch_size)["state_value"]
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer in the format of Hugging Face."""
@@ -108,7 +164,7 @@ class FullCopies(LanguageNetworks):
     Args:
         reference: the policy to start from; frozen. The policy is a copy of it, and the critic of its trunk.
         tokenizer: theirs.
-        num_columns: value heads, see :class:`~torchrl_maxmin.models.language.ValueHeads`; with 0 there is no
+        num_columns: value heads, see :class:`~torchrl_maxmin.models.full.ValueHeads`; with 0 there is no
             critic, and no memory for it.
         critic: ``full``, or ``heads`` on the policy's states, see :func:`heads_on_policy`.
         gradient_checkpointing: whether layers are computed again at backward, in place of being kept.

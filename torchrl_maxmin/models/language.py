@@ -1,4 +1,4 @@
-"""Policy and critic around a Hugging Face causal language model, as TensorDict modules."""
+"""A policy around a Hugging Face causal language model, as TensorDict modules."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.models.checks import check_model
+from torchrl_maxmin.models.decoding import StopStrings, truncating_warpers
 from torchrl_maxmin.models.loading import (
     end_tokens,
     ensure_pad_token,
@@ -23,11 +24,18 @@ from torchrl_maxmin.models.loading import (
     plain_generation,
 )
 from torchrl_maxmin.models.output_head import OutputHead
-from torchrl_maxmin.models.sequences import backbone_of, hidden_states, mask_after_eos, states_width
+from torchrl_maxmin.models.sequences import (
+    Ends,
+    backbone_of,
+    hidden_states,
+    in_length_buckets,
+    mask_after_eos,
+)
 
-__all__ = ["TokenCritic", "TokenPolicy", "TokenScorer", "ValueHeads", "predicting_states"]
+__all__ = ["SCORED", "TokenPolicy", "TokenScorer", "predicting_states"]
 
-_SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
+#: what scoring a response reads
+SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
 _NO_TOKENS = (
     "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
     "scored from padding; give it the tokenizer's BOS token, or leave it out"
@@ -59,27 +67,36 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
 
 @dataclass
 class SampledLogProbs:
-    """A logits processor that changes nothing and remembers how likely each sampled token was.
+    """A logits processor that remembers how likely sampled tokens were; all that it changes is to truncate.
 
     A token is known one call after its scores: only one step's scores are held, never [B, R, V].
 
     Attributes:
         temperature: of the sampling; processors of the caller's see scores that are not divided yet.
+        warpers: what truncates the scores; they are divided here then, and sampled as they come out.
         columns: the log-probabilities [B] in fp32 of every column but the last, which a last call adds.
+        log_mass: log [B] in fp32 of the probability that the tokens left hold, where there are warpers.
         scores: those of the last call.
     """
 
     temperature: float = 1.0
+    warpers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
     columns: list[Tensor] = field(default_factory=list)
+    log_mass: list[Tensor] = field(default_factory=list)
     scores: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
         """Take the scores [B, V] of the next token, None after the last, given all tokens [B, T]."""
         if self.scores is not None:
             last = self.scores.float()
-            if self.temperature != 1.0:
+            if self.temperature != 1.0 and not self.warpers:
                 last = last / self.temperature
             self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
+        if self.warpers and scores is not None:
+            whole = scores = scores.float() / self.temperature
+            for warper in self.warpers:
+                scores = warper(input_ids, scores)
+            self.log_mass.append(scores.logsumexp(-1) - whole.logsumexp(-1))
         self.scores = scores
         return scores
 
@@ -92,10 +109,10 @@ class TokenPolicy(TensorDictModuleBase):
     """A causal language model that answers padded prompts.
 
     Calling it samples a response; :meth:`log_prob` scores one that is given. Both use the
-    same temperature and nothing else shapes the distribution (no top-k, top-p or
-    penalties), so a behaviour log-probability is that of what was sampled. What the model does to
-    its logits (scale, soft cap, bias) is read off its behaviour, see
-    :class:`~torchrl_maxmin.models.output_head.OutputHead`.
+    same temperature, and a behaviour log-probability is that of what was sampled: with ``top_k`` or
+    ``top_p`` that of the truncated distribution, where :meth:`log_prob` is that of the whole one. Nothing
+    else (penalties) shapes it. What the model does to its logits (scale, soft cap, bias) is read off its
+    behaviour, see :class:`~torchrl_maxmin.models.output_head.OutputHead`.
 
     Args:
         model: a Hugging Face causal language model.
@@ -104,14 +121,22 @@ class TokenPolicy(TensorDictModuleBase):
         pad_token_id: what fills the columns after it; must differ from all of them.
         max_new_tokens: columns R of a response.
         temperature: softmax temperature, at sampling and at scoring.
-        generation_batch_size: most prompts answered at once; None for all of a call.
+        generation_batch_size: most prompts answered at once, those of like length together; None for all of
+            a call.
+        top_k: sample from so many likeliest tokens; 0 takes all.
+        top_p: sample from the likeliest tokens that hold so much probability together; 1 takes all.
+        stop_strings: strings that end a response, see :class:`~torchrl_maxmin.models.decoding.StopStrings`.
+        tokenizer: the model's, which stop strings need.
 
     Reads ``prompt_tokens`` [B, P] int64 and ``prompt_mask`` [B, P] bool, padded left; writes
     ``action`` [B, R] int64, ``action_mask`` [B, R] bool and ``sample_log_prob`` [B, R] fp32
-    (zero where masked).
+    (zero where masked); with ``top_k`` or ``top_p`` also ``whole_log_prob`` [B, R] fp32, which is less by the
+    log of the probability that the tokens left hold together.
 
     Attributes:
         eos_token_ids: every token that ends a response, those given first.
+        ends: what ends a response: these tokens, or what marks them and the stop strings.
+        truncated: whether ``top_k`` or ``top_p`` leaves tokens out.
         head: what stands between hidden states and logits.
         within: makes what the model runs in, such as the adapter that is this policy's; nothing by default.
         compute_dtype: what the model computes in, where not its weights' dtype.
@@ -119,8 +144,8 @@ class TokenPolicy(TensorDictModuleBase):
             where gradients are taken.
 
     Raises:
-        ValueError: for a pad token that ends a response, or a model whose logits are not a linear
-            layer of its hidden states, scaled or soft-capped at most.
+        ValueError: for a pad token that ends a response, stop strings without a tokenizer, or a model whose
+            logits are not a linear layer of its hidden states, scaled or soft-capped at most.
 
     Example:
         >>> import torch
@@ -144,6 +169,10 @@ class TokenPolicy(TensorDictModuleBase):
         max_new_tokens: int,
         temperature: float = 1.0,
         generation_batch_size: int | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_strings: Sequence[str] = (),
+        tokenizer: Any = None,
     ):
         eos_token_ids = end_tokens(model, eos_token_id)
         if pad_token_id in eos_token_ids:
@@ -151,10 +180,18 @@ class TokenPolicy(TensorDictModuleBase):
                 f"pad_token_id equals eos_token_id ({pad_token_id}): the policy would never learn to stop; "
                 "give the tokenizer a pad token of its own"
             )
+        if stop_strings and tokenizer is None:
+            raise ValueError("stop_strings are looked for in the tokenizer's text: give the tokenizer, too")
         super().__init__()
         plain_generation(model, eos_token_ids)
+        self.warpers = truncating_warpers(top_k, top_p)
+        self.truncated = bool(self.warpers)
+        self.stops = StopStrings(stop_strings, tokenizer, eos_token_ids) if stop_strings else None
+        self.ends: Ends = self.stops or eos_token_ids
         self.in_keys = ["prompt_tokens", "prompt_mask"]
         self.out_keys = ["action", "action_mask", "sample_log_prob"]
+        if self.truncated:
+            self.out_keys.append("whole_log_prob")
         self.model = model
         self.head = OutputHead.read(model)
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
@@ -174,6 +211,9 @@ class TokenPolicy(TensorDictModuleBase):
         max_new_tokens: int,
         temperature: float = 1.0,
         generation_batch_size: int | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_strings: Sequence[str] = (),
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> TokenPolicy:
@@ -187,6 +227,9 @@ class TokenPolicy(TensorDictModuleBase):
             max_new_tokens: as of the class.
             temperature: as of the class.
             generation_batch_size: as of the class.
+            top_k: as of the class.
+            top_p: as of the class.
+            stop_strings: as of the class.
             device: where to.
             **options: how to load it, see :func:`~torchrl_maxmin.models.loading.load_causal_lm`.
 
@@ -202,6 +245,10 @@ class TokenPolicy(TensorDictModuleBase):
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             generation_batch_size=generation_batch_size,
+            top_k=top_k,
+            top_p=top_p,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
         )
         check_model(policy)
         return policy
@@ -220,34 +267,45 @@ class TokenPolicy(TensorDictModuleBase):
         max_new_tokens = max_new_tokens or self.max_new_tokens
         size = self.generation_batch_size or len(tensordict)
         if len(tensordict) > size:
-            return torch.cat([self(part, max_new_tokens) for part in tensordict.split(size)])
+            prompts = tensordict.select(*self.in_keys)
+            answer = partial(self.forward, max_new_tokens=max_new_tokens)
+            return tensordict.update(in_length_buckets(answer, prompts, size))
         prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
         if int(prompt_mask.sum(-1).min()) < 1:
             raise ValueError(_NO_TOKENS)
-        sampled = SampledLogProbs(self.temperature)
+        width = prompt.shape[-1]
+        sampled = SampledLogProbs(self.temperature, self.warpers)
+        options: dict[str, Any] = {}
+        if self.stops is not None:
+            completed = self.stops.completed
+            options["stopping_criteria"] = [lambda tokens, *_, **__: completed(tokens[:, width:])]
         with self.within():
             generated = self.model.generate(
                 input_ids=prompt,
                 attention_mask=prompt_mask.long(),
                 do_sample=True,
-                temperature=self.temperature,
+                temperature=1.0 if self.truncated else self.temperature,
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(self.eos_token_ids),
                 pad_token_id=self.pad_token_id,
                 logits_processor=[sampled],
-            )[:, prompt.shape[-1] :]
+                **options,
+            )[:, width:]
         sampled(generated, None)
-        log_prob = torch.stack(sampled.columns, -1)
         # generate() returns early only when every row has ended: what is missing is padding
         short = max_new_tokens - generated.shape[-1]
         action = nn.functional.pad(generated, (0, short), value=self.pad_token_id)
-        action_mask = mask_after_eos(action, self.eos_token_ids)
+        action_mask = mask_after_eos(action, self.ends)
         tensordict["action"] = action.masked_fill(~action_mask, self.pad_token_id)
         tensordict["action_mask"] = action_mask
-        log_prob = nn.functional.pad(log_prob, (0, short))
-        tensordict["sample_log_prob"] = torch.where(action_mask, log_prob, 0.0)
+        log_probs = {"sample_log_prob": torch.stack(sampled.columns, -1)}
+        if self.truncated:
+            log_probs["whole_log_prob"] = log_probs["sample_log_prob"] + torch.stack(sampled.log_mass, -1)
+        for key, log_prob in log_probs.items():
+            padded = nn.functional.pad(log_prob, (0, short))
+            tensordict[key] = torch.where(action_mask, padded, 0.0)
         return tensordict
 
     @property
@@ -266,7 +324,7 @@ class TokenPolicy(TensorDictModuleBase):
         Others are computed. A loss that scores and then values the same rows runs the model once.
         """
         kept, self._states = self._states, None
-        if kept is not None and all(torch.equal(kept[0][key], tensordict[key]) for key in _SCORED):
+        if kept is not None and all(torch.equal(kept[0][key], tensordict[key]) for key in SCORED):
             return kept[1]
         with torch.no_grad():
             return self.states(tensordict)
@@ -282,7 +340,7 @@ class TokenPolicy(TensorDictModuleBase):
         action, mask = tensordict["action"], tensordict["action_mask"]
         states = self.states(tensordict)
         if self.keep_states and torch.is_grad_enabled():  # no rollout's states stay in memory
-            self._states = tensordict.select(*_SCORED), states.detach()
+            self._states = tensordict.select(*SCORED), states.detach()
         output = self.model.get_output_embeddings()
         bias = getattr(output, "bias", None)
         if bias is not None and self.head.bias_scale != 1.0:
@@ -302,61 +360,6 @@ class TokenPolicy(TensorDictModuleBase):
         return scattered, None if token_entropy is None else blank.masked_scatter(mask, token_entropy)
 
 
-class ValueHeads(TensorDictModuleBase):
-    """One value head a group, and one for the KL penalty where there is one, on hidden states.
-
-    Group weights move every iteration and the value of a group does not, so heads of their
-    own keep every group's advantage valid whatever the weights are.
-
-    Args:
-        states: gives hidden states [B, R, width] of a tensordict, as :func:`predicting_states` does.
-        width: of the hidden states, H.
-        num_columns: value heads; groups, plus one for the KL column.
-        backbone: the trunk that gives the states, where it is the critic's own.
-
-    Reads what :func:`predicting_states` reads; writes ``state_value`` [B, R, num_columns] fp32.
-    """
-
-    def __init__(
-        self,
-        states: Callable[[TensorDictBase], Tensor],
-        width: int,
-        num_columns: int,
-        backbone: nn.Module | None = None,
-    ):
-        super().__init__()
-        if backbone is not None:
-            self.backbone = backbone  # before the heads: norms are summed in the order of the parameters
-        self.in_keys = list(_SCORED)
-        self.out_keys = ["state_value"]
-        self.states = states
-        self.within: Callable[[], AbstractContextManager[Any]] = nullcontext  # as of TokenPolicy
-        # drawing nothing: a run's random numbers do not depend on the number of groups
-        self.head = nn.utils.skip_init(nn.Linear, width, num_columns)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``state_value`` [B, R, num_columns]."""
-        with self.within():
-            states = self.states(tensordict)
-        tensordict["state_value"] = self.head(states.to(self.head.weight.dtype)).float()
-        return tensordict
-
-
-class TokenCritic(ValueHeads):
-    """A trunk with value heads, see :class:`ValueHeads`.
-
-    Args:
-        backbone: a Hugging Face trunk of its own (not shared with the policy).
-        num_columns: value heads; groups, plus one for the KL column.
-    """
-
-    def __init__(self, backbone: nn.Module, num_columns: int):
-        states = partial(predicting_states, backbone)
-        super().__init__(states, states_width(backbone), num_columns, backbone)
-
-
 class TokenScorer(TensorDictModuleBase):
     """The policy as ``MaxMinPPOLoss`` reads it: log-probability and entropy of given responses.
 
@@ -370,7 +373,7 @@ class TokenScorer(TensorDictModuleBase):
 
     def __init__(self, policy: TokenPolicy, entropy: bool = False):
         super().__init__()
-        self.in_keys = list(_SCORED)
+        self.in_keys = list(SCORED)
         self.out_keys = ["log_prob", "entropy"] if entropy else ["log_prob"]
         self.policy = policy
         self.entropy = entropy

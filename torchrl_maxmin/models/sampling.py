@@ -13,7 +13,12 @@ from torchrl_maxmin.models.sequences import in_batches, pad_left
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import TextEncoder
 
-__all__ = ["encode_prompts", "sample_responses", "to_texts"]
+__all__ = ["encode_prompts", "rows_at_once", "sample_responses", "to_texts"]
+
+
+def rows_at_once(policy: TokenPolicy) -> int:
+    """Most rows that :func:`sample_responses` hands to a policy, which answers them in slices of its own."""
+    return max(policy.generation_batch_size or 0, 512)
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Text], max_length: int | None = None) -> TensorDict:
@@ -47,16 +52,18 @@ def sample_responses(
         policy: who answers.
         prompts: what :func:`encode_prompts` gives, batch size [N].
         num_samples: responses a prompt, n.
-        batch_size: most responses sampled at once; by default the policy's ``generation_batch_size``, or 512.
+        batch_size: most responses that the policy is asked for at once; by default :func:`rows_at_once`.
 
     Returns:
-        The prompts with ``action``, ``action_mask`` and ``sample_log_prob``, batch size [N * n];
+        The prompts with what the policy writes (``action``, ``action_mask``, ``sample_log_prob`` ...), batch
+        size [N * n];
         the responses of a prompt lie side by side.
     """
     device = next(policy.parameters()).device
     repeated = prompts[torch.arange(len(prompts)).repeat_interleave(num_samples)]
-    size = batch_size or policy.generation_batch_size or 512
-    return in_batches(lambda part: policy(part.to(device)).cpu(), repeated, size)
+    return in_batches(
+        lambda part: policy(part.to(device)).cpu(), repeated, batch_size or rows_at_once(policy)
+    )
 
 
 def to_texts(

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torchrl_maxmin.core.errors import UserError
 
 __all__ = [
+    "Ends",
     "answering",
     "backbone_of",
     "has_ended",
     "hidden_states",
     "in_batches",
+    "in_length_buckets",
+    "is_end",
     "keep_last",
     "last_index",
     "mask_after_eos",
@@ -41,6 +44,9 @@ __all__ = [
     "text_config",
     "undisturbed",
 ]
+
+#: the token, or the several tokens, that end a response; or what marks the ends in tokens [B, R]
+Ends = int | Sequence[int] | Callable[[Tensor], Tensor]
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -63,37 +69,39 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor
     return tokens, mask
 
 
-def _is_end(tokens: Tensor, eos_ids: int | Sequence[int]) -> Tensor:
-    ends = (eos_ids,) if isinstance(eos_ids, int) else eos_ids
+def is_end(tokens: Tensor, ends: Ends) -> Tensor:
+    """Whether each token [B, R] ends a response: bool, and anything behind the first that does."""
+    if callable(ends):
+        return ends(tokens)
+    ends = (ends,) if isinstance(ends, int) else ends
     return reduce(or_, [tokens == end for end in ends])  # no tensor of ids: a copy to the device waits
 
 
-def mask_after_eos(tokens: Tensor, eos_ids: int | Sequence[int]) -> Tensor:
+def mask_after_eos(tokens: Tensor, ends: Ends) -> Tensor:
     """Mask [B, R] of generated tokens up to and with the first that ends a response.
 
     Args:
         tokens: [B, R] int64.
-        eos_ids: the token, or the several tokens, that end a response.
+        ends: the token, or the several tokens, that end a response, or
+            :class:`~torchrl_maxmin.models.decoding.StopStrings`.
     """
-    ends = _is_end(tokens, eos_ids).int()
-    return ends.cumsum(-1) - ends == 0
+    found = is_end(tokens, ends).int()
+    return found.cumsum(-1) - found == 0
 
 
-def has_ended(responses: TensorDictBase, eos_ids: int | Sequence[int]) -> Tensor:
+def has_ended(responses: TensorDictBase, ends: Ends) -> Tensor:
     """Whether each response ended by itself: bool [B, 1].
 
     Args:
         responses: with ``action`` and ``action_mask`` [B, R].
-        eos_ids: the token, or the several tokens, that end a response.
+        ends: as of :func:`mask_after_eos`.
     """
-    return (_is_end(responses["action"], eos_ids) & responses["action_mask"]).any(-1, keepdim=True)
+    return (is_end(responses["action"], ends) & responses["action_mask"]).any(-1, keepdim=True)
 
 
-def penalise_missing_eos(
-    rewards: Tensor, responses: TensorDictBase, eos_ids: int | Sequence[int], penalty: float
-) -> Tensor:
+def penalise_missing_eos(rewards: Tensor, responses: TensorDictBase, ends: Ends, penalty: float) -> Tensor:
     """Take ``penalty`` from every reward [B, K] of the responses that do not end."""
-    return rewards - penalty * ~has_ended(responses, eos_ids)
+    return rewards - penalty * ~has_ended(responses, ends)
 
 
 def in_batches(function: Callable[[Any], Any], rows: TensorDictBase, batch_size: int) -> Any:
@@ -112,6 +120,40 @@ def in_batches(function: Callable[[Any], Any], rows: TensorDictBase, batch_size:
     if len(rows) <= batch_size:
         return function(rows)
     return torch.cat([function(part) for part in rows.split(batch_size)])
+
+
+def in_length_buckets(function: Callable[[Any], Any], rows: TensorDictBase, batch_size: int) -> Any:
+    """Apply a function to ``batch_size`` rows at a time, rows of like length together.
+
+    Prompts of a part are as wide as its longest, so that little is padding; the result is in the rows' order.
+    Rows that fit at once are left as they are.
+
+    Args:
+        function: maps a tensordict [B] to a tensor of as many rows, or adds entries to it, the result.
+        rows: ``prompt_tokens`` and ``prompt_mask`` [N, P], padded left; ``action_mask`` [N, R] of responses.
+        batch_size: most rows at once.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> tokens, mask = pad_left([[5], [6, 6, 6], [7], [8, 8]], 0)
+        >>> rows = TensorDict({"prompt_tokens": tokens, "prompt_mask": mask}, [4])
+        >>> width = lambda part: torch.full([len(part)], part["prompt_tokens"].shape[-1])
+        >>> in_length_buckets(width, rows, 2).tolist()
+        [1, 3, 1, 3]
+    """
+    if len(rows) <= batch_size:
+        return function(rows)
+    lengths = rows["prompt_mask"].sum(-1)
+    if (action_mask := rows.get("action_mask", None)) is not None:
+        lengths = lengths + action_mask.sum(-1)
+    order = lengths.argsort(descending=True, stable=True)  # what does not fit fails at once
+    parts = []
+    for part in rows[order].split(batch_size):
+        width = int(part["prompt_mask"].sum(-1).max())
+        prompts = {key: part[key][:, -width:] for key in ("prompt_tokens", "prompt_mask")}
+        found = function(part.copy().update(prompts))
+        parts.append(found if isinstance(found, Tensor) else found.exclude(*part.keys()))
+    return torch.cat(parts)[order.argsort()]
 
 
 def last_index(mask: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Settings of how a language model is loaded and trained: dtype, adapters, memory."""
+"""Settings of how a language model is loaded, trained and sampled from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
@@ -13,7 +14,7 @@ from torchrl_maxmin.core.settings import CheckedSettings
 from torchrl_maxmin.models.loading import import_transformers
 from torchrl_maxmin.models.lora import LoraSettings, import_peft
 
-__all__ = ["DTYPES", "ModelSettings"]
+__all__ = ["DTYPES", "ModelSettings", "SamplingSettings", "check_stop_strings"]
 
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -97,3 +98,53 @@ class ModelSettings(CheckedSettings):
 
 
 _DEFAULTS = ModelSettings()
+
+
+@dataclass(kw_only=True)
+class SamplingSettings(CheckedSettings):
+    """How responses are sampled.
+
+    Args:
+        generation_batch_size: most responses sampled at once, to prompts of like length.
+        scoring_batch_size: most responses that reference, critic and rewards read at once.
+        temperature: of sampling and scoring.
+        top_k: sample from so many likeliest tokens; 0 takes all.
+        top_p: sample from the likeliest tokens that hold so much probability together; 1 takes all. With it
+            or top_k, the KL is that of the truncated distribution, which is sampled, to the whole reference,
+            above 0 even for the reference itself, and there is no certificate.
+        stop_strings: strings that end a response, beside the end tokens. The response keeps the one that
+            ended it, to the end of its last token.
+    """
+
+    generation_batch_size: int = 512
+    scoring_batch_size: int = 512
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_strings: list[str] = field(default_factory=list)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether less likely tokens are left out of what is sampled."""
+        return self.top_k > 0 or self.top_p < 1
+
+    def check_sampling(self) -> None:
+        """Raise :class:`UserError` for settings that cannot be."""
+        self.require_at_least(1, "generation_batch_size", "scoring_batch_size")
+        self.require_at_least(0, "top_k")
+        self.require_positive("temperature", "top_p")
+        self.require_in_range(0, 1, "top_p")
+        check_stop_strings(self.stop_strings)
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Arguments of :meth:`~torchrl_maxmin.models.language.TokenPolicy.from_pretrained`."""
+        names = ("generation_batch_size", "temperature", "top_k", "top_p", "stop_strings")
+        return {name: getattr(self, name) for name in names}
+
+
+def check_stop_strings(strings: Sequence[str]) -> None:
+    """Raise :class:`UserError` for a stop string that every response has."""
+    if not all(strings):
+        raise UserError(
+            "--stop_strings holds an empty string, which every response begins with: leave it out"
+        )

@@ -11,8 +11,8 @@ from torch import nn
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
-from torchrl_maxmin.models.full import LanguageNetworks, heads_on_policy
-from torchrl_maxmin.models.language import TokenCritic, TokenPolicy, ValueHeads, predicting_states
+from torchrl_maxmin.models.full import LanguageNetworks, TokenCritic, ValueHeads, heads_on_policy
+from torchrl_maxmin.models.language import TokenPolicy, predicting_states
 from torchrl_maxmin.models.lora import (
     AdapterSwitch,
     LoraSettings,

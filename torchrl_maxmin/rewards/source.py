@@ -19,7 +19,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.importing import import_named
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sampling import sample_responses, to_texts
-from torchrl_maxmin.models.sequences import has_ended, in_batches
+from torchrl_maxmin.models.sequences import Ends, has_ended, in_batches
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import as_completion, distinct_texts
 from torchrl_maxmin.rewards.base import RewardModel
@@ -38,13 +38,15 @@ class MixtureRewards:
     """Raw rewards [B, K] of responses by a mixture or an ensemble.
 
     A model with the policy's own tokenizer reads the tokens themselves. Any other reads the texts, and no end
-    where a response was cut off. :attr:`shared_vocabulary` says which.
+    where a response was cut off. :attr:`shared_vocabulary` says which. With stop strings all read texts: the
+    end of one is a token behind them that no policy wrote.
 
     Args:
         mixture: the reward model.
         tokenizer: the policy's.
         prompts: the texts that ``prompt_index`` counts; read back from their tokens when None.
-        eos_token_ids: tokens that end a response; the tokenizer's EOS when None.
+        ends: what ends a response, see :attr:`~torchrl_maxmin.models.language.TokenPolicy.ends`; the
+            tokenizer's EOS when None.
     """
 
     def __init__(
@@ -52,10 +54,10 @@ class MixtureRewards:
         mixture: RewardModel,
         tokenizer: Any,
         prompts: Sequence[Text] | None = None,
-        eos_token_ids: Sequence[int] | None = None,
+        ends: Ends | None = None,
     ):
         self.mixture, self.tokenizer, self.prompts = mixture, tokenizer, prompts
-        self.eos_token_ids = tuple(eos_token_ids or (tokenizer.eos_token_id,))
+        self.ends: Ends = ends or (tokenizer.eos_token_id,)
         self.num_groups = mixture.num_groups
         self.shared_vocabulary = mixture.reads_tokens_of(tokenizer)
 
@@ -66,7 +68,8 @@ class MixtureRewards:
         Raises:
             NonFiniteRewards: for a reward that is NaN or infinite.
         """
-        rewards = self._of_tokens(responses) if self.shared_vocabulary else self._of_texts(responses)
+        by_tokens = self.shared_vocabulary and not callable(self.ends)
+        rewards = self._of_tokens(responses) if by_tokens else self._of_texts(responses)
         if not bool(rewards.isfinite().all()):
             raise NonFiniteRewards("the reward model gives NaN or infinity for some response")
         return rewards
@@ -79,7 +82,7 @@ class MixtureRewards:
     def _of_texts(self, responses: TensorDictBase) -> Tensor:
         known = None if responses.get("prompt_index", None) is None else self.prompts
         texts = to_texts(self.tokenizer, responses, known)
-        ended = has_ended(responses, self.eos_token_ids).flatten().tolist()
+        ended = has_ended(responses, self.ends).flatten().tolist()
         return self.mixture.score(*texts, ended=ended).to(responses["action"].device)
 
     def _of_tokens(self, responses: TensorDictBase) -> Tensor:
@@ -106,8 +109,8 @@ class RewardModule(TensorDictModuleBase):
         calibrated: apply the model's calibration.
         prompts: the texts that the tensordict's ``prompt_index`` counts, strings or conversations; a model
             with another tokenizer then reads them, in place of what their tokens read back as.
-        eos_token_ids: tokens that end a response, such as ``policy.eos_token_ids``; the tokenizer's EOS when
-            None.
+        eos_token_ids: tokens that end a response, or what marks its ends, such as ``policy.ends``; the
+            tokenizer's EOS when None.
 
     Raises:
         ValueError: for another number of keys, and for whole texts in another vocabulary.
@@ -127,7 +130,7 @@ class RewardModule(TensorDictModuleBase):
         out_key: NestedKey = ("next", "reward"),
         calibrated: bool = True,
         prompts: Sequence[Text] | None = None,
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Ends | None = None,
     ):
         super().__init__()
         if len(in_keys) not in (2, 4):

@@ -52,7 +52,12 @@ def policy_certificate(
 
     Returns:
         See :func:`~torchrl_maxmin.welfare.certify`; null, with the reason, where it cannot say.
+
+    Raises:
+        ValueError: for a policy that samples from a truncated distribution.
     """
+    if policy.truncated or reference.truncated:
+        raise ValueError("top_k and top_p leave out tokens that the certificate is about: sample without")
     half, shape = num_samples // 2, (len(prompts), num_samples)
     drawn = [sample_responses(who, prompts, half).reshape(len(prompts), half) for who in (policy, reference)]
     both = torch.cat(drawn, 1).reshape(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.core.run import nonfinite_batch
 from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.models.language import TokenPolicy
-from torchrl_maxmin.models.sequences import in_batches, penalise_missing_eos
+from torchrl_maxmin.models.sampling import rows_at_once
+from torchrl_maxmin.models.sequences import Ends, in_length_buckets, penalise_missing_eos
 from torchrl_maxmin.rewards import Calibration
 from torchrl_maxmin.rewards.calibration import mean_of_present
 from torchrl_maxmin.rewards.source import NonFiniteRewards, fill_absent, reference_rewards
@@ -30,7 +31,7 @@ class CalibratedRewards:
 
     Args:
         source: gives raw rewards [B, K]; NaN where there is none.
-        eos_token_ids: tokens that end a response.
+        ends: what ends a response, see :attr:`~torchrl_maxmin.models.language.TokenPolicy.ends`.
         missing_eos_penalty: taken from every group's reward of a response that does not end.
         scoring_batch_size: most responses scored at once.
         folder: where a batch with a NaN goes.
@@ -46,12 +47,12 @@ class CalibratedRewards:
         self,
         source: Any,
         *,
-        eos_token_ids: Sequence[int],
+        ends: Ends,
         missing_eos_penalty: float = 0.0,
         scoring_batch_size: int = 512,
         folder: Path,
     ):
-        self.source, self.eos_token_ids = source, eos_token_ids
+        self.source, self.ends = source, ends
         self.missing_eos_penalty, self.scoring_batch_size = missing_eos_penalty, scoring_batch_size
         self.folder = folder
         self.calibration = Calibration.identity(source.num_groups)
@@ -91,8 +92,8 @@ class CalibratedRewards:
         self.calibration = Calibration.fit(raw, method, dtype=dtype)
         torch.save(raw, self.folder / "reference_rewards.pt")
         if by_prompt or self.calibration.by_prompt:
-            together = reference.generation_batch_size or 512  # parts of whole batches sample alike
-            parts = prompts.split(math.lcm(together, baseline_samples) // baseline_samples)
+            together = math.lcm(rows_at_once(reference), baseline_samples)  # whole batches sample alike
+            parts = prompts.split(together // baseline_samples)
             with progress_bar("sampling the reference", len(parts)) as advance:
                 rewards = []
                 for part in parts:
@@ -113,7 +114,7 @@ class CalibratedRewards:
             FloatingPointError: for a reward that is NaN or infinite; the batch is saved.
         """
         try:
-            raw = in_batches(self.source, responses, self.scoring_batch_size)
+            raw = in_length_buckets(self.source, responses, self.scoring_batch_size)
         except NonFiniteRewards as error:
             raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
         own = None if self.samples is None else self.samples[responses["prompt_index"]]
@@ -123,7 +124,7 @@ class CalibratedRewards:
         if bool(rewards.isnan().any()):
             self._name_silent_groups(rewards)
             rewards = fill_absent(rewards, self.neutral)
-        return penalise_missing_eos(rewards, responses, self.eos_token_ids, self.missing_eos_penalty)
+        return penalise_missing_eos(rewards, responses, self.ends, self.missing_eos_penalty)
 
     def _name_silent_groups(self, rewards: Tensor) -> None:
         """Print, once each, the groups that no response of a batch has a reward for."""
@@ -174,6 +175,8 @@ class LanguageRollouts:
         minimum: reward with the least of a response's group rewards.
         seed: of the order of prompts.
         start: batches that were drawn before.
+        trial: let the collector sample a batch that is thrown away when it is made. It moves the random
+            numbers: runs of full copies, whose figures are published, go on as they began.
 
     A batch holds what :class:`~torchrl_maxmin.envs.TokenEnv` and the policy write.
     """
@@ -190,6 +193,7 @@ class LanguageRollouts:
         minimum: bool = False,
         seed: int = 0,
         start: int = 0,
+        trial: bool = True,
     ):
         self.rewards, self.prompts = rewards, prompts
         self.env = TokenEnv(
@@ -199,7 +203,7 @@ class LanguageRollouts:
             num_prompts=batch_size // num_generations,
             num_generations=num_generations,
             max_new_tokens=policy.max_new_tokens,
-            eos_token_id=policy.eos_token_ids,
+            eos_token_id=policy.ends,
             vocab_size=policy.model.get_input_embeddings().num_embeddings,
             minimum=minimum,
             seed=seed,
@@ -212,6 +216,7 @@ class LanguageRollouts:
             frames_per_batch=batch_size,
             total_frames=batch_size * max(num_batches - start, 1),
             auto_register_policy_transforms=False,
+            use_buffers=None if trial else False,  # what the trial is for
         )
 
     def __iter__(self) -> Iterator[TensorDictBase]:

@@ -117,13 +117,12 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         config.model_name_or_path,
         tokenizer,
         max_new_tokens=config.response_length,
-        temperature=config.temperature,
-        generation_batch_size=config.generation_batch_size,
         device=device,
+        **config.sampling_options(),
         **config.load_options(),
     )
     if isinstance(source, MixtureRewards):
-        source.eos_token_ids = reference.eos_token_ids
+        source.ends = reference.ends
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
     require_positions(reference.model, prompts["prompt_tokens"].shape[-1], config.response_length)
     # a win rate is at least 0, and a response that does not end pays the penalty
@@ -142,7 +141,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     )
     rewards = CalibratedRewards(
         source,
-        eos_token_ids=reference.eos_token_ids,
+        ends=reference.ends,
         missing_eos_penalty=config.missing_eos_penalty,
         scoring_batch_size=config.scoring_batch_size,
         folder=folder,
@@ -181,6 +180,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
             minimum=config.objective == "mean_of_mins",
             seed=config.seed,
             start=start,
+            trial=not config.use_peft,
         ),
         statistics=GroupStatistics(
             adversary,

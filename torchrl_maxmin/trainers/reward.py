@@ -184,6 +184,7 @@ class _Reference:
             self.config.model_name_or_path,
             self.tokenizer,
             max_new_tokens=self.config.response_length,
+            stop_strings=self.config.stop_strings,
             device=self.device,
             **self.config.load_options(),
         )
@@ -197,7 +198,7 @@ class _Reference:
             raw = reference_rewards(
                 reference,
                 encode_prompts(self.tokenizer, self.prompts, longest),
-                MixtureRewards(mixture, self.tokenizer, self.prompts, reference.eos_token_ids),
+                MixtureRewards(mixture, self.tokenizer, self.prompts, reference.ends),
                 config.calibration_samples,
                 config.scoring_batch_size,
             )

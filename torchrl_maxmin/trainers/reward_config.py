@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.settings import ModelSettings
+from torchrl_maxmin.models.settings import ModelSettings, check_stop_strings
 from torchrl_maxmin.rewards.adapters import ADAPTERS
 from torchrl_maxmin.rewards.base import HEADS
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
@@ -54,6 +54,7 @@ class RewardConfig(ModelSettings, MixtureSettings):
         calibration_prompts: prompts of the data that the samples answer.
         calibration_samples: samples a prompt.
         response_length: most tokens of a sample.
+        stop_strings: strings that end a sample, beside the end tokens.
         save_rounds: write a checkpoint every so many EM rounds; 0 writes none.
         resume_from_checkpoint: checkpoint folder of output_dir, or last.
     """
@@ -84,6 +85,7 @@ class RewardConfig(ModelSettings, MixtureSettings):
     calibration_prompts: int = 512
     calibration_samples: int = 2
     response_length: int = 53
+    stop_strings: list[str] = field(default_factory=list)
     save_rounds: int = 0
     resume_from_checkpoint: str | None = None
 
@@ -91,6 +93,7 @@ class RewardConfig(ModelSettings, MixtureSettings):
         """Raise :class:`UserError` for settings that cannot work."""
         super().check()
         self.check_model()
+        check_stop_strings(self.stop_strings)
         self.require_at_least(
             1,
             "num_rounds", "steps_per_round", "per_device_train_batch_size", "gradient_accumulation_steps",

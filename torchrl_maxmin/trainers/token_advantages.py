@@ -46,6 +46,23 @@ def make_advantages(
 class LanguageAdvantages(ABC):
     """What all advantages of tokens share: the reference, the KL penalty and what is logged.
 
+    Where top-k or top-p shape the rollouts, let m be the distribution that is sampled: the policy p on the
+    tokens kept, divided by their probability Z. A batch has log m in ``sample_log_prob`` and log p, which is
+    log m + log Z, in ``whole_log_prob``.
+
+    - Utilities of groups are those of m, whose responses are scored: unbiased for m, and no estimate for p,
+      some of whose tokens are never seen.
+    - The KL is that of m to the whole reference, sampled as log m - log p_ref: unbiased (k1), and above 0
+      while p is the reference still. The penalty is beta times it, and so the objective is F_u(m). k3 is low
+      by the probability that the reference gives to the tokens left out.
+    - PPO's ratio is p's, 1 at the first update: ``sample_log_prob`` of the rows is that of p. Where the
+      advantages of a state's tokens have the mean 0 under m, as with an exact critic, samples of m give
+      log p the gradient that they give log m, the tokens kept held fixed: the update climbs F_u(m). What
+      the mean is off by (the critic's error; rloo and grpo have no value of the state) adds the gradient
+      of log Z times it.
+    - With ``importance_sampling_cap`` a token counts p/m = Z, which takes back that the tokens kept are
+      sampled too often, and makes up neither for those left out nor for the tokens before.
+
     Args:
         models: give the reference's log-probabilities, and the values where there is a critic.
         kl: controls the weight of the penalty, beta, from one rollout to the next.
@@ -80,6 +97,9 @@ class LanguageAdvantages(ABC):
         )
         rows["ref_log_prob"] = self.models.ref_log_prob(rows)
         metrics: Metrics = {}
+        # the ratio is of the whole distribution, which is trained
+        sampled = rows["sample_log_prob"]
+        rows["sample_log_prob"] = whole = batch.get("whole_log_prob", sampled)
         if self.fresh:
             scored = check_first_rollout(self.models.policy, rows)
             metrics = mismatch(scored, rows[: len(scored)])
@@ -88,11 +108,12 @@ class LanguageAdvantages(ABC):
         if self.importance_sampling_cap:
             scored = self.models.log_prob(rows)
             metrics = mismatch(scored, rows)
-            ratio = (scored - rows["sample_log_prob"]).exp()
+            ratio = (scored - sampled).exp()
             weight = ratio.clamp(max=self.importance_sampling_cap).unsqueeze(-1)
             rows["sample_log_prob"] = scored
         coef = self.kl.coef
-        penalty = kl_estimate(rows["sample_log_prob"] - rows["ref_log_prob"], self.kl_estimator)
+        log_mass = whole - sampled  # 0 but for top-k and top-p
+        penalty = kl_estimate(rows["sample_log_prob"] - log_mass - rows["ref_log_prob"], self.kl_estimator)
         self.estimate(rows, batch["next", "reward"], penalty, coef)
         if weight is not None:
             rows["advantage"] = rows["advantage"] * weight

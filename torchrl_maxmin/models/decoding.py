@@ -1,0 +1,62 @@
+"""What shapes generation: the tokens that it samples from, and the strings that end it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrl_maxmin.models.loading import import_transformers
+from torchrl_maxmin.models.sequences import is_end
+
+__all__ = ["StopStrings", "truncating_warpers"]
+
+
+def truncating_warpers(top_k: int, top_p: float) -> list[Any]:
+    """What leaves the likeliest tokens alone in scores [B, V], in the order of ``generate``.
+
+    Args:
+        top_k: so many tokens; 0 leaves all.
+        top_p: as many as hold so much probability together; 1 leaves all.
+    """
+    transformers = import_transformers()
+    warpers: list[Any] = [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    return warpers + ([transformers.TopPLogitsWarper(top_p)] if top_p < 1 else [])
+
+
+class StopStrings:
+    """Says where responses end: at an end token, or at the token with which their text completes a string.
+
+    The text is the tokenizer's, special tokens included. A string that begins in the prompt is none.
+
+    Args:
+        strings: end a response; none of them empty.
+        tokenizer: the policy's.
+        eos_token_ids: tokens that end a response by themselves.
+
+    Example:
+        >>> from torchrl_maxmin.world import build_tokenizer
+        >>> tokenizer = build_tokenizer()
+        >>> ends = StopStrings(["was great"], tokenizer, [tokenizer.eos_token_id])
+        >>> ends(torch.tensor([tokenizer("it was great .").input_ids[-4:]])).tolist()
+        [[False, False, True, True]]
+    """
+
+    def __init__(self, strings: Sequence[str], tokenizer: Any, eos_token_ids: Sequence[int]):
+        self.strings, self.tokenizer = tuple(strings), tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        # a token is a byte or more; one more, for decoders that strip what a text begins with
+        self.window = 1 + max(len(string.encode()) for string in strings)
+
+    def completed(self, tokens: Tensor) -> Tensor:
+        """Whether the last tokens of responses [B, T] complete a string, or one shortly before: bool [B]."""
+        texts = self.tokenizer.batch_decode(tokens[:, -self.window :].tolist())
+        found = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(found, device=tokens.device)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Mark tokens [B, R] of responses that end one: bool, and anything behind the first of a row."""
+        stops = [self.completed(tokens[:, : column + 1]) for column in range(tokens.shape[-1])]
+        return torch.stack(stops, -1) | is_end(tokens, self.eos_token_ids)
