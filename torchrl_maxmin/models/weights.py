@@ -46,16 +46,16 @@ def read_weight(file: Path, key: str) -> Tensor:
         return opened.get_tensor(key)
 
 
-def config_difference(folder: Path, model: Any) -> str | None:
-    """Name an entry of a saved model's config that is another in this model's, and may change its states."""
+def config_difference(folder: Path, config: Any) -> str | None:
+    """Name an entry of a saved model's config that is another in this one, and may change hidden states."""
 
-    def read(config: Any) -> Any:
-        if not isinstance(config, Mapping):
-            return config
-        return {key: read(value) for key, value in config.items() if key not in _APART}
+    def read(entry: Any) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry
+        return {key: read(value) for key, value in entry.items() if key not in _APART}
 
     saved = json.loads(json.dumps(read(load_config(str(folder)).to_dict()), default=str))
-    own = json.loads(json.dumps(read(model.config.to_dict()), default=str))
+    own = json.loads(json.dumps(read(config.to_dict()), default=str))
     return next((key for key in sorted({*saved, *own}) if saved.get(key) != own.get(key)), None)
 
 

@@ -1,8 +1,8 @@
 """Reward mixtures that read the states of a policy's own frozen trunk, in place of a trunk of theirs.
 
-The reward stage with LoRA leaves the trunk as it was, so that PPO on the same one need not hold it twice: the
-mixture's adapters stand beside the policy's and the critic's, and its heads read what comes out. What is the same
-is told by the weights, see :meth:`SavedMixture.difference`.
+The reward stage with LoRA leaves the trunk as it was, so that PPO on the same one need not hold it twice:
+the mixture's adapters stand beside the policy's and the critic's, and its heads read what comes out. What is
+the same is told by the weights, see :meth:`SavedMixture.difference`.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class SavedMixture:
     def difference(self, model: Any, tokenizer: Any) -> str | None:
         """Say why a policy's trunk is not this mixture's own.
 
-        It is where the configs agree, and every weight, read in the policy's dtype, equals the policy's to the
-        bit; the row of a pad token that was added, which no text holds, is left out. Paths say nothing.
+        It is where the configs agree, and every weight, read in the policy's dtype, equals the policy's to
+        the bit; the row of a pad token that was added, which no text holds, is left out. Paths say nothing.
 
         Args:
             model: the policy's language model, without adapters.
@@ -115,7 +115,7 @@ class SavedMixture:
             return "its adapters are placed by a pattern of names"
         if "heads" not in self.state and "score.weight" not in saved_weights(self.folder):
             return f"{self.folder} holds no head 'score' to read"
-        if key := config_difference(self.base, model):
+        if key := config_difference(self.base, model.config):
             return f"{key} of its config differs"
         tokenizers = (tokenizer, load_tokenizer(str(self.folder)))
         padding = {each.pad_token_id for each in tokenizers if each.pad_token == OWN_PAD}
@@ -131,7 +131,7 @@ class SavedMixture:
         return heads
 
     def shared_with(self, model: Any, tokenizer: Any) -> SavedMixture | RewardModel:
-        """This mixture where its trunk is a policy's own; else, and a line says why, the model loaded whole."""
+        """This mixture where its trunk is a policy's own; else the model loaded whole, and a line why."""
         found = self.difference(model, tokenizer)
         if found is None:
             return self

@@ -30,9 +30,9 @@ class PPOConfig(PPOSettings, ModelSettings, ChatSettings):
         dataset_name: prompts; json, jsonl, csv or parquet file, saved dataset or hub name with a
             column prompt of strings or lists of messages.
         reward_model_path: folder that reward wrote (or any sequence classifier with K labels).
-        share_reward_trunk: with use_peft, read a reward model from the policy's own trunk where it is on the
-            same one, weight by weight in the policy's dtype; its rewards are then read in that dtype too. False
-            loads it by itself, in the dtype that it was saved in.
+        share_reward_trunk: with use_peft, read a reward model from the policy's own trunk where it is on
+            the same one, weight by weight in the policy's dtype; its rewards are then read in that dtype too.
+            False loads it by itself, in the dtype that it was saved in.
         reward_funcs: instead of a reward model, functions by name, as module:function; called as TRL does,
             with prompts, completions and those columns of the data that they take by name.
         monitor_funcs: functions by name, or a world's json, that are logged and never trained on.
