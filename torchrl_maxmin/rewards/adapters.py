@@ -70,4 +70,12 @@ def permute_adapters_(model: Any, names: Sequence[str], order: Sequence[int]) ->
 
 def save_base(model: Any, folder: Path) -> None:
     """Write the trunk below the adapters, as it was without them."""
-    model.get_base_model().save_pretrained(folder, state_dict=base_state(model))
+    base, state = model.get_base_model(), base_state(model)
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None:  # transformers would save what it finds in place of this state
+        base.hf_quantizer = None
+    try:
+        base.save_pretrained(folder, state_dict=state)
+    finally:
+        if quantizer is not None:
+            base.hf_quantizer = quantizer
