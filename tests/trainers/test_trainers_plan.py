@@ -106,6 +106,48 @@ def test_a_saved_mixture_is_read_off_its_folder(config_only, tiny_model, tmp_pat
     assert parts["reward model"] == trunk + adapters + (tmp_path / "heads.safetensors").stat().st_size
 
 
+def test_a_reward_on_the_policys_trunk_weighs_what_is_added(config_only, tiny_model, tmp_path, planner):
+    """An adapter and a head a group, in float32; the trunk once."""
+    layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)
+    parts = phases_of(config_only, planner, **LORA, num_groups=3, dtype="bfloat16")["save"].parts
+    assert parts["reward adapters and heads"] == 3 * 4 * (4 * 4 * layer + 32)
+    assert "reward model" not in parts
+    own = phases_of(config_only, planner, **LORA, num_groups=3, dtype="bfloat16", share_reward_trunk=False)
+    trunk = parameters(transformers.LlamaModel(transformers.LlamaConfig(**LLAMA)))
+    assert own["save"].parts["reward model"] == pytest.approx(4 * trunk, abs=32)
+    rest = {name: size for name, size in own["save"].parts.items() if name != "reward model"}
+    assert parts == rest | {"reward adapters and heads": parts["reward adapters and heads"]}
+
+
+def test_a_saved_reward_on_the_policys_trunk_is_told_by_its_config(tiny_model, make_model, tmp_path, planner):
+    from torchrl_maxmin.rewards import RewardMixture
+
+    adapted = RewardMixture.from_backbone(tiny_model, 3, use_peft=True, lora_r=2)
+    adapted.save_pretrained(tmp_path / "adapted")
+    RewardMixture.from_backbone(tiny_model, 3).save_pretrained(tmp_path / "whole")
+    other = make_model("deeper", n_layer=3)
+    short = {"max_prompt_length": 4, "response_length": 4}
+
+    def held(model, name, **flags):
+        path = str(tmp_path / name)
+        return phases_of(model, planner, reward_model_path=path, num_groups=3, **short, **flags)["save"].parts
+
+    files = [*(tmp_path / "adapted").glob("adapters/*/*.safetensors"), tmp_path / "adapted/heads.safetensors"]
+    assert len(files) == 4
+    added = sum(file.stat().st_size for file in files)
+    assert held(tiny_model, "adapted", **LORA)["reward adapters and heads"] == added
+    trunk = size_of(Network(tiny_model, "trunk")).weights
+    for model, name, flags, weight in (
+        (other, "adapted", LORA, trunk + added),
+        (tiny_model, "adapted", {}, trunk + added),
+        (tiny_model, "adapted", {**LORA, "share_reward_trunk": False}, trunk + added),
+        (tiny_model, "whole", LORA, trunk),
+    ):
+        parts = held(model, name, **flags)
+        assert parts["reward model"] == weight
+        assert "reward adapters and heads" not in parts
+
+
 @settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_more_is_never_less(config_only, planner, data):
@@ -239,13 +281,13 @@ def test_the_command_writes_what_it_prints(config_only, tmp_path, capsys):
     assert "unknown flag --gpu; did you mean --gpus?" in capsys.readouterr().err
 
 
-def test_the_7b_width_fits_40_gb_with_adapters(tmp_path):
-    """32 layers of 4096 x 11008, four groups, 512 + 512 tokens, in bfloat16."""
+@pytest.mark.parametrize("reward", ["functions", "on the trunk", "by itself"])
+def test_the_7b_width_fits_40_gb_with_adapters(tmp_path, reward):
+    """32 layers of 4096 x 11008, four groups, 512 + 512 tokens, in bfloat16; no second trunk."""
     transformers.LlamaConfig().save_pretrained(tmp_path)  # that of the first 7B
     config = PlanConfig(
         str(tmp_path),
         4,
-        memory_gb=40.0,
         use_peft=True,
         dtype="bfloat16",
         gradient_checkpointing=True,
@@ -254,9 +296,12 @@ def test_the_7b_width_fits_40_gb_with_adapters(tmp_path):
         scoring_batch_size=8,
         max_prompt_length=512,
         response_length=512,
-        reward_funcs=["length"],
+        reward_funcs=["length"] if reward == "functions" else None,
+        share_reward_trunk=reward != "by itself",
     )
     plan = make_plan(config)
     assert plan.parameters == 6_738_415_616
-    assert plan.fits, plan.to_dict()["phases"]
-    assert plan.worst.total < 40 * GB
+    assert (plan.worst.total < 40 * GB) == (reward != "by itself"), plan.to_dict()["phases"]
+    if reward == "on the trunk":
+        (added,) = {phase.parts["reward adapters and heads"] for phase in plan.phases}
+        assert added < 0.7 * GB

@@ -198,7 +198,8 @@ class TokenPolicy(TensorDictModuleBase):
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.generation_batch_size = generation_batch_size
         self.within: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self.compute_dtype: torch.dtype | None = None
+        quantization = getattr(model.config, "quantization_config", None)
+        self.compute_dtype: torch.dtype | None = getattr(quantization, "bnb_4bit_compute_dtype", None)
         self.keep_states = False
         self._states: tuple[TensorDictBase, Tensor] | None = None
 

@@ -16,6 +16,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.sequences import text_config
 
 __all__ = [
+    "OWN_PAD",
     "adapted_model",
     "end_tokens",
     "ensure_pad_token",
@@ -37,6 +38,10 @@ __all__ = [
     "saved_ends",
     "set_pad_token",
 ]
+
+
+#: the pad token of those that had none; no text holds it
+OWN_PAD = "<|pad|>"
 
 
 def import_transformers() -> Any:
@@ -201,7 +206,7 @@ def _ends(
 
 
 def set_pad_token(tokenizer: Any, ends: Iterable[int]) -> None:
-    """Give a tokenizer without a pad token, or with one that ends a text, ``<|pad|>``.
+    """Give a tokenizer without a pad token, or with one that ends a text, :data:`OWN_PAD`.
 
     Args:
         tokenizer: changed in place.
@@ -213,7 +218,7 @@ def set_pad_token(tokenizer: Any, ends: Iterable[int]) -> None:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token, so a response has no end; set one and save it")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in {tokenizer.eos_token_id, *ends}:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        tokenizer.add_special_tokens({"pad_token": OWN_PAD})
 
 
 def ensure_pad_token(tokenizer: Any, model: nn.Module) -> None:

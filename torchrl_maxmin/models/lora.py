@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.loading import import_peft, import_transformers, quiet_peft
+from torchrl_maxmin.models.loading import import_peft, import_transformers, quiet_peft, reading
+from torchrl_maxmin.models.sequences import backbone_of
 
 __all__ = [
     "AdapterSwitch",
     "LoraSettings",
     "add_adapters",
+    "add_saved_adapter",
     "base_state",
     "copy_adapter_",
     "import_peft",
@@ -101,6 +103,34 @@ def add_adapters(
     return model.eval()
 
 
+def add_saved_adapter(model: Any, name: str, folder: Path) -> None:
+    """Put a saved adapter of a model's trunk beside the adapters that the model has, frozen.
+
+    Args:
+        model: the peft model of a language model.
+        name: of the adapter from now on.
+        folder: what peft wrote of an adapter of the trunk alone.
+
+    Raises:
+        UserError: for an adapter that is not of this trunk.
+    """
+    peft, base = import_peft(), model.get_base_model()
+    trunk = backbone_of(base)
+    path = next(path for path, module in base.named_modules() if module is trunk)
+    with reading("adapter", str(folder)):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        state = peft.load_peft_weights(str(folder), device="cpu")
+    config.inference_mode = True
+    old, new = "base_model.model.", ".".join(["base_model.model", *([path] if path else []), ""])
+    state = {new + key.removeprefix(old): weight for key, weight in state.items()}
+    # new adapters are drawn at random before they are loaded
+    with quiet_peft(), torch.random.fork_rng(devices=[]), reading("adapter", str(folder)):
+        model.add_adapter(name, config)
+    if state.keys() != read_adapter(model, name).keys():
+        raise UserError(f"the adapter in {folder} is of other layers than {type(base).__name__} has")
+    write_adapter(model, name, state)
+
+
 def require_adaptable(config: Any, settings: LoraSettings) -> None:
     """Raise :class:`UserError` where a trunk of this config cannot be adapted so, before it has weights."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -160,14 +190,22 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: Any, active: str):
+        self.model = model
+        self.active: str | None = active
+        self._find({p: p.requires_grad for name, p in model.named_parameters() if ".lora_" in name})
+
+    def _find(self, trainable: dict[nn.Parameter, bool]) -> None:
         tuner = import_peft().tuners.tuners_utils.BaseTunerLayer
-        self.layers = [module for module in model.modules() if isinstance(module, tuner)]
-        parameters = [p for name, p in model.named_parameters() if ".lora_" in name]
-        self.trainable = [(parameter, parameter.requires_grad) for parameter in parameters]
+        self.layers = [module for module in self.model.modules() if isinstance(module, tuner)]
+        self.trainable = trainable
         drops = (m for layer in self.layers for m in getattr(layer, "lora_dropout", {}).values())
         self.dropouts = [module for module in drops if isinstance(module, nn.Dropout)]
-        self.active: str | None = active
         self.apply()
+
+    def include_new(self) -> None:
+        """Take in adapters that were put on the model since; they are frozen, the others as they were."""
+        present = [p for name, p in self.model.named_parameters() if ".lora_" in name]
+        self._find({p: self.trainable.get(p, False) for p in present})
 
     def apply(self) -> None:
         """Make the active adapter active in every layer, whatever others did to them."""
@@ -176,7 +214,7 @@ class AdapterSwitch:
                 layer.enable_adapters(self.active is not None)
             if self.active is not None:
                 layer.set_adapter(self.active)
-        for parameter, trainable in self.trainable:
+        for parameter, trainable in self.trainable.items():
             parameter.requires_grad_(trainable)
 
     def _set(self, adapter: str | None, dropout: bool) -> None:

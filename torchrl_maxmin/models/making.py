@@ -22,6 +22,11 @@ def check_critic(settings: ModelSettings, critic: str | None) -> None:
         raise UserError(f"--critic {critic!r} is none of {', '.join(CRITICS)}")
     if critic == "adapter" and not settings.use_peft:
         raise UserError("--critic adapter is an adapter on the policy's trunk: it needs --use_peft")
+    if critic == "full" and settings.load_in_4bit:
+        raise UserError(
+            "--critic full trains a copy of the trunk, which 4-bit weights cannot be: with --load_in_4bit "
+            "give --critic adapter or heads"
+        )
 
 
 def make_networks(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -69,8 +68,10 @@ class ModelSettings(CheckedSettings):
             )
         if self.load_in_4bit and not self.use_peft:
             raise UserError("--load_in_4bit freezes the weights: it goes with --use_peft")
-        if self.load_in_4bit and find_spec("bitsandbytes") is None:
-            raise UserError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+        if self.load_in_4bit and not import_transformers().utils.is_bitsandbytes_available():
+            raise UserError(
+                "--load_in_4bit needs bitsandbytes, and not an old one: pip install -U bitsandbytes"
+            )
         if self.load_in_4bit and getattr(self, "merge_adapter", False):
             raise UserError("4-bit weights take no adapter: --load_in_4bit goes with --merge_adapter false")
         names = [name.value for name in import_transformers().training_args.OptimizerNames]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torchrl_maxmin.models.lora import (
     AdapterSwitch,
     LoraSettings,
     add_adapters,
+    add_saved_adapter,
     read_adapter,
     save_policy,
     write_adapter,
@@ -97,6 +99,19 @@ class SharedTrunk(LanguageNetworks):
             if own_critic is not None:
                 checkpoint_layers(own_critic)
         super().__init__(policy, reference, values, tokenizer, **options)
+
+    def add_frozen_adapters(self, folders: Mapping[str, Path]) -> None:
+        """Put saved adapters of the trunk beside the policy's; no role is trained by them or saved with them.
+
+        Args:
+            folders: what peft wrote, by the name that :attr:`switch` shall know it by.
+
+        Raises:
+            UserError: for an adapter of another trunk.
+        """
+        for name, folder in folders.items():
+            add_saved_adapter(self.adapted, name, folder)
+        self.switch.include_new()
 
     @property
     def roles(self) -> dict[str, nn.Module]:

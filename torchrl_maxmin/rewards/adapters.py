@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torchrl_maxmin.models.loading import reading
 from torchrl_maxmin.models.lora import base_state, import_peft, quiet_peft, read_adapter, write_adapter
 
 ADAPTERS = ("per_group", "shared")
-_FOLDER = "adapters"
+_FOLDER, _CONFIG = "adapters", "adapter_config.json"
 
 
 def adapter_names(adapters: str, num_groups: int) -> list[str]:
@@ -23,13 +24,29 @@ def adapter_names(adapters: str, num_groups: int) -> list[str]:
     return ["shared"] if adapters == "shared" else [f"group_{k}" for k in range(num_groups)]
 
 
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Where a mixture's folder keeps an adapter."""
+    return folder / _FOLDER / name
+
+
+def require_adapters(folder: Path, names: Sequence[str]) -> None:
+    """Raise :class:`UserError` for a mixture's folder that lacks some of its adapters."""
+    missing = [name for name in names if not (adapter_folder(folder, name) / _CONFIG).is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks the adapters {', '.join(missing)}, so it would score without them")
+
+
+def read_targets(folder: Path, name: str) -> Sequence[str] | str:
+    """The layers of a saved adapter: their names, or a pattern of them."""
+    with reading("adapter", str(folder)):
+        return json.loads((adapter_folder(folder, name) / _CONFIG).read_text())["target_modules"]
+
+
 def load_adapters(trunk: nn.Module, folder: Path, names: Sequence[str]) -> Any:
     """Put saved adapters on a trunk, trainable; returns the peft model."""
     peft = import_peft()
-    missing = [name for name in names if not (folder / _FOLDER / name / "adapter_config.json").is_file()]
-    if missing:
-        raise UserError(f"{folder} lacks the adapters {', '.join(missing)}, so it would score without them")
-    first, *others = ({"model_id": str(folder / _FOLDER / name), "adapter_name": name} for name in names)
+    require_adapters(folder, names)
+    first, *others = ({"model_id": str(adapter_folder(folder, name)), "adapter_name": name} for name in names)
     with quiet_peft(), reading("adapters", str(folder)):
         model = peft.PeftModel.from_pretrained(trunk, is_trainable=True, **first)
         for other in others:
@@ -53,4 +70,12 @@ def permute_adapters_(model: Any, names: Sequence[str], order: Sequence[int]) ->
 
 def save_base(model: Any, folder: Path) -> None:
     """Write the trunk below the adapters, as it was without them."""
-    model.get_base_model().save_pretrained(folder, state_dict=base_state(model))
+    base, state = model.get_base_model(), base_state(model)
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None:  # transformers would save what it finds in place of this state
+        base.hf_quantizer = None
+    try:
+        base.save_pretrained(folder, state_dict=state)
+    finally:
+        if quantizer is not None:
+            base.hf_quantizer = quantizer

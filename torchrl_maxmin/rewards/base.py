@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import mean_over_ranks
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.loading import import_transformers
+from torchrl_maxmin.models.loading import import_transformers, reading
 from torchrl_maxmin.models.sequences import pad_right
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, Text, TextReader
 
 HEADS = ("linear", "mlp", "low_rank")
+HEADS_FILE = "heads.safetensors"
 
 
 class RewardHeads(nn.Module):
@@ -70,6 +72,29 @@ class RewardHeads(nn.Module):
         if features.dim() == 3:
             return (features * self.output.weight).sum(-1)
         return reward_heads_min(features, self.output.weight)[0]
+
+
+def require_heads(folder: Path) -> None:
+    """Raise :class:`UserError` for a folder of a mixture without its heads."""
+    if not (folder / HEADS_FILE).is_file():
+        raise UserError(f"{folder} lacks {HEADS_FILE}, so it would score at random; save it again")
+
+
+def read_heads(folder: Path, form: dict[str, Any], width: int) -> RewardHeads:
+    """The heads that :meth:`RewardMixture.save_pretrained` wrote beside a trunk.
+
+    Args:
+        folder: the mixture's.
+        form: the entry ``heads`` of its ``mixture.json``.
+        width: of the trunk's states.
+    """
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        heads = RewardHeads(form["kind"], width, form["num_groups"], form["rank"])
+    with reading("reward heads", str(folder)):
+        heads.load_state_dict(load_file(folder / HEADS_FILE), assign=True)
+    return heads
 
 
 @torch.no_grad()

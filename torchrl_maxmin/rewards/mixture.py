@@ -34,18 +34,19 @@ from torchrl_maxmin.models.sequences import backbone_of, states_width
 from torchrl_maxmin.preferences.chat import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
 from torchrl_maxmin.rewards.base import (
+    HEADS_FILE,
     RewardHeads,
     RewardModel,
     has_linear_score,
     permute_rows_,
+    read_heads,
+    require_heads,
     reset_row_,
 )
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.reader import Text, TextReader
 
 __all__ = ["RewardMixture"]
-
-_HEADS_FILE = "heads.safetensors"
 
 
 class RewardMixture(RewardModel):
@@ -66,6 +67,11 @@ class RewardMixture(RewardModel):
         heads: on top of a trunk.
         pooling, layout: see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
         adapters: ``"per_group"`` or ``"shared"`` where ``model`` carries LoRA adapters.
+        switch: that of a model which others read too, see :mod:`torchrl_maxmin.rewards.on_trunk`.
+        names: what it knows the adapters by; None stands for the model without.
+
+    Attributes:
+        num_tokens: rows of the trunk's embeddings that a text may use.
 
     Example:
         >>> mixture = RewardMixture.from_backbone("gpt2", num_groups=2)  # doctest: +SKIP
@@ -84,6 +90,8 @@ class RewardMixture(RewardModel):
         pooling: str | None = None,
         layout: str | None = None,
         adapters: str | None = None,
+        switch: AdapterSwitch | None = None,
+        names: Sequence[Any] | None = None,
     ):
         if heads is None and not isinstance(getattr(model, "score", None), nn.Linear):
             raise UserError(
@@ -95,8 +103,12 @@ class RewardMixture(RewardModel):
         super().__init__(output.out_features, log_prior, calibration)
         self.model, self.heads, self.adapters = model, heads, adapters
         self.autocast, self.dropout = False, False
-        self.switch = AdapterSwitch(model, self._names[0]) if adapters else None
+        self.names: Sequence[Any] = names or (
+            lora.adapter_names(adapters, self.num_groups) if adapters else []
+        )
+        self.switch = AdapterSwitch(model, self.names[0]) if adapters and switch is None else switch
         self.tokenizer = tokenizer
+        self.num_tokens: int = model.get_input_embeddings().num_embeddings
         self.reader = TextReader(model, tokenizer, pooling=pooling, layout=layout)
 
     @classmethod
@@ -226,17 +238,10 @@ class RewardMixture(RewardModel):
 
     @staticmethod
     def _load_heads(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
-        from safetensors.torch import load_file
-
-        if not (folder / _HEADS_FILE).is_file():
-            raise UserError(f"{folder} lacks {_HEADS_FILE}, so it would score at random; save it again")
+        require_heads(folder)
         model, _ = load_trunk(form["base"] or str(folder), getattr(torch, form["dtype"]))
         names = [] if form["adapters"] is None else lora.adapter_names(form["adapters"], form["num_groups"])
-        width = states_width(model)
-        with torch.device("meta"):
-            heads = RewardHeads(form["kind"], width, form["num_groups"], form["rank"])
-        with reading("reward heads", str(folder)):
-            heads.load_state_dict(load_file(folder / _HEADS_FILE), assign=True)
+        heads = read_heads(folder, form, states_width(model))
         return {
             "model": lora.load_adapters(model, folder, names) if names else model,
             "tokenizer": load_tokenizer(str(folder)),
@@ -277,11 +282,11 @@ class RewardMixture(RewardModel):
                 "base": None if whole else self.model.get_base_model().name_or_path,
                 "dtype": dtype,
             }
-            save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, folder / _HEADS_FILE)
+            save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, folder / HEADS_FILE)
             if self.adapters is None:
                 self.model.save_pretrained(folder)
             else:
-                lora.save_adapters(self.model, folder, self._names)
+                lora.save_adapters(self.model, folder, self.names)
                 if include_base:
                     lora.save_base(self.model, folder)
                 else:
@@ -303,12 +308,12 @@ class RewardMixture(RewardModel):
         Returns:
             Rewards [N, K] in fp32, read at the last real token or what ``pooling`` says.
         """
-        known = tokens < self.model.get_input_embeddings().num_embeddings
+        known = tokens < self.num_tokens
         tokens, mask = tokens.masked_fill(~known, self.reader.pad_id), mask & known
         if self.switch is None:
             vectors = self._vectors(tokens, mask)
         else:
-            each = [self._vectors(tokens, mask, name) for name in self._names]
+            each = [self._vectors(tokens, mask, name) for name in self.names]
             vectors = torch.stack(each, 1) if self.adapters == "per_group" else each[0]
         if self.heads is None:
             rewards = reward_heads_min(vectors, self.output.weight, self.output.bias)[0]
@@ -347,10 +352,6 @@ class RewardMixture(RewardModel):
         """The last layer [K, ...], of which every group has a row of its own."""
         return self.model.score if self.heads is None else self.heads.output
 
-    @property
-    def _names(self) -> list[str]:
-        return lora.adapter_names(str(self.adapters), self.num_groups)
-
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters on top of the trunk."""
         return list((self.model.score if self.heads is None else self.heads).parameters())
@@ -372,10 +373,10 @@ class RewardMixture(RewardModel):
         self.log_prior.copy_(self.log_prior[order.to(self.log_prior.device)])
         self.calibration = self.calibration.permute(order.cpu())
         if self.adapters == "per_group":
-            lora.permute_adapters_(self.model, self._names, order.tolist())
+            lora.permute_adapters_(self.model, self.names, order.tolist())
 
     def reset_head_(self, k: int, donor: int, noise_scale: float = 0.1) -> None:
         """Start group k anew from the donor's head, with a little noise, and from its adapter."""
         reset_row_(self.output, k, donor, noise_scale)
         if self.adapters == "per_group":
-            copy_adapter_(self.model, self._names[donor], self._names[k])
+            copy_adapter_(self.model, self.names[donor], self.names[k])

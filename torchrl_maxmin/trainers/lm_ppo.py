@@ -28,6 +28,8 @@ from torchrl_maxmin.models.sampling import encode_prompts
 from torchrl_maxmin.models.sequences import require_positions
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model
+from torchrl_maxmin.rewards.base import RewardModel
+from torchrl_maxmin.rewards.on_trunk import SavedMixture
 from torchrl_maxmin.rewards.source import (
     FunctionRewards,
     MixtureRewards,
@@ -95,18 +97,17 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     require_causal_lm(config.model_name_or_path)
     table, texts = load_prompts(config.dataset_name, config.dataset_split, "ppo")
     tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
-    mixture = load_reward_model(config.reward_model_path) if config.reward_model_path else None
+    reward: RewardModel | SavedMixture | None = None
+    if config.reward_model_path:
+        saved = SavedMixture.find(config.reward_model_path) if config.shares_reward_trunk else None
+        reward = saved or load_reward_model(config.reward_model_path)
     functions = load_functions(config.reward_funcs)
     monitor_functions = load_functions(config.monitor_funcs)
     columns = extra_columns([*functions, *monitor_functions], table, range(len(texts)))
     rows = distinct_rows(texts, columns)
     texts = [texts[row] for row in rows]
     columns = {name: [values[row] for row in rows] for name, values in columns.items()}
-    source: MixtureRewards | FunctionRewards
-    if mixture is None:
-        source = FunctionRewards(functions, tokenizer, texts, columns)
-    else:
-        source = MixtureRewards(mixture.to(device), tokenizer, texts)
+    of_functions = FunctionRewards(functions, tokenizer, texts, columns)
     monitors: list[Monitor] = []
     if monitor_functions:
         monitors.append(monitor_rewards(FunctionRewards(monitor_functions, tokenizer, texts, columns)))
@@ -121,13 +122,14 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         **config.sampling_options(),
         **config.load_options(),
     )
-    if isinstance(source, MixtureRewards):
-        source.ends = reference.ends
+    if isinstance(reward, SavedMixture):
+        reward = reward.shared_with(reference.model, tokenizer)
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
     require_positions(reference.model, prompts["prompt_tokens"].shape[-1], config.response_length)
     # a win rate is at least 0, and a response that does not end pays the penalty
-    shares = None if mixture is None else mixture.log_prior.exp()
-    adversary = adversary_of(config, source.num_groups, shares, disagreement=-config.missing_eos_penalty)
+    shares = None if reward is None else reward.log_prior.exp()
+    num_groups = of_functions.num_groups if reward is None else reward.num_groups
+    adversary = adversary_of(config, num_groups, shares, disagreement=-config.missing_eos_penalty)
     models = make_networks(
         config,
         reference,
@@ -139,6 +141,11 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         entropy=config.entropy_coeff > 0,
         scoring_batch_size=config.scoring_batch_size,
     )
+    if isinstance(reward, SavedMixture):
+        reward = reward.on(models)
+    source: MixtureRewards | FunctionRewards = of_functions
+    if reward is not None:
+        source = MixtureRewards(reward.to(device), tokenizer, texts, reference.ends)
     rewards = CalibratedRewards(
         source,
         ends=reference.ends,

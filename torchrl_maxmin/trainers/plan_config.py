@@ -26,7 +26,8 @@ _TRAINING = ("per_device_train_batch_size", "lora_r", "lora_dropout")
 _READ = {
     "ppo": (
         *_TRAINING,
-        *("num_groups", "reward_model_path", "reward_funcs", "critic", "advantage", "distributed"),
+        *("num_groups", "reward_model_path", "share_reward_trunk", "reward_funcs"),
+        *("critic", "advantage", "distributed"),
         *("rollout_batch_size", "mini_batch_size", "generation_batch_size", "scoring_batch_size"),
         *("response_length", "max_prompt_length", "num_ppo_epochs", "calibration_prompts"),
         *("calibration_samples", "temperature", "entropy_coeff"),
@@ -53,7 +54,9 @@ class PlanConfig(CheckedSettings):
         stage: ppo, sft or reward.
         memory_gb: memory of a GPU; with device cpu that of this machine when left out.
         device: cuda, or cpu for a run on this machine's processor.
-        reward_model_path: the reward of ppo, what reward wrote; one on the same model when left out.
+        reward_model_path: the reward of ppo, what reward wrote; when left out, what reward makes of the same
+            model, with use_peft an adapter a group.
+        share_reward_trunk: whether a reward with adapters on the same model is read from the policy's trunk.
         reward_funcs: the rewards of ppo are functions, so that there is no reward model.
         dtype: of the weights below adapters, float32, bfloat16 or auto (what the config says).
         use_peft: train LoRA adapters on a frozen trunk.
@@ -90,6 +93,7 @@ class PlanConfig(CheckedSettings):
     memory_gb: float | None = None
     device: str = "cuda"
     reward_model_path: str | None = None
+    share_reward_trunk: bool | None = None
     reward_funcs: list[str] | None = None
     dtype: str = "float32"
     use_peft: bool = False

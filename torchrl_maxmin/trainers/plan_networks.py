@@ -16,8 +16,11 @@ from torchrl_maxmin.models.dry_run import nbytes
 from torchrl_maxmin.models.loading import load_config, reading
 from torchrl_maxmin.models.lora import AdapterSwitch, LoraSettings, add_adapters
 from torchrl_maxmin.models.memory import without_weights
+from torchrl_maxmin.models.sequences import text_config
+from torchrl_maxmin.models.weights import config_difference
+from torchrl_maxmin.rewards.adapters import adapter_names
 
-__all__ = ["Network", "Size", "reward_network", "size_of"]
+__all__ = ["Network", "Reader", "Size", "reward_reader", "size_of"]
 
 
 @dataclass(frozen=True)
@@ -115,27 +118,58 @@ def size_of(network: Network) -> Size:
     )
 
 
-def reward_network(folder: str | None, name_or_path: str) -> tuple[Network, int, int]:
-    """The trunk of a reward model, how often it reads a text, and bytes of what is on it.
+@dataclass(frozen=True)
+class Reader:
+    """What reads the rewards.
+
+    Attributes:
+        network: its trunk, without adapters.
+        passes: how often it reads a text.
+        added: bytes of what is on the trunk.
+        shared: whether the trunk is the policy's own, and weighs nothing more.
+    """
+
+    network: Network
+    passes: int = 1
+    added: int = 0
+    shared: bool = False
+
+
+def reward_reader(folder: str | None, reference: Network, lora: LoraSettings | None, groups: int) -> Reader:
+    """The reward model of a run of PPO.
+
+    A saved mixture with adapters left its trunk as it was: where its config is the policy's it counts as on
+    the policy's trunk. The run compares their weights, of which a plan reads none.
 
     Args:
-        folder: what the reward stage wrote, or another sequence classifier; None for one with linear heads on
-            ``name_or_path`` that is trained as a whole.
-        name_or_path: the policy's model.
+        folder: what the reward stage wrote, or another sequence classifier; None for what that stage makes of
+            the policy's model.
+        reference: the policy without its adapters.
+        lora: of the adapters where the policy's trunk is frozen and may be shared; None where it may not.
+        groups: K, of a reward model that is not there yet.
 
     Raises:
         UserError: for a folder without a config.
     """
-    if folder is None:
-        return Network(name_or_path, "trunk"), 1, 0
+    own = replace(reference, kind="trunk")
+    if folder is None and lora is None:
+        return Reader(Network(own.model_name_or_path, "trunk"))
+    if folder is None:  # an adapter and a head a group, the defaults of the reward stage
+        names = adapter_names("per_group", groups)
+        size = size_of(replace(own, adapters=tuple(names), lora=lora))
+        width = text_config(load_config(own.model_name_or_path)).hidden_size
+        return Reader(own, groups, groups * (size.adapters + Size.of_heads(width).weights), True)
     load_config(folder)
     extra, state = Path(folder) / "mixture.json", {}
     if extra.is_file():
         with reading("mixture.json", folder):
             state = json.loads(extra.read_text())
     form = state.get("heads", {})
-    dtype = getattr(torch, form.get("dtype") or state.get("dtype", "float32"))
     passes = form["num_groups"] if form.get("adapters") == "per_group" else 1
     files: Sequence[Path] = [*Path(folder).glob("adapters/*/*.safetensors"), *Path(folder).glob("heads.*")]
-    network = Network(form.get("base") or folder, "trunk", dtype)
-    return network, passes, sum(file.stat().st_size for file in files)
+    added, base = sum(file.stat().st_size for file in files), form.get("base") or folder
+    frozen = lora is not None and form.get("adapters") and Path(base).is_dir()
+    if frozen and config_difference(Path(base), load_config(own.model_name_or_path)) is None:
+        return Reader(own, passes, added, True)
+    dtype = getattr(torch, form.get("dtype") or state.get("dtype", "float32"))
+    return Reader(Network(base, "trunk", dtype), passes, added)

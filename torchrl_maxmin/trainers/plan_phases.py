@@ -15,7 +15,7 @@ from torchrl_maxmin.models.lora import AdapterSwitch, LoraSettings
 from torchrl_maxmin.models.memory import log_probs_of, states_of, values_of
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, text_config
 from torchrl_maxmin.rewards.adapters import adapter_names
-from torchrl_maxmin.trainers.plan_networks import Network, Size, reward_network
+from torchrl_maxmin.trainers.plan_networks import Network, Reader, Size, reward_reader
 from torchrl_maxmin.trainers.plan_traces import FLOAT, Phase, Planner
 
 __all__ = ["stage_phases"]
@@ -129,12 +129,15 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
     rollout = _share(settings.rollout_batch_size, settings)
     mini = _share(min(settings.mini_batch_size, settings.rollout_batch_size), settings)
     micro = min(settings.per_device_train_batch_size or mini, mini)
-    reader, passes, on_top = None, 1, 0
+    reader = None
     if not settings.reward_funcs:
-        reader, passes, on_top = reward_network(settings.reward_model_path, settings.model_name_or_path)
+        lora = _lora(settings) if settings.use_peft and settings.share_reward_trunk else None
+        reader = reward_reader(settings.reward_model_path, roles.reference, lora, settings.num_groups)
     weights = dict(roles.weights)
-    if reader is not None:
-        weights["reward model"] = planner.size(reader).weights + on_top
+    if reader is not None and reader.shared:
+        weights["reward adapters and heads"] = reader.added
+    elif reader is not None:
+        weights["reward model"] = planner.size(reader.network).weights + reader.added
     if planner.device == "cpu":
         weights["file of resized embeddings"] = planner.size(roles.reference).embeddings
     before = _held(settings, planner, weights, roles.trained, stepped=False)
@@ -149,7 +152,7 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
     parts, seconds = planner.sampling(roles.policy, at_once, prompt, response, settings.temperature)
     generate = Phase("generate", held | parts, seconds * rollout / at_once, ("generation_batch_size",))
 
-    score = _score(settings, planner, roles, reader, passes, rollout)
+    score = _score(settings, planner, roles, reader, rollout)
     score.parts = held | score.parts
 
     parts, seconds = _update(settings, planner, roles, micro, accumulate=micro < mini)
@@ -164,9 +167,7 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
     return [calibrate, generate, score, update, Phase("save", held)]
 
 
-def _score(
-    settings: Any, planner: Planner, roles: _Roles, reader: Network | None, passes: int, rollout: int
-) -> Phase:
+def _score(settings: Any, planner: Planner, roles: _Roles, reader: Reader | None, rollout: int) -> Phase:
     """Log-probabilities of the reference, values and rewards of a rollout, one after the other."""
     prompt, response = settings.max_prompt_length, settings.response_length
     rows = min(settings.scoring_batch_size, rollout)
@@ -177,8 +178,8 @@ def _score(
         values = planner.scoring(roles.critic, rows, prompt, response, log_probs=False, columns=columns)
         traces.append((values, batches))
     if reader is not None:
-        rewards = planner.scoring(reader, rows, 1, prompt + response, log_probs=False)
-        traces.append((rewards, passes * batches))
+        rewards = planner.scoring(reader.network, rows, 1, prompt + response, log_probs=False)
+        traces.append((rewards, reader.passes * batches))
     check = planner.scoring(roles.policy, min(_CHECKED, rollout), prompt, response, log_probs=True)
     worst = max([*(trace for trace, _ in traces), check], key=lambda trace: trace.peak)
     seconds = sum(trace.seconds * times for trace, times in traces)

@@ -30,6 +30,9 @@ class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
         dataset_name: prompts; json, jsonl, csv or parquet file, saved dataset or hub name with a
             column prompt of strings or lists of messages.
         reward_model_path: folder that reward wrote (or any sequence classifier with K labels).
+        share_reward_trunk: with use_peft, read a reward model from the policy's own trunk where it is on
+            the same one, weight by weight in the policy's dtype; its rewards are then read in that dtype too.
+            False loads it by itself, in the dtype that it was saved in.
         reward_funcs: instead of a reward model, functions by name, as module:function; called as TRL does,
             with prompts, completions and those columns of the data that they take by name.
         monitor_funcs: functions by name, or a world's json, that are logged and never trained on.
@@ -82,6 +85,7 @@ class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
     model_name_or_path: str
     dataset_name: str
     reward_model_path: str | None = None
+    share_reward_trunk: bool = True
     reward_funcs: list[str] = field(default_factory=list)
     monitor_funcs: list[str] = field(default_factory=list)
     critic: str | None = None
@@ -153,6 +157,11 @@ class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
             raise UserError(f"--welfare {self.welfare} needs positive utilities: add --calibration win_rate")
         self._check_advantage()
         self._check_certificate()
+
+    @property
+    def shares_reward_trunk(self) -> bool:
+        """Whether a reward model on the policy's trunk is read from it."""
+        return self.use_peft and self.share_reward_trunk and self.reward_model_path is not None
 
     def _check_advantage(self) -> None:
         if self.scale_rewards is not None:

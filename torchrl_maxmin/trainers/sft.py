@@ -216,7 +216,8 @@ def run_sft(config: SFTConfig) -> Path:
         adapted = add_adapters(model, ["default"], config.lora_settings(), task_type="CAUSAL_LM")
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    loss = _train(config, model, rows, collate, folder, device)
+    # the Trainer refuses 4-bit weights unless it sees the adapters on them
+    loss = _train(config, model if adapted is None else adapted, rows, collate, folder, device)
     write_json(
         folder / "summary.json", {"schema_version": SCHEMA_VERSION, "rows": len(rows), "train_loss": loss}
     )
