@@ -35,7 +35,8 @@ class ModelSettings(CheckedSettings):
         use_peft: freeze the model and train LoRA adapters on it.
         lora_r: rank of the adapters.
         lora_alpha: scale of the adapters; updates are multiplied by lora_alpha / lora_r.
-        lora_dropout: dropout on the adapters' inputs where gradients are taken.
+        lora_dropout: dropout on the adapters' inputs where gradients are taken. 0, where TRL has 0.05: with
+            dropout PPO's ratio is not 1 at the first step, and every adapter keeps a copy of its input.
         lora_target_modules: layers that get adapters; all-linear is all but the output embeddings.
     """
 
