@@ -3,16 +3,15 @@
     python benchmarks/adapters.py --model_name_or_path runs/smollm2
     python benchmarks/adapters.py --model_name_or_path runs/smollm2 --against plain --pairs 2
 
-* ``plain``: MaxMin PPO of two groups with a critic, beside ``contestants/plain_ppo.py``, the
-  same in PyTorch and peft.
+* ``plain``: MaxMin PPO of two groups with a critic, beside ``contestants/plain_ppo.py``, the same in PyTorch
+  and peft.
 * ``trl``: without a critic (``--advantage grpo``), beside TRL's ``GRPOTrainer``; TRL must be installed, in a
   folder of its own on PYTHONPATH for instance (``pip install --target FOLDER --no-deps 'trl==1.16.*'``).
 
 Model, prompts, rewards, adapters, samples, epochs, minibatches, length and threads are the same. Each is a
 process that lives through the run and iterates in turn, the order alternating; the first iteration of each is
-not counted. A ratio is ours over the other's in one turn of both. Their median, by wall time, is to be at most
-1.00, or the exit status is 1; the interval is one of order statistics. Processor time, which counts others on
-the machine less, stands beside it.
+not counted. A ratio is ours over the other's in one turn of both. Their median, by wall time, is to be at
+most 1.00, or the exit status is 1; its interval is that of order statistics. Processor time stands beside.
 """
 
 import argparse

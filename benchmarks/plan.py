@@ -4,9 +4,9 @@
     python benchmarks/plan.py --model_name_or_path runs/smollm2 --only full lora
 
 Every setting is one iteration of PPO in a process of its own, whose peak is the operating system's (resident
-set, libraries included), and a plan from the config alone. The bars: a plan within 15% of its run; what
-adapters in bfloat16 take at most 1.15 times their plan, and .30 of full fine-tuning in float32. A miss is exit
-status 1.
+set, libraries included), and a plan from the config alone. The bars: a plan is within 15% of its run; what
+adapters in bfloat16 take is at most 1.15 times their plan, and .30 of full fine-tuning in float32. A miss is
+exit status 1.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import import_peft, import_transformers, quiet_peft
+from torchrl_maxmin.models.lora_inputs import keep_narrow_inputs
 
 __all__ = [
     "AdapterSwitch",
@@ -97,6 +98,7 @@ def add_adapters(
             f"peft cannot adapt {type(trunk).__name__}: {error}; check lora_r, and name the layers "
             "to adapt by lora_target_modules"
         ) from error
+    keep_narrow_inputs(model)
     model.set_requires_grad(list(names), True)
     return model.eval()
 
