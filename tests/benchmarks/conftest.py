@@ -35,6 +35,16 @@ def portable():
     return load("benchmarks_portable_script", BENCHMARKS / "portable.py")
 
 
+@pytest.fixture(scope="session")
+def facts():
+    return load("facts", BENCHMARKS / "facts.py")
+
+
+@pytest.fixture(scope="session")
+def plan_script(facts):
+    return load("benchmarks_plan_script", BENCHMARKS / "plan.py")
+
+
 @pytest.fixture(autouse=True)
 def same_threads():
     before = torch.get_num_threads()

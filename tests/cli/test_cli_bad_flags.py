@@ -10,7 +10,9 @@ from torchrl_maxmin.cli.main import main
 
 
 def test_unknown_verb(refused):
-    assert "choose one of demo, sft, reward, ppo, evaluate, diagnose, data, plan, report, env" in refused("trane")
+    assert "choose one of demo, sft, reward, ppo, evaluate, diagnose, data, plan, report, env" in refused(
+        "trane"
+    )
 
 
 @pytest.mark.parametrize(

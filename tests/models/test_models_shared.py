@@ -7,6 +7,7 @@ import torch
 from architectures import build
 from rounding import EPS
 from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from torchrl_maxmin.core.errors import UserError
@@ -244,3 +245,22 @@ def test_autocast_computes_in_bfloat16_on_float32_weights():
     assert 0 < apart.mean() <= 16 * 2**-8 * expected.abs().max()
     assert networks.policy.dtype == torch.bfloat16
     assert next(networks.policy.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_output_layer_reads_a_prompts_last_state_in_one_product(name):
+    """Not once a row: PyTorch folds a slice of states only where the weight is trained."""
+    networks, seen = shared(name, dtype=torch.bfloat16), []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default:
+                seen.append(args[1].shape[-1])
+            return func(*args, **(kwargs or {}))
+
+    prompts = make_rows(networks.policy).select("prompt_tokens", "prompt_mask")
+    vocabulary = networks.policy.model.get_output_embeddings().weight.shape[0]
+    with Products():
+        networks.reference(prompts.clone(), 2)
+        networks.policy(prompts.clone(), 2)
+    assert vocabulary not in seen

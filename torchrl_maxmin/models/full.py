@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.language import SCORED, TokenPolicy, TokenScorer, predicting_states
 from torchrl_maxmin.models.networks import Networks
+from torchrl_maxmin.models.output_head import read_in_one_piece
 from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, states_width
 
 __all__ = ["FullCopies", "LanguageNetworks", "TokenCritic", "ValueHeads", "heads_on_policy"]
@@ -192,4 +193,6 @@ class FullCopies(LanguageNetworks):
             checkpoint_layers(policy)
             if isinstance(values, TokenCritic):
                 checkpoint_layers(values)
+        if reference.model.dtype.itemsize == 2:  # in float32 rounding, and so samples, would change
+            read_in_one_piece(reference.model.get_output_embeddings())
         super().__init__(policy, reference.requires_grad_(False), values, tokenizer, **options)

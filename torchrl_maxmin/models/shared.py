@@ -23,6 +23,7 @@ from torchrl_maxmin.models.lora import (
     save_policy,
     write_adapter,
 )
+from torchrl_maxmin.models.output_head import read_in_one_piece
 from torchrl_maxmin.models.sequences import backbone_of, states_width
 
 __all__ = ["SharedTrunk"]
@@ -78,6 +79,7 @@ class SharedTrunk(LanguageNetworks):
                 "--lora_target_modules names the output embeddings, whose log-probabilities are taken from "
                 "their weights alone; leave them out (all-linear does)"
             )
+        read_in_one_piece(model.get_output_embeddings())
         self.adapters = names
         self.switch, self.merge = AdapterSwitch(self.adapted, names[0]), merge
         policy = copy.copy(reference)
