@@ -267,3 +267,10 @@ def test_users_count_once_however_many_comparisons_they_made():
     assert rates.average_over_groups is None
     people = rates.average_over_people
     assert (people.estimate, people.clusters) == (0.5, {"users": 3})
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_one_unit_has_neither_end(rate):
+    found = interval_over_users([[rate]], num_resamples=0, warn=False)
+    assert np.isnan(found.low).all()
+    assert np.isnan(found.high).all()

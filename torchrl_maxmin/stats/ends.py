@@ -90,7 +90,8 @@ def _logit_ends(
     low, high = (np.where(half == 0, mean, expit(logit(inside) + side * width)) for side in (-1, 1))
     # Never a loss in so many units: how often losses could be and still stay unseen.
     unseen = 1 - ((1 - np.asarray(confidence)) / 2) ** (1 / count)
-    return np.where(mean == 1, 1 - unseen, low), np.where(mean == 0, unseen, high)
+    known = ~np.isnan(half)  # one unit says nothing of others: neither end, or a reader finds one of the two
+    return np.where(known & (mean == 1), 1 - unseen, low), np.where(known & (mean == 0), unseen, high)
 
 
 def coverage_notes(notes: list[str], mean: np.ndarray, scale: str, warn: bool) -> list[str]:
