@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from torchrl_maxmin.cli.parsing import mentions, parse_config
-from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.errors import LostRankError, UserError
 from torchrl_maxmin.core.progress import quiet
 
 __all__ = ["main"]
@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"torchrl-maxmin {verb}: error: {line}", error=True)
         return 2
     except FloatingPointError as error:  # it names the batch that was saved
+        _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
+        return 1
+    except LostRankError as error:
         _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
         return 1
     except KeyboardInterrupt:

@@ -14,11 +14,14 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from torchrl_maxmin.core.distributed import is_main_process, over_ranks
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
+from torchrl_maxmin.models.checks import check_first_rollout
 from torchrl_maxmin.models.language import SCORED, TokenPolicy, TokenScorer, predicting_states
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.models.output_head import read_in_one_piece
 from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, states_width
+from torchrl_maxmin.models.sharding import gathered_state, shard, shard_policy, whole_weights
 
 __all__ = ["FullCopies", "LanguageNetworks", "TokenCritic", "ValueHeads", "heads_on_policy"]
 
@@ -116,24 +119,35 @@ class LanguageNetworks(Networks):
     @torch.no_grad()
     def log_prob(self, responses: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of the tokens under the policy."""
-        return in_length_buckets(self.policy.log_prob, responses, self.scoring_batch_size)
+        return self._in_buckets(self.policy.log_prob, responses)
 
     @torch.no_grad()
     def ref_log_prob(self, responses: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of the tokens under the reference."""
-        return in_length_buckets(self.reference.log_prob, responses, self.scoring_batch_size)
+        return self._in_buckets(self.reference.log_prob, responses)
 
     @torch.no_grad()
     def values(self, responses: TensorDictBase) -> Tensor:
         """Values [B, R, num_columns] of the tokens, where there is a critic."""
         assert self.critic is not None
-        rows = responses.select(*self.critic.in_keys)
-        return in_length_buckets(self.critic, rows, self.scoring_batch_size)["state_value"]
+        critic = self.critic
+        return self._in_buckets(lambda part: critic(part)["state_value"], responses.select(*critic.in_keys))
+
+    def _in_buckets(self, function: Callable[[TensorDictBase], Tensor], rows: TensorDictBase) -> Tensor:
+        size = self.scoring_batch_size
+        return over_ranks(lambda share: in_length_buckets(function, share, size), rows)
+
+    def check_first_rollout(self, rollout: TensorDictBase) -> Tensor:
+        """See :func:`~torchrl_maxmin.models.checks.check_first_rollout`."""
+        with whole_weights(self.policy):
+            return check_first_rollout(self.policy, rollout)
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer in the format of Hugging Face."""
-        self.policy.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        options = gathered_state(self.policy, "model.")
+        if is_main_process():
+            self.policy.model.save_pretrained(folder, **options)
+            self.tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -169,6 +183,8 @@ class FullCopies(LanguageNetworks):
             critic, and no memory for it.
         critic: ``full``, or ``heads`` on the policy's states, see :func:`heads_on_policy`.
         gradient_checkpointing: whether layers are computed again at backward, in place of being kept.
+        sharded: whether each of the processes that work as one holds a part of each network, in place of a
+            copy; value heads are copies in any case.
         **options: those of :class:`LanguageNetworks`.
     """
 
@@ -180,6 +196,7 @@ class FullCopies(LanguageNetworks):
         *,
         critic: str = "full",
         gradient_checkpointing: bool = False,
+        sharded: bool = False,
         **options: Any,
     ):
         device = next(reference.parameters()).device
@@ -195,4 +212,10 @@ class FullCopies(LanguageNetworks):
                 checkpoint_layers(values)
         if reference.model.dtype.itemsize == 2:  # in float32 rounding, and so samples, would change
             read_in_one_piece(reference.model.get_output_embeddings())
-        super().__init__(policy, reference.requires_grad_(False), values, tokenizer, **options)
+        reference.requires_grad_(False)
+        if sharded:
+            for one in (policy, reference):
+                shard_policy(one)
+            if isinstance(values, TokenCritic):
+                shard(values.backbone)
+        super().__init__(policy, reference, values, tokenizer, **options)
