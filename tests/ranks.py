@@ -21,10 +21,12 @@ def _run(rank, world, port, queue, function, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")  # stages take it, one after another
     try:
         queue.put((rank, function(*arguments), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
+    torch.distributed.destroy_process_group()
 
 
 def on_ranks(world, function, *arguments):

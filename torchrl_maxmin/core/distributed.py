@@ -21,6 +21,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import LostRankError, UserError
+from torchrl_maxmin.core.progress import console
 
 __all__ = [
     "MODES",
@@ -60,6 +61,7 @@ def across_ranks(stage: Stage) -> Stage:
 
     @functools.wraps(stage)
     def run(config: Any) -> Any:
+        config.check()
         with process_group(config.distributed, config.device):
             return stage(config)
 
@@ -71,7 +73,7 @@ def process_group(mode: str, device: str = "cpu") -> Iterator[None]:
     """Make the processes that torchrun started work as one: by gloo, between GPUs by nccl.
 
     Args:
-        mode: ``none`` for a process by itself, ``ddp`` or ``fsdp2``.
+        mode: ``none`` for a process by itself, ``ddp`` or ``fsdp2``. A process group that is there is taken.
         device: where networks are, ``cpu``, ``cuda`` or ``auto``; with GPUs each process takes its own.
 
     Raises:
@@ -95,9 +97,16 @@ def process_group(mode: str, device: str = "cpu") -> Iterator[None]:
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    theirs = dist.is_initialized()
+    if not theirs:
+        store, place, size = next(dist.rendezvous("env://"))
+        # torchrun may keep the store, with addresses of processes that have ended
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=place, world_size=size)
     before = signal.signal(signal.SIGTERM, _end)  # what torchrun sends when another rank has failed
     _sharing = True
+    console.quiet = not is_main_process()
     try:
         yield
     except RuntimeError as error:
@@ -110,9 +119,10 @@ def process_group(mode: str, device: str = "cpu") -> Iterator[None]:
             "why, and --resume_from_checkpoint last goes on from the last checkpoint"
         ) from error
     finally:
-        _sharing = False
+        _sharing = console.quiet = False
         signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()
+        if not theirs:
+            dist.destroy_process_group()
 
 
 def _end(*_: Any) -> None:

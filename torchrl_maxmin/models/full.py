@@ -168,7 +168,10 @@ def heads_on_policy(policy: TokenPolicy, num_columns: int) -> ValueHeads:
     """
     policy.keep_states = True
     width = states_width(backbone_of(policy.model))
-    return ValueHeads(policy.take_states, width, num_columns).to(next(policy.parameters()).device)
+    # looked up when it is called: a sharded policy's is another
+    return ValueHeads(lambda rows: policy.take_states(rows), width, num_columns).to(
+        next(policy.parameters()).device
+    )
 
 
 class FullCopies(LanguageNetworks):
