@@ -11,9 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchrl_maxmin.clustering.em import Expectation, MStep, expectation
+from torchrl_maxmin.clustering.em import Expectation, MStep, expectation, log_likelihood_by_user, posterior
 from torchrl_maxmin.clustering.judged import merged_choices
 from torchrl_maxmin.clustering.linear import PairChoices, UserRows, row_weights_of
+from torchrl_maxmin.core.distributed import (
+    clip_gradients,
+    gather_rows,
+    of_main_process,
+    share_of_rows,
+    shares_rows,
+    sum_gradients,
+    sum_over_ranks,
+    world_size,
+)
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.loading import (
@@ -94,15 +104,33 @@ class PairTokens(UserRows):
     @torch.no_grad()
     def margins(self, model: RewardMixture, batch_size: int = SCORED_AT_ONCE) -> Tensor:
         """Margins [P, K] of all pairs on the CPU, by batches of like length, ``batch_size`` texts at once."""
-        longest = self.rows.lengths.reshape(2, -1).max(0)
+        return gather_rows(self.own_margins(model, batch_size), self.num_pairs)
+
+    @torch.no_grad()
+    def own_margins(self, model: RewardMixture, batch_size: int = SCORED_AT_ONCE) -> Tensor:
+        """Those of this process's share of the pairs, see :func:`~torchrl_maxmin.core.distributed.share_of_rows`."""
+        share = share_of_rows(self.num_pairs)[0].numpy()
+        longest = self.rows.lengths.reshape(2, -1).max(0)[share]
         order = np.argsort(longest, kind="stable").tolist()
-        margins = torch.empty(self.num_pairs, model.num_groups)
+        margins = torch.empty(len(share), model.num_groups)
         size = max(1, batch_size // 2)
-        for start in range(0, self.num_pairs, size):
+        for start in range(0, len(share), size):
             part = order[start : start + size]
-            chosen, rejected = self.scores(model, part)
+            chosen, rejected = self.scores(model, share[part].tolist())
             margins[part] = (chosen - rejected).cpu()
         return margins
+
+    def own_log_likelihood(self, margins: Tensor) -> Tensor:
+        """Log-likelihood [U, K] of the choices of every user that are in this process's share, in float64.
+
+        Args:
+            margins: of :meth:`own_margins`.
+        """
+        index, real = share_of_rows(self.num_pairs)
+        first, count = int(index[0]), int(real.sum())
+        offsets = self.user_offsets.clamp(first, first + count) - first
+        weights = None if self.row_weights is None else self.row_weights[first : first + count]
+        return log_likelihood_by_user(margins[:count], offsets, weights)
 
 
 class Batches:
@@ -219,7 +247,11 @@ def feature_differences(
     trunk, reader = load_feature_trunk(model, **reading_options)
     trunk.to(device)
     pairs = PairTokens(data, lambda p, c: reader.encode(p, c, max_length), reader.pad_id)
-    features = text_features(trunk, pairs.rows, pairs.pad_id, batch_size, reader=reader)
+    rows: Sequence[list[int]] = pairs.rows
+    if world_size() > 1:
+        rows = [pairs.rows[row] for row in share_of_rows(len(rows))[0].tolist()]
+    features = text_features(trunk, rows, pairs.pad_id, batch_size, reader=reader)
+    features = gather_rows(features, len(pairs.rows))
     differences = features[: len(pairs)] - features[len(pairs) :]
     return differences / differences.std(0).clamp_min(1e-6)
 
@@ -274,6 +306,9 @@ class FineTuningSettings:
 class FineTuning(MStep):
     """An M-step of EM that takes optimizer steps on the responsibility-weighted Bradley-Terry loss.
 
+    Processes that work as one read a share of the pairs each, wherever users begin and end: log-likelihoods of
+    users are summed before Bayes' rule, and gradients before a step.
+
     Args:
         mixture: the reward model, which it trains.
         pairs: training pairs as tokens.
@@ -305,8 +340,13 @@ class FineTuning(MStep):
         Raises:
             FloatingPointError: if the likelihood is not finite.
         """
-        margins = self.pairs.margins(self.mixture, self.settings.scoring_batch_size)
-        step = expectation(margins, self.pairs.user_offsets, log_prior, row_weights=self.pairs.row_weights)
+        margins = self.pairs.own_margins(self.mixture, self.settings.scoring_batch_size)
+        if shares_rows():
+            by_user = sum_over_ranks(self.pairs.own_log_likelihood(margins))
+            step = Expectation(*(part if part is None else part.float() for part in posterior(by_user, log_prior)))
+        else:
+            pairs = self.pairs
+            step = expectation(margins, pairs.user_offsets, log_prior, row_weights=pairs.row_weights)
         if not bool(step.log_likelihood.isfinite().all()):
             raise FloatingPointError("the log-likelihood is not finite; lower the rates")
         return step
@@ -318,7 +358,7 @@ class FineTuning(MStep):
         for _ in range(self.settings.steps_per_round):
             self.optimizer.zero_grad()
             loss = self.backward(next(self.batches), responsibilities)
-            nn.utils.clip_grad_norm_(self.mixture.parameters(), 1.0)
+            clip_gradients(list(self.mixture.parameters()), 1.0)
             self.optimizer.step()
             self.schedule.step()
             self.advance(note=f"loss {loss:.3f}")
@@ -334,11 +374,15 @@ class FineTuning(MStep):
             The loss without its penalty.
         """
         nll = 0.0
-        size = self.settings.micro_batch_size or len(rows)
-        for low in range(0, len(rows), size):
-            part = rows[low : low + size]
+        index, real = share_of_rows(len(rows))
+        share = [rows[i] for i in index.tolist()]
+        size = self.settings.micro_batch_size or len(share)
+        for low in range(0, len(share), size):
+            part = share[low : low + size]
             chosen, rejected = self.pairs.scores(self.mixture, part)
             weights = responsibilities[self.pairs.row_users[part]]
+            if world_size() > 1:
+                weights = weights * real[low : low + size, None]
             if self.pairs.row_weights is not None:
                 weights = weights * self.pairs.row_weights[part].unsqueeze(-1)
             weights = weights.to(chosen)
@@ -346,10 +390,15 @@ class FineTuning(MStep):
             penalty = (weights * (chosen.square() + rejected.square())).sum(-1).sum() / len(rows) / 2
             (loss + self.settings.reward_l2 * penalty).backward()
             nll += loss.item()
+        if world_size() > 1:
+            sum_gradients(self.mixture.parameters())
+            nll = float(sum_over_ranks(torch.tensor(nll, dtype=torch.float64)))
         return nll
 
     def restart(self, k: int, donor: int) -> None:
         """Start group k's head anew from the donor's, with a little noise."""
+        if shares_rows():  # the same in all processes
+            torch.manual_seed(of_main_process(lambda: int(torch.randint(2**62, ()))))
         self.mixture.reset_head_(k, donor)
 
     def _warmup_cosine(self, step: int) -> float:
