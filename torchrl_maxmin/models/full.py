@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torchrl_maxmin.core.distributed import is_main_process, over_ranks
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.checks import check_first_rollout
+from torchrl_maxmin.models.lora import save_policy
 from torchrl_maxmin.models.language import SCORED, TokenPolicy, TokenScorer, predicting_states
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.models.output_head import read_in_one_piece
 from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, states_width
-from torchrl_maxmin.models.sharding import gathered_state, shard, shard_policy, whole_weights
+from torchrl_maxmin.models.sharding import shard, shard_policy, whole_weights
 
 __all__ = ["FullCopies", "LanguageNetworks", "TokenCritic", "ValueHeads", "heads_on_policy"]
 
@@ -144,9 +145,8 @@ class LanguageNetworks(Networks):
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer in the format of Hugging Face."""
-        options = gathered_state(self.policy, "model.")
+        save_policy(self.policy.model, None, folder, merge=False)
         if is_main_process():
-            self.policy.model.save_pretrained(folder, **options)
             self.tokenizer.save_pretrained(folder)
 
 

@@ -68,14 +68,13 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         one.reshard()
 
 
-def gathered_state(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+def gathered_state(module: nn.Module) -> dict[str, Any]:
     """What ``save_pretrained`` needs beside the folder: the whole state of a sharded module, on the CPU.
 
     All processes call it; the main one gets the state.
 
     Args:
-        module: the module.
-        prefix: of the part that is saved, taken off its names.
+        module: the module, or a part of it.
     """
     if not any(_shards(module)):
         return {}
@@ -87,7 +86,7 @@ def gathered_state(module: nn.Module, prefix: str = "") -> dict[str, Any]:
     for name, parameter in module.named_parameters(remove_duplicate=False):  # tied ones are saved once
         if name in state:
             state[name] = state[first.setdefault(parameter, name)]
-    return {"state_dict": {name.removeprefix(prefix): value for name, value in state.items()}}
+    return {"state_dict": state}
 
 
 def _shards(module: nn.Module) -> Iterator[Any]:

@@ -144,6 +144,6 @@ class SharedTrunk(LanguageNetworks):
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer, see :func:`~torchrl_maxmin.models.lora.save_policy`."""
+        save_policy(self.policy.model, self.adapted, folder, merge=self.merge)
         if is_main_process():
-            save_policy(self.policy.model, self.adapted, folder, merge=self.merge)
             self.tokenizer.save_pretrained(folder)
