@@ -81,7 +81,9 @@ def assert_same_fit(found, expected, bar=1e-5):
         one, other = load_file(found / path.name), load_file(path)
         assert one.keys() == other.keys()
         for name, value in other.items():
-            if name.endswith("c_attn.bias"):  # a key's bias has a gradient of 0, and Adam steps on its rounding
+            if name.endswith(
+                "c_attn.bias"
+            ):  # a key's bias has a gradient of 0, and Adam steps on its rounding
                 value, one[name] = (torch.cat([x.chunk(3)[i] for i in (0, 2)]) for x in (value, one[name]))
             torch.testing.assert_close(one[name], value, atol=bar, rtol=0, msg=f"{found.name}: {name}")
     for mine, theirs in zip(responsibilities(found), responsibilities(expected), strict=True):
@@ -89,7 +91,9 @@ def assert_same_fit(found, expected, bar=1e-5):
     figures, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (found, expected))
     assert_same_rounds(figures, wanted, bar)
     assert figures["heldout"]["log_likelihood"] == pytest.approx(wanted["heldout"]["log_likelihood"], abs=bar)
-    scales = [json.loads((folder / "mixture.json").read_text())["calibration"] for folder in (found, expected)]
+    scales = [
+        json.loads((folder / "mixture.json").read_text())["calibration"] for folder in (found, expected)
+    ]
     assert scales[0]["shift"] == pytest.approx(scales[1]["shift"], abs=bar)
     assert scales[0]["scale"] == pytest.approx(scales[1]["scale"], abs=bar)
 

@@ -77,7 +77,9 @@ def on_one(tiny_model, texts, folder):
     return run_on_ranks(1, "ddp", CASES | COPIES_ALONE, tiny_model, texts, folder)
 
 
-@pytest.mark.parametrize("settings", [{}, {"completion_only_loss": True, "weight_decay": 0.1, "warmup_steps": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"completion_only_loss": True, "weight_decay": 0.1, "warmup_steps": 2}]
+)
 def test_its_steps_are_the_trainers(tiny_model, texts, tmp_path, settings):
     """On batches of all rows, whose order is nothing.
 

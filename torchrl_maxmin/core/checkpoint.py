@@ -121,8 +121,8 @@ def _load_shards(folder: Path) -> dict[str, Any]:
     """
     if not shares_rows():
         raise UserError(
-            f"{folder.parent} was written by --distributed fsdp2; resume with it, under torchrun with any number "
-            "of processes"
+            f"{folder.parent} was written by --distributed fsdp2; resume with it, under torchrun, with any "
+            "number of processes"
         )
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.tensor import Shard, empty

@@ -203,7 +203,7 @@ def gather_objects(value: Result) -> list[Result]:
 def share_of_rows(num_rows: int) -> tuple[Tensor, Tensor]:
     """Which rows of a batch are this process's.
 
-    All processes get equally many, so that they pass their networks equally often, as sharded ones must. Where
+    All processes get equally many, so that they run their networks equally often, as shards must be. Where
     the rows do not go round, the last ones get the last row again.
 
     Args:

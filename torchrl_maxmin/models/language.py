@@ -261,8 +261,8 @@ class TokenPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase, max_new_tokens: int | None = None) -> TensorDictBase:
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
 
-        Processes that work as one (:mod:`~torchrl_maxmin.core.distributed`) answer a share of the prompts each,
-        from numbers that belong to rows: how many they are changes nothing.
+        Processes that work as one (:mod:`~torchrl_maxmin.core.distributed`) answer a share of the prompts each.
+        A row is drawn by its own random numbers then, so that the number of processes changes nothing.
 
         Args:
             tensordict: prompts [B].
@@ -275,10 +275,9 @@ class TokenPolicy(TensorDictModuleBase):
         if not shares_rows():
             return self._answer(tensordict, max_new_tokens)
         prompts, shape = tensordict.select(*self.in_keys), (len(tensordict), max_new_tokens)
-        prompts[_NUMBERS] = of_main_process(lambda: torch.rand(shape)).to(tensordict["prompt_tokens"].device)
-        return tensordict.update(
-            over_ranks(lambda part: self._answer(part, max_new_tokens).select(*self.out_keys), prompts)
-        )
+        prompts[_NUMBERS] = of_main_process(lambda: torch.rand(shape)).to(prompts["prompt_tokens"].device)
+        answers = over_ranks(lambda part: self._answer(part, max_new_tokens).select(*self.out_keys), prompts)
+        return tensordict.update(answers)
 
     def _answer(self, tensordict: TensorDictBase, max_new_tokens: int) -> TensorDictBase:
         size = self.generation_batch_size or len(tensordict)

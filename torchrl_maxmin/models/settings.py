@@ -39,8 +39,9 @@ class ModelSettings(CheckedSettings):
         lora_dropout: dropout on the adapters' inputs where gradients are taken. 0, where TRL has 0.05: with
             dropout PPO's ratio is not 1 at the first step, and every adapter keeps a copy of its input.
         lora_target_modules: layers that get adapters; all-linear is all but the output embeddings.
-        distributed: what the processes hold that torchrun starts (torchrun --nproc_per_node N -m torchrl_maxmin
-            VERB ...); ddp, a copy of what is trained each, or fsdp2, a part of it each. none is one process.
+        distributed: none, or what each of the processes holds that torchrun starts (torchrun --nproc_per_node
+            N -m torchrl_maxmin VERB ...); ddp, a copy of all networks, or fsdp2, a part of them. Whatever is
+            of all rows (the groups' utilities, whitening, likelihoods of users) is taken of all processes'.
     """
 
     dtype: str = "float32"

@@ -27,8 +27,9 @@ from torchrl_maxmin.models.sequences import backbone_of
 from torchrl_maxmin.models.sharding import shard
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
+from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens, feature_choices
+from torchrl_maxmin.rewards.pairs import PairTokens, feature_choices
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.stats import accuracy_by_group
 
@@ -154,7 +155,7 @@ def fit_mixture(
         resume: go on from such a state; the result is bit-equal to a run that never stopped.
         sharded: whether each of the processes that work as one holds a part of the trunk.
         **optimizer: rounds, steps, rates and batch sizes: fields of
-            :class:`~torchrl_maxmin.rewards.pairs.FineTuningSettings`.
+            :class:`~torchrl_maxmin.rewards.fine_tuning.FineTuningSettings`.
 
     Raises:
         UserError: for fewer users than groups, or ``use_true_groups`` without true groups.

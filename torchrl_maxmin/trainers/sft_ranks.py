@@ -90,7 +90,9 @@ def train_over_ranks(
             for part in _parts(batch, config.per_device_train_batch_size, collate):
                 labels = part.pop("labels").to(device)
                 with torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext():
-                    outputs = model(**{name: value.to(device) for name, value in part.items()}, use_cache=False)
+                    outputs = model(
+                        **{name: value.to(device) for name, value in part.items()}, use_cache=False
+                    )
                 share = mean_over_tokens(outputs, labels, _num_predicted(batch))
                 share.backward()
                 loss += share.detach()
