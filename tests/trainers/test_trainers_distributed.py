@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import free_port, on_ranks
-from safetensors.torch import load_file
+from ranks import assert_same_parameters, free_port, on_ranks
 from trainers_runs import PPORun
 
 from torchrl_maxmin.core.distributed import process_group, share_of_rows
@@ -70,20 +69,8 @@ def run_on_ranks(world, mode, make_config, cases, **settings):
     return {name: Path(config.output_dir) for name, config in configs.items()}
 
 
-def parameters(folder):
-    """A saved policy, but for the biases of attention's keys: their gradient is 0, and Adam steps on its rounding."""
-    state = load_file(folder / "model.safetensors")
-    for name, value in state.items():
-        if name.endswith("c_attn.bias"):
-            state[name] = torch.cat([value.chunk(3)[i] for i in (0, 2)])
-    return state
-
-
 def assert_same_run(found, expected, bar=BAR):
-    one, other = parameters(found), parameters(expected)
-    assert one.keys() == other.keys()
-    for name, value in other.items():
-        torch.testing.assert_close(one[name], value, atol=bar, rtol=0, msg=f"{found.name}: {name}")
+    assert_same_parameters(found / "model.safetensors", expected / "model.safetensors", bar)
     for row, wanted in zip(read_metrics(found), read_metrics(expected), strict=True):
         # a share of the variance of a KL that is nothing but rounding at first
         assert row.pop("val/explained_var/kl", 0) == pytest.approx(
@@ -155,7 +142,7 @@ def look_at_first_rollout(values):
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_a_minimum_of_each_process_would_train_two_groups(make_shared_config, tmp_path, mode):
-    """One process answers the short prompts and the other the long ones; each group is well off at one kind."""
+    """One process answers the short prompts, the other the long ones; a group is well off at one kind."""
     order = torch.randperm(
         8, generator=torch.Generator().manual_seed(0)
     ).tolist()  # of the first epoch of seed 0

@@ -37,8 +37,7 @@ __all__ = ["SCORED", "TokenPolicy", "TokenScorer", "predicting_states"]
 
 #: what scoring a response reads
 SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
-#: the numbers [B, R] that the tokens of responses are drawn by, where they are given
-_NUMBERS = "drawn_by"
+_NUMBERS = "drawn_by"  # numbers [B, R] that the tokens of responses are drawn by
 _NO_TOKENS = (
     "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
     "scored from padding; give it the tokenizer's BOS token, or leave it out"
@@ -261,8 +260,8 @@ class TokenPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase, max_new_tokens: int | None = None) -> TensorDictBase:
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
 
-        Processes that work as one (:mod:`~torchrl_maxmin.core.distributed`) answer a share of the prompts each.
-        A row is drawn by its own random numbers then, so that the number of processes changes nothing.
+        Processes that work as one answer a share each, every row drawn by random numbers of its own, so that
+        the number of processes changes nothing.
 
         Args:
             tensordict: prompts [B].

@@ -98,8 +98,8 @@ class FineTuningSettings:
 class FineTuning(MStep):
     """An M-step of EM that takes optimizer steps on the responsibility-weighted Bradley-Terry loss.
 
-    Processes that work as one read a share of the pairs each, wherever users begin and end: log-likelihoods of
-    users are summed before Bayes' rule, and gradients before a step.
+    Processes that work as one read a share of the pairs each, wherever users begin and end: log-likelihoods
+    of users are summed before Bayes' rule, and gradients before a step.
 
     Args:
         mixture: the reward model, which it trains.
@@ -135,9 +135,8 @@ class FineTuning(MStep):
         margins = self.pairs.own_margins(self.mixture, self.settings.scoring_batch_size)
         if shares_rows():
             by_user = sum_over_ranks(self.pairs.own_log_likelihood(margins))
-            step = Expectation(
-                *(part if part is None else part.float() for part in posterior(by_user, log_prior))
-            )
+            soft, log_likelihood, _ = posterior(by_user, log_prior)
+            step = Expectation(soft.to(margins), log_likelihood.to(margins))
         else:
             pairs = self.pairs
             step = expectation(margins, pairs.user_offsets, log_prior, row_weights=pairs.row_weights)

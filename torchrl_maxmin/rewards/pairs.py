@@ -100,7 +100,7 @@ class PairTokens(UserRows):
 
     @torch.no_grad()
     def own_margins(self, model: RewardMixture, batch_size: int = SCORED_AT_ONCE) -> Tensor:
-        """Those of this process's share of the pairs, see :func:`~torchrl_maxmin.core.distributed.share_of_rows`."""
+        """Those of this process's share of the pairs (:mod:`~torchrl_maxmin.core.distributed`), [n, K]."""
         share = share_of_rows(self.num_pairs)[0].numpy()
         longest = self.rows.lengths.reshape(2, -1).max(0)[share]
         order = np.argsort(longest, kind="stable").tolist()

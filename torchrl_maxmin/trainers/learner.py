@@ -33,8 +33,8 @@ __all__ = ["Learner"]
 class Learner:
     """Takes optimizer steps on minibatches of a rollout, in memory for one micro-batch.
 
-    A minibatch is dealt in micro-batches, whose gradients add up to its own; processes that work as one take a
-    share of its rows each. Each role's gradient is clipped by itself.
+    A minibatch is dealt in micro-batches, whose gradients add up to its own; processes that work as one take
+    a share of its rows each. Each role's gradient is clipped by itself.
 
     Args:
         config: the stage's settings.
@@ -161,7 +161,7 @@ def _of_all_ranks(outputs: Sequence[TensorDictBase], num_rows: int) -> Sequence[
     """The outputs of every process's micro-batches of a minibatch [num_rows], as of one."""
     if world_size() == 1:
         return outputs
-    by_row = [name for name in ("log_ratio", "value") if name in outputs[0].keys()]
+    by_row = [name for name in ("log_ratio", "value") if outputs[0].get(name, None) is not None]
     sums = torch.stack([output.exclude(*by_row) for output in outputs]).sum(0)
     names = list(sums.keys())
     for name, total in zip(names, sum_over_ranks(torch.stack([sums[n] for n in names])), strict=True):

@@ -1,6 +1,7 @@
 """Supervised fine-tuning by processes that work as one: the steps of the Trainer, on shares of the rows.
 
-The Trainer's own data parallelism repeats rows where an epoch's end does not go round, and shards nothing on a CPU.
+The Trainer's own data parallelism counts rows twice where an epoch does not go round, and shards nothing on
+a CPU.
 """
 
 from __future__ import annotations
