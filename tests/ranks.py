@@ -5,7 +5,7 @@ import os
 import socket
 import traceback
 
-WAIT_S = 170
+WAIT_S = 900  # processors are shared
 PRELOAD = ["torch", "torch.distributed.tensor", "transformers", "torchrl_maxmin.trainers.lm_ppo"]
 
 

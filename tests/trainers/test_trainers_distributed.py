@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import assert_same_parameters, free_port, on_ranks
+from ranks import WAIT_S, assert_same_parameters, free_port, on_ranks
 from trainers_runs import PPORun
 
 from torchrl_maxmin.core.distributed import process_group, share_of_rows
@@ -239,7 +239,7 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on(make_shared_confi
     ]
     here = str(Path(__file__).parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=170)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=WAIT_S)
     assert run.returncode == 0, run.stderr
     ours = [line for line in run.stderr.splitlines() if line.startswith("torchrl-maxmin")]
     assert ours == [line for line in ours if "rank 0 ends since another process" in line]

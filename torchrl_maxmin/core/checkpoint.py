@@ -88,7 +88,9 @@ def save_checkpoint(folder: Path, iteration: int, state: dict[str, Any]) -> Path
         torch.save(state, partial / _FILE)
     wait_for_all()
     if shards:
-        torch.distributed.checkpoint.save(shards, checkpoint_id=partial / _SHARDS)
+        from torch.distributed.checkpoint import save
+
+        save(shards, checkpoint_id=partial / _SHARDS)
     if is_main_process():
         replace_folder(partial, final)
     wait_for_all()

@@ -204,21 +204,22 @@ class FullCopies(LanguageNetworks):
     ):
         device = next(reference.parameters()).device
         policy = copy.deepcopy(reference)  # not loaded again: a new pad token's row is random
+        if gradient_checkpointing:
+            checkpoint_layers(policy)
         values: ValueHeads | None = None
         if num_columns and critic == "heads":
             values = heads_on_policy(policy, num_columns)
-        elif num_columns:
+        if sharded:  # before the next copy is made
+            shard_policy(policy)
+        if num_columns and values is None:
             values = TokenCritic(copy.deepcopy(backbone_of(reference.model)), num_columns).to(device)
-        if gradient_checkpointing:
-            checkpoint_layers(policy)
-            if isinstance(values, TokenCritic):
+            if gradient_checkpointing:
                 checkpoint_layers(values)
+            if sharded:
+                shard(values.backbone)
         if reference.model.dtype.itemsize == 2:  # in float32 rounding, and so samples, would change
             read_in_one_piece(reference.model.get_output_embeddings())
         reference.requires_grad_(False)
         if sharded:
-            for one in (policy, reference):
-                shard_policy(one)
-            if isinstance(values, TokenCritic):
-                shard(values.backbone)
+            shard_policy(reference)
         super().__init__(policy, reference, values, tokenizer, **options)

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
 from torchrl_maxmin.collectors import GroupStatistics
-from torchrl_maxmin.core.distributed import across_ranks, over_ranks, shares_rows
+from torchrl_maxmin.core.distributed import across_ranks, over_ranks, rank, shares_rows
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import (
     leave_no_empty_output,
@@ -208,6 +208,8 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         start=start,
         stop_at_gap=config.stop_at_gap or float("-inf"),
     )
+    if rank():
+        torch.manual_seed(config.seed + rank())  # dropout of other rows is another
     restore(state, parts, folder)
     write_config(folder, config)
     return parts
