@@ -12,7 +12,9 @@ from torchrl_maxmin.models.decoding import GivenNumbers
 
 
 def drawn(scores, numbers, temperature=1.0):
-    kept = GivenNumbers(numbers[:, None], 0, temperature)(torch.zeros(len(scores), 0, dtype=torch.int64), scores)
+    kept = GivenNumbers(numbers[:, None], 0, temperature)(
+        torch.zeros(len(scores), 0, dtype=torch.int64), scores
+    )
     assert ((kept == 0).sum(-1) == 1).all()
     assert (kept.isneginf().sum(-1) == scores.shape[-1] - 1).all()
     return kept.argmax(-1)
@@ -37,7 +39,9 @@ def test_both_ends_draw_what_can_be_drawn():
     assert drawn(scores, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 5, "temperature": 1.5}, {"top_p": 0.8}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 5, "temperature": 1.5}, {"top_p": 0.8}]
+)
 def test_a_row_is_the_same_whoever_is_beside_it(tiny_model, options):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     policy = TokenPolicy(
@@ -66,4 +70,6 @@ def test_a_row_is_the_same_whoever_is_beside_it(tiny_model, options):
         assert torch.equal(other["action"], whole["action"])
         torch.testing.assert_close(other["sample_log_prob"], whole["sample_log_prob"])
     scored = policy.log_prob(whole)
-    torch.testing.assert_close(whole.get("whole_log_prob", whole["sample_log_prob"]), scored, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        whole.get("whole_log_prob", whole["sample_log_prob"]), scored, atol=1e-5, rtol=1e-5
+    )

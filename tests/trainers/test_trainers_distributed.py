@@ -222,6 +222,27 @@ def test_a_sharded_checkpoint_is_not_for_one_process_by_itself(make_shared_confi
     assert "written by --distributed fsdp2" in refuse(alone)
 
 
+def train_again(values):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    run_ppo(PPOConfig(**values))
+
+
+def test_a_run_that_failed_at_either_end_is_started_again(make_shared_config):
+    """Before its first checkpoint, with files in its folder; and behind its last one, with no policy saved."""
+    config = make_shared_config("again", distributed="ddp", num_iterations=2, save_steps=2)
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("half a li")
+    on_ranks(2, train_again, dataclasses.asdict(config))
+    policy, metrics = folder / "model.safetensors", (folder / "metrics.jsonl").read_text()
+    first = policy.read_bytes()
+    policy.unlink()
+    on_ranks(2, train_again, dataclasses.asdict(config))
+    assert policy.read_bytes() == first
+    assert (folder / "metrics.jsonl").read_text() == metrics
+    assert len(metrics.splitlines()) == 2
+
+
 def test_a_killed_process_ends_the_others_and_torchrun_goes_on(make_shared_config):
     """The others say so in one line; the run started again ends as one that nobody killed."""
     settings = {"num_iterations": 5, "num_ppo_epochs": 1, "save_steps": 2}

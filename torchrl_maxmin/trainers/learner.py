@@ -83,9 +83,10 @@ class Learner:
             return max(num_iterations - iteration, 0) / max(num_iterations - warmup, 1)
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, rate)
-        self.generator = torch.Generator() if shares_rows() else None
+        device = roles["policy"][0].device
+        self.generator = torch.Generator(device) if shares_rows() else None
         self.buffer = ReplayBuffer(
-            storage=LazyTensorStorage(rollout_size, device=roles["policy"][0].device),
+            storage=LazyTensorStorage(rollout_size, device=device),
             sampler=SamplerWithoutReplacement(),
             batch_size=mini_batch_size,
             generator=self.generator,

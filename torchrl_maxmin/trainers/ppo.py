@@ -19,6 +19,7 @@ from torchrl_maxmin.core.checkpoint import (
     save_checkpoint,
     saved_state,
 )
+from torchrl_maxmin.core.distributed import restarted
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import MetricsLog
@@ -106,7 +107,8 @@ def train(
         stop_at_gap: the run ends once ``maxmin/duality_gap_high`` is at most this.
     """
     folder, stop = Path(config.output_dir), config.stop_at_iteration or learner.num_iterations
-    log, finished = MetricsLog(folder, config.report_to, keep=start), False
+    log = MetricsLog(folder, config.report_to, keep=start)
+    finished = start == learner.num_iterations  # where torchrun goes on with a run that had only to be saved
     with progress_bar(f"ppo ({folder.name})", stop - start) as advance:
         for done, rollout in zip(range(start + 1, stop + 1), rollouts, strict=False):
             # 1. Utilities of the groups under the policy; the adversary moves their weights.
@@ -178,7 +180,7 @@ def find_state(config: PPOSettings, num_iterations: int, flag: str) -> dict[str,
     state = saved_state(config)
     if state is None:
         return None
-    if state["iteration"] >= (config.stop_at_iteration or num_iterations):
+    if state["iteration"] >= (config.stop_at_iteration or num_iterations) and not restarted():
         raise UserError(f"the checkpoint is at iteration {state['iteration']} already; raise {flag}")
     return state
 

@@ -6,7 +6,6 @@ a CPU.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,11 +88,10 @@ def train_over_ranks(
             batch = [rows[place] for place in next(batches)]
             optimizer.zero_grad()
             for part in _parts(batch, config.per_device_train_batch_size, collate):
-                labels = part.pop("labels").to(device)
-                with torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext():
-                    outputs = model(
-                        **{name: value.to(device) for name, value in part.items()}, use_cache=False
-                    )
+                inputs = {name: value.to(device) for name, value in part.items()}
+                labels = inputs.pop("labels")
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                    outputs = model(**inputs)
                 share = mean_over_tokens(outputs, labels, _num_predicted(batch))
                 share.backward()
                 loss += share.detach()
