@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import WAIT_S, assert_same_parameters, free_port, on_ranks
+from ranks import WAIT_S, assert_same_parameters, free_port, on_ranks, saved_parameters
 from trainers_runs import PPORun
 
 from torchrl_maxmin.core.distributed import process_group, share_of_rows
@@ -122,6 +122,26 @@ def test_two_parts_train_what_one_trains(on_one, make_shared_config):
         assert_same_run(folder, on_one[name])
 
 
+HALF = {
+    "autocast": {"bf16": True, "num_iterations": 1},
+    "weights": {"dtype": "bfloat16", "num_iterations": 1, "gradient_checkpointing": True},
+}
+
+
+def test_parts_compute_in_half_precision(make_shared_config):
+    expected = run_on_ranks(1, "ddp", make_shared_config, HALF)
+    for name, folder in run_on_ranks(2, "fsdp2", make_shared_config, HALF).items():
+        (row,), (wanted,) = read_metrics(folder), read_metrics(expected[name])
+        for metrics in (row, wanted):
+            for key in [key for key in metrics if key.startswith("val/explained_var")]:
+                del metrics[key]
+        assert row == pytest.approx(wanted, abs=0.05, rel=0.02), name
+        one, other = (saved_parameters(path / "model.safetensors") for path in (folder, expected[name]))
+        assert {k: v.dtype for k, v in one.items()} == {k: v.dtype for k, v in other.items()}
+        for key, value in other.items():
+            torch.testing.assert_close(one[key], value, atol=0.02, rtol=0.02)
+
+
 def look_at_first_rollout(values):
     """The first rollout's weights, what this process's own rows say, and how much of the policy it holds."""
     config = PPOConfig(**values)
@@ -228,7 +248,7 @@ def train_again(values):
 
 
 def test_a_run_that_failed_at_either_end_is_started_again(make_shared_config):
-    """Before its first checkpoint, with files in its folder; and behind its last one, with no policy saved."""
+    """Before its first checkpoint, with files in its folder; behind its last one, with no policy saved."""
     config = make_shared_config("again", distributed="ddp", num_iterations=2, save_steps=2)
     folder = Path(config.output_dir)
     folder.mkdir()
