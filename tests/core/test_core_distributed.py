@@ -26,6 +26,7 @@ from torchrl_maxmin.core.distributed import (
     restarted,
     share_of_rows,
     shares_rows,
+    start_alike,
     sum_gradients,
     sum_over_ranks,
     world_size,
@@ -61,7 +62,7 @@ def everything(num_rows):
         found = over_ranks(double, rows)
         torch.manual_seed(rank())  # generators that are not in step
         layer = nn.Linear(2, 1)
-        nn.init.constant_(layer.weight, 1.0)
+        start_alike(layer.parameters())
         (layer(torch.full((1, 2), 3.0 + rank())).sum()).backward()
         sum_gradients(layer.parameters())
         norm = clip_gradients(list(layer.parameters()), 1.0)
@@ -75,6 +76,7 @@ def everything(num_rows):
             "gathered": gather_objects(rank()),
             "norm": float(norm),
             "gradient": layer.weight.grad.flatten().tolist(),
+            "start": layer.weight.tolist(),
             "main": (is_main_process(), shares_rows(), world_size()),
         }
 
@@ -95,8 +97,7 @@ def test_processes_see_the_same(num_rows):
         assert view["gradient"] == pytest.approx([7 / 102**0.5] * 2, rel=1e-5)
     assert views[0] == views[1]
     torch.manual_seed(0)
-    layer = nn.Linear(2, 1)
-    del layer
+    assert views[0]["start"] == nn.Linear(2, 1).weight.tolist()
     assert views[0]["drawn"] == pytest.approx(torch.rand(2).tolist())
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "restarted",
     "share_of_rows",
     "shares_rows",
+    "start_alike",
     "sum_gradients",
     "sum_over_ranks",
     "wait_for_all",
@@ -281,6 +282,18 @@ def mean_over_ranks(total: Tensor, count: Tensor | float) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(packed)
     return (packed[:-1] / packed[-1]).float()
+
+
+@torch.no_grad()
+def start_alike(parameters: Iterable[nn.Parameter]) -> None:
+    """Give all processes the main one's parameters, but for shards: what is drawn at random may differ."""
+    if world_size() == 1:
+        return
+    from torch.distributed.tensor import DTensor
+
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor):
+            dist.broadcast(parameter, src=0)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

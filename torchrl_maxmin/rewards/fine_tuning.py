@@ -17,6 +17,7 @@ from torchrl_maxmin.core.distributed import (
     of_main_process,
     share_of_rows,
     shares_rows,
+    start_alike,
     sum_gradients,
     sum_over_ranks,
     world_size,
@@ -118,6 +119,7 @@ class FineTuning(MStep):
         advance: Callable[..., None] = lambda note: None,
     ):
         self.mixture, self.pairs, self.settings, self.advance = mixture, pairs, settings, advance
+        start_alike(mixture.parameters())
         groups = [
             {"params": mixture.trunk_parameters(), "lr": settings.learning_rate},
             {"params": mixture.head_parameters(), "lr": settings.head_learning_rate},

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
 
-from torchrl_maxmin.core.distributed import is_main_process, over_ranks
+from torchrl_maxmin.core.distributed import is_main_process, of_main_process, over_ranks
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.core.run import nonfinite_batch
@@ -87,7 +87,8 @@ class CalibratedRewards:
         def sampled(some: TensorDict, count: int) -> Tensor:
             return reference_rewards(reference, some, self.source, count, self.scoring_batch_size)
 
-        raw = sampled(prompts[torch.randperm(len(prompts))[:num_prompts]], num_samples)
+        order = of_main_process(lambda: torch.randperm(len(prompts)))
+        raw = sampled(prompts[order[:num_prompts]], num_samples)
         mixture = getattr(self.source, "mixture", None)  # functions compute in what they give
         dtype = None if mixture is None else next(mixture.parameters()).dtype
         self.calibration = Calibration.fit(raw, method, dtype=dtype)

@@ -17,6 +17,7 @@ from torchrl_maxmin.core.distributed import (
     of_main_process,
     share_of_rows,
     shares_rows,
+    start_alike,
     sum_gradients,
     sum_over_ranks,
     world_size,
@@ -69,6 +70,8 @@ class Learner:
         self.loss = MaxMinPPOLoss(models.actor, models.critic, functional=False, **options, **loss_options)
         self.loss.set_keys(sample_log_prob="sample_log_prob")
         roles = models.parameters()
+        for parameters in roles.values():
+            start_alike(parameters)
         rates = {
             "policy": config.learning_rate,
             "critic": config.critic_learning_rate or config.learning_rate,

@@ -16,6 +16,7 @@ from torchrl_maxmin.core.distributed import (
     clip_gradients,
     rank,
     share_of_rows,
+    start_alike,
     sum_gradients,
     sum_over_ranks,
     world_size,
@@ -73,6 +74,7 @@ def train_over_ranks(
     if config.distributed == "fsdp2":
         shard(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    start_alike(p for _, p in named)
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if name in decayed]},
         {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
