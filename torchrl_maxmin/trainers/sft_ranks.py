@@ -23,6 +23,7 @@ from torchrl_maxmin.core.distributed import (
 )
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
+from torchrl_maxmin.models.sequences import takes
 from torchrl_maxmin.models.sharding import shard
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ def train_over_ranks(
     from transformers import Trainer, get_scheduler
 
     model.to(device).train()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # layers that are computed again would add to a cache twice
+    options = {"use_cache": False} if takes(base, "use_cache") else {}
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     if config.distributed == "fsdp2":
         shard(model)
@@ -93,7 +97,7 @@ def train_over_ranks(
                 inputs = {name: value.to(device) for name, value in part.items()}
                 labels = inputs.pop("labels")
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                    outputs = model(**inputs)
+                    outputs = model(**inputs, **options)
                 share = mean_over_tokens(outputs, labels, _num_predicted(batch))
                 share.backward()
                 loss += share.detach()
