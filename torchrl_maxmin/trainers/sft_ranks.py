@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,9 +26,6 @@ from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.sequences import takes
 from torchrl_maxmin.models.sharding import shard
 
-if TYPE_CHECKING:
-    from torchrl_maxmin.trainers.sft import SFTConfig
-
 __all__ = ["mean_over_tokens", "num_steps", "train_over_ranks"]
 
 Row = dict[str, Any]
@@ -42,18 +39,18 @@ def mean_over_tokens(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any
     return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
 
 
-def num_steps(config: SFTConfig, num_rows: int) -> int:
+def num_steps(config: Any, num_rows: int) -> int:
     """Optimizer steps of a run."""
     steps_per_epoch = math.ceil(num_rows / _rows_a_step(config))
     return config.max_steps if config.max_steps > 0 else math.ceil(steps_per_epoch * config.num_train_epochs)
 
 
-def _rows_a_step(config: SFTConfig) -> int:
+def _rows_a_step(config: Any) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
 def train_over_ranks(
-    config: SFTConfig,
+    config: Any,
     model: Any,
     rows: Sequence[Row],
     collate: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
@@ -62,7 +59,7 @@ def train_over_ranks(
     """Train a causal language model in place, every token of a step counted alike; returns the mean loss.
 
     Args:
-        config: of the stage; ``fsdp2`` leaves each process a part of the model.
+        config: an :class:`~torchrl_maxmin.trainers.sft.SFTConfig`; with ``fsdp2`` each process keeps a part.
         model: the model, or the peft model around it.
         rows: ``input_ids`` of each text, and how many tokens at its start are not trained on (``skip``).
         collate: makes ``input_ids``, ``attention_mask`` and ``labels`` of some rows.
