@@ -13,7 +13,7 @@ import numpy as np
 from instructions import instructions
 from openings import film_openings
 from scipy.special import expit
-from tastes import TASTES
+from tastes import TASTES, sentiments
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
@@ -63,6 +63,8 @@ class Reference:
         num_samples: answers of the base model's own that it is tuned on.
         temperature: of these answers.
         max_new_tokens: their tokens before they are cut.
+        opinion: VADER's sentiment of such an answer at least, up or down, as many of either; 0 takes all.
+        dtype: that it samples in, and pairs are sampled in.
         sft: the tuning; None keeps the base model.
         seed: of the draws.
         device: where it samples.
@@ -79,6 +81,8 @@ class Reference:
     sft: SFTConfig | None
     seed: int
     device: str
+    opinion: float = 0.0
+    dtype: str = "float32"
 
 
 def make_reference(task: Reference) -> None:
@@ -86,7 +90,8 @@ def make_reference(task: Reference) -> None:
 
     Left alone, SmolLM2 ends one of 30 answers within 32 tokens: "few words" would be a matter of spelling,
     and at temperature 1 it strays. Its answers at a lower temperature, cut after one to three sentences,
-    teach it both to end and to stay with the subject, and nothing that it did not say itself.
+    teach it both to end and to stay with the subject, and nothing that it did not say itself. Four of ten
+    say nothing that anyone could like or dislike; a review does, so these may be left out (``opinion``).
     """
     task.folder.mkdir(parents=True, exist_ok=True)
     prompts, heldout = _draw_prompts(task.kind, task.num_prompts, task.num_test_prompts, task.seed)
@@ -103,6 +108,7 @@ def make_reference(task: Reference) -> None:
         max_new_tokens=task.max_new_tokens,
         temperature=task.temperature,
         device=resolve_device(task.device),
+        dtype=task.dtype,
     )
     asked = [prompts[i % len(prompts)] for i in range(task.num_samples)]
     answers = _answers(policy, tokenizer, asked, 1, "answers to learn from")
@@ -111,10 +117,20 @@ def make_reference(task: Reference) -> None:
         cut = cut_sentences(plain_text(text), int(rng.integers(1, 4)))
         if len(cut.split()) >= FEWEST_WORDS:
             rows.append({"prompt": prompt, "completion": as_completion(cut, prompt)})
+    if task.opinion:
+        rows = _opinions(rows, task.opinion)
     if not rows:  # a model that makes no sentence
         rows = [{"prompt": p, "completion": text[0]} for p, text in zip(asked, answers, strict=True)]
     write_rows(task.folder / "sft.jsonl", rows)
     run_sft(task.sft)
+
+
+def _opinions(rows: list[dict[str, Any]], least: float) -> list[dict[str, Any]]:
+    """The rows that praise, and as many that blame, in their order."""
+    found = sentiments([plain_text(row["completion"]) for row in rows])
+    sides = [np.flatnonzero(sign * found >= least) for sign in (1, -1)]
+    number = min(map(len, sides))
+    return [rows[i] for i in sorted(np.concatenate([side[:number] for side in sides]).tolist())]
 
 
 def cut_sentences(text: str, most: int) -> str:
@@ -154,6 +170,7 @@ class Pairs:
     response_length: int
     seed: int
     device: str
+    dtype: str = "float32"
 
 
 def sample_pairs(task: Pairs) -> None:
@@ -165,7 +182,11 @@ def sample_pairs(task: Pairs) -> None:
     seed_everything(task.seed)
     tokenizer = load_tokenizer(task.reference)
     policy = TokenPolicy.from_pretrained(
-        task.reference, tokenizer, max_new_tokens=task.response_length, device=resolve_device(task.device)
+        task.reference,
+        tokenizer,
+        max_new_tokens=task.response_length,
+        device=resolve_device(task.device),
+        dtype=task.dtype,
     )
     known = [row["prompt"] for row in read_rows(task.prompts)]
     rng, rows = np.random.default_rng(task.seed), []
@@ -207,7 +228,7 @@ class Labels:
 
 
 def label_pairs(task: Labels) -> None:
-    """Let every user choose one of two answers, each pair shown to one user.
+    """Let every user choose one of two answers, each pair shown to one user; a tie leaves no row.
 
     The ``group`` column says whose taste it was; training never reads it.
     """
@@ -225,6 +246,8 @@ def label_pairs(task: Labels) -> None:
     task.folder.mkdir(parents=True, exist_ok=True)
     out: dict[str, list[dict[str, Any]]] = {"preferences": [], "preferences_test": []}
     for place, (row, user) in enumerate(zip(rows, owner.tolist(), strict=True)):
+        if margin[place] == 0:
+            continue
         chosen, rejected = ("a", "b") if first[place] else ("b", "a")
         name = "preferences" if place % each < task.pairs_per_user else "preferences_test"
         out[name].append(

@@ -161,6 +161,7 @@ class RecipePlan:
             recipe.flags("ppo")["response_length"],
             seed,
             self.device,
+            reference.dtype,
         )
         self._add(f"seed-{seed}/pairs", sample_pairs, pairs, (made,))
 

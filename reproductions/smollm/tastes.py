@@ -35,6 +35,7 @@ __all__ = [
     "length",
     "relevance",
     "require_packages",
+    "sentiments",
     "tone",
 ]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.core.distributed import is_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import import_peft, import_transformers, quiet_peft, reading
-from torchrl_maxmin.models.lora_inputs import keep_narrow_inputs
+from torchrl_maxmin.models.lora_products import compute_as_the_trunk
 from torchrl_maxmin.models.sequences import backbone_of
 from torchrl_maxmin.models.sharding import gathered_state
 
@@ -102,7 +102,7 @@ def add_adapters(
             f"peft cannot adapt {type(trunk).__name__}: {error}; check lora_r, and name the layers "
             "to adapt by lora_target_modules"
         ) from error
-    keep_narrow_inputs(model)
+    compute_as_the_trunk(model)
     model.set_requires_grad(list(names), True)
     return model.eval()
 
@@ -130,7 +130,7 @@ def add_saved_adapter(model: Any, name: str, folder: Path) -> None:
     # new adapters are drawn at random before they are loaded
     with quiet_peft(), torch.random.fork_rng(devices=[]), reading("adapter", str(folder)):
         model.add_adapter(name, config)
-    keep_narrow_inputs(model)
+    compute_as_the_trunk(model)
     if state.keys() != read_adapter(model, name).keys():
         raise UserError(f"the adapter in {folder} is of other layers than {type(base).__name__} has")
     write_adapter(model, name, state)

@@ -12,6 +12,7 @@ from torch import nn
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import reading
 from torchrl_maxmin.models.lora import base_state, import_peft, quiet_peft, read_adapter, write_adapter
+from torchrl_maxmin.models.lora_products import compute_as_the_trunk
 
 ADAPTERS = ("per_group", "shared")
 _FOLDER, _CONFIG = "adapters", "adapter_config.json"
@@ -51,6 +52,7 @@ def load_adapters(trunk: nn.Module, folder: Path, names: Sequence[str]) -> Any:
         model = peft.PeftModel.from_pretrained(trunk, is_trainable=True, **first)
         for other in others:
             model.load_adapter(is_trainable=True, **other)
+    compute_as_the_trunk(model)
     model.set_requires_grad(list(names), True)
     return model.eval()
 

@@ -1,0 +1,91 @@
+"""Adapters that compute in the trunk's precision: values and gradients of the formula, less kept."""
+
+import pytest
+import torch
+from architectures import build
+
+from torchrl_maxmin.models.lora import LoraSettings, add_adapters
+from torchrl_maxmin.models.lora_products import add_low_rank
+from torchrl_maxmin.world import build_tokenizer
+
+#: of values of size one, summed over some terms
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+def kept_bytes(run):
+    """Bytes of distinct storages that autograd keeps."""
+    sizes = {}
+
+    def pack(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = run()
+    return sum(sizes.values()), out
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_values_and_gradients_are_those_of_the_formula_in_float64(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).float()
+
+    result, x, a, b, slope = draw(4, 5, 7), draw(4, 5, 6), draw(3, 6), draw(7, 3), draw(4, 5, 7)
+    given = [result.to(dtype), x.to(dtype), a, b]
+    ours = [tensor.clone().requires_grad_() for tensor in given]
+    exact = [tensor.double().requires_grad_() for tensor in (result, x, a, b)]
+    out = add_low_rank(*ours, 0.5)
+    wanted = exact[0] + 0.5 * exact[1] @ exact[2].T @ exact[3].T
+    (out * slope.to(dtype)).sum().backward()
+    (wanted * slope).sum().backward()
+    assert out.dtype == dtype
+    for mine, theirs in [(out, wanted), *((m.grad, t.grad) for m, t in zip(ours, exact, strict=True))]:
+        error = (mine.double() - theirs).abs().max() / theirs.abs().max()
+        assert error < TOLERANCE[dtype]
+    assert [tensor.grad.dtype for tensor in ours] == [dtype, dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_half_precision_trunk_keeps_less_and_is_as_near_float32_as_by_peft(name, dropout, monkeypatch):
+    tokens = torch.randint(3, 40, (4, 20), generator=torch.Generator().manual_seed(1))
+
+    def run(narrow, dtype=torch.bfloat16):
+        with monkeypatch.context() as patch:
+            if not narrow:
+                patch.setattr("torchrl_maxmin.models.lora.compute_as_the_trunk", lambda model: None)
+            trunk = build(name, build_tokenizer()).to(torch.bfloat16).to(dtype)
+            torch.manual_seed(0)
+            settings = LoraSettings(r=2, dropout=dropout, target_modules="all-linear")
+            model = add_adapters(trunk, ["default"], settings)
+        generator = torch.Generator().manual_seed(2)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        kept, logits = kept_bytes(lambda: model(input_ids=tokens).logits)
+        logits.float().square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return kept, logits.float(), gradients, model.state_dict().keys()
+
+    kept, logits, gradients, keys = run(True)
+    kept_by_peft, logits_by_peft, gradients_by_peft, keys_by_peft = run(False)
+    _, exact_logits, exact_gradients, _ = run(False, torch.float32)
+    assert keys == keys_by_peft
+    assert gradients.keys() == gradients_by_peft.keys()
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    assert (logits - exact_logits).norm() < 1.5 * (logits_by_peft - exact_logits).norm()
+
+    def distance(found):
+        squares = [(found[n] - exact_gradients[n]).square().sum() for n in exact_gradients]
+        return torch.stack(squares).sum().sqrt()
+
+    assert distance(gradients) < 1.5 * distance(gradients_by_peft)
+    assert kept < 0.85 * kept_by_peft
+
+
+def test_a_float32_trunk_is_left_to_peft():
+    model = add_adapters(build("Llama", build_tokenizer()), ["default"], LoraSettings(r=2))
+    layers = [module for module in model.modules() if hasattr(module, "lora_variant")]
+    assert layers
+    assert not any(layer.lora_variant for layer in layers)
