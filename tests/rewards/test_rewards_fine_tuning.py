@@ -5,7 +5,8 @@ import torch
 
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards import RewardMixture, fit_mixture
-from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens
+from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
+from torchrl_maxmin.rewards.pairs import PairTokens
 from torchrl_maxmin.world import sample_reviews
 
 USERS, PAIRS = 6, 4

@@ -14,7 +14,8 @@ from torchrl_maxmin.clustering.em import EMSettings, converged, repair_empty_gro
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.rewards import RewardMixture, fit_mixture
-from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens
+from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
+from torchrl_maxmin.rewards.pairs import PairTokens
 from torchrl_maxmin.world import sample_reviews
 
 USERS, PAIRS = 20, 18

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.rewards import RewardMixture
-from torchrl_maxmin.rewards.pairs import Batches, PairTokens, text_features
+from torchrl_maxmin.rewards.fine_tuning import Batches
+from torchrl_maxmin.rewards.pairs import PairTokens, text_features
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Reward functions of the tests, found by name as a user's would be."""
 
 import math
+import os
+import signal
 
 
 def brevity(prompts, completions):
@@ -49,3 +51,32 @@ def letters_by_prompt(prompts, completions):
         value + 7 * math.sin(len(prompt))
         for prompt, value in zip(prompts, letters(prompts, completions), strict=True)
     ]
+
+
+def sparse_letters(prompts, completions):
+    """``letters`` of the responses with an even number of words alone."""
+    return [
+        None if len(c.split()) % 2 else value
+        for c, value in zip(completions, letters(prompts, completions), strict=True)
+    ]
+
+
+def for_long_prompts(prompts, completions):
+    """What a group gets that is well off at long prompts alone."""
+    return [1.0 if len(prompt) > 40 else -1.0 for prompt in prompts]
+
+
+def for_short_prompts(prompts, completions):
+    return [-0.9 if len(prompt) > 40 else 1.0 for prompt in prompts]
+
+
+calls = [0]
+
+
+def deadly(prompts, completions):
+    """``letters``, until the second of two processes dies at its seventh call, the first time it runs."""
+    calls[0] += 1
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if first and os.environ.get("RANK") == "1" and calls[0] == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return letters(prompts, completions)

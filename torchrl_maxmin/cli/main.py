@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 from torchrl_maxmin.cli.parsing import mentions, parse_config
-from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.errors import LostRankError, UserError
 from torchrl_maxmin.core.progress import quiet
 
 __all__ = ["main"]
+
+#: torchrun ends all when one has failed: a mistake that all of them found is said once
+_PATIENCE_S = 2.0
 
 #: verb -> (module, config class, function, one line of help)
 STAGES = {
@@ -68,9 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"no verb {verb!r}; choose one of {', '.join([*STAGES, *OTHERS])}")
     except UserError as error:
         line = " ".join(str(error).split())
+        if _rank():
+            time.sleep(_PATIENCE_S)
         _say(f"torchrl-maxmin {verb}: error: {line}", error=True)
         return 2
     except FloatingPointError as error:  # it names the batch that was saved
+        _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
+        return 1
+    except LostRankError as error:
         _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
         return 1
     except KeyboardInterrupt:
@@ -83,8 +93,15 @@ def _run_stage(verb: str, arguments: list[str]) -> int:
     module_name, config_name, function_name, line = stage
     module = importlib.import_module(module_name)
     config = parse_config(verb, line, getattr(module, config_name), arguments)
-    _say(f"{verb} done: {getattr(module, function_name)(config)}")
+    folder = getattr(module, function_name)(config)
+    if not _rank():
+        _say(f"{verb} done: {folder}")
     return 0
+
+
+def _rank() -> int:
+    """The place of this process among those that torchrun started, from 0."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def _usage() -> str:

@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class UnservedModelError(UserError):
     """A language model that cannot be sampled and trained as a policy, though it may give rewards."""
+
+
+class LostRankError(RuntimeError):
+    """Another of the processes that train one model together has ended."""

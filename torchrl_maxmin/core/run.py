@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 
+from torchrl_maxmin.core.distributed import is_main_process, of_main_process, rank, restarted
 from torchrl_maxmin.core.errors import UserError
 
 Stage = TypeVar("Stage", bound=Callable[[Any], Any])
@@ -58,9 +59,14 @@ def resolve_device(name: str) -> torch.device:
 def prepare_output_dir(path: str | Path) -> Path:
     """Create an output folder; raises :class:`UserError` if it holds anything already."""
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output folder {folder} is not empty; choose another --output_dir or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def prepare() -> None:
+        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if used and not restarted():  # by the same run, which failed before its first checkpoint
+            raise UserError(f"output folder {folder} is not empty; choose another --output_dir or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    of_main_process(prepare)
     return folder
 
 
@@ -86,7 +92,9 @@ def leave_no_empty_output(stage: Stage) -> Stage:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write json whole or not at all."""
+    """Write json whole or not at all; of processes that work as one, the main one writes."""
+    if not is_main_process():
+        return
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2, default=float) + "\n")
     os.replace(partial, path)
@@ -94,6 +102,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_config(folder: Path, config: Any) -> None:
     """Write the resolved config of a stage; the file is what ``--config`` takes."""
+    if not is_main_process():
+        return
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
@@ -107,6 +117,9 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, report_to: str | None = None, keep: int = 0):
+        self.writes = is_main_process()
+        if not self.writes:
+            return
         self.path = folder / "metrics.jsonl"
         kept = self.path.read_text().splitlines()[:keep] if keep else []
         self.path.write_text("".join(line + "\n" for line in kept))
@@ -118,6 +131,8 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of one step."""
+        if not self.writes:
+            return
         row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -139,7 +154,7 @@ def require_finite(value: float, batch: Any, folder: Path, what: str) -> None:
 
 def nonfinite_batch(batch: Any, folder: Path, what: str) -> FloatingPointError:
     """Save a batch for inspection; returns the error that names it."""
-    path = folder / "nonfinite_batch.pt"
+    path = folder / ("nonfinite_batch.pt" if is_main_process() else f"nonfinite_batch-{rank()}.pt")
     torch.save(batch, path)
     return FloatingPointError(f"{what}; the batch that gave it is in {path}")
 

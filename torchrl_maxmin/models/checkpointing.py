@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import import_transformers
 
-__all__ = ["checkpoint_layers"]
+__all__ = ["checkpoint_layers", "layers_of"]
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of transformers in a model; none in an architecture that has not been divided so."""
+    kind = import_transformers().modeling_layers.GradientCheckpointingLayer
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def checkpoint_layers(
@@ -31,8 +37,7 @@ def checkpoint_layers(
     Raises:
         UserError: for an architecture whose layers cannot be checkpointed.
     """
-    kind = import_transformers().modeling_layers.GradientCheckpointingLayer
-    layers = [module for module in model.modules() if isinstance(module, kind)]
+    layers = layers_of(model)
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no layers to compute again: leave --gradient_checkpointing out"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl_maxmin.models.loading import import_transformers
 from torchrl_maxmin.models.sequences import is_end
 
-__all__ = ["StopStrings", "truncating_warpers"]
+__all__ = ["GivenNumbers", "StopStrings", "truncating_warpers"]
 
 
 def truncating_warpers(top_k: int, top_p: float) -> list[Any]:
@@ -24,6 +24,29 @@ def truncating_warpers(top_k: int, top_p: float) -> list[Any]:
     transformers = import_transformers()
     warpers: list[Any] = [transformers.TopKLogitsWarper(top_k)] if top_k else []
     return warpers + ([transformers.TopPLogitsWarper(top_p)] if top_p < 1 else [])
+
+
+class GivenNumbers:
+    """A logits processor that leaves one token, where the cumulated probabilities reach a given number.
+
+    A row's tokens then depend on its own numbers and scores, whichever rows are sampled beside it.
+
+    Args:
+        numbers: uniform in [0, 1), [B, R], one a column of the responses.
+        width: of the prompts.
+        temperature: of the sampling.
+    """
+
+    def __init__(self, numbers: Tensor, width: int, temperature: float = 1.0):
+        self.numbers, self.width, self.temperature = numbers.double(), width, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Take the scores [B, V] of the next token, given all tokens [B, T]."""
+        column = input_ids.shape[-1] - self.width
+        cumulated = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        drawn = self.numbers[:, column, None] * cumulated[:, -1:]
+        token = torch.searchsorted(cumulated, drawn, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 
 class StopStrings:

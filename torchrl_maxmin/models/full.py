@@ -14,11 +14,15 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from torchrl_maxmin.core.distributed import is_main_process, over_ranks
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
+from torchrl_maxmin.models.checks import check_first_rollout
 from torchrl_maxmin.models.language import SCORED, TokenPolicy, TokenScorer, predicting_states
+from torchrl_maxmin.models.lora import save_policy
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.models.output_head import read_in_one_piece
 from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, states_width
+from torchrl_maxmin.models.sharding import shard, shard_policy, whole_weights
 
 __all__ = ["FullCopies", "LanguageNetworks", "TokenCritic", "ValueHeads", "heads_on_policy"]
 
@@ -116,24 +120,34 @@ class LanguageNetworks(Networks):
     @torch.no_grad()
     def log_prob(self, responses: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of the tokens under the policy."""
-        return in_length_buckets(self.policy.log_prob, responses, self.scoring_batch_size)
+        return self._in_buckets(self.policy.log_prob, responses)
 
     @torch.no_grad()
     def ref_log_prob(self, responses: TensorDictBase) -> Tensor:
         """Log-probabilities [B, R] of the tokens under the reference."""
-        return in_length_buckets(self.reference.log_prob, responses, self.scoring_batch_size)
+        return self._in_buckets(self.reference.log_prob, responses)
 
     @torch.no_grad()
     def values(self, responses: TensorDictBase) -> Tensor:
         """Values [B, R, num_columns] of the tokens, where there is a critic."""
         assert self.critic is not None
-        rows = responses.select(*self.critic.in_keys)
-        return in_length_buckets(self.critic, rows, self.scoring_batch_size)["state_value"]
+        critic = self.critic
+        return self._in_buckets(lambda part: critic(part)["state_value"], responses.select(*critic.in_keys))
+
+    def _in_buckets(self, function: Callable[[TensorDictBase], Tensor], rows: TensorDictBase) -> Tensor:
+        size = self.scoring_batch_size
+        return over_ranks(lambda share: in_length_buckets(function, share, size), rows)
+
+    def check_first_rollout(self, rollout: TensorDictBase) -> Tensor:
+        """See :func:`~torchrl_maxmin.models.checks.check_first_rollout`."""
+        with whole_weights(self.policy):
+            return check_first_rollout(self.policy, rollout)
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer in the format of Hugging Face."""
-        self.policy.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_policy(self.policy.model, None, folder, merge=False)
+        if is_main_process():
+            self.tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -154,7 +168,10 @@ def heads_on_policy(policy: TokenPolicy, num_columns: int) -> ValueHeads:
     """
     policy.keep_states = True
     width = states_width(backbone_of(policy.model))
-    return ValueHeads(policy.take_states, width, num_columns).to(next(policy.parameters()).device)
+    # looked up when it is called: a sharded policy's is another
+    return ValueHeads(lambda rows: policy.take_states(rows), width, num_columns).to(
+        next(policy.parameters()).device
+    )
 
 
 class FullCopies(LanguageNetworks):
@@ -169,6 +186,8 @@ class FullCopies(LanguageNetworks):
             critic, and no memory for it.
         critic: ``full``, or ``heads`` on the policy's states, see :func:`heads_on_policy`.
         gradient_checkpointing: whether layers are computed again at backward, in place of being kept.
+        sharded: whether each of the processes that work as one holds a part of each network, in place of a
+            copy; value heads are copies in any case.
         **options: those of :class:`LanguageNetworks`.
     """
 
@@ -180,19 +199,27 @@ class FullCopies(LanguageNetworks):
         *,
         critic: str = "full",
         gradient_checkpointing: bool = False,
+        sharded: bool = False,
         **options: Any,
     ):
         device = next(reference.parameters()).device
         policy = copy.deepcopy(reference)  # not loaded again: a new pad token's row is random
+        if gradient_checkpointing:
+            checkpoint_layers(policy)
         values: ValueHeads | None = None
         if num_columns and critic == "heads":
             values = heads_on_policy(policy, num_columns)
-        elif num_columns:
+        if sharded:  # before the next copy is made
+            shard_policy(policy)
+        if num_columns and values is None:
             values = TokenCritic(copy.deepcopy(backbone_of(reference.model)), num_columns).to(device)
-        if gradient_checkpointing:
-            checkpoint_layers(policy)
-            if isinstance(values, TokenCritic):
+            if gradient_checkpointing:
                 checkpoint_layers(values)
+            if sharded:
+                shard(values.backbone)
         if reference.model.dtype.itemsize == 2:  # in float32 rounding, and so samples, would change
             read_in_one_piece(reference.model.get_output_embeddings())
-        super().__init__(policy, reference.requires_grad_(False), values, tokenizer, **options)
+        reference.requires_grad_(False)
+        if sharded:
+            shard_policy(reference)
+        super().__init__(policy, reference, values, tokenizer, **options)

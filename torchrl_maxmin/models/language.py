@@ -15,8 +15,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from torchrl_maxmin.core.distributed import of_main_process, over_ranks, shares_rows
 from torchrl_maxmin.models.checks import check_model
-from torchrl_maxmin.models.decoding import StopStrings, truncating_warpers
+from torchrl_maxmin.models.decoding import GivenNumbers, StopStrings, truncating_warpers
 from torchrl_maxmin.models.loading import (
     end_tokens,
     ensure_pad_token,
@@ -36,6 +37,7 @@ __all__ = ["SCORED", "TokenPolicy", "TokenScorer", "predicting_states"]
 
 #: what scoring a response reads
 SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
+_NUMBERS = "drawn_by"  # numbers [B, R] that the tokens of responses are drawn by
 _NO_TOKENS = (
     "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
     "scored from padding; give it the tokenizer's BOS token, or leave it out"
@@ -258,6 +260,9 @@ class TokenPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase, max_new_tokens: int | None = None) -> TensorDictBase:
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
 
+        Processes that work as one answer a share each, every row drawn by random numbers of its own, so that
+        the number of processes changes nothing.
+
         Args:
             tensordict: prompts [B].
             max_new_tokens: columns of a response, where not those of the policy.
@@ -266,17 +271,31 @@ class TokenPolicy(TensorDictModuleBase):
             ValueError: for a prompt without tokens.
         """
         max_new_tokens = max_new_tokens or self.max_new_tokens
+        if not shares_rows():
+            return self._answer(tensordict, max_new_tokens)
+        prompts, shape = tensordict.select(*self.in_keys), (len(tensordict), max_new_tokens)
+        prompts[_NUMBERS] = of_main_process(lambda: torch.rand(shape)).to(prompts["prompt_tokens"].device)
+        answers = over_ranks(lambda part: self._answer(part, max_new_tokens).select(*self.out_keys), prompts)
+        return tensordict.update(answers)
+
+    def _answer(self, tensordict: TensorDictBase, max_new_tokens: int) -> TensorDictBase:
         size = self.generation_batch_size or len(tensordict)
         if len(tensordict) > size:
-            prompts = tensordict.select(*self.in_keys)
-            answer = partial(self.forward, max_new_tokens=max_new_tokens)
+            prompts = tensordict.select(*self.in_keys, _NUMBERS, strict=False)
+            answer = partial(self._answer, max_new_tokens=max_new_tokens)
             return tensordict.update(in_length_buckets(answer, prompts, size))
         prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
         if int(prompt_mask.sum(-1).min()) < 1:
             raise ValueError(_NO_TOKENS)
         width = prompt.shape[-1]
         sampled = SampledLogProbs(self.temperature, self.warpers)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"logits_processor": [sampled]}
+        temperature = 1.0 if self.truncated else self.temperature
+        if (numbers := tensordict.get(_NUMBERS, None)) is None:
+            options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        else:
+            options |= {"do_sample": False}
+            options["logits_processor"].append(GivenNumbers(numbers, width, temperature))
         if self.stops is not None:
             completed = self.stops.completed
             options["stopping_criteria"] = [lambda tokens, *_, **__: completed(tokens[:, width:])]
@@ -284,14 +303,9 @@ class TokenPolicy(TensorDictModuleBase):
             generated = self.model.generate(
                 input_ids=prompt,
                 attention_mask=prompt_mask.long(),
-                do_sample=True,
-                temperature=1.0 if self.truncated else self.temperature,
-                top_k=0,
-                top_p=1.0,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(self.eos_token_ids),
                 pad_token_id=self.pad_token_id,
-                logits_processor=[sampled],
                 **options,
             )[:, width:]
         sampled(generated, None)

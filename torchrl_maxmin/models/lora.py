@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchrl_maxmin.core.distributed import is_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import import_peft, import_transformers, quiet_peft, reading
 from torchrl_maxmin.models.lora_products import compute_as_the_trunk
 from torchrl_maxmin.models.sequences import backbone_of
+from torchrl_maxmin.models.sharding import gathered_state
 
 __all__ = [
     "AdapterSwitch",
@@ -158,8 +160,11 @@ def save_policy(model: Any, adapted: Any, folder: Path, *, merge: bool, adapter:
         merge: whether the adapter is added to the weights.
         adapter: which one.
     """
+    gathered = gathered_state(model)
+    if not is_main_process():
+        return
     if adapted is None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **gathered)
     elif merge:
         model.save_pretrained(folder, state_dict=merged_state(adapted, adapter))
     else:

@@ -55,4 +55,5 @@ def make_networks(
         lora = settings.lora_settings()
         options |= {"lora": lora, "merge": merge_adapter, "critic": critic or "adapter"}
         return SharedTrunk(reference, tokenizer, num_columns, **options)
-    return FullCopies(reference, tokenizer, num_columns, critic=critic or "full", **options)
+    options |= {"critic": critic or "full", "sharded": settings.distributed == "fsdp2"}
+    return FullCopies(reference, tokenizer, num_columns, **options)

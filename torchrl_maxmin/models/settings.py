@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torchrl_maxmin.core.distributed import MODES
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.settings import CheckedSettings
 from torchrl_maxmin.models.loading import import_transformers
@@ -38,6 +39,9 @@ class ModelSettings(CheckedSettings):
         lora_dropout: dropout on the adapters' inputs where gradients are taken. 0, where TRL has 0.05: with
             dropout PPO's ratio is not 1 at the first step, and every adapter keeps a copy of its input.
         lora_target_modules: layers that get adapters; all-linear is all but the output embeddings.
+        distributed: none, or what each of the processes holds that torchrun starts (torchrun --nproc_per_node
+            N -m torchrl_maxmin VERB ...); ddp, a copy of all networks, or fsdp2, a part of them. Whatever is
+            of all rows (the groups' utilities, whitening, likelihoods of users) is taken of all processes'.
     """
 
     dtype: str = "float32"
@@ -52,10 +56,11 @@ class ModelSettings(CheckedSettings):
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    distributed: str = "none"
 
     def check_model(self) -> None:
         """Raise :class:`UserError` for settings that cannot work together, or need what is not installed."""
-        self.require_known(dtype=DTYPES)
+        self.require_known(dtype=DTYPES, distributed=MODES)
         self.require_at_least(1, "lora_r", "lora_alpha")
         self.require_in_range(0, 1, "lora_dropout")
         if self.bf16 and self.dtype == "bfloat16":
@@ -75,6 +80,11 @@ class ModelSettings(CheckedSettings):
             )
         if self.load_in_4bit and getattr(self, "merge_adapter", False):
             raise UserError("4-bit weights take no adapter: --load_in_4bit goes with --merge_adapter false")
+        if self.use_peft and self.distributed == "fsdp2":
+            raise UserError(
+                "--distributed fsdp2 shards whole copies of a model; for adapters, which are small, give "
+                "--distributed ddp"
+            )
         names = [name.value for name in import_transformers().training_args.OptimizerNames]
         if self.optim not in names:
             raise UserError(f"--optim {self.optim!r} is none of {', '.join(names)}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from torchrl_maxmin.core.distributed import is_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.full import LanguageNetworks, TokenCritic, ValueHeads, heads_on_policy
@@ -144,4 +145,5 @@ class SharedTrunk(LanguageNetworks):
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer, see :func:`~torchrl_maxmin.models.lora.save_policy`."""
         save_policy(self.policy.model, self.adapted, folder, merge=self.merge)
-        self.tokenizer.save_pretrained(folder)
+        if is_main_process():
+            self.tokenizer.save_pretrained(folder)

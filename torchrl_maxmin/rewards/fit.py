@@ -20,12 +20,16 @@ from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mix
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
 from torchrl_maxmin.clustering.linear import PairChoices, fit_choices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
+from torchrl_maxmin.core.distributed import of_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
+from torchrl_maxmin.models.sequences import backbone_of
+from torchrl_maxmin.models.sharding import shard
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
+from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import FineTuning, FineTuningSettings, PairTokens, feature_choices
+from torchrl_maxmin.rewards.pairs import PairTokens, feature_choices
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.stats import accuracy_by_group
 
@@ -122,6 +126,7 @@ def fit_mixture(
     device: torch.device | str = "cpu",
     on_round: Callable[[dict[str, Any]], None] | None = None,
     resume: dict[str, Any] | None = None,
+    sharded: bool = False,
     **optimizer: Any,
 ) -> MixtureFit:
     """Learn K rewards and who holds them.
@@ -148,8 +153,9 @@ def fit_mixture(
         device: where the reward model trains.
         on_round: called after every round with the state that ``resume`` takes.
         resume: go on from such a state; the result is bit-equal to a run that never stopped.
+        sharded: whether each of the processes that work as one holds a part of the trunk.
         **optimizer: rounds, steps, rates and batch sizes: fields of
-            :class:`~torchrl_maxmin.rewards.pairs.FineTuningSettings`.
+            :class:`~torchrl_maxmin.rewards.fine_tuning.FineTuningSettings`.
 
     Raises:
         UserError: for fewer users than groups, or ``use_true_groups`` without true groups.
@@ -179,8 +185,11 @@ def fit_mixture(
         warm = linear_warm_start(choices, num_groups, max_groups, seed, **fit)
         if identifiability:
             warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))
+        warm = of_main_process(lambda: warm)  # other processors may round otherwise
     start = warm.responsibilities
     mixture = RewardMixture.from_backbone(model, start.shape[-1], **options).to(device)
+    if sharded:
+        shard(backbone_of(mixture.model))
     pairs = PairTokens(data, mixture.encoder(max_length), mixture.reader.pad_id)
     with progress_bar(f"reward model, K={mixture.num_groups}", tuning.total_steps) as advance:
         m_step = FineTuning(mixture, pairs, tuning, advance)

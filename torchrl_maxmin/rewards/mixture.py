@@ -12,6 +12,7 @@ import torch
 from maxmin_kernels import reward_heads_min
 from torch import Tensor, nn
 
+from torchrl_maxmin.core.distributed import is_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.loading import (
@@ -31,6 +32,7 @@ from torchrl_maxmin.models.lora import (
     copy_adapter_,
 )
 from torchrl_maxmin.models.sequences import backbone_of, states_width
+from torchrl_maxmin.models.sharding import gathered_state
 from torchrl_maxmin.preferences.chat import set_chat_template
 from torchrl_maxmin.rewards import adapters as lora
 from torchrl_maxmin.rewards.base import (
@@ -258,7 +260,9 @@ class RewardMixture(RewardModel):
             include_base: also write the frozen trunk below LoRA adapters; without, the folder is
                 small, and loading it looks for the trunk where it came from.
         """
-        folder = Path(folder)
+        folder, gathered = Path(folder), gathered_state(self.model)
+        if not is_main_process():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "prior": self.log_prior.exp().tolist(),
@@ -267,7 +271,7 @@ class RewardMixture(RewardModel):
         }
         dtype = str(self.model.dtype).removeprefix("torch.")
         if self.heads is None:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, **gathered)
             state["dtype"] = dtype
         else:
             from safetensors.torch import save_file
@@ -284,7 +288,7 @@ class RewardMixture(RewardModel):
             }
             save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, folder / HEADS_FILE)
             if self.adapters is None:
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder, **gathered)
             else:
                 lora.save_adapters(self.model, folder, self.names)
                 if include_base:

@@ -15,6 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from torchrl_maxmin.core.distributed import over_ranks
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.importing import import_named
 from torchrl_maxmin.models.language import TokenPolicy
@@ -398,5 +399,9 @@ def reference_rewards(
     """
     device = next(reference.parameters()).device
     samples = sample_responses(reference, prompts, num_samples)
-    raw = in_batches(lambda part: rewards(part.to(device)).cpu(), samples, scoring_batch_size)
+
+    def score(some: TensorDictBase) -> Tensor:
+        return in_batches(lambda part: rewards(part.to(device)).cpu(), some, scoring_batch_size)
+
+    raw = over_ranks(score, samples)
     return raw.reshape(len(prompts), num_samples, -1)

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from torchrl_maxmin.core.distributed import over_ranks
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sampling import sample_responses
 from torchrl_maxmin.models.sequences import in_batches
@@ -21,7 +22,11 @@ __all__ = ["policy_certificate", "score_responses"]
 def score_responses(policy: TokenPolicy, responses: TensorDict, batch_size: int = 512) -> Tensor:
     """Log-probabilities [N, R] of given responses, ``batch_size`` at once; on the CPU."""
     device = next(policy.parameters()).device
-    return in_batches(lambda part: policy.log_prob(part.to(device)).cpu(), responses, batch_size)
+
+    def score(share: TensorDict) -> Tensor:
+        return in_batches(lambda part: policy.log_prob(part.to(device)).cpu(), share, batch_size)
+
+    return over_ranks(score, responses)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
 
+from torchrl_maxmin.core.distributed import is_main_process, of_main_process, over_ranks
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.core.run import nonfinite_batch
@@ -86,11 +87,13 @@ class CalibratedRewards:
         def sampled(some: TensorDict, count: int) -> Tensor:
             return reference_rewards(reference, some, self.source, count, self.scoring_batch_size)
 
-        raw = sampled(prompts[torch.randperm(len(prompts))[:num_prompts]], num_samples)
+        order = of_main_process(lambda: torch.randperm(len(prompts)))
+        raw = sampled(prompts[order[:num_prompts]], num_samples)
         mixture = getattr(self.source, "mixture", None)  # functions compute in what they give
         dtype = None if mixture is None else next(mixture.parameters()).dtype
         self.calibration = Calibration.fit(raw, method, dtype=dtype)
-        torch.save(raw, self.folder / "reference_rewards.pt")
+        if is_main_process():
+            torch.save(raw, self.folder / "reference_rewards.pt")
         if by_prompt or self.calibration.by_prompt:
             together = math.lcm(rows_at_once(reference), baseline_samples)  # whole batches sample alike
             parts = prompts.split(together // baseline_samples)
@@ -114,7 +117,7 @@ class CalibratedRewards:
             FloatingPointError: for a reward that is NaN or infinite; the batch is saved.
         """
         try:
-            raw = in_length_buckets(self.source, responses, self.scoring_batch_size)
+            raw = over_ranks(self._score, responses)
         except NonFiniteRewards as error:
             raise nonfinite_batch(responses, self.folder, "a reward is nan") from error
         own = None if self.samples is None else self.samples[responses["prompt_index"]]
@@ -125,6 +128,9 @@ class CalibratedRewards:
             self._name_silent_groups(rewards)
             rewards = fill_absent(rewards, self.neutral)
         return penalise_missing_eos(rewards, responses, self.ends, self.missing_eos_penalty)
+
+    def _score(self, responses: TensorDictBase) -> Tensor:
+        return in_length_buckets(self.source, responses, self.scoring_batch_size)
 
     def _name_silent_groups(self, rewards: Tensor) -> None:
         """Print, once each, the groups that no response of a batch has a reward for."""

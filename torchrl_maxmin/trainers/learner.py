@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
+from torchrl_maxmin.core.distributed import (
+    clip_gradients,
+    gather_rows,
+    of_main_process,
+    share_of_rows,
+    shares_rows,
+    start_alike,
+    sum_gradients,
+    sum_over_ranks,
+    world_size,
+)
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.models.networks import Networks
@@ -23,8 +34,8 @@ __all__ = ["Learner"]
 class Learner:
     """Takes optimizer steps on minibatches of a rollout, in memory for one micro-batch.
 
-    A minibatch is dealt in micro-batches, whose gradients add up to its own. Each role's gradient is clipped
-    by itself.
+    A minibatch is dealt in micro-batches, whose gradients add up to its own; processes that work as one take
+    a share of its rows each. Each role's gradient is clipped by itself.
 
     Args:
         config: the stage's settings.
@@ -59,6 +70,8 @@ class Learner:
         self.loss = MaxMinPPOLoss(models.actor, models.critic, functional=False, **options, **loss_options)
         self.loss.set_keys(sample_log_prob="sample_log_prob")
         roles = models.parameters()
+        for parameters in roles.values():
+            start_alike(parameters)
         rates = {
             "policy": config.learning_rate,
             "critic": config.critic_learning_rate or config.learning_rate,
@@ -73,10 +86,13 @@ class Learner:
             return max(num_iterations - iteration, 0) / max(num_iterations - warmup, 1)
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, rate)
+        device = roles["policy"][0].device
+        self.generator = torch.Generator(device) if shares_rows() else None
         self.buffer = ReplayBuffer(
-            storage=LazyTensorStorage(rollout_size, device=roles["policy"][0].device),
+            storage=LazyTensorStorage(rollout_size, device=device),
             sampler=SamplerWithoutReplacement(),
             batch_size=mini_batch_size,
+            generator=self.generator,
         )
 
     def update(self, rows: TensorDictBase) -> dict[str, Tensor]:
@@ -88,6 +104,8 @@ class Learner:
         Raises:
             FloatingPointError: for a loss or gradient that is NaN or infinite; the minibatch is saved.
         """
+        if self.generator is not None:  # all processes deal the same minibatches
+            self.generator.manual_seed(of_main_process(lambda: int(torch.randint(2**62, ()))))
         self.buffer.empty()
         self.buffer.extend(rows)
         records = []
@@ -95,8 +113,7 @@ class Learner:
             for minibatch in self.buffer:
                 losses = self.accumulate(minibatch)
                 norms = [
-                    nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-                    for parameters in self.optimizer.groups
+                    clip_gradients(parameters, self.max_grad_norm) for parameters in self.optimizer.groups
                 ]
                 value = (losses["loss"] + sum(norms)).item()  # one wait for the device a step
                 require_finite(value, minibatch, self.folder, "the PPO loss or its gradient")
@@ -106,9 +123,9 @@ class Learner:
 
     def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
         """Compute the gradient of a minibatch; returns the loss's outputs, and ``loss``, their sum."""
-        whole = len(minibatch) <= self.micro_batch_size
+        whole = len(minibatch) <= self.micro_batch_size and world_size() == 1
         outputs: list[TensorDictBase] = []
-        for part in [minibatch] if whole else self.loss.micro_batches(minibatch, self.micro_batch_size):
+        for part in [minibatch] if whole else self._parts(minibatch):
             each: list[TensorDictBase] = []
             for losses in self.loss.losses_by_network(part):  # in memory one network at a time
                 loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
@@ -120,7 +137,19 @@ class Learner:
             for losses in each[1:]:
                 each[0].update(losses)
             outputs.append(each[0].set("loss", total))
-        return outputs[0] if whole else self.loss.merge(outputs, minibatch)
+        for parameters in self.optimizer.groups:
+            sum_gradients(parameters)
+        return outputs[0] if whole else self.loss.merge(_of_all_ranks(outputs, len(minibatch)), minibatch)
+
+    def _parts(self, minibatch: TensorDictBase) -> Sequence[TensorDictBase]:
+        """This process's micro-batches of a minibatch."""
+        if world_size() == 1:
+            return self.loss.micro_batches(minibatch, self.micro_batch_size)
+        (counted,) = self.loss.micro_batches(minibatch, len(minibatch))
+        index, real = (of_share.to(minibatch.device) for of_share in share_of_rows(len(minibatch)))
+        mine, key = counted[index], self.loss.loss_mask_key
+        mine[key] = mine[key] & real.unsqueeze(-1)
+        return mine.split(self.micro_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of optimizer and schedule."""
@@ -130,3 +159,17 @@ class Learner:
         """Load what :meth:`state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+
+
+def _of_all_ranks(outputs: Sequence[TensorDictBase], num_rows: int) -> Sequence[TensorDictBase]:
+    """The outputs of every process's micro-batches of a minibatch [num_rows], as of one."""
+    if world_size() == 1:
+        return outputs
+    by_row = [name for name in ("log_ratio", "value") if outputs[0].get(name, None) is not None]
+    sums = torch.stack([output.exclude(*by_row) for output in outputs]).sum(0)
+    names = list(sums.keys())
+    for name, total in zip(names, sum_over_ranks(torch.stack([sums[n] for n in names])), strict=True):
+        sums[name] = total
+    for name in by_row:
+        sums[name] = gather_rows(torch.cat([output[name] for output in outputs]), num_rows)
+    return [sums]

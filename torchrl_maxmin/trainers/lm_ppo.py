@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
 from torchrl_maxmin.collectors import GroupStatistics
+from torchrl_maxmin.core.distributed import across_ranks, over_ranks, rank, shares_rows
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import (
     leave_no_empty_output,
@@ -59,6 +60,7 @@ class LanguageParts(PPOParts):
     advantages: LanguageAdvantages
 
 
+@across_ranks
 @leave_no_empty_output
 def run_ppo(config: PPOConfig) -> Path:
     """Train a policy and save it; returns its folder.
@@ -187,7 +189,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
             minimum=config.objective == "mean_of_mins",
             seed=config.seed,
             start=start,
-            trial=not config.use_peft,
+            trial=not config.use_peft and not shares_rows(),
         ),
         statistics=GroupStatistics(
             adversary,
@@ -206,6 +208,8 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         start=start,
         stop_at_gap=config.stop_at_gap or float("-inf"),
     )
+    if rank():
+        torch.manual_seed(config.seed + rank())  # dropout of other rows is another
     restore(state, parts, folder)
     write_config(folder, config)
     return parts
@@ -215,7 +219,7 @@ def monitor_rewards(rewards: FunctionRewards) -> Monitor:
     """Log the means of rewards that are never trained on, as ``monitor/{k}/mean``."""
 
     def monitor(iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
-        means = rewards(batch.cpu()).nanmean(0)
+        means = over_ranks(rewards, batch.cpu()).nanmean(0)
         return {f"monitor/{k}/mean": value for k, value in enumerate(means.tolist())}
 
     return monitor

@@ -14,14 +14,15 @@ from torch import Tensor
 from torchrl_maxmin._moved import moved_names
 from torchrl_maxmin.collectors import GroupStatistics
 from torchrl_maxmin.core.checkpoint import (
-    find_checkpoint,
     random_state,
     restore_random_state,
     save_checkpoint,
+    saved_state,
 )
+from torchrl_maxmin.core.distributed import restarted
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
-from torchrl_maxmin.core.run import MetricsLog, prepare_output_dir
+from torchrl_maxmin.core.run import MetricsLog
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
@@ -106,7 +107,8 @@ def train(
         stop_at_gap: the run ends once ``maxmin/duality_gap_high`` is at most this.
     """
     folder, stop = Path(config.output_dir), config.stop_at_iteration or learner.num_iterations
-    log, finished = MetricsLog(folder, config.report_to, keep=start), False
+    log = MetricsLog(folder, config.report_to, keep=start)
+    finished = start == learner.num_iterations  # where torchrun goes on with a run that had only to be saved
     with progress_bar(f"ppo ({folder.name})", stop - start) as advance:
         for done, rollout in zip(range(start + 1, stop + 1), rollouts, strict=False):
             # 1. Utilities of the groups under the policy; the adversary moves their weights.
@@ -175,11 +177,10 @@ def find_state(config: PPOSettings, num_iterations: int, flag: str) -> dict[str,
     Raises:
         UserError: where there is no such checkpoint, it is at the end already, or the folder is in use.
     """
-    if not config.resume_from_checkpoint:
-        prepare_output_dir(config.output_dir)
+    state = saved_state(config)
+    if state is None:
         return None
-    state = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
-    if state["iteration"] >= (config.stop_at_iteration or num_iterations):
+    if state["iteration"] >= (config.stop_at_iteration or num_iterations) and not restarted():
         raise UserError(f"the checkpoint is at iteration {state['iteration']} already; raise {flag}")
     return state
 

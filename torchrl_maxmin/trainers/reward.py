@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchrl_maxmin.core.checkpoint import find_checkpoint, save_checkpoint
+from torchrl_maxmin.core.checkpoint import save_checkpoint, saved_state
+from torchrl_maxmin.core.distributed import across_ranks, is_main_process, world_size
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import (
     leave_no_empty_output,
-    prepare_output_dir,
     resolve_device,
     seed_everything,
     write_config,
@@ -57,6 +57,7 @@ _OPTIONS = (
 )
 
 
+@across_ranks
 @leave_no_empty_output
 def run_reward(config: RewardConfig) -> Path:
     """Fit a reward mixture and save it with what was learned about the users; returns its folder.
@@ -87,11 +88,7 @@ def run_reward(config: RewardConfig) -> Path:
     else:
         data, heldout = data.split_heldout(config.heldout_fraction, config.seed)
     folder = Path(config.output_dir)
-    saved = None
-    if config.resume_from_checkpoint:
-        saved = find_checkpoint(folder, config.resume_from_checkpoint)
-    else:
-        prepare_output_dir(folder)
+    saved = saved_state(config)
     seed_everything(config.seed)
     reference = None
     if config.calibration != "none" and not is_encoder(model_config):
@@ -107,12 +104,13 @@ def run_reward(config: RewardConfig) -> Path:
         groups or "auto",
         config.assignment,
         heldout=heldout,
-        batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size(),
         micro_batch_size=config.per_device_train_batch_size,
         model_options=config.model_options(),
         device=device,
         on_round=on_round,
         resume=saved,
+        sharded=config.distributed == "fsdp2",
         **{name: getattr(config, name) for name in _OPTIONS},
     )
     figures = _figures(fit, data)
@@ -131,7 +129,8 @@ def run_reward(config: RewardConfig) -> Path:
         | {f"responsibility_{k}": float(v) for k, v in enumerate(row)}
         for user, row in fit.responsibilities.items()
     ]
-    write_csv(folder / "groups.csv", users, ".6g")
+    if is_main_process():
+        write_csv(folder / "groups.csv", users, ".6g")
     write_json(folder / "summary.json", figures)
     write_config(folder, config)
     return folder

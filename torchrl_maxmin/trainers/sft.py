@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchrl_maxmin.core.distributed import across_ranks, is_main_process, shares_rows
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import (
@@ -36,6 +36,7 @@ from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversationa
 from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns
 from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, read_texts
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
+from torchrl_maxmin.trainers.sft_ranks import mean_over_tokens, num_steps, train_over_ranks
 
 __all__ = ["SFTConfig", "run_sft"]
 
@@ -170,6 +171,7 @@ def _encode(
     return rows
 
 
+@across_ranks
 @leave_no_empty_output
 def run_sft(config: SFTConfig) -> Path:
     """Fine-tune a model and save it with its tokenizer; returns the folder.
@@ -217,22 +219,19 @@ def run_sft(config: SFTConfig) -> Path:
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     # the Trainer refuses 4-bit weights unless it sees the adapters on them
-    loss = _train(config, model if adapted is None else adapted, rows, collate, folder, device)
+    trained = model if adapted is None else adapted
+    if shares_rows():
+        loss = train_over_ranks(config, trained, rows, collate, device)
+    else:
+        loss = _train(config, trained, rows, collate, folder, device)
     write_json(
         folder / "summary.json", {"schema_version": SCHEMA_VERSION, "rows": len(rows), "train_loss": loss}
     )
     save_policy(model, adapted, folder, merge=config.merge_adapter)
-    tokenizer.save_pretrained(folder)
+    if is_main_process():
+        tokenizer.save_pretrained(folder)
     write_config(folder, config)
     return folder
-
-
-def _mean_over_tokens(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """A part's share of the mean loss over all tokens of an optimizer step."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    logits = outputs["logits"]
-    return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
 
 
 def _train(
@@ -240,9 +239,7 @@ def _train(
 ) -> float:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    accumulate = config.gradient_accumulation_steps
-    steps_per_epoch = -(-len(rows) // (config.per_device_train_batch_size * accumulate))
-    total = config.max_steps if config.max_steps > 0 else math.ceil(steps_per_epoch * config.num_train_epochs)
+    accumulate, total = config.gradient_accumulation_steps, num_steps(config, len(rows))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
@@ -280,7 +277,7 @@ def _train(
                 part["labels"][:, 0] = -100  # predicted by nothing, and not to be counted
                 return part
 
-            trainer.compute_loss_func, trainer.data_collator = _mean_over_tokens, without_first
+            trainer.compute_loss_func, trainer.data_collator = mean_over_tokens, without_first
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
     model.eval()

@@ -11,7 +11,6 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_maxmin.masks import whiten
-from torchrl_maxmin.models.checks import check_first_rollout
 from torchrl_maxmin.models.full import LanguageNetworks
 from torchrl_maxmin.objectives import grpo_advantage, kl_estimate, rloo_advantage, scalarise_advantage
 from torchrl_maxmin.trainers.ppo import Metrics
@@ -101,7 +100,7 @@ class LanguageAdvantages(ABC):
         sampled = rows["sample_log_prob"]
         rows["sample_log_prob"] = whole = batch.get("whole_log_prob", sampled)
         if self.fresh:
-            scored = check_first_rollout(self.models.policy, rows)
+            scored = self.models.check_first_rollout(rows)
             metrics = mismatch(scored, rows[: len(scored)])
             self.fresh = False
         weight = None

@@ -1,0 +1,222 @@
+"""The M-step of EM that fine-tunes a reward mixture on preference pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchrl_maxmin.clustering.em import Expectation, MStep, expectation, posterior
+from torchrl_maxmin.core.distributed import (
+    clip_gradients,
+    of_main_process,
+    share_of_rows,
+    shares_rows,
+    start_alike,
+    sum_gradients,
+    sum_over_ranks,
+    world_size,
+)
+from torchrl_maxmin.core.optimizers import make_optimizer
+from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.pairs import PairTokens
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
+
+__all__ = ["Batches", "FineTuning", "FineTuningSettings"]
+
+
+class Batches:
+    """Batches of shuffled rows, epoch after epoch, from a generator that can be put back.
+
+    Args:
+        num_rows: rows to draw from; every epoch meets each once.
+        batch_size: rows a batch.
+        seed: of the shuffles.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int):
+        self._num_rows, self._batch_size = num_rows, batch_size
+        self._generator = np.random.default_rng(seed)
+        self._left: list[int] = []
+
+    def __next__(self) -> list[int]:
+        while len(self._left) < min(self._batch_size, self._num_rows):
+            self._left.extend(self._generator.permutation(self._num_rows).tolist())
+        batch, self._left = self._left[: self._batch_size], self._left[self._batch_size :]
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the generator, and the rows of its epoch that are left."""
+        return {"generator": self._generator.bit_generator.state, "left": list(self._left)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self._generator.bit_generator.state = state["generator"]
+        self._left = list(state["left"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningSettings:
+    """Settings of the M-step.
+
+    Attributes:
+        num_rounds: M-steps, over which the learning rates rise and fall.
+        steps_per_round: optimizer steps of an M-step.
+        batch_size: pairs a step.
+        micro_batch_size: pairs that are in memory with their gradients at once; None takes all of a step.
+        scoring_batch_size: texts that are read at once where no gradient is wanted.
+        learning_rate: of the trunk.
+        head_learning_rate: of the heads.
+        reward_l2: penalty on squared rewards, which keeps offsets small.
+        weight_decay: of AdamW.
+        optim: optimizer, see :func:`~torchrl_maxmin.core.optimizers.make_optimizer`.
+        seed: of the batches.
+    """
+
+    num_rounds: int = 4
+    steps_per_round: int = 50
+    batch_size: int = 64
+    micro_batch_size: int | None = None
+    scoring_batch_size: int = SCORED_AT_ONCE
+    learning_rate: float = 1e-5
+    head_learning_rate: float = 1e-4
+    reward_l2: float = 1e-3
+    weight_decay: float = 0.01
+    optim: str = "adamw_torch"
+    seed: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all rounds."""
+        return self.num_rounds * self.steps_per_round
+
+
+class FineTuning(MStep):
+    """An M-step of EM that takes optimizer steps on the responsibility-weighted Bradley-Terry loss.
+
+    Processes that work as one read a share of the pairs each, wherever users begin and end: log-likelihoods
+    of users are summed before Bayes' rule, and gradients before a step.
+
+    Args:
+        mixture: the reward model, which it trains.
+        pairs: training pairs as tokens.
+        settings: of the optimizer.
+        advance: moves a progress bar by a step.
+    """
+
+    max_repairs = 1
+
+    def __init__(
+        self,
+        mixture: RewardMixture,
+        pairs: PairTokens,
+        settings: FineTuningSettings,
+        advance: Callable[..., None] = lambda note: None,
+    ):
+        self.mixture, self.pairs, self.settings, self.advance = mixture, pairs, settings, advance
+        start_alike(mixture.parameters())
+        groups = [
+            {"params": mixture.trunk_parameters(), "lr": settings.learning_rate},
+            {"params": mixture.head_parameters(), "lr": settings.head_learning_rate},
+        ]
+        self.optimizer = make_optimizer(groups, settings.optim, settings.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, self._warmup_cosine)
+        self.batches = Batches(len(pairs), settings.batch_size, settings.seed)
+
+    def expectation(self, log_prior: Tensor) -> Expectation:
+        """The E-step at the model as it is.
+
+        Raises:
+            FloatingPointError: if the likelihood is not finite.
+        """
+        margins = self.pairs.own_margins(self.mixture, self.settings.scoring_batch_size)
+        if shares_rows():
+            by_user = sum_over_ranks(self.pairs.own_log_likelihood(margins))
+            soft, log_likelihood, _ = posterior(by_user, log_prior)
+            step = Expectation(soft.to(margins), log_likelihood.to(margins))
+        else:
+            pairs = self.pairs
+            step = expectation(margins, pairs.user_offsets, log_prior, row_weights=pairs.row_weights)
+        if not bool(step.log_likelihood.isfinite().all()):
+            raise FloatingPointError("the log-likelihood is not finite; lower the rates")
+        return step
+
+    def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
+        """Take the optimizer steps of a round; returns the last step's loss."""
+        loss = 0.0
+        self.mixture.train()  # adapters' dropout alone: the trunk has none
+        for _ in range(self.settings.steps_per_round):
+            self.optimizer.zero_grad()
+            loss = self.backward(next(self.batches), responsibilities)
+            clip_gradients(list(self.mixture.parameters()), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.advance(note=f"loss {loss:.3f}")
+        self.mixture.eval()
+        return {"loss": loss}
+
+    def backward(self, rows: list[int], responsibilities: Tensor) -> float:
+        """Add the gradient of the loss on these pairs to the parameters', a micro-batch at a time.
+
+        Every micro-batch is divided by the pairs of them all, so that their size changes nothing but memory.
+
+        Returns:
+            The loss without its penalty.
+        """
+        nll = 0.0
+        index, real = share_of_rows(len(rows))
+        share = [rows[i] for i in index.tolist()]
+        size = self.settings.micro_batch_size or len(share)
+        for low in range(0, len(share), size):
+            part = share[low : low + size]
+            chosen, rejected = self.pairs.scores(self.mixture, part)
+            weights = responsibilities[self.pairs.row_users[part]]
+            if world_size() > 1:
+                weights = weights * real[low : low + size, None]
+            if self.pairs.row_weights is not None:
+                weights = weights * self.pairs.row_weights[part].unsqueeze(-1)
+            weights = weights.to(chosen)
+            loss = -(weights * nn.functional.logsigmoid(chosen - rejected)).sum(-1).sum() / len(rows)
+            penalty = (weights * (chosen.square() + rejected.square())).sum(-1).sum() / len(rows) / 2
+            (loss + self.settings.reward_l2 * penalty).backward()
+            nll += loss.item()
+        if world_size() > 1:
+            sum_gradients(self.mixture.parameters())
+            nll = float(sum_over_ranks(torch.tensor(nll, dtype=torch.float64)))
+        return nll
+
+    def restart(self, k: int, donor: int) -> None:
+        """Start group k's head anew from the donor's, with a little noise."""
+        if shares_rows():  # the same in all processes
+            torch.manual_seed(of_main_process(lambda: int(torch.randint(2**62, ()))))
+        self.mixture.reset_head_(k, donor)
+
+    def _warmup_cosine(self, step: int) -> float:
+        total = self.settings.total_steps
+        warmup = max(1, total // 20)
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last round."""
+        return {
+            "model": self.mixture.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "batches": self.batches.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.mixture.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.batches.load_state_dict(state["batches"])
+        torch.set_rng_state(state["random"])

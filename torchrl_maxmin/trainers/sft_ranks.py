@@ -1,0 +1,131 @@
+"""Supervised fine-tuning by processes that work as one: the steps of the Trainer, on shares of the rows.
+
+The Trainer's own data parallelism counts rows twice where an epoch does not go round, and shards nothing on
+a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from torchrl_maxmin.core.distributed import (
+    clip_gradients,
+    rank,
+    share_of_rows,
+    start_alike,
+    sum_gradients,
+    sum_over_ranks,
+    world_size,
+)
+from torchrl_maxmin.core.optimizers import make_optimizer
+from torchrl_maxmin.core.progress import progress_bar
+from torchrl_maxmin.models.sequences import takes
+from torchrl_maxmin.models.sharding import shard
+
+__all__ = ["mean_over_tokens", "num_steps", "train_over_ranks"]
+
+Row = dict[str, Any]
+
+
+def mean_over_tokens(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A part's share of the mean loss over all tokens of an optimizer step."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    logits = outputs["logits"]
+    return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+
+
+def num_steps(config: Any, num_rows: int) -> int:
+    """Optimizer steps of a run."""
+    steps_per_epoch = math.ceil(num_rows / _rows_a_step(config))
+    return config.max_steps if config.max_steps > 0 else math.ceil(steps_per_epoch * config.num_train_epochs)
+
+
+def _rows_a_step(config: Any) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+
+
+def train_over_ranks(
+    config: Any,
+    model: Any,
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
+    device: torch.device,
+) -> float:
+    """Train a causal language model in place, every token of a step counted alike; returns the mean loss.
+
+    Args:
+        config: an :class:`~torchrl_maxmin.trainers.sft.SFTConfig`; with ``fsdp2`` each process keeps a part.
+        model: the model, or the peft model around it.
+        rows: ``input_ids`` of each text, and how many tokens at its start are not trained on (``skip``).
+        collate: makes ``input_ids``, ``attention_mask`` and ``labels`` of some rows.
+        device: where to.
+    """
+    from transformers import Trainer, get_scheduler
+
+    model.to(device).train()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # layers that are computed again would add to a cache twice
+    options = {"use_cache": False} if takes(base, "use_cache") else {}
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    if config.distributed == "fsdp2":
+        shard(model)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    start_alike(p for _, p in named)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named if name in decayed]},
+        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [{**group, "lr": config.learning_rate} for group in groups if group["params"]]
+    optimizer = make_optimizer(groups, config.optim, config.weight_decay)
+    total, batches = num_steps(config, len(rows)), _batches(len(rows), _rows_a_step(config), config.seed)
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer.optimizer, config.warmup_steps, total)
+    torch.manual_seed(config.seed + rank())  # dropout of other rows is another
+    loss = torch.zeros((), device=device)
+    with progress_bar("fine-tuning the reference", total) as advance:
+        for _ in range(total):
+            batch = [rows[place] for place in next(batches)]
+            optimizer.zero_grad()
+            for part in _parts(batch, config.per_device_train_batch_size, collate):
+                inputs = {name: value.to(device) for name, value in part.items()}
+                labels = inputs.pop("labels")
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                    outputs = model(**inputs, **options)
+                share = mean_over_tokens(outputs, labels, _num_predicted(batch))
+                share.backward()
+                loss += share.detach()
+            parameters = [p for group in optimizer.groups for p in group]
+            sum_gradients(parameters)
+            clip_gradients(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            advance()
+    model.eval()
+    return float(sum_over_ranks(loss)) / total
+
+
+def _batches(num_rows: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Rows in an order of their own in every epoch; the last batch of one is what is left."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from (part.tolist() for part in torch.randperm(num_rows, generator=generator).split(size))
+
+
+def _parts(
+    batch: Sequence[Row], size: int, collate: Callable[[Sequence[Row]], dict[str, torch.Tensor]]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's share of a batch, so many rows at once; rows that are there again predict nothing."""
+    index, real = share_of_rows(len(batch))
+    for places, counted in zip(index.split(size), real.split(size), strict=True):
+        part = collate([batch[place] for place in places.tolist()])
+        part["labels"] = part["labels"].masked_fill(~counted[:, None], -100)
+        yield part
+
+
+def _num_predicted(batch: Sequence[Row]) -> int:
+    """Tokens that are trained on; the first of a text is predicted by nothing."""
+    return max(1, sum(max(0, len(row["input_ids"]) - max(row["skip"], 1)) for row in batch))
