@@ -228,16 +228,17 @@ def _logits_bytes(func: Any, args: Any, device: str) -> float:
     low = device == "cuda" and hidden.dtype == head.dtype and hidden.element_size() == 2
     chunk = min((args[8] if backward else args[5]) or pick_chunk_size(rows, vocabulary, device), rows)
     logits = 4.0 * chunk * vocabulary
-    bytes_ = logits * (2 if entropy else 1)
-    if hidden.element_size() == 2 and not low:
-        bytes_ += 4.0 * chunk * width
-    if head.element_size() == 2 and not low:
-        bytes_ += 4.0 * width * min(block_rows(head, device), vocabulary)
-    if backward and args[9] and head.element_size() == 2 and not low:
-        bytes_ += 4.0 * chunk * width  # the gradient of a chunk adds up in float32
-    if backward and args[10] and head.element_size() == 2:
-        bytes_ += 4.0 * head.numel()  # and that of the output layer
-    return bytes_ + (logits / 2 if backward and low else 0.0)
+    states = 4.0 * chunk * width
+    block = 0.0 if low or head.element_size() > 2 else 4.0 * width * min(block_rows(head, device), vocabulary)
+    both = logits * (2 if entropy else 1)
+    held = states if hidden.element_size() == 2 and not low else 0.0
+    if not backward:
+        return max(logits + held + block, both)
+    if args[9] and block:
+        held += states  # the gradient of a chunk adds up in float32
+    if args[10] and head.element_size() == 2:
+        held += 4.0 * head.numel()  # and that of the output layer
+    return both + held + block + (logits / 2 if low else 0.0)
 
 
 def fake_copy(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
+from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.models.networks import Networks
@@ -58,6 +59,7 @@ class Learner:
         }
         self.loss = MaxMinPPOLoss(models.actor, models.critic, functional=False, **options, **loss_options)
         self.loss.set_keys(sample_log_prob="sample_log_prob")
+        self.memory = map_large_blocks(self.loss)
         roles = models.parameters()
         rates = {
             "policy": config.learning_rate,
@@ -91,8 +93,8 @@ class Learner:
         self.buffer.empty()
         self.buffer.extend(rows)
         records = []
-        for _ in range(self.num_epochs):
-            for minibatch in self.buffer:
+        with self.memory:
+            for minibatch in (batch for _ in range(self.num_epochs) for batch in self.buffer):
                 losses = self.accumulate(minibatch)
                 norms = [
                     nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)

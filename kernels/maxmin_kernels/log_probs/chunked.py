@@ -138,7 +138,7 @@ def rows_backward(
         of_entropy = log_p.add_(entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
         slope = of_entropy if slope is None else of_entropy.add_(slope)
     if slope is not None:
-        grad.mul_(slope.neg())
+        grad.mul_(slope.neg() if slope.shape[-1] == 1 else slope.neg_())  # a matrix is the entropy's own
     if grad_log_probs is not None:
         grad.scatter_add_(-1, targets.unsqueeze(-1), grad_log_probs.unsqueeze(-1))
     return grad if temperature == 1.0 else grad.div_(temperature)
