@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, LOW_BAR, PROPERTY, gradients, log_probs_oracle, rms_error
 from maxmin_kernels import token_log_probs
+from maxmin_kernels.log_probs import chunked
 from maxmin_kernels.log_probs.chunked import chunked_backward, chunked_forward, pick_chunk_size
 from maxmin_kernels.log_probs.transform import PLAIN, LogitTransform
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -176,6 +177,35 @@ def test_never_holds_more_than_a_chunk_of_logits(transform):
         )
     assert log_probs.shape == (64,)
     assert 0 < largest.bytes <= 8 * 100 * 4
+
+
+@pytest.mark.cpu  # a GPU multiplies half precision as it is
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "transform", [PLAIN, LogitTransform(torch.zeros(203), logit_scale=0.5, softcap=3.0)], ids=["plain", "all"]
+)
+def test_an_output_layer_in_half_precision_is_widened_in_blocks(transform, dtype, monkeypatch):
+    """Neither pass holds a float32 copy of it, and both compute what one product would."""
+    monkeypatch.setitem(chunked._ELEMENTS, "cpu", 2 * 16 * 30)  # seven blocks of 30 rows, the last of 23
+    hidden, lm_head, targets = make(24, 16, 203, dtype)
+    ones = torch.ones(24)
+    with LargestTensor() as largest:
+        log_probs, entropy, total = chunked_forward(hidden, lm_head, targets, 0.7, True, 5, *transform)
+        grad, *_ = chunked_backward(
+            hidden, lm_head, targets, entropy, total, ones, ones, 0.7, 5, True, False, *transform, False
+        )
+    assert largest.bytes < 203 * 16 * 4
+    assert grad.dtype == dtype
+    leaf = hidden.double().requires_grad_()
+    logits = leaf @ lm_head.double().mT
+    if transform.softcap is not None:
+        logits = 3.0 * torch.tanh(0.5 * logits / 3.0)
+    every = (logits / 0.7).log_softmax(-1)
+    expected = every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
+    sum(x.sum() for x in expected).backward()
+    for actual, reference in zip((log_probs, entropy), expected, strict=True):
+        torch.testing.assert_close(actual.double(), reference.detach(), rtol=2e-6, atol=1e-5)
+    assert rms_error(grad, leaf.grad) < LOW_BAR[dtype]
 
 
 def test_small_problems_run_in_one_chunk_and_large_ones_in_equal_chunks():

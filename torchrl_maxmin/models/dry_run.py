@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from maxmin_kernels.log_probs.chunked import pick_chunk_size
+from maxmin_kernels.log_probs.chunked import block_rows, pick_chunk_size
 from torch import Tensor, nn
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -218,22 +218,27 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 
 def _logits_bytes(func: Any, args: Any, device: str) -> float:
-    """Bytes of logits, and of matrices in another dtype, that the chunked operator holds for a while."""
+    """Bytes of logits, and of what is widened, that the chunked operator holds for a while."""
     if not func._schema.name.startswith("maxmin::token_log_probs"):
         return 0.0
     backward = func._schema.name.endswith("backward")
     hidden, head = args[:2]
     entropy = args[6] is not None if backward else args[4]
-    (rows, _), vocabulary = hidden.shape, head.shape[0]
+    (rows, width), vocabulary = hidden.shape, head.shape[0]
     low = device == "cuda" and hidden.dtype == head.dtype and hidden.element_size() == 2
-    chunk = (args[8] if backward else args[5]) or pick_chunk_size(rows, vocabulary, device)
+    chunk = min((args[8] if backward else args[5]) or pick_chunk_size(rows, vocabulary, device), rows)
     logits = 4.0 * chunk * vocabulary
-    bytes_ = logits * (2 if entropy else 1)
-    if not low:
-        bytes_ += sum(4.0 * x.numel() for x in (hidden, head) if x.element_size() == 2)
-    if backward and args[10] and head.element_size() == 2:
-        bytes_ += 4.0 * head.numel()  # its gradient adds up in float32
-    return bytes_ + (logits / 2 if backward and low else 0.0)
+    states = 4.0 * chunk * width
+    block = 0.0 if low or head.element_size() > 2 else 4.0 * width * min(block_rows(head, device), vocabulary)
+    both = logits * (2 if entropy else 1)
+    held = states if hidden.element_size() == 2 and not low else 0.0
+    if not backward:
+        return max(logits + held + block, both)
+    if args[9] and block:
+        held += states  # the gradient of a chunk adds up in float32
+    if args[10] and head.element_size() == 2:
+        held += 4.0 * head.numel()  # and that of the output layer
+    return both + held + block + (logits / 2 if low else 0.0)
 
 
 def fake_copy(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
+from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
     gather_rows,
@@ -69,6 +70,7 @@ class Learner:
         }
         self.loss = MaxMinPPOLoss(models.actor, models.critic, functional=False, **options, **loss_options)
         self.loss.set_keys(sample_log_prob="sample_log_prob")
+        self.memory = map_large_blocks(self.loss)
         roles = models.parameters()
         for parameters in roles.values():
             start_alike(parameters)
@@ -109,8 +111,8 @@ class Learner:
         self.buffer.empty()
         self.buffer.extend(rows)
         records = []
-        for _ in range(self.num_epochs):
-            for minibatch in self.buffer:
+        with self.memory:
+            for minibatch in (batch for _ in range(self.num_epochs) for batch in self.buffer):
                 losses = self.accumulate(minibatch)
                 norms = [
                     clip_gradients(parameters, self.max_grad_norm) for parameters in self.optimizer.groups

@@ -163,7 +163,7 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
         parts = {"optimizer step": workspace}
     seconds = seconds * settings.num_ppo_epochs * rollout / micro + steps * sum(s for _, s in workspaces)
     flags = ("per_device_train_batch_size", "gradient_checkpointing")
-    update = Phase("update", held | parts | planner.pieces(parts), seconds, flags)
+    update = Phase("update", held | parts | planner.pieces(parts, roles.policy), seconds, flags)
     return [calibrate, generate, score, update, Phase("save", held)]
 
 
@@ -247,7 +247,7 @@ def _sft(settings: Any, planner: Planner) -> list[Phase]:
     seconds = settings.gradient_accumulation_steps * trace.seconds + step
     update = Phase(
         "update",
-        held | {"activations": trace.peak} | planner.pieces({"activations": trace.peak}),
+        held | {"activations": trace.peak} | planner.pieces({"activations": trace.peak}, network),
         seconds,
         ("per_device_train_batch_size", "gradient_checkpointing"),
     )
@@ -298,7 +298,7 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
     parts = {"activations": trace.peak} if trace.peak > workspace else {"optimizer step": workspace}
     update = Phase(
         "update",
-        held | parts | planner.pieces(parts),
+        held | parts | planner.pieces(parts, network),
         settings.gradient_accumulation_steps * trace.seconds + step,
         ("per_device_train_batch_size", "gradient_checkpointing"),
     )

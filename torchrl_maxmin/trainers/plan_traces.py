@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchrl_maxmin.core.allocator import maps_large_blocks
 from torchrl_maxmin.models.dry_run import Rates, Trace
 from torchrl_maxmin.models.loading import load_config
 from torchrl_maxmin.models.memory import Jobs
@@ -19,8 +20,8 @@ __all__ = ["FLOAT", "Phase", "Planner"]
 FLOAT = 4  # bytes: Adam's moments, adapters and heads are float32 whatever the weights are
 # an AdamW step reads and writes parameter, gradient and moments so many times, operation by operation
 _ADAM_PASSES = 18
-# of the activations: with glibc .37 to .53, for full copies and for adapters alike (SmolLM2-135M, four runs)
-_PIECES = 0.4
+# of the activations (SmolLM2-135M): where large blocks are mapped by themselves, and where they are not
+_PIECES = {True: 0.1, False: 0.4}
 
 
 @dataclass
@@ -109,9 +110,17 @@ class Planner:
         parts = {"KV cache": last.kept, "sampling": max(passes + row, logits)}
         return parts, first.seconds + response * last.seconds
 
-    def pieces(self, parts: dict[str, float]) -> dict[str, float]:
-        """What malloc holds between live blocks of an update on a CPU."""
-        return {"malloc's pieces": _PIECES * parts.get("activations", 0.0)} if self.device == "cpu" else {}
+    def pieces(self, parts: dict[str, float], network: Network) -> dict[str, float]:
+        """What malloc holds between live blocks of an update on a CPU.
+
+        Args:
+            parts: of the update.
+            network: what is trained.
+        """
+        if self.device != "cpu":
+            return {}
+        mapped = maps_large_blocks(self.size(network).parameters)
+        return {"malloc's pieces": _PIECES[mapped] * parts.get("activations", 0.0)}
 
     def optimizer(self, size: Size, *, foreach: bool = True) -> tuple[float, float]:
         """Bytes that a step of AdamW holds beside its state, and its seconds.

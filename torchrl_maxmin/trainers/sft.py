@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import across_ranks, is_main_process, shares_rows
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
@@ -279,6 +280,7 @@ def _train(
 
             trainer.compute_loss_func, trainer.data_collator = mean_over_tokens, without_first
         trainer.remove_callback(PrinterCallback)
-        loss = trainer.train().training_loss
+        with map_large_blocks(model):
+            loss = trainer.train().training_loss
     model.eval()
     return loss

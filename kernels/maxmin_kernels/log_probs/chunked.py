@@ -1,6 +1,7 @@
 """The loop over chunks of tokens: one library matrix product and one pass over the logits per chunk."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +22,43 @@ def pick_chunk_size(rows: int, vocabulary: int, device: str) -> int:
     return max(1, -(-rows // chunks))
 
 
-def _matrices(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return both matrices in the dtype of the product, low only where its sums can be float32."""
+def block_rows(lm_head: Tensor, device: str) -> int:
+    """Return the rows of an output layer that are widened at once, where it is not wide by itself."""
+    return max(1, _ELEMENTS[device] // 2 // max(lm_head.shape[1], 1))
+
+
+def _blocks(lm_head: Tensor) -> Iterator[slice]:
+    rows = block_rows(lm_head, lm_head.device.type)
+    return (slice(start, start + rows) for start in range(0, lm_head.shape[0], rows))
+
+
+def _product_dtype(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> torch.dtype:
+    """Return the dtype of a product's factors, low only where its sums can be float32."""
     low = hidden.is_cuda and hidden.dtype == lm_head.dtype and wide == torch.float32
-    dtype = hidden.dtype if low else wide
-    return hidden.detach().to(dtype), lm_head.detach().to(dtype)
+    return hidden.dtype if low else wide
 
 
 def _logits(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> Tensor:
     """Return one chunk of logits; low-precision factors still give float32 sums."""
-    if hidden.dtype == wide:
-        return hidden @ lm_head.mT
-    return torch.mm(hidden, lm_head.mT, out_dtype=wide)
+    if hidden.dtype == lm_head.dtype:
+        return hidden @ lm_head.mT if hidden.dtype == wide else torch.mm(hidden, lm_head.mT, out_dtype=wide)
+    logits = hidden.new_empty(hidden.shape[0], lm_head.shape[0])
+    for block in _blocks(lm_head):
+        torch.mm(hidden, lm_head[block].to(wide).mT, out=logits[:, block])
+    return logits
+
+
+def _grad_hidden(grad: Tensor, lm_head: Tensor, wide: torch.dtype, scale: float) -> Tensor:
+    """Return the gradient of one chunk of hidden states, ``scale * grad @ lm_head``."""
+    if grad.dtype != lm_head.dtype:
+        total = grad.new_zeros(grad.shape[0], lm_head.shape[1])
+        for block in _blocks(lm_head):
+            total.addmm_(grad[:, block], lm_head[block].to(wide))
+    elif scale == 1.0:
+        return grad @ lm_head
+    else:
+        total = _logits(grad, lm_head.mT, wide)
+    return total if scale == 1.0 else total.mul_(scale)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
@@ -112,7 +138,7 @@ def rows_backward(
         of_entropy = log_p.add_(entropy.unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
         slope = of_entropy if slope is None else of_entropy.add_(slope)
     if slope is not None:
-        grad.mul_(slope.neg())
+        grad.mul_(slope.neg() if slope.shape[-1] == 1 else slope.neg_())  # a matrix is the entropy's own
     if grad_log_probs is not None:
         grad.scatter_add_(-1, targets.unsqueeze(-1), grad_log_probs.unsqueeze(-1))
     return grad if temperature == 1.0 else grad.div_(temperature)
@@ -134,13 +160,14 @@ def chunked_forward(
     _check_targets(targets, vocabulary)
     wide = accumulate_dtype(hidden, lm_head, bias)
     kernels = _row_kernels(hidden, wide)
-    hidden, lm_head = _matrices(hidden, lm_head, wide)
+    hidden, lm_head = hidden.detach(), lm_head.detach()
+    dtype = _product_dtype(hidden, lm_head, wide)
     transform = LogitTransform(bias, logit_scale, softcap).to(wide)
     chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
     outputs = [hidden.new_empty(rows, dtype=wide) for _ in range(3 if entropy else 2)]
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        logits = _logits(hidden[part], lm_head, wide)
+        logits = _logits(hidden[part].to(dtype), lm_head, wide)
         if kernels:
             from .triton_kernels import log_probs_forward
 
@@ -175,17 +202,18 @@ def chunked_backward(
     rows, vocabulary = hidden.shape[0], lm_head.shape[0]
     wide = accumulate_dtype(hidden, lm_head, bias)
     kernels = _row_kernels(hidden, wide)
-    dtypes = hidden.dtype, lm_head.dtype, wide if bias is None else bias.dtype
-    hidden, lm_head = _matrices(hidden, lm_head, wide)
+    hidden, lm_head = hidden.detach(), lm_head.detach()
+    dtype = _product_dtype(hidden, lm_head, wide)
     transform = LogitTransform(bias, logit_scale, softcap).to(wide)
     chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
-    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtypes[0])
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     # Chunks add up in the wide dtype, one after the other: the same sum every time.
     d_lm_head: Tensor | None = None
     d_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=wide)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        logits = _logits(hidden[part], lm_head, wide)
+        states = hidden[part].to(dtype)
+        logits = _logits(states, lm_head, wide)
         row_args = (
             targets[part],
             entropy[part] if entropy.numel() else None,
@@ -197,20 +225,18 @@ def chunked_backward(
         if kernels:
             from .triton_kernels import log_probs_backward
 
-            grad = log_probs_backward(logits, *row_args, transform, out_dtype=hidden.dtype)
+            grad = log_probs_backward(logits, *row_args, transform, out_dtype=dtype)
         else:
             slope = transform.slope(transform.uncapped_(logits))
             grad = rows_backward(transform.capped_(logits), *row_args)
-            grad = (grad if slope is None else grad.mul_(slope)).to(hidden.dtype)
+            grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
             del slope
         if need_bias:
             d_bias += grad.sum(0, dtype=wide)
-        if need_hidden and logit_scale == 1.0:
-            d_hidden[part] = grad @ lm_head
-        elif need_hidden:
-            d_hidden[part] = _logits(grad, lm_head.mT, wide).mul_(logit_scale)
+        if need_hidden:
+            d_hidden[part] = _grad_hidden(grad, lm_head, wide, logit_scale)
         if need_lm_head:
-            d_lm_head = _add_product(d_lm_head, grad.mT, hidden[part], wide)
+            d_lm_head = _add_product(d_lm_head, grad.mT, states, wide)
         # Freed before the next chunk's logits are made, so that there is one chunk at a time.
         del logits, grad
     if not need_lm_head:
@@ -219,4 +245,4 @@ def chunked_backward(
         d_lm_head = torch.zeros_like(lm_head)
     elif logit_scale != 1.0:
         d_lm_head.mul_(logit_scale)
-    return d_hidden, d_lm_head.to(dtypes[1]), d_bias.to(dtypes[2])
+    return d_hidden, d_lm_head.to(lm_head.dtype), d_bias.to(wide if bias is None else bias.dtype)
