@@ -44,15 +44,17 @@ def calls(monkeypatch):
 )
 def test_what_the_user_set_is_left_alone(environment, expected, monkeypatch):
     monkeypatch.setattr(allocator, "_glibc", Calls)
-    assert maps_large_blocks(LEAST_PARAMETERS, environment) == expected
-    assert not maps_large_blocks(LEAST_PARAMETERS - 1, environment)
+    half = torch.bfloat16
+    assert maps_large_blocks(LEAST_PARAMETERS, half, environment) == expected
+    assert not maps_large_blocks(LEAST_PARAMETERS - 1, half, environment)
+    assert not maps_large_blocks(LEAST_PARAMETERS, torch.float32, environment)
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
-    assert not maps_large_blocks(LEAST_PARAMETERS, environment)
+    assert not maps_large_blocks(LEAST_PARAMETERS, half, environment)
 
 
 def test_is_undone_also_by_an_error(calls):
     def train():
-        with map_large_blocks(nn.Linear(2, 2)):
+        with map_large_blocks(nn.Linear(2, 2, dtype=torch.bfloat16)):
             assert calls == [("malloc_trim", 0), ("mallopt", -3, MAPPED)]
             raise KeyError
 
@@ -62,10 +64,13 @@ def test_is_undone_also_by_an_error(calls):
 
 
 def test_nothing_happens_for_small_models_and_other_devices(calls, monkeypatch):
-    with map_large_blocks(nn.Linear(2, 2, device="meta")), map_large_blocks(nn.Identity()):
+    half = {"dtype": torch.bfloat16}
+    with map_large_blocks(nn.Linear(2, 2, device="meta", **half)), map_large_blocks(nn.Identity()):
+        pass
+    with map_large_blocks(nn.Linear(2, 2)):  # float32
         pass
     monkeypatch.setattr(allocator, "LEAST_PARAMETERS", 7)
-    with map_large_blocks(nn.Linear(2, 2)):
+    with map_large_blocks(nn.Linear(2, 2, **half)):
         pass
     assert calls == []
 
@@ -74,7 +79,7 @@ def test_nothing_happens_for_small_models_and_other_devices(calls, monkeypatch):
 def test_blocks_are_mapped_by_themselves(monkeypatch):
     """By glibc's own count of the bytes that are mapped block by block."""
     monkeypatch.setattr(allocator, "LEAST_PARAMETERS", 1)
-    monkeypatch.setattr(allocator, "maps_large_blocks", lambda size: True)
+    monkeypatch.setattr(allocator, "maps_large_blocks", lambda size, dtype: True)
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     fields = [(name, ctypes.c_size_t) for name in names.split(" ")]
     record = type("mallinfo2", (ctypes.Structure,), {"_fields_": fields})

@@ -119,7 +119,7 @@ class Planner:
         """
         if self.device != "cpu":
             return {}
-        mapped = maps_large_blocks(self.size(network).parameters)
+        mapped = maps_large_blocks(self.size(network).parameters, network.dtype)
         return {"malloc's pieces": _PIECES[mapped] * parts.get("activations", 0.0)}
 
     def optimizer(self, size: Size, *, foreach: bool = True) -> tuple[float, float]:
