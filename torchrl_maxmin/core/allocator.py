@@ -27,7 +27,8 @@ def maps_large_blocks(
 
     Not in float32: mapped memory comes page by page, which makes an update a third slower, and who asks for
     half precision asks for memory. Not where the C library is another than glibc, and not where the user has
-    set its allocator: a variable ``MALLOC_*``, ``glibc.malloc`` in ``GLIBC_TUNABLES``, or another allocator in ``LD_PRELOAD``.
+    set its allocator: a variable ``MALLOC_*``, ``glibc.malloc`` in ``GLIBC_TUNABLES``, another allocator in
+    ``LD_PRELOAD``.
 
     Example:
         >>> maps_large_blocks(10**9, torch.float32)
