@@ -214,6 +214,7 @@ class Labels:
         users: of the majority, and of the minority.
         pairs_per_user, test_pairs_per_user: how much everyone labels.
         tau: inverse noise; None for none.
+        skip_ties: whether nobody labels two answers that are worth the same; else a coin does.
         seed: of who is who, and of the labels.
     """
 
@@ -225,10 +226,11 @@ class Labels:
     test_pairs_per_user: int
     tau: float | None
     seed: int
+    skip_ties: bool = False
 
 
 def label_pairs(task: Labels) -> None:
-    """Let every user choose one of two answers, each pair shown to one user; a tie leaves no row.
+    """Let every user choose one of two answers, each pair shown to one user.
 
     The ``group`` column says whose taste it was; training never reads it.
     """
@@ -246,7 +248,7 @@ def label_pairs(task: Labels) -> None:
     task.folder.mkdir(parents=True, exist_ok=True)
     out: dict[str, list[dict[str, Any]]] = {"preferences": [], "preferences_test": []}
     for place, (row, user) in enumerate(zip(rows, owner.tolist(), strict=True)):
-        if margin[place] == 0:
+        if task.skip_ties and margin[place] == 0:
             continue
         chosen, rejected = ("a", "b") if first[place] else ("b", "a")
         name = "preferences" if place % each < task.pairs_per_user else "preferences_test"

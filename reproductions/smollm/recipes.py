@@ -27,12 +27,14 @@ class People:
         majority_users: users of the majority at every ratio; the minority has so many less.
         pairs_per_user, test_pairs_per_user: of everyone, to train on and held out.
         tau: inverse noise of Bradley-Terry labels; None for users without noise.
+        skip_ties: whether nobody labels two answers that are worth the same to him; else a coin does.
     """
 
     majority_users: int = 40
     pairs_per_user: int = 16
     test_pairs_per_user: int = 8
     tau: float | None = None
+    skip_ties: bool = False
 
     def users(self, ratio: float) -> tuple[int, int]:
         """Users of the majority and of the minority at a ratio of so many to one."""
@@ -144,6 +146,8 @@ def shrink(recipe: Recipe) -> Recipe:
         stage: {**flags, **_SMOKE[stage]} if flags else {}
         for stage, flags in ((name, recipe.stages.get(name, {})) for name in STAGES)
     }
-    people = replace(recipe.people, majority_users=4, pairs_per_user=3, test_pairs_per_user=2)
+    people = replace(
+        recipe.people, majority_users=4, pairs_per_user=3, test_pairs_per_user=2, skip_ties=False
+    )
     small = replace(recipe, people=people, stages=stages)
     return small.with_parts(tastes=recipe.tastes[:1], ratios=recipe.ratios[-1:], seeds=recipe.seeds[:1])

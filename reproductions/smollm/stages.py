@@ -185,6 +185,7 @@ class RecipePlan:
             people.test_pairs_per_user,
             people.tau,
             seed,
+            people.skip_ties,
         )
         base = f"{self.recipe.name} seed-{seed}/pairs"
         labelled = self._add(f"{where}/labels", label_pairs, labels, (base,))

@@ -44,13 +44,13 @@ def test_truncated_policies_have_a_kl_and_no_certificate(measure, tiny_model, re
 
 
 def test_a_slice_of_the_evaluation_is_as_small_as_asked(measure, tiny_model, monkeypatch):
-    sizes, forward = [], TokenPolicy.forward
+    sizes, answer = [], TokenPolicy._answer
 
     def watched(self, tensordict, *args, **options):
         sizes.append(len(tensordict))
-        return forward(self, tensordict, *args, **options)
+        return answer(self, tensordict, *args, **options)
 
-    monkeypatch.setattr(TokenPolicy, "forward", watched)
+    monkeypatch.setattr(TokenPolicy, "_answer", watched)
     result = measure(generation_batch_size=5, scoring_batch_size=4)
     assert sum(size == 5 for size in sizes) >= 6  # 18 responses of each of two policies
     assert result.utilities["sft"].shape == (6, 3, 2)

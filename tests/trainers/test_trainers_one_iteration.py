@@ -63,4 +63,4 @@ def test_an_iteration_goes_through_few_files_and_functions(make_config, tiny_mod
     assert sum(map(len, own.values())) <= 46, listing
     whole = {(place.split(" -> ")[-1], name) for place, names in seen.items() for name, _ in names}
     assert len({file for file, _ in whole}) <= 23
-    assert len(whole) <= 69
+    assert len(whole) <= 80  # of them some ten say how many processes there are
