@@ -27,7 +27,7 @@ class People:
         majority_users: users of the majority at every ratio; the minority has so many less.
         pairs_per_user, test_pairs_per_user: of everyone, to train on and held out.
         tau: inverse noise of Bradley-Terry labels; None for users without noise.
-        skip_ties: whether nobody labels two answers that are worth the same to him; else a coin does.
+        skip_ties: whether nobody labels two answers that are worth the same to them; else a coin does.
     """
 
     majority_users: int = 40

@@ -265,10 +265,10 @@ def measure_ranking(task: Ranked) -> None:
         reward.score(data.prompts, side)[:, 0].double().cpu().numpy() for side in (data.chosen, data.rejected)
     )
     names = TASTES[task.tastes].names
-    told = {
+    ranking = {
         "right": (np.sign(chosen - rejected) / 2 + 0.5).tolist(),
         "users": data.row_users.tolist(),
         "groups": [names.index(group) for group in data.groups or []],
     }
     task.folder.mkdir(parents=True, exist_ok=True)
-    (task.folder / "ranking.json").write_text(json.dumps(told) + "\n")
+    (task.folder / "ranking.json").write_text(json.dumps(ranking) + "\n")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from architectures import build
+from peft import LoraConfig, get_peft_model
 
 from torchrl_maxmin.models.lora import LoraSettings, add_adapters
-from torchrl_maxmin.models.lora_products import add_low_rank
+from torchrl_maxmin.models.lora_products import add_low_rank, compute_as_the_trunk
 from torchrl_maxmin.world import build_tokenizer
 
 #: of values of size one, summed over some terms
@@ -82,6 +83,42 @@ def test_a_half_precision_trunk_keeps_less_and_is_as_near_float32_as_by_peft(nam
 
     assert distance(gradients) < 1.5 * distance(gradients_by_peft)
     assert kept < 0.85 * kept_by_peft
+
+
+def with_adapter(tokens, **config):
+    """A half-precision model with a random adapter, and its logits by peft's own steps."""
+    trunk = build("Llama", build_tokenizer()).to(torch.bfloat16)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **config)
+    torch.manual_seed(0)
+    model = get_peft_model(trunk, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B.default.bias"):
+                parameter.normal_()
+        return model, model(input_ids=tokens).logits.float()
+
+
+@pytest.mark.parametrize("config", [{"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_what_is_no_plain_adapter_stays_pefts(config):
+    tokens = torch.randint(3, 40, (2, 10), generator=torch.Generator().manual_seed(1))
+    model, by_peft = with_adapter(tokens, **config)
+    compute_as_the_trunk(model)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits.float(), by_peft)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_peft_merges_and_takes_out_again_what_it_would(safe):
+    tokens = torch.randint(3, 40, (2, 10), generator=torch.Generator().manual_seed(1))
+    ours, _ = with_adapter(tokens)
+    by_peft, _ = with_adapter(tokens)
+    compute_as_the_trunk(ours)
+    for change in ("merge_adapter", "unmerge_adapter"):
+        for model in (ours, by_peft):
+            getattr(model, change)(**({"safe_merge": safe} if change == "merge_adapter" else {}))
+        assert ours.base_model.model.state_dict().keys() == by_peft.base_model.model.state_dict().keys()
+        for name, weight in by_peft.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], weight), (change, name)
 
 
 def test_a_float32_trunk_is_left_to_peft():

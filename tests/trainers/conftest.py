@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from trainers_runs import small_config
 
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
-from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.world import sample_prompts
 
 
@@ -21,24 +21,7 @@ def make_config(tiny_model, prompt_file, tmp_path):
     """A config of four small iterations; settings override it."""
 
     def make(name="run", **settings):
-        base = {
-            "model_name_or_path": tiny_model,
-            "dataset_name": prompt_file,
-            "output_dir": str(tmp_path / name),
-            "reward_funcs": ["trainers_rewards:brevity", "trainers_rewards:letters"],
-            "calibration_prompts": 12,
-            "calibration_samples": 2,
-            "num_iterations": 4,
-            "rollout_batch_size": 8,
-            "mini_batch_size": 4,
-            "num_ppo_epochs": 2,
-            "learning_rate": 1e-3,
-            "warmup_iterations": 1,
-            "response_length": 6,
-            "missing_eos_penalty": 0.5,
-            "device": "cpu",
-        }
-        return PPOConfig(**(base | settings))
+        return small_config(tiny_model, prompt_file, tmp_path / name, **settings)
 
     return make
 

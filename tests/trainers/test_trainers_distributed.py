@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import WAIT_S, assert_same_parameters, free_port, on_ranks, saved_parameters
-from trainers_runs import PPORun
+from trainers_runs import PPORun, small_config
 
 from torchrl_maxmin.core.distributed import process_group, share_of_rows
 from torchrl_maxmin.core.errors import UserError
@@ -84,24 +84,9 @@ def make_shared_config(tiny_model, prompt_file, tmp_path_factory):
     root = tmp_path_factory.mktemp("ranks")
 
     def make(name, **settings):
-        base = {
-            "model_name_or_path": tiny_model,
-            "dataset_name": prompt_file,
-            "output_dir": str(root / name),
-            "reward_funcs": ["trainers_rewards:brevity", "trainers_rewards:letters"],
-            "calibration_prompts": 11,
-            "calibration_samples": 3,
-            "num_iterations": 3,
-            "rollout_batch_size": 8,
-            "mini_batch_size": 4,
-            "num_ppo_epochs": 2,
-            "learning_rate": 1e-3,
-            "warmup_iterations": 1,
-            "response_length": 6,
-            "missing_eos_penalty": 0.5,
-            "device": "cpu",
-        }
-        return PPOConfig(**(base | settings))
+        # prompts and samples do not go round on 2 ranks
+        base = {"calibration_prompts": 11, "calibration_samples": 3, "num_iterations": 3}
+        return small_config(tiny_model, prompt_file, root / name, **(base | settings))
 
     return make
 

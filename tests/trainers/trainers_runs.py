@@ -4,6 +4,29 @@ from pathlib import Path
 
 from torchrl_maxmin.trainers.env_ppo import build_env_ppo, train_env_policy
 from torchrl_maxmin.trainers.lm_ppo import build_ppo, train_policy
+from torchrl_maxmin.trainers.ppo_config import PPOConfig
+
+
+def small_config(model, prompts, folder, **settings):
+    """A config of four small iterations of a language model; settings override it."""
+    base = {
+        "model_name_or_path": model,
+        "dataset_name": prompts,
+        "output_dir": str(folder),
+        "reward_funcs": ["trainers_rewards:brevity", "trainers_rewards:letters"],
+        "calibration_prompts": 12,
+        "calibration_samples": 2,
+        "num_iterations": 4,
+        "rollout_batch_size": 8,
+        "mini_batch_size": 4,
+        "num_ppo_epochs": 2,
+        "learning_rate": 1e-3,
+        "warmup_iterations": 1,
+        "response_length": 6,
+        "missing_eos_penalty": 0.5,
+        "device": "cpu",
+    }
+    return PPOConfig(**(base | settings))
 
 
 class PPORun:

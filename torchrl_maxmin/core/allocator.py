@@ -45,7 +45,7 @@ def map_large_blocks(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which large blocks of memory are mapped one by one, the system's again once freed.
 
     glibc raises the size from which it does so with every such block that is freed, up to 32 MB. What a
-    training pass keeps and what it frees then lie in one heap, whose holes made a third of the memory of an
+    training pass keeps and what it frees then lie in one heap, whose holes made a fifth of the memory of an
     update (SmolLM2-135M, bfloat16, adapters). Values stay what they are, to the bit. The context may be
     entered again and again; it does nothing on a GPU, for small or float32 models, and where
     :func:`maps_large_blocks` says so.

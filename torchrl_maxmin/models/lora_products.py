@@ -43,7 +43,7 @@ def _variant() -> Any:
     from peft.tuners.lora.layer import LoraVariant
 
     class FusedLora(LoraVariant):  # type: ignore[misc]
-        """A plain LoRA adapter by :func:`add_low_rank`; its weights are merged by :func:`merged_state`."""
+        """A plain LoRA adapter by :func:`add_low_rank`."""
 
         @staticmethod
         def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **unused: Any) -> Tensor:
@@ -52,13 +52,29 @@ def _variant() -> Any:
             x = module.lora_dropout[active_adapter](x)
             return add_low_rank(result, x, a, b, module.scaling[active_adapter])
 
+        @staticmethod
+        def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+            """Return a layer's weight with an adapter in it."""
+            return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+        @staticmethod
+        def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+            """Put an adapter into a layer's weight."""
+            orig_weight.data += module.get_delta_weight(active_adapter)
+
+        @staticmethod
+        def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+            """Return a layer's weight without the adapter that is in it."""
+            return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
     return FusedLora()
 
 
 def compute_as_the_trunk(model: nn.Module) -> None:
     """Let every plain LoRA layer of a half-precision model compute in the trunk's precision.
 
-    An adapter that comes to a layer later needs a call of its own.
+    Adapters with a bias, and variants such as DoRA, stay peft's. An adapter that comes to a layer later needs
+    a call of its own.
 
     Args:
         model: a peft model; changed in place.
@@ -66,6 +82,8 @@ def compute_as_the_trunk(model: nn.Module) -> None:
     lora = import_peft().tuners.lora.Linear
     for layer in model.modules():
         if isinstance(layer, lora) and layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16):
-            layer.cast_input_dtype_enabled = False
-            for name in layer.lora_A:
-                layer.lora_variant.setdefault(name, _variant())
+            for name, b in layer.lora_B.items():
+                if b.bias is None:
+                    layer.lora_variant.setdefault(name, _variant())
+            ours = (layer.lora_variant.get(name) is _variant() for name in layer.lora_B)
+            layer.cast_input_dtype_enabled = not all(ours)

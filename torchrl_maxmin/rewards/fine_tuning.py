@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.em import Expectation, MStep, expectation, posterior
+from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
     of_main_process,
@@ -150,13 +151,14 @@ class FineTuning(MStep):
         """Take the optimizer steps of a round; returns the last step's loss."""
         loss = 0.0
         self.mixture.train()  # adapters' dropout alone: the trunk has none
-        for _ in range(self.settings.steps_per_round):
-            self.optimizer.zero_grad()
-            loss = self.backward(next(self.batches), responsibilities)
-            clip_gradients(list(self.mixture.parameters()), 1.0)
-            self.optimizer.step()
-            self.schedule.step()
-            self.advance(note=f"loss {loss:.3f}")
+        with map_large_blocks(self.mixture):
+            for _ in range(self.settings.steps_per_round):
+                self.optimizer.zero_grad()
+                loss = self.backward(next(self.batches), responsibilities)
+                clip_gradients(list(self.mixture.parameters()), 1.0)
+                self.optimizer.step()
+                self.schedule.step()
+                self.advance(note=f"loss {loss:.3f}")
         self.mixture.eval()
         return {"loss": loss}
 

@@ -20,7 +20,6 @@ from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mix
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
 from torchrl_maxmin.clustering.linear import PairChoices, fit_choices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
-from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import of_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
@@ -210,8 +209,7 @@ def fit_mixture(
             num_rounds=tuning.num_rounds,
             convergence_tolerance=convergence_tolerance,
         )
-        with map_large_blocks(mixture):
-            em = run_em(pairs, m_step, settings, start=start, history=history, on_round=keep)
+        em = run_em(pairs, m_step, settings, start=start, history=history, on_round=keep)
     responsibilities = em.responsibilities
     if not use_true_groups:
         order = responsibilities.sum(0).argsort(descending=True, stable=True)
