@@ -5,11 +5,16 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from torch import nn
 
 from torchrl_maxmin.core import allocator
-from torchrl_maxmin.core.allocator import LEAST_PARAMETERS, MAPPED, map_large_blocks, maps_large_blocks
+from torchrl_maxmin.core.allocator import (
+    LEAST_PARAMETERS,
+    MAPPED,
+    each_within,
+    map_large_blocks,
+    maps_large_blocks,
+)
 
 GLIBC = allocator._glibc()
 
@@ -46,17 +51,15 @@ def calls(monkeypatch):
 )
 def test_what_the_user_set_is_left_alone(environment, expected, monkeypatch):
     monkeypatch.setattr(allocator, "_glibc", Calls)
-    half = torch.bfloat16
-    assert maps_large_blocks(LEAST_PARAMETERS, half, environment) == expected
-    assert not maps_large_blocks(LEAST_PARAMETERS - 1, half, environment)
-    assert not maps_large_blocks(LEAST_PARAMETERS, torch.float32, environment)
+    assert maps_large_blocks(LEAST_PARAMETERS, environment) == expected
+    assert not maps_large_blocks(LEAST_PARAMETERS - 1, environment)
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
-    assert not maps_large_blocks(LEAST_PARAMETERS, half, environment)
+    assert not maps_large_blocks(LEAST_PARAMETERS, environment)
 
 
 def test_is_undone_also_by_an_error(calls):
     def train():
-        with map_large_blocks(nn.Linear(2, 2, dtype=torch.bfloat16)):
+        with map_large_blocks(nn.Linear(2, 2)):
             assert calls == [("malloc_trim", 0), ("mallopt", -3, MAPPED)]
             raise KeyError
 
@@ -66,15 +69,27 @@ def test_is_undone_also_by_an_error(calls):
 
 
 def test_nothing_happens_for_small_models_and_other_devices(calls, monkeypatch):
-    half = {"dtype": torch.bfloat16}
-    with map_large_blocks(nn.Linear(2, 2, device="meta", **half)), map_large_blocks(nn.Identity()):
-        pass
-    with map_large_blocks(nn.Linear(2, 2)):  # float32
+    with map_large_blocks(nn.Linear(2, 2, device="meta")), map_large_blocks(nn.Identity()):
         pass
     monkeypatch.setattr(allocator, "LEAST_PARAMETERS", 7)
-    with map_large_blocks(nn.Linear(2, 2, **half)):
+    with map_large_blocks(nn.Linear(2, 2)):
         pass
     assert calls == []
+
+
+def test_each_is_made_within_and_used_without(calls):
+    """The backward pass of one network's loss is no forward pass; neither is that of the last one."""
+    memory, seen = map_large_blocks(nn.Linear(2, 2)), []
+    mapped = lambda: sum({MAPPED: 1, 2**25: -1}.get(call[-1], 0) for call in calls)  # noqa: E731
+
+    def made():
+        for name in "ab":
+            seen.append(("made", name, mapped()))
+            yield name
+
+    for name in each_within(memory, made()):
+        seen.append(("used", name, mapped()))
+    assert seen == [(what, name, int(what == "made")) for name in "ab" for what in ("made", "used")]
 
 
 COUNTED = """
@@ -93,7 +108,7 @@ def mapped_by(elements):
     return glibc.mallinfo2().hblkhd - before
 
 kept = []
-with allocator.map_large_blocks(nn.Linear(2, 2, dtype=torch.bfloat16)):
+with allocator.map_large_blocks(nn.Linear(2, 2)):
     print(mapped_by(32 * size) >= 32 * size, mapped_by(size // 2) == 0)
 """
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import import_transformers
 
@@ -42,18 +43,26 @@ def checkpoint_layers(
         raise UserError(
             f"{type(model).__name__} has no layers to compute again: leave --gradient_checkpointing out"
         )
+    memory = map_large_blocks(model, trim=False)
     for layer in layers:
-        layer.forward = _checkpointed(layer.forward, snapshot)
+        layer.forward = _checkpointed(layer.forward, snapshot, memory)
 
 
 def _checkpointed(
-    forward: Callable[..., Any], snapshot: Callable[[], AbstractContextManager[None]]
+    forward: Callable[..., Any],
+    snapshot: Callable[[], AbstractContextManager[None]],
+    memory: AbstractContextManager[None],
 ) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(
-            forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), snapshot()), **kwargs
-        )
+        contexts = nullcontext(), _both(snapshot(), memory)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
 
     return run
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
+    with outer, inner:
+        yield

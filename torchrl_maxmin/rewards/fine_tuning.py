@@ -120,6 +120,7 @@ class FineTuning(MStep):
         advance: Callable[..., None] = lambda note: None,
     ):
         self.mixture, self.pairs, self.settings, self.advance = mixture, pairs, settings, advance
+        self.memory = map_large_blocks(mixture)
         start_alike(mixture.parameters())
         groups = [
             {"params": mixture.trunk_parameters(), "lr": settings.learning_rate},
@@ -151,14 +152,13 @@ class FineTuning(MStep):
         """Take the optimizer steps of a round; returns the last step's loss."""
         loss = 0.0
         self.mixture.train()  # adapters' dropout alone: the trunk has none
-        with map_large_blocks(self.mixture):
-            for _ in range(self.settings.steps_per_round):
-                self.optimizer.zero_grad()
-                loss = self.backward(next(self.batches), responsibilities)
-                clip_gradients(list(self.mixture.parameters()), 1.0)
-                self.optimizer.step()
-                self.schedule.step()
-                self.advance(note=f"loss {loss:.3f}")
+        for _ in range(self.settings.steps_per_round):
+            self.optimizer.zero_grad()
+            loss = self.backward(next(self.batches), responsibilities)
+            clip_gradients(list(self.mixture.parameters()), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.advance(note=f"loss {loss:.3f}")
         self.mixture.eval()
         return {"loss": loss}
 
@@ -176,7 +176,8 @@ class FineTuning(MStep):
         size = self.settings.micro_batch_size or len(share)
         for low in range(0, len(share), size):
             part = share[low : low + size]
-            chosen, rejected = self.pairs.scores(self.mixture, part)
+            with self.memory:
+                chosen, rejected = self.pairs.scores(self.mixture, part)
             weights = responsibilities[self.pairs.row_users[part]]
             if world_size() > 1:
                 weights = weights * real[low : low + size, None]

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
-from torchrl_maxmin.core.allocator import map_large_blocks
+from torchrl_maxmin.core.allocator import each_within, map_large_blocks
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
     gather_rows,
@@ -111,16 +111,13 @@ class Learner:
         self.buffer.empty()
         self.buffer.extend(rows)
         records = []
-        with self.memory:
-            for minibatch in (batch for _ in range(self.num_epochs) for batch in self.buffer):
-                losses = self.accumulate(minibatch)
-                norms = [
-                    clip_gradients(parameters, self.max_grad_norm) for parameters in self.optimizer.groups
-                ]
-                value = (losses["loss"] + sum(norms)).item()  # one wait for the device a step
-                require_finite(value, minibatch, self.folder, "the PPO loss or its gradient")
-                self.optimizer.step()
-                records.append(losses)
+        for minibatch in (batch for _ in range(self.num_epochs) for batch in self.buffer):
+            losses = self.accumulate(minibatch)
+            norms = [clip_gradients(parameters, self.max_grad_norm) for parameters in self.optimizer.groups]
+            value = (losses["loss"] + sum(norms)).item()  # one wait for the device a step
+            require_finite(value, minibatch, self.folder, "the PPO loss or its gradient")
+            self.optimizer.step()
+            records.append(losses)
         return torch.stack(records).mean(0).to_dict()
 
     def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
@@ -129,7 +126,7 @@ class Learner:
         outputs: list[TensorDictBase] = []
         for part in [minibatch] if whole else self._parts(minibatch):
             each: list[TensorDictBase] = []
-            for losses in self.loss.losses_by_network(part):  # in memory one network at a time
+            for losses in each_within(self.memory, self.loss.losses_by_network(part)):  # in memory one by one
                 loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
                 if not (outputs or each):  # not before: the backward pass takes the memory that this frees
                     self.optimizer.zero_grad()

@@ -241,6 +241,7 @@ def _train(
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     accumulate, total = config.gradient_accumulation_steps, num_steps(config, len(rows))
+    memory = map_large_blocks(model)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
@@ -268,7 +269,12 @@ def _train(
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 advance()
 
-        trainer = Trainer(
+        class Mapped(Trainer):
+            def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+                with memory:
+                    return super().compute_loss(*args, **kwargs)
+
+        trainer = Mapped(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Bar()]
         )
         if accumulate > 1 and not trainer.model_accepts_loss_kwargs:  # it takes each part's own mean
@@ -280,7 +286,6 @@ def _train(
 
             trainer.compute_loss_func, trainer.data_collator = mean_over_tokens, without_first
         trainer.remove_callback(PrinterCallback)
-        with map_large_blocks(model):
-            loss = trainer.train().training_loss
+        loss = trainer.train().training_loss
     model.eval()
     return loss

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
     rank,
@@ -71,6 +72,7 @@ def train_over_ranks(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # layers that are computed again would add to a cache twice
     options = {"use_cache": False} if takes(base, "use_cache") else {}
+    memory = map_large_blocks(model)
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     if config.distributed == "fsdp2":
         shard(model)
@@ -93,7 +95,7 @@ def train_over_ranks(
             for part in _parts(batch, config.per_device_train_batch_size, collate):
                 inputs = {name: value.to(device) for name, value in part.items()}
                 labels = inputs.pop("labels")
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                with memory, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                     outputs = model(**inputs, **options)
                 share = mean_over_tokens(outputs, labels, _num_predicted(batch))
                 share.backward()
