@@ -182,6 +182,14 @@ def plan(arguments: list[str]) -> int:
         f"time of an iteration, by rates measured here just now on {found.rates['device']} ({flops}, "
         f"{found.rates['bytes_per_second'] / GB:.0f} GB/s), with all responses of full length"
     )
+    if sent := [message for phase in found.phases for message in phase.messages]:
+        link = settings.link()
+        seconds = sum(message.seconds(settings.gpus, link) for message in sent)
+        size, count = sum(message.bytes for message in sent) / GB, sum(message.count for message in sent)
+        _write(
+            f"of it {seconds:.2g} s for {size:.3g} GB between processes in {count:,.0f} messages, at "
+            f"{link.bandwidth / GB:g} GB/s and {1e6 * link.latency:g} us a message (taken, not measured)"
+        )
     _write("\n".join(verdict(found, settings)))
     return 0
 

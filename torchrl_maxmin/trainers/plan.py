@@ -63,7 +63,12 @@ class Plan:
         return {
             "parameters": self.parameters,
             "phases": {
-                phase.name: {"bytes": phase.total, "seconds": phase.seconds, "parts": phase.parts}
+                phase.name: {
+                    "bytes": phase.total,
+                    "seconds": phase.seconds,
+                    "parts": phase.parts,
+                    "messages": [asdict(message) for message in phase.messages],
+                }
                 for phase in self.phases
             },
             "peak": {"phase": self.worst.name, "bytes": self.worst.total},

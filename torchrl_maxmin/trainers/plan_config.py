@@ -13,6 +13,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.settings import CheckedSettings
 from torchrl_maxmin.models.loading import load_config
 from torchrl_maxmin.rewards.adapters import ADAPTERS
+from torchrl_maxmin.trainers.plan_messages import Link
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward_config import RewardConfig
 from torchrl_maxmin.trainers.sft import SFTConfig
@@ -36,6 +37,7 @@ _READ = {
     "reward": (
         *_TRAINING,
         *("num_groups", "adapters", "scoring_batch_size", "max_length", "gradient_accumulation_steps"),
+        "distributed",
         *("response_length", "max_prompt_length", "calibration_prompts", "calibration_samples"),
     ),
 }
@@ -50,9 +52,9 @@ class PlanConfig(CheckedSettings):
     Args:
         model_name_or_path: Hugging Face model folder or hub name; its config is all that is read.
         num_groups: groups K of the reward.
-        gpus: how many there are.
+        gpus: how many there are; with device cpu, processes of this machine.
         stage: ppo, sft or reward.
-        memory_gb: memory of a GPU; with device cpu that of this machine when left out.
+        memory_gb: memory of a GPU; with device cpu a process's share of this machine's when left out.
         device: cuda, or cpu for a run on this machine's processor.
         reward_model_path: the reward of ppo, what reward wrote; when left out, what reward makes of the same
             model, with use_peft an adapter a group.
@@ -69,6 +71,11 @@ class PlanConfig(CheckedSettings):
         advantage: gae, or rloo and grpo, which have no critic.
         gradient_checkpointing: compute every layer again in the backward pass instead of keeping it.
         distributed: how several GPUs share the work, ddp (each has all weights) or fsdp2 (sharded).
+        network_gb_per_s: GB a second between two of them, over the slowest link on the way around: NVLink
+            some hundreds, InfiniBand of 400 Gb/s 50, Ethernet of 25 Gb/s 3; when left out 50, with device
+            cpu 1. Nobody measures it.
+        network_latency_us: microseconds that a message takes whatever its size; when left out 20, with device
+            cpu 200.
         rollout_batch_size: responses a rollout, of all GPUs.
         mini_batch_size: responses an optimizer step, of all GPUs.
         per_device_train_batch_size: rows of these in memory at once; pairs for reward.
@@ -105,6 +112,8 @@ class PlanConfig(CheckedSettings):
     advantage: str | None = None
     gradient_checkpointing: bool = False
     distributed: str | None = None
+    network_gb_per_s: float | None = None
+    network_latency_us: float | None = None
     rollout_batch_size: int | None = None
     mini_batch_size: int | None = None
     per_device_train_batch_size: int | None = None
@@ -145,18 +154,16 @@ class PlanConfig(CheckedSettings):
             "gradient_accumulation_steps", "calibration_prompts", "calibration_samples",
         )  # fmt: skip
         self.require_at_least(0 if self.stage == "ppo" else 1, "per_device_train_batch_size")
-        self.require_positive("memory_gb", "temperature")
-        self.require_at_least(0, "entropy_coeff")
+        self.require_positive("memory_gb", "temperature", "network_gb_per_s")
+        self.require_at_least(0, "entropy_coeff", "network_latency_us")
         if self.lora_dropout is not None:
             self.require_in_range(0, 1, "lora_dropout")
         if self.stage != "sft" and self.num_groups is None:
             raise UserError(f"--stage {self.stage} needs --num_groups, the groups of the reward")
-        if self.gpus > 1 and (self.device == "cpu" or self.distributed == "none"):
-            raise UserError(
-                f"--gpus {self.gpus} goes with --device cuda and --distributed ddp or fsdp2; give --gpus 1"
-            )
-        if self.gpus > 1 and self.stage == "reward":
-            raise UserError("--stage reward trains on one GPU; give --gpus 1")
+        if self.gpus > 1 and self.distributed == "none":
+            raise UserError(f"--gpus {self.gpus} goes with --distributed ddp or fsdp2; give --gpus 1")
+        if self.gpus == 1 and (self.network_gb_per_s or self.network_latency_us):
+            raise UserError("--network_gb_per_s and --network_latency_us go with --gpus 2 or more")
         if self.reward_model_path and self.reward_funcs:
             raise UserError("the reward is either --reward_model_path or --reward_funcs; leave one out")
         self._check_adapters()
@@ -176,7 +183,9 @@ class PlanConfig(CheckedSettings):
             "critic": "adapter" if self.use_peft else "full",
             "advantage": "gae",
             "distributed": "none" if self.gpus == 1 else "ddp",
-            "memory_gb": 80.0 if self.device == "cuda" else _installed_memory() / GB,
+            "memory_gb": 80.0 if self.device == "cuda" else _installed_memory() / GB / self.gpus,
+            "network_gb_per_s": 50.0 if self.device == "cuda" else 1.0,
+            "network_latency_us": 20.0 if self.device == "cuda" else 200.0,
             "reward_funcs": [],
             "lora_target_modules": None if self.stage == "reward" else ["all-linear"],
         }
@@ -189,6 +198,10 @@ class PlanConfig(CheckedSettings):
                 own[field.name] = defaults[0]
         filled = {name: value for name, value in own.items() if getattr(self, name) is None}
         return replace(self, **filled)
+
+    def link(self) -> Link:
+        """What lies between two GPUs; of settings with no flag left open."""
+        return Link((self.network_gb_per_s or 0.0) * GB, (self.network_latency_us or 0.0) / 1e6)
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the weights below adapters."""

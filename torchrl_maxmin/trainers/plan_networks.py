@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrl_maxmin.models.checkpointing import checkpoint_layers
+from torchrl_maxmin.models.checkpointing import checkpoint_layers, layers_of
 from torchrl_maxmin.models.dry_run import nbytes
 from torchrl_maxmin.models.loading import load_config, reading
 from torchrl_maxmin.models.lora import AdapterSwitch, LoraSettings, add_adapters
@@ -79,6 +79,9 @@ class Size:
         largest: elements of the largest parameter that is trained.
         embeddings: bytes of the input embeddings.
         half: trained parameters in half precision, of which the optimizer has float32 copies.
+        tensors: how many tensors are trained.
+        layers: how many it has; 0 for heads.
+        root: bytes of all that is no adapter and in no layer.
     """
 
     parameters: int
@@ -89,11 +92,14 @@ class Size:
     largest: int
     embeddings: int = 0
     half: int = 0
+    tensors: int = 0
+    layers: int = 0
+    root: int = 0
 
     @classmethod
     def of_heads(cls, elements: int) -> Size:
-        """That of trained heads in float32."""
-        return cls(elements, 4 * elements, 0, elements, 4 * elements, elements)
+        """That of trained heads in float32, weights and biases."""
+        return cls(elements, 4 * elements, 0, elements, 4 * elements, elements, tensors=2)
 
 
 def size_of(network: Network) -> Size:
@@ -106,6 +112,8 @@ def size_of(network: Network) -> Size:
     own = [p for name, p in model.named_parameters() if ".lora_" not in name] + list(model.buffers())
     trained = [p for p in model.parameters() if p.requires_grad]
     added = [p for name, p in model.named_parameters() if ".lora_" in name]
+    layers = layers_of(model)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
     return Size(
         parameters=sum(p.numel() for p in model.parameters()),
         weights=nbytes(own),
@@ -115,6 +123,9 @@ def size_of(network: Network) -> Size:
         largest=max((p.numel() for p in trained), default=0),
         embeddings=model.get_input_embeddings().weight.nbytes,
         half=sum(p.numel() for p in trained if p.itemsize == 2),
+        tensors=len(trained),
+        layers=len(layers),
+        root=nbytes([p for p in own if id(p) not in inside]),
     )
 
 

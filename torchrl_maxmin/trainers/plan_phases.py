@@ -15,6 +15,7 @@ from torchrl_maxmin.models.lora import AdapterSwitch, LoraSettings
 from torchrl_maxmin.models.memory import log_probs_of, states_of, values_of
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, text_config
 from torchrl_maxmin.rewards.adapters import adapter_names
+from torchrl_maxmin.trainers.plan_messages import gradient_messages, ppo_messages
 from torchrl_maxmin.trainers.plan_networks import Network, Reader, Size, reward_reader
 from torchrl_maxmin.trainers.plan_traces import FLOAT, Phase, Planner
 
@@ -164,7 +165,12 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
     seconds = seconds * settings.num_ppo_epochs * rollout / micro + steps * sum(s for _, s in workspaces)
     flags = ("per_device_train_batch_size", "gradient_checkpointing")
     update = Phase("update", held | parts | planner.pieces(parts, roles.policy), seconds, flags)
-    return [calibrate, generate, score, update, Phase("save", held)]
+    phases = [calibrate, generate, score, update, Phase("save", held)]
+    critics = [] if roles.critic is None or roles.shares_states else [roles.critic]
+    passing = [planner.size(network) for network in (roles.policy, *critics)]
+    columns = settings.num_groups + 1 if roles.critic is not None else 0
+    sent = ppo_messages(settings, passing, roles.trained, columns=columns, micro=micro)
+    return [phase.sending(sent.get(phase.name, ()), settings) for phase in phases]
 
 
 def _score(settings: Any, planner: Planner, roles: _Roles, reader: Reader | None, rollout: int) -> Phase:
@@ -251,7 +257,8 @@ def _sft(settings: Any, planner: Planner) -> list[Phase]:
         seconds,
         ("per_device_train_batch_size", "gradient_checkpointing"),
     )
-    return [update, Phase("save", held)]
+    sent = gradient_messages(settings, [size], [size], steps=1, passes=settings.gradient_accumulation_steps)
+    return [update.sending(sent, settings), Phase("save", held)]
 
 
 def _reward(settings: Any, planner: Planner) -> list[Phase]:
@@ -312,9 +319,11 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
     drawn, seconds = planner.sampling(base, at_once, settings.max_prompt_length, settings.response_length)
     gradients = {"reference weights": planner.size(base).weights, "gradients": size.gradients}
     calibrate = Phase("calibrate", before | gradients | drawn, seconds * samples / at_once)
+    accumulated = settings.gradient_accumulation_steps
+    sent = gradient_messages(settings, [size], [size, Size.of_heads(0)], steps=1, passes=accumulated * passes)
     return [
         Phase("features", features, None, ("scoring_batch_size",)),
-        update,
+        update.sending(sent, settings),
         score,
         calibrate,
         Phase("save", before | {"gradients": size.gradients}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torchrl_maxmin.models.dry_run import Rates, Trace
 from torchrl_maxmin.models.loading import load_config
 from torchrl_maxmin.models.memory import Jobs
 from torchrl_maxmin.models.sequences import text_config
+from torchrl_maxmin.trainers.plan_messages import Messages
 from torchrl_maxmin.trainers.plan_networks import Network, Size, size_of
 
 __all__ = ["FLOAT", "Phase", "Planner"]
@@ -34,17 +35,28 @@ class Phase:
         parts: bytes by part at the phase's peak.
         seconds: time, of one iteration where there are several; None where it was not estimated.
         flags: flags that lower what this phase alone holds, of least cost first.
+        messages: between processes, in an iteration.
     """
 
     name: str
     parts: dict[str, float]
     seconds: float | None = None
     flags: Sequence[str] = field(default_factory=tuple)
+    messages: Sequence[Messages] = field(default_factory=tuple)
 
     @property
     def total(self) -> float:
         """Bytes at its peak."""
         return sum(self.parts.values())
+
+    def sending(self, messages: Sequence[Messages], settings: Any) -> Phase:
+        """This phase with messages, whose seconds come on top.
+
+        Nothing overlaps: gradients are summed when all of them are there.
+        """
+        added = sum(message.seconds(settings.gpus, settings.link()) for message in messages)
+        seconds = None if self.seconds is None else self.seconds + added
+        return replace(self, messages=messages, seconds=seconds)
 
 
 class Planner:
@@ -120,7 +132,7 @@ class Planner:
         """
         if self.device != "cpu":
             return {}
-        mapped = maps_large_blocks(self.size(network).parameters, network.dtype)
+        mapped = maps_large_blocks(self.size(network).parameters)
         return {"malloc's pieces": _PIECES[mapped] * parts.get("activations", 0.0)}
 
     def optimizer(self, size: Size, *, foreach: bool = True) -> tuple[float, float]:
