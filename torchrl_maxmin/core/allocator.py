@@ -37,7 +37,7 @@ def maps_large_blocks(parameters: int, environment: Mapping[str, str] = os.envir
     return parameters >= LEAST_PARAMETERS and not (own or tuned or replaced) and _glibc() is not None
 
 
-def map_large_blocks(model: nn.Module, *, trim: bool = True) -> AbstractContextManager[None]:
+def map_large_blocks(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context for a forward pass, whose large blocks are mapped one by one: the system's once freed.
 
     glibc raises the size from which it does so with every such block that is freed, up to 32 MB. Below that
@@ -50,12 +50,10 @@ def map_large_blocks(model: nn.Module, *, trim: bool = True) -> AbstractContextM
 
     Args:
         model: what is trained, its frozen parameters included.
-        trim: give the system back what was freed before, where a pass begins. Not within a backward pass,
-            which needs that again.
     """
     devices = {parameter.device.type for parameter in model.parameters()}
     size = sum(parameter.numel() for parameter in model.parameters())
-    return _Mapped(_glibc(), trim) if devices == {"cpu"} and maps_large_blocks(size) else nullcontext()
+    return _Mapped(_glibc()) if devices == {"cpu"} and maps_large_blocks(size) else nullcontext()
 
 
 def each_within(context: AbstractContextManager[Any], items: Iterable[T]) -> Iterator[T]:
@@ -77,12 +75,11 @@ def each_within(context: AbstractContextManager[Any], items: Iterable[T]) -> Ite
 class _Mapped(AbstractContextManager[None]):
     """Sets glibc on entry, and on exit to where it had grown: it adjusts nothing by itself any more."""
 
-    def __init__(self, libc: Any, trim: bool):
-        self.libc, self.trim = libc, trim
+    def __init__(self, libc: Any):
+        self.libc = libc
 
     def __enter__(self) -> None:
-        if self.trim:
-            self.libc.malloc_trim(0)
+        self.libc.malloc_trim(0)  # what was freed before, and would be taken in place of a mapping
         self.libc.mallopt(_M_MMAP_THRESHOLD, MAPPED)
 
     def __exit__(self, *_: object) -> None:

@@ -43,7 +43,7 @@ def checkpoint_layers(
         raise UserError(
             f"{type(model).__name__} has no layers to compute again: leave --gradient_checkpointing out"
         )
-    memory = map_large_blocks(model, trim=False)
+    memory = map_large_blocks(model)
     for layer in layers:
         layer.forward = _checkpointed(layer.forward, snapshot, memory)
 
@@ -56,7 +56,7 @@ def _checkpointed(
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        contexts = nullcontext(), _both(snapshot(), memory)
+        contexts = memory, _both(snapshot(), memory)
         return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
 
     return run

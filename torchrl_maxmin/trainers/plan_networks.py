@@ -82,6 +82,7 @@ class Size:
         tensors: how many tensors are trained.
         layers: how many it has; 0 for heads.
         root: bytes of all that is no adapter and in no layer.
+        adapted: bytes of the weights that an adapter is added to.
     """
 
     parameters: int
@@ -95,6 +96,7 @@ class Size:
     tensors: int = 0
     layers: int = 0
     root: int = 0
+    adapted: int = 0
 
     @classmethod
     def of_heads(cls, elements: int) -> Size:
@@ -126,6 +128,7 @@ def size_of(network: Network) -> Size:
         tensors=len(trained),
         layers=len(layers),
         root=nbytes([p for p in own if id(p) not in inside]),
+        adapted=sum(p.nbytes for name, p in model.named_parameters() if ".base_layer.weight" in name),
     )
 
 

@@ -75,6 +75,12 @@ def _held(
     return planner.overhead | parts
 
 
+def _written(planner: Planner, size: Size) -> dict[str, float]:
+    """What a model takes while it is written: weights with their adapter, and on a CPU the file's bytes."""
+    merged = {"merged weights": float(size.adapted)} if size.adapted else {}
+    return merged | ({"file's bytes": float(size.weights)} if planner.device == "cpu" else {})
+
+
 # -- ppo -------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +171,8 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
     seconds = seconds * settings.num_ppo_epochs * rollout / micro + steps * sum(s for _, s in workspaces)
     flags = ("per_device_train_batch_size", "gradient_checkpointing")
     update = Phase("update", held | parts | planner.pieces(parts, roles.policy), seconds, flags)
-    phases = [calibrate, generate, score, update, Phase("save", held)]
+    save = Phase("save", held | _written(planner, planner.size(roles.policy)))
+    phases = [calibrate, generate, score, update, save]
     critics = [] if roles.critic is None or roles.shares_states else [roles.critic]
     passing = [planner.size(network) for network in (roles.policy, *critics)]
     columns = settings.num_groups + 1 if roles.critic is not None else 0
@@ -258,7 +265,7 @@ def _sft(settings: Any, planner: Planner) -> list[Phase]:
         ("per_device_train_batch_size", "gradient_checkpointing"),
     )
     sent = gradient_messages(settings, [size], [size], steps=1, passes=settings.gradient_accumulation_steps)
-    return [update.sending(sent, settings), Phase("save", held)]
+    return [update.sending(sent, settings), Phase("save", held | _written(planner, size))]
 
 
 def _reward(settings: Any, planner: Planner) -> list[Phase]:
@@ -326,5 +333,5 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
         update.sending(sent, settings),
         score,
         calibrate,
-        Phase("save", before | {"gradients": size.gradients}),
+        Phase("save", before | {"gradients": size.gradients} | ({} if names else _written(planner, size))),
     ]
