@@ -80,10 +80,10 @@ class ModelSettings(CheckedSettings):
             )
         if self.load_in_4bit and getattr(self, "merge_adapter", False):
             raise UserError("4-bit weights take no adapter: --load_in_4bit goes with --merge_adapter false")
-        if self.use_peft and self.distributed == "fsdp2":
+        if self.load_in_4bit and self.distributed == "fsdp2":
             raise UserError(
-                "--distributed fsdp2 shards whole copies of a model; for adapters, which are small, give "
-                "--distributed ddp"
+                "--distributed fsdp2 deals weights of 16 or 32 bits; with --load_in_4bit give "
+                "--distributed ddp, or leave it out"
             )
         names = [name.value for name in import_transformers().training_args.OptimizerNames]
         if self.optim not in names:
