@@ -40,8 +40,9 @@ class ModelSettings(CheckedSettings):
             dropout PPO's ratio is not 1 at the first step, and every adapter keeps a copy of its input.
         lora_target_modules: layers that get adapters; all-linear is all but the output embeddings.
         distributed: none, or what each of the processes holds that torchrun starts (torchrun --nproc_per_node
-            N -m torchrl_maxmin VERB ...); ddp, a copy of all networks, or fsdp2, a part of them. Whatever is
-            of all rows (the groups' utilities, whitening, likelihoods of users) is taken of all processes'.
+            N -m torchrl_maxmin VERB ...); ddp, a copy of all networks, or fsdp2, a part of them (but all
+            adapters). Whatever is of all rows (the groups' utilities, whitening, likelihoods of users) is
+            taken of all processes'.
     """
 
     dtype: str = "float32"
