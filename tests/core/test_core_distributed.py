@@ -93,7 +93,7 @@ def test_processes_see_the_same(num_rows):
         assert view.pop("seen") == [-(-num_rows // 2)]
         assert view.pop("main") == (place == 0, True, 2)
         assert view.pop("seed") == 10 + place
-        assert sum(view["once"], []) == list(range(num_rows))
+        assert [row for part in view["once"] for row in part] == list(range(num_rows))
         assert all(view["once"])
         assert view["steps"] == (num_rows, 3)
         assert view["doubled"] == [2.0 * i for i in range(num_rows)]
