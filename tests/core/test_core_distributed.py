@@ -16,6 +16,7 @@ from torchrl_maxmin.core.checkpoint import random_state, restore_random_state, s
 from torchrl_maxmin.core.distributed import (
     across_ranks,
     clip_gradients,
+    each_row_once,
     gather_objects,
     gather_rows,
     is_main_process,
@@ -24,6 +25,7 @@ from torchrl_maxmin.core.distributed import (
     process_group,
     rank,
     restarted,
+    seed_of_rank,
     share_of_rows,
     shares_rows,
     start_alike,
@@ -72,6 +74,9 @@ def everything(num_rows):
             "seen": seen,
             "tensor": over_ranks(lambda part: part["x"] + 1, rows).tolist(),
             "sum": sum_over_ranks(torch.tensor([1.0, rank()])).tolist(),
+            "once": each_row_once(lambda part: list(range(num_rows))[part], num_rows),
+            "steps": over_ranks(lambda part: part, rows.unsqueeze(-1).expand(num_rows, 3)).batch_size,
+            "seed": seed_of_rank(5),
             "drawn": of_main_process(lambda: torch.rand(2)).tolist(),
             "gathered": gather_objects(rank()),
             "norm": float(norm),
@@ -87,6 +92,10 @@ def test_processes_see_the_same(num_rows):
     for place, view in enumerate(views):
         assert view.pop("seen") == [-(-num_rows // 2)]
         assert view.pop("main") == (place == 0, True, 2)
+        assert view.pop("seed") == 10 + place
+        assert [row for part in view["once"] for row in part] == list(range(num_rows))
+        assert all(view["once"])
+        assert view["steps"] == (num_rows, 3)
         assert view["doubled"] == [2.0 * i for i in range(num_rows)]
         assert view["not"] == [i % 3 != 0 for i in range(num_rows)]
         assert view["tensor"] == [i + 1 for i in range(num_rows)]
@@ -101,6 +110,11 @@ def test_processes_see_the_same(num_rows):
     assert views[0]["drawn"] == pytest.approx(torch.rand(2).tolist())
 
 
+def _refuse_row_2(rows):
+    if rows.start == 2:
+        raise UserError("row 2")
+
+
 def fail():
     """A mistake that the main process finds, and an error that is nobody else's."""
     with process_group("ddp"):
@@ -112,6 +126,8 @@ def fail():
             of_main_process(find)
         except UserError as error:
             message = str(error)
+        with pytest.raises(UserError, match="row 2"):  # of the second process
+            each_row_once(_refuse_row_2, 3)
     with pytest.raises(RuntimeError, match="ours"), process_group("ddp"):
         raise RuntimeError("ours")
     with pytest.raises(LostRankError, match="ends since another"), process_group("ddp"):
@@ -159,6 +175,8 @@ def test_a_process_by_itself_is_as_it_was(monkeypatch):
         assert (rank(), world_size(), gather_objects("x")) == (0, 1, ["x"])
         part = torch.ones(2)
         assert gather_rows(part, 2) is part
+        assert each_row_once(lambda rows: part[rows], 2)[0].tolist() == [1.0, 1.0]
+        assert seed_of_rank(7) == 7
         assert sum_over_ranks(part) is part
     assert random_state().keys() == {"python", "numpy", "torch", "cuda"}
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from evaluation_results import CALIBRATION, LENGTH, make_result
 from transformers import AutoModelForCausalLM
 
@@ -64,6 +65,23 @@ def reward_folder(mixture, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "reward"
     mixture.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def trained(other_model, tmp_path):
+    """A folder of the policy that says how it was trained; settings override that."""
+
+    def make(name="trained", **settings):
+        folder = tmp_path / name
+        shutil.copytree(other_model, folder)
+        base = {"kl_coef": 1.0, "calibration": CALIBRATION.to_dict()} | settings
+        outcome = {key: base.pop(key) for key in ("kl_coef", "calibration")}
+        (folder / "summary.json").write_text(json.dumps(outcome))
+        given = {"beta": 7.0, "missing_eos_penalty": 0.0, "reward_funcs": []} | base
+        (folder / "config.yaml").write_text(yaml.safe_dump(given))
+        return str(folder)
+
+    return make
 
 
 @pytest.fixture

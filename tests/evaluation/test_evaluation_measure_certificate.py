@@ -5,8 +5,6 @@ import shutil
 
 import pytest
 import torch
-import yaml
-from evaluation_results import CALIBRATION
 from transformers import AutoModelForCausalLM
 
 from torchrl_maxmin.evaluation.measure import run_evaluate
@@ -19,23 +17,6 @@ from torchrl_maxmin.world import sample_prompts
 def prompts():
     """As many as a certificate needs."""
     return sample_prompts(16, 0, heldout=True)
-
-
-@pytest.fixture
-def trained(other_model, tmp_path):
-    """A folder of the policy that says how it was trained; settings override that."""
-
-    def make(name="trained", **settings):
-        folder = tmp_path / name
-        shutil.copytree(other_model, folder)
-        base = {"kl_coef": 1.0, "calibration": CALIBRATION.to_dict()} | settings
-        outcome = {key: base.pop(key) for key in ("kl_coef", "calibration")}
-        (folder / "summary.json").write_text(json.dumps(outcome))
-        given = {"beta": 7.0, "missing_eos_penalty": 0.0, "reward_funcs": []} | base
-        (folder / "config.yaml").write_text(yaml.safe_dump(given))
-        return str(folder)
-
-    return make
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from trainers_runs import PPORun, small_config
 from torchrl_maxmin.core.distributed import process_group, share_of_rows
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
+from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.trainers.lm_ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
@@ -48,8 +49,13 @@ CASES = {
     "prompts": {"objective": "mean_of_prompt_mins", "num_generations": 4, "calibration": "win_rate"},
     "heads": {"critic": "heads", "gradient_checkpointing": True},
 }
+LORA = {"use_peft": True, "lora_r": 4}
+ADAPTERS = {
+    # rewards on the policy's trunk, by adapters of their own
+    "adapters": {**LORA, "gradient_checkpointing": True, "reward_model_path": "rewards", "reward_funcs": []},
+    "adapter alone": {**LORA, "critic": "full", "merge_adapter": False},
+}
 COPIES_ALONE = {
-    "adapters": {"use_peft": True, "lora_r": 4, "gradient_checkpointing": True},
     "certificate": {"gap_steps": 2, "certificate_prompts": 16, "certificate_samples": 4, "num_iterations": 2},
 }
 
@@ -70,7 +76,8 @@ def run_on_ranks(world, mode, make_config, cases, **settings):
 
 
 def assert_same_run(found, expected, bar=BAR):
-    assert_same_parameters(found / "model.safetensors", expected / "model.safetensors", bar)
+    (saved,) = expected.glob("*model.safetensors")  # or the adapter's
+    assert_same_parameters(found / saved.name, saved, bar)
     for row, wanted in zip(read_metrics(found), read_metrics(expected), strict=True):
         # a share of the variance of a KL that is nothing but rounding at first
         assert row.pop("val/explained_var/kl", 0) == pytest.approx(
@@ -82,8 +89,16 @@ def assert_same_run(found, expected, bar=BAR):
 @pytest.fixture(scope="module")
 def make_shared_config(tiny_model, prompt_file, tmp_path_factory):
     root = tmp_path_factory.mktemp("ranks")
+    torch.manual_seed(0)
+    mixture = RewardMixture.from_backbone(tiny_model, 2, use_peft=True, lora_r=2)
+    with torch.no_grad():
+        for parameter in mixture.trunk_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    mixture.save_pretrained(root / "rewards")
 
     def make(name, **settings):
+        if "reward_model_path" in settings:
+            settings["reward_model_path"] = str(root / settings["reward_model_path"])
         # prompts and samples do not go round on 2 ranks
         base = {"calibration_prompts": 11, "calibration_samples": 3, "num_iterations": 3}
         return small_config(tiny_model, prompt_file, root / name, **(base | settings))
@@ -94,23 +109,24 @@ def make_shared_config(tiny_model, prompt_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_one(make_shared_config):
     """The runs of a single process."""
-    return run_on_ranks(1, "ddp", make_shared_config, CASES | COPIES_ALONE)
+    return run_on_ranks(1, "ddp", make_shared_config, CASES | ADAPTERS | COPIES_ALONE)
 
 
 def test_two_copies_train_what_one_trains(on_one, make_shared_config):
-    for name, folder in run_on_ranks(2, "ddp", make_shared_config, CASES | COPIES_ALONE).items():
+    cases = CASES | ADAPTERS | COPIES_ALONE
+    for name, folder in run_on_ranks(2, "ddp", make_shared_config, cases).items():
         assert_same_run(folder, on_one[name])
 
 
 def test_two_parts_train_what_one_trains(on_one, make_shared_config):
-    for name, folder in run_on_ranks(2, "fsdp2", make_shared_config, CASES).items():
+    for name, folder in run_on_ranks(2, "fsdp2", make_shared_config, CASES | ADAPTERS).items():
         assert_same_run(folder, on_one[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_twenty_iterations_agree_in_every_element(make_shared_config, mode):
-    twenty = {"twenty": {"num_iterations": 20}}
+@pytest.mark.parametrize(("mode", "lora"), [("ddp", {}), ("fsdp2", {}), ("fsdp2", LORA)])
+def test_twenty_iterations_agree_in_every_element(make_shared_config, mode, lora):
+    twenty = {f"twenty-{len(lora)}": {"num_iterations": 20, **lora}}
     (one,) = run_on_ranks(1, mode, make_shared_config, twenty).values()
     (two,) = run_on_ranks(2, mode, make_shared_config, twenty).values()
     assert_same_run(two, one, 1e-5)
@@ -137,6 +153,13 @@ def test_parts_compute_in_half_precision(make_shared_config):
             torch.testing.assert_close(one[key], value, atol=0.02, rtol=0.02)
 
 
+def share_held(named):
+    """How much of some parameters this process holds."""
+    parameters = [p for _, p in named]
+    held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in parameters)
+    return held / sum(p.numel() for p in parameters)
+
+
 def look_at_first_rollout(values):
     """The first rollout's weights, what this process's own rows say, and how much of the policy it holds."""
     config = PPOConfig(**values)
@@ -145,18 +168,21 @@ def look_at_first_rollout(values):
         batch = run.first_batch()
         index, real = share_of_rows(len(batch))
         own = batch["next", "group_reward"][index[real]].mean(0)
-        held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in run.policy.parameters())
+        named = list(run.policy.model.named_parameters())
+        adapters = [(name, p) for name, p in named if ".lora_" in name]
+        trunk = [(name, p) for name, p in named if ".lora_" not in name and not (adapters and "wte" in name)]
         return {
             "prompts": batch["prompt_index"].tolist(),
             "actions": batch["action"].tolist(),
             "own_worst": int(own.argmin()),
             "weights": batch["group_weights"][0].tolist(),
-            "held": held / sum(p.numel() for p in run.policy.parameters()),
+            "held": share_held(trunk),
+            "adapters": share_held(adapters) if adapters else None,
         }
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_a_minimum_of_each_process_would_train_two_groups(make_shared_config, tmp_path, mode):
+@pytest.mark.parametrize(("mode", "lora"), [("ddp", {}), ("fsdp2", {}), ("fsdp2", LORA)])
+def test_a_minimum_of_each_process_would_train_two_groups(make_shared_config, tmp_path, mode, lora):
     """One process answers the short prompts, the other the long ones; a group is well off at one kind."""
     order = torch.randperm(
         8, generator=torch.Generator().manual_seed(0)
@@ -166,8 +192,9 @@ def test_a_minimum_of_each_process_would_train_two_groups(make_shared_config, tm
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompts[i]}) + "\n" for i in range(8)))
     config = make_shared_config(
-        f"worst-{mode}",
+        f"worst-{mode}{len(lora)}",
         distributed=mode,
+        **lora,
         dataset_name=str(path),
         reward_funcs=["trainers_rewards:for_long_prompts", "trainers_rewards:for_short_prompts"],
         calibration="none",
@@ -180,14 +207,17 @@ def test_a_minimum_of_each_process_would_train_two_groups(make_shared_config, tm
     assert (one["own_worst"], other["own_worst"]) == (0, 1)
     assert one["weights"] == other["weights"] == [1.0, 0.0]
     assert one["held"] == pytest.approx(1.0 if mode == "ddp" else 0.5, abs=0.01)
+    assert one["adapters"] == (1.0 if lora else None)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_a_run_goes_on_with_any_number_of_processes(make_shared_config, mode):
-    settings = {"num_iterations": 4, "kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100}
-    whole = run_on_ranks(2, mode, make_shared_config, {"whole": settings})["whole"]
+@pytest.mark.parametrize(
+    ("mode", "lora"), [("ddp", {}), ("fsdp2", {}), ("fsdp2", {**LORA, "critic": "full"})]
+)
+def test_a_run_goes_on_with_any_number_of_processes(make_shared_config, mode, lora):
+    settings = {"num_iterations": 4, "kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100} | lora
+    (whole,) = run_on_ranks(2, mode, make_shared_config, {f"whole-{len(lora)}": settings}).values()
     for world in (2, 1):
-        name = f"stopped-{world}"
+        name = f"stopped-{world}-{len(lora)}"
         stopped = make_shared_config(f"{mode}/{name}", distributed=mode, **settings, stop_at_iteration=2)
         on_ranks(2, train_all, [dataclasses.asdict(stopped)])
         assert not (Path(stopped.output_dir) / "model.safetensors").exists()
@@ -216,7 +246,6 @@ def test_what_does_not_go_together_is_one_line(make_shared_config, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "give --distributed ddp or fsdp2" in refuse(vars(config) | {"distributed": "none"})
-    assert "--distributed ddp" in refuse(vars(config) | {"distributed": "fsdp2", "use_peft": True})
     assert "none of none, ddp, fsdp2" in refuse(vars(config) | {"distributed": "dp"})
     assert not Path(config.output_dir).exists()
 

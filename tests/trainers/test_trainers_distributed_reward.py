@@ -44,8 +44,9 @@ CASES = {
     "soft": {},
     "hard": {"assignment": "hard", "gradient_accumulation_steps": 2},
     "mlp": {"head": "mlp", "gradient_checkpointing": True, "calibration": "win_rate"},
+    "adapters": {"use_peft": True, "lora_r": 4, "gradient_checkpointing": True},
 }
-COPIES_ALONE = {"adapters": {"use_peft": True, "lora_r": 4}, "auto": {"num_groups": "auto", "max_groups": 2}}
+COPIES_ALONE = {"auto": {"num_groups": "auto", "max_groups": 2}}
 
 
 def run_on_ranks(world, mode, cases, tiny_model, pairs, folder, **settings):

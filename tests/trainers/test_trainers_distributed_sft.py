@@ -36,8 +36,8 @@ CASES = {
     "checkpointing": {"max_steps": 2, "gradient_checkpointing": True, "optim": "adamw_torch"},
     # a last batch of one row, which one of two processes reads again for nothing
     "one_left": {"num_train_epochs": 1.0, "batch": 62},
+    "adapters": {"max_steps": 3, "use_peft": True, "lora_r": 4},
 }
-COPIES_ALONE = {"adapters": {"max_steps": 3, "use_peft": True, "lora_r": 4}}
 
 
 def run_on_ranks(world, mode, cases, tiny_model, texts, folder):
@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_one(tiny_model, texts, folder):
-    return run_on_ranks(1, "ddp", CASES | COPIES_ALONE, tiny_model, texts, folder)
+    return run_on_ranks(1, "ddp", CASES, tiny_model, texts, folder)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_its_steps_are_the_trainers(tiny_model, texts, tmp_path, settings):
 
 
 def test_two_copies_learn_what_one_learns(on_one, tiny_model, texts, folder):
-    for name, found in run_on_ranks(2, "ddp", CASES | COPIES_ALONE, tiny_model, texts, folder).items():
+    for name, found in run_on_ranks(2, "ddp", CASES, tiny_model, texts, folder).items():
         assert_same_model(found, on_one[name])
 
 

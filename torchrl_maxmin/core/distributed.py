@@ -28,6 +28,7 @@ __all__ = [
     "across_ranks",
     "clip_gradients",
     "device_mesh",
+    "each_row_once",
     "gather_objects",
     "gather_rows",
     "is_main_process",
@@ -37,6 +38,7 @@ __all__ = [
     "process_group",
     "rank",
     "restarted",
+    "seed_of_rank",
     "share_of_rows",
     "shares_rows",
     "start_alike",
@@ -162,6 +164,11 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def seed_of_rank(seed: int) -> int:
+    """A seed of its own for this process; for one by itself the seed as it is."""
+    return seed * world_size() + rank()
+
+
 def restarted() -> bool:
     """Whether torchrun started the processes again, after one of them had failed."""
     return _sharing and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -226,9 +233,9 @@ def over_ranks(function: Callable[[Any], Any], rows: TensorDictBase) -> Any:
     """Apply a function to rows of which every process takes a share; all get the whole result.
 
     Args:
-        function: maps a tensordict [n] to a tensor or tensordict of as many rows, row by row; not one that
-            calls this itself.
-        rows: the same in all processes, batch size [N].
+        function: maps a tensordict [n, ...] to a tensor or tensordict of as many rows, row by row; not one
+            that calls this itself.
+        rows: the same in all processes, batch size [N, ...].
 
     Example:
         >>> from tensordict import TensorDict
@@ -239,20 +246,52 @@ def over_ranks(function: Callable[[Any], Any], rows: TensorDictBase) -> Any:
         return function(rows)
     index, _ = share_of_rows(len(rows))
     found = function(rows[index.to(rows.device) if rows.device else index])
-    if isinstance(found, Tensor):
-        return gather_rows(found, len(rows))
-    return found.apply(lambda part: gather_rows(part, len(rows)), batch_size=[len(rows)])
+    return gather_rows(found, len(rows))
 
 
-def gather_rows(part: Tensor, num_rows: int) -> Tensor:
+def each_row_once(function: Callable[[slice], Result], num_rows: int) -> list[Result]:
+    """Call a function of which every process takes some rows, none of them twice, for calls that cost.
+
+    Args:
+        function: gives the result for a slice of the rows, never an empty one.
+        num_rows: N.
+
+    Returns:
+        The results in the order of the rows; a :class:`UserError` of one process is everyone's.
+
+    Example:
+        >>> each_row_once(lambda rows: "abc"[rows], 3)
+        ['abc']
+    """
+    if world_size() == 1:
+        return [function(slice(0, num_rows))]
+    index, real = share_of_rows(num_rows)
+    results: list[Result] = []
+    mistake: UserError | None = None
+    try:
+        if bool(real.any()):
+            results.append(function(slice(int(index[0]), int(index[0]) + int(real.sum()))))
+    except UserError as error:
+        mistake = error
+    outcomes = gather_objects((results, mistake))
+    for _, mistake in outcomes:
+        if mistake is not None:
+            raise mistake
+    return [result for results, _ in outcomes for result in results]
+
+
+def gather_rows(part: Any, num_rows: int) -> Any:
     """The rows [N, ...] of a batch, from every process's share [ceil(N / ranks), ...] of them.
 
     Args:
-        part: this process's, as :func:`share_of_rows` deals them.
+        part: this process's, as :func:`share_of_rows` deals them; a tensor or a tensordict.
         num_rows: N.
     """
     if world_size() == 1:
         return part
+    if not isinstance(part, Tensor):
+        shape = [num_rows, *part.batch_size[1:]]
+        return part.apply(lambda leaf: gather_rows(leaf, num_rows), batch_size=shape)
     sent = part.contiguous().view(torch.uint8) if part.dtype == torch.bool else part.contiguous()
     parts = [torch.empty_like(sent) for _ in range(world_size())]
     dist.all_gather(parts, sent)

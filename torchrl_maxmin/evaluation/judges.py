@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit
 
+from torchrl_maxmin.core.distributed import each_row_once
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import plain_text
@@ -143,6 +144,15 @@ def judge_pairs(
 
 
 def _ask(
+    name: str, judge: Judge, prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]
+) -> np.ndarray:
+    def answers(rows: slice) -> np.ndarray:
+        return _answers(name, judge, prompts[rows], a[rows], b[rows])
+
+    return np.concatenate(each_row_once(answers, len(prompts)))
+
+
+def _answers(
     name: str, judge: Judge, prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]
 ) -> np.ndarray:
     try:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
+from torchrl_maxmin.core.distributed import each_row_once, of_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.evaluation.judges import EndpointJudge, Judge, judge_pairs
@@ -73,14 +74,20 @@ class UtilityJudge:
         if self.mixture is not None:
             rewards = MixtureRewards(self.mixture, tokenizer, prompts, ends)
             return self.mixture.calibration.apply(rewards.in_batches(responses)).numpy()
-        assert self.function is not None
-        texts = to_texts(tokenizer, responses, prompts)
-        places = responses["prompt_index"].tolist()
-        given = {name: [values[place] for place in places] for name, values in columns.items()}
-        utilities = ask(self.function, *texts, "judge", given)
-        if np.isnan(utilities).any():
-            raise UserError("the judge gives None for some response; it must say what each is worth")
-        return utilities
+        function = self.function
+        assert function is not None
+
+        def utilities(rows: slice) -> np.ndarray:
+            part = responses[rows]
+            texts = to_texts(tokenizer, part, prompts)
+            places = part["prompt_index"].tolist()
+            given = {name: [values[place] for place in places] for name, values in columns.items()}
+            found = ask(function, *texts, "judge", given)
+            if np.isnan(found).any():
+                raise UserError("the judge gives None for some response; it must say what each is worth")
+            return found
+
+        return np.concatenate(each_row_once(utilities, len(responses)))
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ def load_judge(
     function: Any = load_functions([spec])[0]
     columns = {} if table is None else extra_columns([function], table, range(min(2, len(table))))
     if isinstance(function, World):
-        count_columns(function, "judge", prompts)
+        of_main_process(lambda: count_columns(function, "judge", prompts))
         return UtilityJudge("world", list(function.group_names), list(function.shares), function=function)
     if not isinstance(function, Mapping) and _takes_pairs(
         function, [] if table is None else table.column_names
@@ -182,7 +189,7 @@ def load_judge(
     if isinstance(function, Mapping):
         judges = {str(name): judge for name, judge in function.items()}
         return _answering(PairJudges("comparisons", judges), prompts[0])
-    count = count_columns(function, "judge", prompts, columns)
+    count = of_main_process(lambda: count_columns(function, "judge", prompts, columns))
     names = [f"group {k}" for k in range(count)]
     return UtilityJudge("function", names, [1 / count] * count, function=function)
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 from tensordict import TensorDict
 
+from torchrl_maxmin.core.distributed import MODES, across_ranks, is_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.core.run import (
@@ -39,6 +40,7 @@ from torchrl_maxmin.models.loading import (
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.models.sequences import penalise_missing_eos, require_positions
 from torchrl_maxmin.models.settings import SamplingSettings
+from torchrl_maxmin.models.sharding import shard_policy
 from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import Calibration, load_reward_model
@@ -82,6 +84,9 @@ class EvaluateConfig(SamplingSettings, ChatSettings):
         dataset_split: split of the prompts.
         seed: seed of the sampling, and the number that the results are filed under.
         device: cpu, cuda or auto.
+        distributed: none, or what each of the processes holds that torchrun starts (torchrun --nproc_per_node
+            N -m torchrl_maxmin evaluate ...); ddp, all weights, or fsdp2, a part of every policy's. Each
+            answers, scores and judges a share of the responses; figures are those of one such process.
     """
 
     policies: list[str]
@@ -103,6 +108,7 @@ class EvaluateConfig(SamplingSettings, ChatSettings):
     dataset_split: str = "test"
     seed: int = 0
     device: str = "auto"
+    distributed: str = "none"
 
     def folders(self) -> dict[str, str]:
         """Policy folders by name; raises :class:`UserError` for what is no name=folder."""
@@ -122,6 +128,7 @@ class EvaluateConfig(SamplingSettings, ChatSettings):
         if len(self.folders()) < 2:
             raise UserError(f"--policies needs name=folder of a policy to compare with {REFERENCE}")
         self.require_seed()
+        self.require_known(distributed=MODES)
         self.check_sampling()
         self.require_at_least(1, "num_samples", "response_length", "max_prompt_length", "certificate_prompts")
         self.require_at_least(0, "num_prompts")
@@ -138,16 +145,19 @@ class EvaluateConfig(SamplingSettings, ChatSettings):
             raise UserError("--certificate_samples must be a positive multiple of 4")
 
 
+@across_ranks
 def run_evaluate(config: EvaluateConfig) -> Path:
     """Measure policies and write ``summary.json``, ``report.md`` and plots; returns the folder."""
     result, folder = _measure(config)
-    summary = summarise([result])
-    write_summary(folder, summary)
-    write_report(folder, summary)
-    console.print(rich_table(summary))
+    if is_main_process():
+        summary = summarise([result])
+        write_summary(folder, summary)
+        write_report(folder, summary)
+        console.print(rich_table(summary))
     return folder
 
 
+@across_ranks
 def measure_policies(config: EvaluateConfig) -> Path:
     """Measure policies and save the raw result alone; seeds are summarised together later."""
     return _measure(config)[1]
@@ -155,7 +165,6 @@ def measure_policies(config: EvaluateConfig) -> Path:
 
 @leave_no_empty_output
 def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
-    config.check()
     folders = config.folders()
     device = resolve_device(config.device)
     model_configs = [require_causal_lm(path) for path in folders.values()]
@@ -213,7 +222,8 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         )
     groups = judge.group_names, judge.group_shares
     result = SeedResult(config.seed, *groups, utilities, kl, length, extra, wins, judge.shares_are)
-    result.save(folder / "result")
+    if is_main_process():
+        result.save(folder / "result")
     write_config(folder, config)
     return result, folder
 
@@ -251,9 +261,12 @@ def _shared_tokenizer(config: EvaluateConfig, folders: dict[str, str], texts: Se
 
 
 def _load_policy(path: str, tokenizer: Any, config: EvaluateConfig, device: torch.device) -> TokenPolicy:
-    return TokenPolicy.from_pretrained(
+    policy = TokenPolicy.from_pretrained(
         path, tokenizer, max_new_tokens=config.response_length, device=device, **config.sampling_options()
     )
+    if config.distributed == "fsdp2":
+        shard_policy(policy)
+    return policy
 
 
 @torch.no_grad()

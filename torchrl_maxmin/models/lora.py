@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +142,15 @@ def require_adaptable(config: Any, settings: LoraSettings) -> None:
         add_adapters(import_transformers().AutoModel.from_config(config), ["trial"], settings)
 
 
-def base_state(model: Any) -> dict[str, Tensor]:
-    """The weights below the adapters, by their names without them."""
-    own = {name: w for name, w in model.get_base_model().state_dict().items() if ".lora_" not in name}
+def base_state(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights below the adapters, by their names without them.
+
+    Args:
+        model: the peft model.
+        state_dict: the whole state of the model below it, where that is sharded.
+    """
+    state = model.get_base_model().state_dict() if state_dict is None else state_dict
+    own = {name: weight for name, weight in state.items() if ".lora_" not in name}
     return {name.replace(".base_layer.", "."): weight for name, weight in own.items()}
 
 
@@ -166,7 +172,7 @@ def save_policy(model: Any, adapted: Any, folder: Path, *, merge: bool, adapter:
     if adapted is None:
         model.save_pretrained(folder, **gathered)
     elif merge:
-        model.save_pretrained(folder, state_dict=merged_state(adapted, adapter))
+        model.save_pretrained(folder, state_dict=merged_state(adapted, adapter, **gathered))
     else:
         config = adapted.peft_config[adapter]
         if Path(base := model.name_or_path).is_dir():
@@ -174,13 +180,21 @@ def save_policy(model: Any, adapted: Any, folder: Path, *, merge: bool, adapter:
         adapted.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
 
 
-def merged_state(model: Any, adapter: str) -> dict[str, Tensor]:
-    """The weights of a plain model that computes what this one does with an adapter."""
-    state, layer = base_state(model), import_peft().tuners.lora.LoraLayer
+def merged_state(
+    model: Any, adapter: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weights of a plain model that computes what this one does with an adapter.
+
+    Args:
+        model: the peft model.
+        adapter: which one.
+        state_dict: as of :func:`base_state`.
+    """
+    state, layer = base_state(model, state_dict), import_peft().tuners.lora.LoraLayer
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, layer) and adapter in module.scaling:
             weight = state[f"{name}.weight"]
-            delta = module.get_delta_weight(adapter).to(torch.float32)
+            delta = module.get_delta_weight(adapter).to(weight.device, torch.float32)
             state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
     return state
 

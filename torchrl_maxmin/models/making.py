@@ -51,9 +51,9 @@ def make_networks(
         **options: those of :class:`~torchrl_maxmin.models.full.LanguageNetworks`.
     """
     options |= {"gradient_checkpointing": settings.gradient_checkpointing, "autocast": settings.bf16}
+    options |= {"sharded": settings.distributed == "fsdp2"}
     if settings.use_peft:
         lora = settings.lora_settings()
         options |= {"lora": lora, "merge": merge_adapter, "critic": critic or "adapter"}
         return SharedTrunk(reference, tokenizer, num_columns, **options)
-    options |= {"critic": critic or "full", "sharded": settings.distributed == "fsdp2"}
-    return FullCopies(reference, tokenizer, num_columns, **options)
+    return FullCopies(reference, tokenizer, num_columns, critic=critic or "full", **options)

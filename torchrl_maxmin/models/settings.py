@@ -40,8 +40,9 @@ class ModelSettings(CheckedSettings):
             dropout PPO's ratio is not 1 at the first step, and every adapter keeps a copy of its input.
         lora_target_modules: layers that get adapters; all-linear is all but the output embeddings.
         distributed: none, or what each of the processes holds that torchrun starts (torchrun --nproc_per_node
-            N -m torchrl_maxmin VERB ...); ddp, a copy of all networks, or fsdp2, a part of them. Whatever is
-            of all rows (the groups' utilities, whitening, likelihoods of users) is taken of all processes'.
+            N -m torchrl_maxmin VERB ...); ddp, a copy of all networks, or fsdp2, a part of them (but all
+            adapters). Whatever is of all rows (the groups' utilities, whitening, likelihoods of users) is
+            taken of all processes'.
     """
 
     dtype: str = "float32"
@@ -80,10 +81,10 @@ class ModelSettings(CheckedSettings):
             )
         if self.load_in_4bit and getattr(self, "merge_adapter", False):
             raise UserError("4-bit weights take no adapter: --load_in_4bit goes with --merge_adapter false")
-        if self.use_peft and self.distributed == "fsdp2":
+        if self.load_in_4bit and self.distributed == "fsdp2":
             raise UserError(
-                "--distributed fsdp2 shards whole copies of a model; for adapters, which are small, give "
-                "--distributed ddp"
+                "--distributed fsdp2 deals weights of 16 or 32 bits; with --load_in_4bit give "
+                "--distributed ddp, or leave it out"
             )
         names = [name.value for name in import_transformers().training_args.OptimizerNames]
         if self.optim not in names:

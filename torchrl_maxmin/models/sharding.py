@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,24 +12,27 @@ from torch import nn
 from torchrl_maxmin.core.distributed import device_mesh
 from torchrl_maxmin.models.checkpointing import layers_of
 
-__all__ = ["gathered_state", "shard", "shard_policy", "whole_weights"]
+__all__ = ["gather_while_sampling", "gathered_state", "shard", "shard_policy", "whole_weights"]
 
 
-def shard(module: nn.Module, *methods: str) -> None:
+def shard(module: nn.Module, *methods: str, whole: Iterable[nn.Parameter] = ()) -> None:
     """Leave each process its part of the parameters; a layer's are gathered while it is at work.
 
-    Gradients are summed over the processes, not averaged: losses are shares of the whole batch's.
+    Gradients are summed over the processes, not averaged: losses are shares of the whole batch's. LoRA
+    adapters, which are small and may be of another precision than the trunk, every process keeps whole.
 
     Args:
         module: holds layers of transformers; copy it before, not after.
         *methods: what runs it beside ``forward``; none of them calls another.
+        whole: further parameters that every process keeps whole.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = device_mesh()
+    kept = {*whole, *(p for name, p in module.named_parameters() if ".lora_" in name)}
     for part in (*layers_of(module), module):
         # a root that stayed whole would not see the optimizer's step
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     for name in methods:
@@ -42,10 +45,15 @@ def shard_policy(policy: nn.Module) -> None:
     It is the root, since its scoring reads the output embeddings' weights, which may be the input's, too.
     """
     shard(policy, "log_prob_and_entropy", "take_states")
+    gather_while_sampling(policy)
+
+
+def gather_while_sampling(policy: nn.Module) -> None:
+    """Let a sharded policy's weights be whole while it samples, and those of its copies that share them."""
     whole: list[Any] = []
 
-    def gather(*_: Any) -> None:
-        whole.append(whole_weights(policy))
+    def gather(module: nn.Module, *_: Any) -> None:
+        whole.append(whole_weights(module))
         whole[-1].__enter__()
 
     def part(*_: Any) -> None:

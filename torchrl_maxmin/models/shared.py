@@ -26,6 +26,7 @@ from torchrl_maxmin.models.lora import (
 )
 from torchrl_maxmin.models.output_head import read_in_one_piece
 from torchrl_maxmin.models.sequences import backbone_of, states_width
+from torchrl_maxmin.models.sharding import gather_while_sampling, shard
 
 __all__ = ["SharedTrunk"]
 
@@ -48,6 +49,8 @@ class SharedTrunk(LanguageNetworks):
             (:func:`~torchrl_maxmin.models.full.heads_on_policy`) or ``full``, a copy of the trunk that is
             trained whole.
         gradient_checkpointing: whether layers are computed again at backward, in place of being kept.
+        sharded: whether each of the processes that work as one holds a part of the trunk, but for the output
+            embeddings; adapters and value heads are copies in any case.
         merge: whether :meth:`save` adds the adapter to the weights.
         **options: those of :class:`~torchrl_maxmin.models.full.LanguageNetworks`.
 
@@ -67,6 +70,7 @@ class SharedTrunk(LanguageNetworks):
         lora: LoraSettings,
         critic: str = "adapter",
         gradient_checkpointing: bool = False,
+        sharded: bool = False,
         merge: bool = True,
         **options: Any,
     ):
@@ -83,6 +87,8 @@ class SharedTrunk(LanguageNetworks):
         read_in_one_piece(model.get_output_embeddings())
         self.adapters = names
         self.switch, self.merge = AdapterSwitch(self.adapted, names[0]), merge
+        if sharded:
+            gather_while_sampling(reference)  # the policy, a copy, has the same hooks
         policy = copy.copy(reference)
         policy.within = partial(self.switch.using, names[0])
         reference.within = partial(self.switch.using, None)
@@ -101,6 +107,11 @@ class SharedTrunk(LanguageNetworks):
             checkpoint_layers(model, self.switch.snapshot)
             if own_critic is not None:
                 checkpoint_layers(own_critic)
+        if sharded:
+            # the root is what all roles call; the log-probabilities read the output embeddings outside of it
+            shard(backbone_of(model), whole=model.get_output_embeddings().parameters())
+            if own_critic is not None:
+                shard(own_critic)
         super().__init__(policy, reference, values, tokenizer, **options)
 
     def add_frozen_adapters(self, folders: Mapping[str, Path]) -> None:

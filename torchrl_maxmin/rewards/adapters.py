@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import reading
@@ -70,9 +70,15 @@ def permute_adapters_(model: Any, names: Sequence[str], order: Sequence[int]) ->
         write_adapter(model, name, states[source])
 
 
-def save_base(model: Any, folder: Path) -> None:
-    """Write the trunk below the adapters, as it was without them."""
-    base, state = model.get_base_model(), base_state(model)
+def save_base(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write the trunk below the adapters, as it was without them.
+
+    Args:
+        model: the peft model.
+        folder: where to.
+        state_dict: as of :func:`~torchrl_maxmin.models.lora.base_state`.
+    """
+    base, state = model.get_base_model(), base_state(model, state_dict)
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is not None:  # transformers would save what it finds in place of this state
         base.hf_quantizer = None

@@ -260,7 +260,8 @@ class RewardMixture(RewardModel):
             include_base: also write the frozen trunk below LoRA adapters; without, the folder is
                 small, and loading it looks for the trunk where it came from.
         """
-        folder, gathered = Path(folder), gathered_state(self.model)
+        base = self.model.get_base_model() if self.adapters else self.model
+        folder, gathered = Path(folder), gathered_state(base)
         if not is_main_process():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -283,7 +284,7 @@ class RewardMixture(RewardModel):
                 "num_groups": self.num_groups,
                 "pooling": self.reader.pooling,
                 "adapters": self.adapters,
-                "base": None if whole else self.model.get_base_model().name_or_path,
+                "base": None if whole else base.name_or_path,
                 "dtype": dtype,
             }
             save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, folder / HEADS_FILE)
@@ -292,9 +293,9 @@ class RewardMixture(RewardModel):
             else:
                 lora.save_adapters(self.model, folder, self.names)
                 if include_base:
-                    lora.save_base(self.model, folder)
+                    lora.save_base(self.model, folder, **gathered)
                 else:
-                    self.model.get_base_model().config.save_pretrained(folder)
+                    base.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         (folder / "mixture.json").write_text(json.dumps(state, indent=2) + "\n")
 

@@ -69,16 +69,27 @@ class MixtureRewards:
         Raises:
             NonFiniteRewards: for a reward that is NaN or infinite.
         """
-        by_tokens = self.shared_vocabulary and not callable(self.ends)
-        rewards = self._of_tokens(responses) if by_tokens else self._of_texts(responses)
-        if not bool(rewards.isfinite().all()):
-            raise NonFiniteRewards("the reward model gives NaN or infinity for some response")
-        return rewards
+        return _require_finite(self._read(responses))
 
+    @torch.no_grad()
     def in_batches(self, responses: TensorDict, batch_size: int = 512) -> Tensor:
-        """Score responses on the model's device, so many at once; returns rewards [N, K] on the CPU."""
+        """Score responses on the model's device, so many at once; returns rewards [N, K] on the CPU.
+
+        Processes that work as one read a share each.
+
+        Raises:
+            NonFiniteRewards: for a reward that is NaN or infinite, in all processes.
+        """
         device = next(self.mixture.parameters()).device
-        return in_batches(lambda part: self(part.to(device)).cpu(), responses, batch_size)
+
+        def score(share: TensorDict) -> Tensor:
+            return in_batches(lambda part: self._read(part.to(device)).cpu(), share, batch_size)
+
+        return _require_finite(over_ranks(score, responses))
+
+    def _read(self, responses: TensorDictBase) -> Tensor:
+        by_tokens = self.shared_vocabulary and not callable(self.ends)
+        return self._of_tokens(responses) if by_tokens else self._of_texts(responses)
 
     def _of_texts(self, responses: TensorDictBase) -> Tensor:
         known = None if responses.get("prompt_index", None) is None else self.prompts
@@ -91,6 +102,12 @@ class MixtureRewards:
         mask = torch.cat([responses["prompt_mask"], responses["action_mask"]], -1)
         longest = int(responses["action_mask"].sum(-1).max()) - responses["action"].shape[-1]
         return self.mixture(tokens[:, :longest], mask[:, :longest]) if longest else self.mixture(tokens, mask)
+
+
+def _require_finite(rewards: Tensor) -> Tensor:
+    if not bool(rewards.isfinite().all()):
+        raise NonFiniteRewards("the reward model gives NaN or infinity for some response")
+    return rewards
 
 
 class RewardModule(TensorDictModuleBase):

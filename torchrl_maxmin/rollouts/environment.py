@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
+from torchrl_maxmin.core.distributed import gather_rows, seed_of_rank
 from torchrl_maxmin.core.run import require_finite
 
 __all__ = ["EnvRollouts"]
@@ -20,12 +21,14 @@ class EnvRollouts:
     """Batches of steps by the policy as it is at the time.
 
     Episodes run on from one batch to the next. They start anew at a checkpoint, in the run that writes it as
-    in the one that goes on from it, so that both go on alike.
+    in the one that goes on from it, so that both go on alike. Processes that work as one move a share of the
+    copies each, by random numbers of their own; all get the batch of all copies.
 
     Args:
-        env: the environment.
+        env: the environment, with this process's share of the copies.
         policy: acts.
-        frames_per_batch: steps of all copies together a batch.
+        num_envs: copies of all processes, N.
+        frames_per_batch: steps of all copies together a batch, a multiple of N.
         num_batches: batches in all.
         seed: of the episodes.
         start: batches that were drawn before.
@@ -37,31 +40,34 @@ class EnvRollouts:
         env: EnvBase,
         policy: TensorDictModuleBase,
         *,
+        num_envs: int,
         frames_per_batch: int,
         num_batches: int,
         seed: int,
         start: int = 0,
         folder: Path,
     ):
-        self.env, self.seed, self.folder = env, seed, folder
+        self.env, self.num_envs, self.seed, self.folder = env, num_envs, seed, folder
+        own_frames = frames_per_batch // num_envs * env.batch_size[0]
         self.collector = Collector(
             env,
             policy,
-            frames_per_batch=frames_per_batch,
-            total_frames=frames_per_batch * (num_batches - start),
+            frames_per_batch=own_frames,
+            total_frames=own_frames * (num_batches - start),
             auto_register_policy_transforms=False,
         )
         self.start_episodes(start)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        for rollout in self.collector:
+        for own in self.collector:
+            rollout = gather_rows(own, self.num_envs)
             # here, for the adversary refuses NaN without saving the batch
             require_finite(rollout["next", "reward"].sum().item(), rollout, self.folder, "a reward")
             yield rollout
 
     def start_episodes(self, iteration: int) -> None:
         """Start new episodes, from a seed that the iteration decides."""
-        self.env.set_seed(self.seed * 1_000_003 + iteration)
+        self.env.set_seed(seed_of_rank(self.seed * 1_000_003 + iteration))
         self.collector.reset()
 
     def checkpoint(self, iteration: int) -> dict[str, Any]:

@@ -12,10 +12,21 @@ import torch
 import yaml
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor
 from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from torchrl_maxmin.collectors import GroupStatistics
 from torchrl_maxmin.collectors.episodes import episode_returns, episode_summary, exact_summary
+from torchrl_maxmin.core.distributed import (
+    across_ranks,
+    gather_rows,
+    is_main_process,
+    over_ranks,
+    rank,
+    seed_of_rank,
+    share_of_rows,
+    world_size,
+)
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import (
     leave_no_empty_output,
@@ -71,17 +82,24 @@ def load_env_policy(folder: str | Path) -> tuple[TensorDictModule, EnvBase]:
 
 
 def make_group_env(config: EnvPPOConfig, seed: int) -> TransformedEnv:
-    """The environment that a config names, rewarding as its objective says."""
+    """The environment that a config names, rewarding as its objective says.
+
+    Of processes that work as one, each gets its share of the copies, with random numbers of their own.
+    """
+    index, _ = share_of_rows(config.num_envs)
     env = make_env(
         config.env_id,
-        config.num_envs,
+        len(index),
         seed=seed,
         backend=config.env_backend,
         observation=config.observation,
         **config.env_options,
     )
     cut = [StepCounter(config.max_episode_steps)] if config.max_episode_steps else []
-    return TransformedEnv(env, Compose(*cut, GroupReward(minimum=config.objective == "mean_of_mins")))
+    env = TransformedEnv(env, Compose(*cut, GroupReward(minimum=config.objective == "mean_of_mins")))
+    if world_size() > 1:  # not before: the seed may decide what the environment is
+        env.set_seed(seed_of_rank(seed))
+    return env
 
 
 @dataclass
@@ -92,6 +110,7 @@ class EnvParts(PPOParts):
     advantages: StepAdvantages
 
 
+@across_ranks
 @leave_no_empty_output
 def run_env_ppo(config: EnvPPOConfig) -> Path:
     """Train a policy in an environment and save it; returns its folder.
@@ -120,6 +139,8 @@ def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
     columns = 1 if config.objective == "mean_of_mins" else num_groups
     models = Networks(actor, make_critic(env, columns, config.hidden_sizes).to(device))
     state = find_state(config, config.num_iterations, "--total_frames")
+    if rank():
+        torch.manual_seed(seed_of_rank(config.seed))  # actions of other copies are others
     scale = measure_scale(config, env, actor) if state is None else state["utility_scale"]
     shares = torch.tensor(config.shares) / sum(config.shares) if config.shares else None
     adversary = adversary_of(config, num_groups, shares, scale=scale)
@@ -130,6 +151,7 @@ def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
         rollouts=EnvRollouts(
             env,
             actor,
+            num_envs=config.num_envs,
             frames_per_batch=config.frames_per_batch,
             num_batches=config.num_iterations,
             seed=config.seed,
@@ -156,12 +178,13 @@ def train_env_policy(config: EnvPPOConfig, parts: EnvParts, started: float | Non
     started, folder = started or time.perf_counter(), Path(config.output_dir)
     if train(config, **vars(parts)):
         actor = parts.models.policy
-        partial = folder / f".{POLICY_FILE}.partial"
-        torch.save(actor.state_dict(), partial)
-        os.replace(partial, folder / POLICY_FILE)
+        if is_main_process():
+            partial = folder / f".{POLICY_FILE}.partial"
+            torch.save(actor.state_dict(), partial)
+            os.replace(partial, folder / POLICY_FILE)
         seconds = time.perf_counter() - started
         env = make_group_env(config, config.seed + 1).to(next(actor.parameters()).device)
-        returns = episode_returns(env, actor, config.eval_episodes, max_steps=longest_episode(config))
+        returns = sample_returns(config, env, actor, config.eval_episodes)
         summary = {
             "env_id": config.env_id,
             "objective": config.objective,
@@ -180,9 +203,14 @@ def train_env_policy(config: EnvPPOConfig, parts: EnvParts, started: float | Non
     return folder
 
 
-def longest_episode(config: EnvPPOConfig) -> int:
-    """Steps after which an episode is taken for one that never ends."""
-    return 10 * config.frames_per_batch // config.num_envs
+def sample_returns(
+    config: EnvPPOConfig, env: EnvBase, policy: TensorDictModuleBase, num_episodes: int
+) -> Tensor:
+    """Returns [E, K] of at least so many episodes, of which every process plays its share."""
+    # an episode of so many steps is taken for one that never ends
+    longest = 10 * config.frames_per_batch // config.num_envs
+    own = episode_returns(env, policy, -(-num_episodes // world_size()), max_steps=longest)
+    return gather_rows(own, len(own) * world_size())
 
 
 def measure_scale(config: EnvPPOConfig, env: EnvBase, policy: TensorDictModuleBase) -> float:
@@ -191,7 +219,7 @@ def measure_scale(config: EnvPPOConfig, env: EnvBase, policy: TensorDictModuleBa
     Raises:
         UserError: for returns of the first policy that the welfare is not defined at.
     """
-    returns = episode_returns(env, policy, config.num_envs, max_steps=longest_episode(config))
+    returns = sample_returns(config, env, policy, config.num_envs)
     means = returns.mean(0)
     if config.welfare in ("nash", "alpha_fair") and not (means > 0).all():
         raise UserError(
@@ -229,11 +257,11 @@ class StepAdvantages:
         steps = batch.select("observation", "action", "sample_log_prob", "group_weights")
         steps["next"] = batch["next"].select("observation", "done", "terminated")
         steps["next", "reward"] = batch["next", "reward"] / self.utility_scale
-        self.gae(steps)
-        steps["advantage"] = whiten(steps["advantage"])
         keys = ("observation", "action", "sample_log_prob", "advantage", "value_target", "state_value")
+        rows = over_ranks(lambda part: self.gae(part).select(*keys), steps)
+        rows["advantage"] = whiten(rows["advantage"])
         self.num_rollouts += 1
-        return steps.select(*keys).flatten(), self.metrics(batch)
+        return rows.flatten(), self.metrics(batch)
 
     def metrics(self, batch: TensorDictBase) -> Metrics:
         """Frames until now, and the returns of the episodes that ended in a rollout."""

@@ -41,6 +41,9 @@ class EnvPPOConfig(PPOSettings):
             of the first policy's returns within a group.
         hidden_sizes: units of the hidden layers of policy and critic.
         eval_episodes: episodes behind the results.
+        distributed: none, or ddp: processes that torchrun starts (torchrun --nproc_per_node N -m
+            torchrl_maxmin ppo ...) share the copies of the environment, the steps and the episodes; returns,
+            the worst group and the whitening are those of all.
     """
 
     env_id: str
@@ -55,6 +58,7 @@ class EnvPPOConfig(PPOSettings):
     utility_scale: float = 0.0
     hidden_sizes: list[int] = field(default_factory=lambda: [64, 64])
     eval_episodes: int = 1000
+    distributed: str = "none"
     # what suits small networks
     tau: float = 0.05
     mini_batch_size: int = 2048
@@ -67,7 +71,12 @@ class EnvPPOConfig(PPOSettings):
         """Raise :class:`UserError` for settings that cannot work together."""
         super().check()
         objectives = tuple(name for name in OBJECTIVES if name != "mean_of_prompt_mins")
-        self.require_known(objective=objectives, env_backend=BACKENDS, observation=OBSERVATIONS)
+        self.require_known(
+            objective=objectives,
+            env_backend=BACKENDS,
+            observation=OBSERVATIONS,
+            distributed=("none", "ddp"),  # networks of an environment are small
+        )
         self.require_at_least(1, "num_envs", "frames_per_batch", "total_frames")
         self.require_at_least(0, "max_episode_steps", "utility_scale")
         if self.frames_per_batch % self.num_envs:

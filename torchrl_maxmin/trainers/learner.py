@@ -25,6 +25,7 @@ from torchrl_maxmin.core.distributed import (
 )
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.run import require_finite
+from torchrl_maxmin.masks import SHIFTED_VALID
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.objectives import MaxMinPPOLoss
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
@@ -147,7 +148,9 @@ class Learner:
         (counted,) = self.loss.micro_batches(minibatch, len(minibatch))
         index, real = (of_share.to(minibatch.device) for of_share in share_of_rows(len(minibatch)))
         mine, key = counted[index], self.loss.loss_mask_key
-        mine[key] = mine[key] & real.unsqueeze(-1)
+        key = SHIFTED_VALID if key == "auto" else key
+        mask = mine.get(key, None)
+        mine[key] = real if mask is None else mask & real.unsqueeze(-1)
         return mine.split(self.micro_batch_size)
 
     def state_dict(self) -> dict[str, Any]:

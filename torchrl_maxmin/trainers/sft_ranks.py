@@ -75,7 +75,7 @@ def train_over_ranks(
     memory = map_large_blocks(model)
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     if config.distributed == "fsdp2":
-        shard(model)
+        shard(base)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     start_alike(p for _, p in named)
     groups: list[dict[str, Any]] = [
