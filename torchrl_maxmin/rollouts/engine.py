@@ -1,4 +1,4 @@
-"""Responses by an inference engine beside the trainer, which takes the policy's weights before every batch."""
+"""Responses by an inference engine, which takes the policy's weights before every batch."""
 
 from __future__ import annotations
 
@@ -186,14 +186,16 @@ class EnginePolicy(TensorDictModuleBase):
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Push the weights, and sample a response to every prompt."""
+        """Push the weights, and sample a response to every prompt.
+
+        Raises:
+            EngineError: where the engine fails.
+        """
         self.push()
         policy, prompts = self.models.policy, tensordict["prompt_tokens"]
         rows = [row[real].tolist() for row, real in zip(prompts, tensordict["prompt_mask"], strict=True)]
-        samples = self._sample(rows, row_seeds(self.seed, self.version, len(rows)))
-        columns = pad_samples(samples, policy.max_new_tokens, policy.pad_token_id)
+        columns = self._columns(rows, row_seeds(self.seed, self.version, len(rows)))
         action, mask, log_probs = (column.to(prompts.device) for column in columns)
-        mask &= mask_after_eos(action, policy.ends)
         tensordict["action"] = action.masked_fill(~mask, policy.pad_token_id)
         tensordict["action_mask"] = mask
         tensordict["sample_log_prob"] = torch.where(mask, log_probs, 0.0)
@@ -203,31 +205,31 @@ class EnginePolicy(TensorDictModuleBase):
         self.version += 1
         return tensordict
 
-    def _sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Sample]:
+    def _columns(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], stop_early: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Tokens, mask up to what ends each response for the policy, and log-probabilities [B, R]."""
         policy = self.models.policy
         with _working("sampled nothing"):
-            samples = self.engine.generate(prompts, seeds)
-            if policy.stops is None:
-                return samples
-            # where its text holds a string that the policy's does not, the same numbers say how it goes on
-            open_rows = [row for row, sample in enumerate(samples) if self._cut_short(sample)]
-            if open_rows:
-                again = self.engine.generate(
-                    [prompts[row] for row in open_rows], [seeds[row] for row in open_rows], stop_early=False
-                )
-                for row, sample in zip(open_rows, again, strict=True):
-                    samples[row] = sample
-        return samples
-
-    def _cut_short(self, sample: Sample) -> bool:
-        policy = self.models.policy
-        ends = is_end(torch.tensor([list(sample.tokens)]), policy.ends)
-        return len(sample.tokens) < policy.max_new_tokens and not bool(ends.any())
+            samples = self.engine.generate(prompts, seeds, stop_early=stop_early)
+        action, mask, log_probs = pad_samples(samples, policy.max_new_tokens, policy.pad_token_id)
+        ends = is_end(action, policy.ends) & mask
+        columns = action, mask & mask_after_eos(action, lambda _: ends), log_probs
+        stopped = (~ends.any(-1) & ~mask.all(-1)).nonzero().flatten().tolist()
+        if not stopped:
+            return columns
+        if policy.stops is None or not stop_early:
+            raise EngineError(f"the rollout engine left {len(stopped)} responses before their end")
+        # its text held a stop string that the policy's does not; the same seeds say how they go on
+        again = self._columns([prompts[i] for i in stopped], [seeds[i] for i in stopped], stop_early=False)
+        for column, ongoing in zip(columns, again, strict=True):
+            column[stopped] = ongoing
+        return columns
 
 
 @contextmanager
 def _working(fault: str) -> Iterator[None]:
-    """Whatever an engine raises, as one :class:`EngineError`; out of memory too, since its memory is its own."""
+    """Whatever an engine raises, as one :class:`EngineError`."""
     try:
         yield
     except EngineError:
@@ -243,7 +245,7 @@ def _probe_row(policy: TokenPolicy, prompts: TensorDictBase) -> TensorDictBase:
     prompt = prompts[:1].select("prompt_tokens", "prompt_mask").to(next(policy.parameters()).device)
     with undisturbed(policy.model):
         answer = policy(prompt, few)
-    kept = [answer[name][answer[f"{name.removesuffix('_tokens')}_mask"]] for name in ("prompt_tokens", "action")]
+    kept = (answer["prompt_tokens"][answer["prompt_mask"]], answer["action"][answer["action_mask"]])
     tokens = torch.cat(kept).unsqueeze(0)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     parts = {"prompt_tokens": tokens[:, :1], "prompt_mask": mask[:, :1]}

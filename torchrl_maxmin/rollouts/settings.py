@@ -65,8 +65,8 @@ class EngineSettings(ModelSettings, SamplingSettings):
             f"--temperature below {_LEAST_TEMPERATURE}, the least of vLLM": (
                 self.temperature < _LEAST_TEMPERATURE
             ),
-            "--importance_sampling_cap with --top_k or --top_p: how far vLLM and the trainer are apart cannot "
-            "be told from what these leave out": bool(self.importance_sampling_cap) and self.truncated,
+            "--importance_sampling_cap with --top_k or --top_p: how far it is from the trainer cannot be "
+            "told from what is left out": bool(self.importance_sampling_cap) and self.truncated,
         }
         for words, given in refused.items():
             if given:

@@ -18,8 +18,8 @@ class PolicyWeights:
     def load_policy(self, weights: Sequence[tuple[str, Tensor]]) -> None:
         """Load weights in place, by the names of a saved model.
 
-        vLLM's reload does not come back to an output layer that is tied to the embeddings: on a CPU its packed
-        copy would stay that of the weights before.
+        vLLM's reload does not come back to an output layer that is tied to the embeddings: on a CPU its
+        packed copy would stay that of the weights before.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
