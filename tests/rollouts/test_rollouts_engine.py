@@ -55,7 +55,7 @@ def test_responses_are_those_of_the_policy_after_every_update(parts):
 
 
 def test_sampling_moves_no_random_numbers_and_repeats_itself(parts):
-    models, prompts = parts
+    prompts = parts[1]
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = [made(parts, seed=3, version=version)(prompts.clone())["action"] for version in (0, 1)]
@@ -87,9 +87,7 @@ def test_an_engine_with_earlier_weights_is_found_out(engine, tiny_model, tokeniz
     parts = engine_parts(tiny_model, tokenizer, lambda policy: FullCopies(policy, tokenizer, 0))
     sampler = made(parts, engine)
     disturb(parts[0].parameters()["policy"])
-    with pytest.raises(
-        EngineError, match=r"log-probabilities of one row are .* apart; float32 allows 0.001$"
-    ):
+    with pytest.raises(EngineError, match=r"of one row are .* apart; float32 allows 0.001$"):
         sampler(parts[1].clone())
     assert sampler.gap > FAR
 
@@ -109,7 +107,7 @@ class Broken(CopyEngine):
 
 
 def test_an_engine_that_computes_another_model_is_refused_before_any_work(parts):
-    with pytest.raises(UserError, match="does not compute the policy.*; use --rollout_engine generate"):
+    with pytest.raises(UserError, match=r"does not compute the policy.*; use --rollout_engine generate"):
         made(parts, Deaf)
 
 

@@ -72,7 +72,7 @@ def test_other_kinds_of_runs(make_config, engine, settings):
 
 @pytest.mark.parametrize(("cap", "weight"), [(None, 1.10517), (1.05, 1.05), (0.0, None)])
 def test_a_token_weighs_what_the_trainer_makes_of_it(make_config, engine, cap, weight):
-    """All tokens are exp(.1) times as likely to the trainer: they weigh this, at most the cap, or 1 without."""
+    """All tokens are exp(.1) times as likely to the trainer: they weigh this, or the cap, or 1."""
     engine(Noisy)
     run = PPORun(make_config(rollout_engine="vllm", importance_sampling_cap=cap))
     run.parts.advantages.fresh = False  # what is so far off is refused at first
