@@ -12,7 +12,7 @@ __all__ = ["ENGINES", "EngineSettings"]
 
 #: what may sample the responses; hf is another name of generate
 ENGINES = ("generate", "hf", "vllm")
-_LEAST_TEMPERATURE = 0.01  # vLLM samples at no lower one
+_TEMPERATURES = (0.01, 2.0)  # vLLM's least, below which it samples at this one, and largest
 
 
 @dataclass(kw_only=True)
@@ -62,8 +62,8 @@ class EngineSettings(ModelSettings, SamplingSettings):
         refused = {
             "--load_in_4bit: vLLM takes whole weights": self.load_in_4bit,
             "--distributed: each process would hold an engine": self.distributed != "none",
-            f"--temperature below {_LEAST_TEMPERATURE}, the least of vLLM": (
-                self.temperature < _LEAST_TEMPERATURE
+            "--temperature outside {:g} to {:g}".format(*_TEMPERATURES): not (
+                _TEMPERATURES[0] <= self.temperature <= _TEMPERATURES[1]
             ),
             "--importance_sampling_cap with --top_k or --top_p: how far it is from the trainer cannot be "
             "told from what is left out": bool(self.importance_sampling_cap) and self.truncated,

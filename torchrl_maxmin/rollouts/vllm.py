@@ -19,12 +19,8 @@ from torchrl_maxmin.rollouts.engine import Sample
 
 __all__ = ["VLLMEngine", "require_vllm"]
 
-#: read when vLLM is imported; the first keeps it in this process, where weights are handed over as they are
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+#: what vLLM reads when it is imported, unless the user set it
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def require_vllm() -> None:
@@ -69,6 +65,7 @@ class VLLMEngine:
         require_vllm()
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in this process
         self.strings = () if policy.stops is None else policy.stops.strings
         self.length = policy.max_new_tokens
         self.options: dict[str, Any] = {
