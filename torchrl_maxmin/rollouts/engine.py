@@ -242,11 +242,13 @@ def _working(fault: str) -> Iterator[None]:
 def _probe_row(policy: TokenPolicy, prompts: TensorDictBase) -> TensorDictBase:
     """A prompt with the policy's response to it, all tokens but the first to be scored: batch size [1]."""
     few = min(_PROBE_TOKENS, policy.max_new_tokens)
+    # an engine's context may end with the longest prompt and response, and scoring takes one token more
+    longest = max(prompts["prompt_tokens"].shape[-1] + policy.max_new_tokens - 1, 2)
     prompt = prompts[:1].select("prompt_tokens", "prompt_mask").to(next(policy.parameters()).device)
     with undisturbed(policy.model):
         answer = policy(prompt, few)
     kept = (answer["prompt_tokens"][answer["prompt_mask"]], answer["action"][answer["action_mask"]])
-    tokens = torch.cat(kept).unsqueeze(0)
+    tokens = torch.cat(kept)[:longest].unsqueeze(0)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     parts = {"prompt_tokens": tokens[:, :1], "prompt_mask": mask[:, :1]}
     return TensorDict(parts | {"action": tokens[:, 1:], "action_mask": mask[:, 1:]}, [1])

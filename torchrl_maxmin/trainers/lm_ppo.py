@@ -232,7 +232,7 @@ def engine_policy(
         models.policy,
         models.tokenizer,
         max_prompt_length=prompts["prompt_tokens"].shape[-1],
-        max_num_seqs=config.generation_batch_size,
+        max_num_seqs=min(config.generation_batch_size, config.rollout_batch_size),
         top_k=config.top_k,
         top_p=config.top_p,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
