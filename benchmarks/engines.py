@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py --model_name_or_path FOLDER --dtype bfloat16
 
-needs vLLM (make test-vllm makes an environment). Each engine answers the same prompts, once to warm up and then
+needs vLLM (make test-vllm makes an environment). Each engine answers the same prompts, once to warm up, then
 in turns; a rollout of vLLM has its push and its probe in it, which are timed by themselves too.
 """
 

@@ -57,7 +57,7 @@ OTHERS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 1 for a NaN or infinity, 2 for a mistake of the user's."""
+    """Run one verb; returns the exit code: 0, 1 where a run broke off, 2 for a mistake of the user's."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments else "--help"
     if verb in ("-h", "--help"):
