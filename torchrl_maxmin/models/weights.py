@@ -91,7 +91,7 @@ def weights_difference(folder: Path, model: Any, rows: int, padding: Collection[
 
 
 def weights_as_saved(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a model as ``save_pretrained`` names and cuts them, tied ones once; none is copied.
+    """The weights of a model as ``save_pretrained`` names and cuts them, tied ones once; few are copied.
 
     Args:
         model: a Hugging Face model.
