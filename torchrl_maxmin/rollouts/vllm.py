@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,8 +36,7 @@ def require_vllm() -> None:
 class VLLMEngine:
     """A vLLM engine that samples as a policy does.
 
-    It is made from the model's config alone, with weights that mean nothing until :meth:`load`. The random
-    numbers and the number of threads of this process, which vLLM sets anew, stay as they were.
+    It is made from the model's config alone, with weights that mean nothing until :meth:`load`.
 
     Args:
         policy: says the model, its dtype and device, ends, length, and ``stop_strings``.
@@ -80,11 +80,10 @@ class VLLMEngine:
         config = copy.deepcopy(policy.model.config)
         config.architectures = [type(policy.model).__name__]
         on_cpu = next(policy.parameters()).device.type == "cpu"
-        random, set_num_threads = random_state(), torch.set_num_threads
         try:
             from vllm import LLM
 
-            with tempfile.TemporaryDirectory() as folder:
+            with _untouched_process(), tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
                 if self.strings:
                     tokenizer.save_pretrained(folder)
@@ -108,9 +107,6 @@ class VLLMEngine:
                 f"vLLM cannot serve {type(policy.model).__name__} ({type(error).__name__}: {words}); use "
                 "--rollout_engine generate, or give it more or less memory by --vllm_gpu_memory_utilization"
             ) from error
-        finally:
-            torch.set_num_threads = set_num_threads
-            restore_random_state(random)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, stop_early: bool = True
@@ -123,11 +119,12 @@ class VLLMEngine:
             # the response keeps the string, and special tokens are text as they are to the policy
             options |= {"stop": list(self.strings), "include_stop_str_in_output": True}
             options |= {"detokenize": True, "skip_special_tokens": False}
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            [SamplingParams(seed=seed, **options) for seed in seeds],
-            use_tqdm=False,
-        )
+        with _untouched_process():
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                [SamplingParams(seed=seed, **options) for seed in seeds],
+                use_tqdm=False,
+            )
         samples = []
         for output in outputs:
             (answer,) = output.outputs
@@ -146,6 +143,21 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         asked = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate({"prompt_token_ids": list(tokens)}, asked, use_tqdm=False)
+        with _untouched_process():
+            (output,) = self.llm.generate({"prompt_token_ids": list(tokens)}, asked, use_tqdm=False)
         steps = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
         return [step[token].logprob for token, step in steps]
+
+
+@contextmanager
+def _untouched_process() -> Iterator[None]:
+    """Leave the process's random numbers and number of threads as they are.
+
+    vLLM seeds anew where it is made, and without a GPU draws from torch's own generator for seeded rows too.
+    """
+    random, set_num_threads = random_state(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        restore_random_state(random)
