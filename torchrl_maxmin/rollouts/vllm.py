@@ -67,7 +67,6 @@ class VLLMEngine:
             os.environ.setdefault(name, value)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in this process
         self.strings = () if policy.stops is None else policy.stops.strings
-        self.length = policy.max_new_tokens
         self.options: dict[str, Any] = {
             "max_tokens": policy.max_new_tokens,
             "temperature": policy.temperature,
