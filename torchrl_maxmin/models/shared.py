@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import is_main_process
 from torchrl_maxmin.core.errors import UserError
@@ -20,6 +21,7 @@ from torchrl_maxmin.models.lora import (
     LoraSettings,
     add_adapters,
     add_saved_adapter,
+    merged_state,
     read_adapter,
     save_policy,
     write_adapter,
@@ -27,6 +29,7 @@ from torchrl_maxmin.models.lora import (
 from torchrl_maxmin.models.output_head import read_in_one_piece
 from torchrl_maxmin.models.sequences import backbone_of, states_width
 from torchrl_maxmin.models.sharding import gather_while_sampling, shard
+from torchrl_maxmin.models.weights import weights_as_saved
 
 __all__ = ["SharedTrunk"]
 
@@ -152,6 +155,11 @@ class SharedTrunk(LanguageNetworks):
         super().load_state_dict(state)
         for name in self.adapters:
             write_adapter(self.adapted, name, state["adapters"][name])
+
+    @torch.no_grad()
+    def policy_weights(self) -> dict[str, Tensor]:
+        """The policy as a plain model: the trunk with its adapter added, by the names of a saved model."""
+        return weights_as_saved(self.policy.model, merged_state(self.adapted, _ADAPTERS["policy"]))
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer, see :func:`~torchrl_maxmin.models.lora.save_policy`."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_maxmin.models.loading import load_config, reading
+from torchrl_maxmin.models.loading import import_transformers, load_config, reading
 from torchrl_maxmin.models.sequences import backbone_of
 
-__all__ = ["config_difference", "read_weight", "saved_weights", "weights_difference"]
+__all__ = ["config_difference", "read_weight", "saved_weights", "weights_as_saved", "weights_difference"]
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 #: entries of a config that do not change the hidden states of a text
@@ -88,3 +88,28 @@ def weights_difference(folder: Path, model: Any, rows: int, padding: Collection[
         if own.shape != found.shape or not torch.equal(found.to(own.device, own.dtype), own):
             return f"{name} differs"
     return None
+
+
+def weights_as_saved(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a model as ``save_pretrained`` names and cuts them, tied ones once; few are copied.
+
+    Args:
+        model: a Hugging Face model.
+        state: its weights by the names that they have in the model without adapters; by default its own.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2))
+        >>> weights = weights_as_saved(model)
+        >>> "transformer.wte.weight" in weights, "lm_head.weight" in weights
+        (True, False)
+    """
+    state = model.state_dict() if state is None else state
+    first = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    first |= {name for name, _ in model.named_buffers()}
+    own = {name: weight.detach() for name, weight in state.items() if name in first}
+    import_transformers()
+    # some architectures hold in one tensor what their files hold in many
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, own)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import Collector
 
@@ -183,6 +184,7 @@ class LanguageRollouts:
         start: batches that were drawn before.
         trial: let the collector sample a batch that is thrown away when it is made. It moves the random
             numbers: runs of full copies, whose figures are published, go on as they began.
+        sampler: samples in place of the policy, as it does; the policy itself when None.
 
     A batch holds what :class:`~torchrl_maxmin.envs.TokenEnv` and the policy write.
     """
@@ -200,6 +202,7 @@ class LanguageRollouts:
         seed: int = 0,
         start: int = 0,
         trial: bool = True,
+        sampler: TensorDictModuleBase | None = None,
     ):
         self.rewards, self.prompts = rewards, prompts
         self.env = TokenEnv(
@@ -218,7 +221,7 @@ class LanguageRollouts:
         self.env.batch_index = start  # the order of prompts follows from it
         self.collector = Collector(
             self.env,
-            policy,
+            policy if sampler is None else sampler,
             frames_per_batch=batch_size,
             total_frames=batch_size * max(num_batches - start, 1),
             auto_register_policy_transforms=False,

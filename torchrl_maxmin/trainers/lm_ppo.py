@@ -39,7 +39,9 @@ from torchrl_maxmin.rewards.source import (
     load_functions,
 )
 from torchrl_maxmin.rollouts.certificate import policy_certificate
+from torchrl_maxmin.rollouts.engine import EnginePolicy
 from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
+from torchrl_maxmin.rollouts.vllm import VLLMEngine
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
@@ -143,6 +145,9 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         entropy=config.entropy_coeff > 0,
         scoring_batch_size=config.scoring_batch_size,
     )
+    start = 0 if state is None else state["iteration"]
+    # before the calibration, so that what an engine cannot serve is known before long work
+    sampler = engine_policy(config, models, prompts, start) if config.samples_in_vllm else None
     if isinstance(reward, SavedMixture):
         reward = reward.on(models)
     source: MixtureRewards | FunctionRewards = of_functions
@@ -176,7 +181,6 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         kl.coef = state["kl_coef"]
     if config.gap_steps:
         monitors.append(monitor_gap(config, models, rewards, prompts))
-    start = 0 if state is None else state["iteration"]
     parts = LanguageParts(
         models=models,
         rollouts=LanguageRollouts(
@@ -189,7 +193,8 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
             minimum=config.objective == "mean_of_mins",
             seed=config.seed,
             start=start,
-            trial=not config.use_peft and not shares_rows(),
+            trial=not config.use_peft and not shares_rows() and sampler is None,
+            sampler=sampler,
         ),
         statistics=GroupStatistics(
             adversary,
@@ -213,6 +218,26 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     restore(state, parts, folder)
     write_config(folder, config)
     return parts
+
+
+def engine_policy(
+    config: PPOConfig, models: LanguageNetworks, prompts: TensorDict, start: int
+) -> EnginePolicy:
+    """The policy as ``--rollout_engine vllm`` samples it.
+
+    Raises:
+        UserError: where vLLM cannot serve the model, or computes another.
+    """
+    engine = VLLMEngine(
+        models.policy,
+        models.tokenizer,
+        max_prompt_length=prompts["prompt_tokens"].shape[-1],
+        max_num_seqs=min(config.generation_batch_size, config.rollout_batch_size),
+        top_k=config.top_k,
+        top_p=config.top_p,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+    )
+    return EnginePolicy(models, engine, prompts, seed=config.seed, version=start)
 
 
 def monitor_rewards(rewards: FunctionRewards) -> Monitor:

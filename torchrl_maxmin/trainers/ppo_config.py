@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.making import check_critic
-from torchrl_maxmin.models.settings import ModelSettings, SamplingSettings
 from torchrl_maxmin.objectives.functional import KL_ESTIMATORS
 from torchrl_maxmin.objectives.response_advantage import REWARD_SCALES
 from torchrl_maxmin.preferences.chat import ChatSettings
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
+from torchrl_maxmin.rollouts.settings import EngineSettings
 from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
 
 __all__ = ["PPOConfig"]
@@ -19,7 +19,7 @@ ADVANTAGES = ("gae", "rloo", "grpo")
 
 
 @dataclass
-class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
+class PPOConfig(PPOSettings, EngineSettings, ChatSettings):
     """MaxMin PPO of a causal language model.
 
     Nash and alpha_fair need ``--calibration win_rate``, and count from what a response pays that does not
@@ -72,10 +72,6 @@ class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
         kl_horizon: responses over which the adaptive controller moves.
         num_iterations: rollouts, each followed by updates.
         rollout_batch_size: responses a rollout.
-        importance_sampling_cap: score what was sampled once more before the updates, and weigh each token by
-            the ratio of the two probabilities, at most this; for samplers that compute otherwise than the
-            trainer (half precision). 0 takes the sampler's own log-probabilities. With top_k or top_p the
-            ratio is the probability that they keep: the tokens that they leave out stay unseen.
         response_length: most tokens of a response.
         max_prompt_length: longest prompt in tokens; longer ones lose their start.
         missing_eos_penalty: taken from every calibrated reward of a response that does not end.
@@ -109,7 +105,6 @@ class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
     kl_horizon: int = 10000
     num_iterations: int = 200
     rollout_batch_size: int = 64
-    importance_sampling_cap: float = 0.0
     response_length: int = 53
     max_prompt_length: int = 512
     missing_eos_penalty: float = 1.0
@@ -120,6 +115,7 @@ class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
         super().check()
         self.check_model()
         self.check_sampling()
+        self.check_engine()
         check_critic(self, self.critic)
         self.require_known(
             objective=OBJECTIVES,
@@ -134,9 +130,7 @@ class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
             "calibration_prompts", "calibration_samples", "baseline_samples", "certificate_prompts",
             "certificate_samples", "kl_horizon",
         )  # fmt: skip
-        self.require_at_least(
-            0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap", "importance_sampling_cap"
-        )
+        self.require_at_least(0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap")
         self.require_positive("kl_target", "reward_bound")
         if bool(self.reward_model_path) == bool(self.reward_funcs):
             raise UserError("give a reward: either --reward_model_path or --reward_funcs")

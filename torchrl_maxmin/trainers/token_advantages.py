@@ -31,7 +31,8 @@ def make_advantages(
 ) -> LanguageAdvantages:
     """The advantages that ``--advantage`` asks for; arguments as :class:`LanguageAdvantages` takes them."""
     common: dict[str, Any] = {"models": models, "kl": kl, "kl_estimator": config.kl_estimator, "fresh": fresh}
-    common["importance_sampling_cap"] = config.importance_sampling_cap
+    common["importance_sampling_cap"] = config.largest_importance_weight
+    common["compare_sampler"] = config.samples_in_vllm and not config.truncated
     if config.advantage == "gae":
         return TokenAdvantages(**common, gamma=config.gamma, lmbda=config.lam)
     return ResponseAdvantages(
@@ -69,6 +70,7 @@ class LanguageAdvantages(ABC):
         fresh: whether the policy is the reference still, which the first rollout is checked for.
         importance_sampling_cap: most that a token counts for being likelier to the trainer than to the
             sampler; 0 takes the two to be the same.
+        compare_sampler: measure how far the two are apart in every rollout, with a cap of 0 too.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class LanguageAdvantages(ABC):
         *,
         fresh: bool,
         importance_sampling_cap: float = 0.0,
+        compare_sampler: bool = False,
     ):
         self.models, self.kl, self.kl_estimator, self.fresh = models, kl, kl_estimator, fresh
-        self.importance_sampling_cap = importance_sampling_cap
+        self.importance_sampling_cap, self.compare_sampler = importance_sampling_cap, compare_sampler
 
     @torch.no_grad()
     def __call__(self, batch: TensorDictBase) -> tuple[TensorDictBase, Metrics]:
@@ -104,9 +107,10 @@ class LanguageAdvantages(ABC):
             metrics = mismatch(scored, rows[: len(scored)])
             self.fresh = False
         weight = None
-        if self.importance_sampling_cap:
+        if self.importance_sampling_cap or self.compare_sampler:
             scored = self.models.log_prob(rows)
             metrics = mismatch(scored, rows)
+        if self.importance_sampling_cap:
             ratio = (scored - sampled).exp()
             weight = ratio.clamp(max=self.importance_sampling_cap).unsqueeze(-1)
             rows["sample_log_prob"] = scored
@@ -226,16 +230,20 @@ class ResponseAdvantages(LanguageAdvantages):
 
 
 def mismatch(scored: Tensor, rows: TensorDictBase) -> Metrics:
-    """How far the trainer's log-probabilities of sampled tokens are from the sampler's, in nats.
+    """How far the trainer's log-probabilities of sampled tokens are from the sampler's, in nats a token.
+
+    ``_kl`` estimates the divergence of the sampler from the trainer, by k3.
 
     Args:
         scored: the trainer's [B, R].
         rows: with ``sample_log_prob`` and ``action_mask`` [B, R].
     """
-    apart = (scored - rows["sample_log_prob"])[rows["action_mask"]].abs()
+    log_ratio = (scored - rows["sample_log_prob"])[rows["action_mask"]]
+    apart = log_ratio.abs()
     return {
         "rollout/log_prob_mismatch_max": float(apart.max()),
         "rollout/log_prob_mismatch_mean": float(apart.mean()),
+        "rollout/log_prob_mismatch_kl": float(kl_estimate(-log_ratio, "k3").mean()),
     }
 
 
