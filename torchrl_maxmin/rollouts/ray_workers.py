@@ -79,9 +79,9 @@ def to_arrays(tensors: Sequence[Tensor]) -> list[Array]:
     """Tensors of any dtype as bytes, which Ray shares between processes without a copy.
 
     Example:
-        >>> [array], = [to_arrays([torch.ones(2, dtype=torch.bfloat16)])]
-        >>> array[0].nbytes, array[1:]
-        (4, ('bfloat16', (2,)))
+        >>> content, dtype, shape = to_arrays([torch.ones(2, dtype=torch.bfloat16)])[0]
+        >>> content.nbytes, dtype, shape
+        (4, 'bfloat16', (2,))
     """
     flat = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in tensors)
     return [
@@ -114,7 +114,7 @@ class RayWorker:
             self.sampler = self.make_sampler()
 
     def sample(self, task: Any, version: int, weights: Sequence[Any]) -> TensorDictBase:
-        """Do a task by the weights of a version, a reference in a list of one: they are not always fetched."""
+        """Do a task by the weights of a version; a reference to them is in a list, so that Ray leaves it."""
         import ray
 
         self.prepare()
@@ -143,24 +143,23 @@ class Request:
 
 
 class RayWorkers:
-    """Workers as actors of Ray, inside of :func:`ray_session`; see :class:`~torchrl_maxmin.rollouts.workers.Workers`.
+    """Actors of Ray, inside of :func:`ray_session`, see :class:`~torchrl_maxmin.rollouts.workers.Workers`.
 
-    Ray starts a worker again that died, up to :data:`MAX_RESTARTS` times each; it is then asked the same once more.
+    Ray starts a worker again that died, up to :data:`MAX_RESTARTS` times each; it is then asked once more.
 
     Args:
-        make_sampler: makes a worker's sampler, in its process.
-        size: how many workers.
+        make_samplers: each makes the sampler of a worker, in its process.
         gpus: of each; a fraction shares one.
     """
 
-    def __init__(self, make_sampler: Callable[[], Sampler], size: int, *, gpus: float = 0.0):
+    def __init__(self, make_samplers: Sequence[Callable[[], Sampler]], *, gpus: float = 0.0):
         import ray
 
-        self.size, self.restarts = size, 0
+        self.size, self.restarts = len(make_samplers), 0
         self._version: int | None = None
         self._weights: Any = None
         actor = ray.remote(RayWorker).options(num_cpus=1, num_gpus=gpus, max_restarts=MAX_RESTARTS)
-        self.actors = [actor.remote(make_sampler) for _ in range(size)]
+        self.actors = [actor.remote(make_sampler) for make_sampler in make_samplers]
         for worker in self.actors:  # they load their models while the trainer loads its own
             worker.prepare.remote()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,7 +36,7 @@ class Sampler(Protocol):
     """What a worker runs: a policy of its own, and what it acts in."""
 
     def load(self, weights: Sequence[Tensor]) -> None:
-        """Take the trainer's weights, those of :meth:`~torchrl_maxmin.models.networks.Networks.policy_parameters`."""
+        """Take the weights that ``Networks.policy_parameters`` of the trainer gave."""
 
     def sample(self, task: Any) -> TensorDictBase:
         """Sample what a task asks for, on the CPU."""
@@ -175,7 +176,7 @@ class LanguageSampler:
         self.models.load_policy_parameters(weights)
 
     def sample(self, task: TensorDictBase) -> TensorDictBase:
-        """Answer prompts [n] that have ``drawn_by`` [n, R]; see the policy's ``out_keys`` for what is given."""
+        """Answer prompts [n] that have ``drawn_by`` [n, R]; gives what the policy writes."""
         policy = self.models.policy
         device = next(policy.parameters()).device
         return policy(task.to(device)).select(*policy.out_keys).cpu()
@@ -184,8 +185,8 @@ class LanguageSampler:
 class WorkerLanguageRollouts:
     """What :class:`~torchrl_maxmin.rollouts.language.LanguageRollouts` gives, from workers.
 
-    The responses of a batch depend on the policy, the seed and the batch's index, not on the number of workers.
-    They are scored here: a group without rewards in a batch is known of the whole batch alone.
+    Responses depend on the policy, the seed and the batch's index, not on the number of workers. They are
+    scored here: a group without rewards in a batch is known of the whole batch alone.
 
     Args:
         models: the trainer's.
@@ -247,7 +248,7 @@ class WorkerLanguageRollouts:
         rows = self.prompts[index].select("prompt_tokens", "prompt_mask")
         rows[NUMBERS] = numbers_of(self.seed, batch_index, (len(index), self.max_new_tokens))
         bounds = [len(rows) * place // self.workers.size for place in range(self.workers.size + 1)]
-        return [rows[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [rows[a:b] for a, b in pairwise(bounds)]
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         for responses in self.batches:

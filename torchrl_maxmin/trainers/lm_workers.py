@@ -52,4 +52,4 @@ def start_workers(config: PPOConfig) -> RayWorkers | None:
     if path.is_dir():  # a worker may be in another folder
         config = replace(config, model_name_or_path=str(path.resolve()))
     make = partial(make_language_sampler, config)
-    return RayWorkers(make, config.rollout_workers, gpus=config.rollout_worker_gpus)
+    return RayWorkers([make] * config.rollout_workers, gpus=config.rollout_worker_gpus)

@@ -145,7 +145,9 @@ class PPOConfig(PPOSettings, ModelSettings, SamplingSettings, ChatSettings):
         if self.rollout_workers and self.distributed != "none":
             raise UserError("--rollout_workers sample for one trainer: leave --distributed or them out")
         if self.rollout_workers > self.rollout_batch_size:
-            raise UserError("--rollout_workers are more than --rollout_batch_size, the responses of a rollout")
+            raise UserError(
+                "--rollout_workers are more than the responses of a rollout, --rollout_batch_size"
+            )
         if self.objective == "mean_of_prompt_mins" and self.num_generations < 2:
             raise UserError("--objective mean_of_prompt_mins needs --num_generations of at least 2")
         if self.calibration in ("sft_std", "sft_mean") and self.calibration_samples < 2:
