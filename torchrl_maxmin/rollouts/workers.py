@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import EngineError
-from torchrl_maxmin.models.decoding import NUMBERS
-from torchrl_maxmin.models.full import LanguageNetworks
-from torchrl_maxmin.models.networks import Networks
-from torchrl_maxmin.rollouts.language import CalibratedRewards, token_env
 
-__all__ = [
-    "LanguageSampler",
-    "Sampler",
-    "WorkerBatches",
-    "WorkerLanguageRollouts",
-    "Workers",
-    "numbers_of",
-]
+__all__ = ["VERSION", "Sampler", "WorkerBatches", "Workers"]
 
 #: updates behind the policy that a row was sampled by
 VERSION = "policy_version"
@@ -77,7 +63,7 @@ class WorkerBatches:
 
     Args:
         workers: sample them.
-        models: whose policy they sample by; each batch that was yielded is followed by one update.
+        weights: gives those of the policy as it is; each batch that was yielded is followed by one update.
         tasks: what the workers are to do for a batch, by its index: one task a worker. Answers are joined in
             that order.
         num_batches: batches in all.
@@ -89,7 +75,7 @@ class WorkerBatches:
     def __init__(
         self,
         workers: Workers,
-        models: Networks,
+        weights: Callable[[], Sequence[Tensor]],
         tasks: Callable[[int], Sequence[Any]],
         *,
         num_batches: int,
@@ -97,7 +83,7 @@ class WorkerBatches:
         max_staleness: int = 0,
         ahead: TensorDictBase | None = None,
     ):
-        self.workers, self.models, self.tasks = workers, models, tasks
+        self.workers, self.weights, self.tasks = workers, weights, tasks
         self.num_batches, self.start, self.max_staleness = num_batches, start, max_staleness
         self.ahead = ahead if max_staleness else None
         self.request: Any = None
@@ -113,7 +99,7 @@ class WorkerBatches:
             yield batch
 
     def _ask(self, index: int, version: int) -> None:
-        self.request = version, self.workers.ask(version, self.models.policy_parameters(), self.tasks(index))
+        self.request = version, self.workers.ask(version, self.weights(), self.tasks(index))
 
     def _take(self) -> TensorDictBase:
         begun = time.perf_counter()
@@ -148,119 +134,3 @@ class WorkerBatches:
             "rollout/wait_seconds": self.wait_seconds,
             "rollout/worker_restarts": float(self.workers.restarts),
         }
-
-
-def numbers_of(seed: int, batch_index: int, shape: tuple[int, int]) -> Tensor:
-    """Uniform numbers float64 [B, R] that draw the tokens of a batch: its own, whoever samples which row.
-
-    Args:
-        seed: of the run.
-        batch_index: of the batch.
-        shape: B and R.
-    """
-    return torch.from_numpy(np.random.default_rng([seed, batch_index]).random(shape))
-
-
-@dataclass
-class LanguageSampler:
-    """A language model's policy that answers prompts by the numbers that it is given.
-
-    Attributes:
-        models: made by :func:`~torchrl_maxmin.models.making.make_sampler`.
-    """
-
-    models: LanguageNetworks
-
-    def load(self, weights: Sequence[Tensor]) -> None:
-        """Take the trainer's weights."""
-        self.models.load_policy_parameters(weights)
-
-    def sample(self, task: TensorDictBase) -> TensorDictBase:
-        """Answer prompts [n] that have ``drawn_by`` [n, R]; gives what the policy writes."""
-        policy = self.models.policy
-        device = next(policy.parameters()).device
-        return policy(task.to(device)).select(*policy.out_keys).cpu()
-
-
-class WorkerLanguageRollouts:
-    """What :class:`~torchrl_maxmin.rollouts.language.LanguageRollouts` gives, from workers.
-
-    Responses depend on the policy, the seed and the batch's index, not on the number of workers. They are
-    scored here: a group without rewards in a batch is known of the whole batch alone.
-
-    Args:
-        models: the trainer's.
-        workers: run a :class:`LanguageSampler` each.
-        rewards: scores the responses.
-        prompts: what :func:`~torchrl_maxmin.models.sampling.encode_prompts` gives.
-        batch_size: responses a batch, B.
-        num_batches: batches in all.
-        num_generations: responses to every prompt.
-        minimum: reward with the least of a response's group rewards.
-        seed: of the order of prompts, and of the responses.
-        start: batches that were drawn before.
-        max_staleness: see :class:`WorkerBatches`.
-        state: what :meth:`checkpoint` gave, where a run goes on.
-    """
-
-    def __init__(
-        self,
-        models: LanguageNetworks,
-        workers: Workers,
-        rewards: CalibratedRewards,
-        prompts: TensorDict,
-        *,
-        batch_size: int,
-        num_batches: int,
-        num_generations: int = 1,
-        minimum: bool = False,
-        seed: int = 0,
-        start: int = 0,
-        max_staleness: int = 0,
-        state: dict[str, Any] | None = None,
-    ):
-        self.rewards, self.prompts, self.seed = rewards, prompts, seed
-        self.workers = workers
-        self.env = token_env(
-            models.policy,
-            rewards,
-            prompts,
-            batch_size=batch_size,
-            num_generations=num_generations,
-            minimum=minimum,
-            seed=seed,
-            start=start,
-        )
-        self.max_new_tokens = models.policy.max_new_tokens
-        self.batches = WorkerBatches(
-            workers,
-            models,
-            self.tasks,
-            num_batches=num_batches,
-            start=start,
-            max_staleness=max_staleness,
-            ahead=(state or {}).get("ahead"),
-        )
-
-    def tasks(self, batch_index: int) -> list[TensorDictBase]:
-        """The prompts of a batch with the numbers of its rows, a share for every worker."""
-        index = self.env.prompts_of(batch_index)
-        rows = self.prompts[index].select("prompt_tokens", "prompt_mask")
-        rows[NUMBERS] = numbers_of(self.seed, batch_index, (len(index), self.max_new_tokens))
-        bounds = [len(rows) * place // self.workers.size for place in range(self.workers.size + 1)]
-        return [rows[a:b] for a, b in pairwise(bounds)]
-
-    def __iter__(self) -> Iterator[TensorDictBase]:
-        for responses in self.batches:
-            with torch.no_grad():
-                prompts = self.env.reset()
-                batch = self.env.step(prompts.update(responses.to(prompts.device)))
-            yield batch
-
-    def checkpoint(self, iteration: int) -> dict[str, Any]:
-        """The state to go on from after so many batches."""
-        return self.rewards.state_dict() | {"ahead": self.batches.checkpoint()}
-
-    def close(self) -> None:
-        """End the workers."""
-        self.workers.close()

@@ -38,8 +38,8 @@ from torchrl_maxmin.rewards.source import (
 )
 from torchrl_maxmin.rollouts.certificate import policy_certificate
 from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
+from torchrl_maxmin.rollouts.language_workers import WorkerLanguageRollouts
 from torchrl_maxmin.rollouts.ray_workers import ray_session
-from torchrl_maxmin.rollouts.workers import WorkerLanguageRollouts
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.lm_workers import load_reference, start_workers

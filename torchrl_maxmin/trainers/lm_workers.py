@@ -13,8 +13,8 @@ from torchrl_maxmin.core.run import seed_everything
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer
 from torchrl_maxmin.models.making import make_sampler
+from torchrl_maxmin.rollouts.language_workers import LanguageSampler
 from torchrl_maxmin.rollouts.ray_workers import RayWorkers
-from torchrl_maxmin.rollouts.workers import LanguageSampler
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 __all__ = ["load_reference", "make_language_sampler", "start_workers"]
