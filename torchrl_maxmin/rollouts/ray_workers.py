@@ -57,7 +57,8 @@ def ray_session(num_workers: int, address: str | None = None, gpus: float = 0.0)
         own: dict[str, Any] = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # Ray raises plain ones, too
+            ray.shutdown()
             words = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = f"no Ray cluster at --ray_address {address}" if address else "Ray does not start here"
             raise UserError(f"{where}: {words}") from error
