@@ -6,7 +6,8 @@
 A fine-tuned tiny GPT-2 is trained on the world's own rewards by rollouts of the trainer itself, of workers
 in turns with it (``--max_staleness 0``) and of workers beside it (1). A seed's figure is the worst group's
 reward, mean over the last quarter of its iterations; differences to the trainer's own are paired by seed,
-with a t interval. The overhead is the time of a rollout by one worker less that in the trainer, weights included.
+with a t interval. The overhead is the time of a rollout by one worker, weights included, less that in the
+trainer.
 """
 
 import argparse

@@ -124,6 +124,12 @@ def test_settings_that_do_not_fit_are_refused(make_config, monkeypatch, settings
         make_config(**settings).check()
 
 
+def test_an_environment_has_no_workers(make_env_config, monkeypatch):
+    monkeypatch.setattr(ppo_settings, "require_ray", lambda: None)
+    with pytest.raises(UserError, match="--rollout_workers sample responses of a language model"):
+        make_env_config(rollout_workers=2).check()
+
+
 def test_without_ray_one_line_says_what_to_install(tiny_model, prompt_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torchrl_maxmin.rollouts.ray_workers.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
