@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -114,8 +113,11 @@ class RayWorker:
         if self.sampler is None:
             self.sampler = self.make_sampler()
 
-    def sample(self, task: Any, version: int, weights: Sequence[Any]) -> TensorDictBase:
-        """Do a task by the weights of a version; a reference to them is in a list, so that Ray leaves it."""
+    def sample(self, task: Any, version: int, weights: Sequence[Any]) -> tuple[TensorDictBase, str]:
+        """Do a task by the weights of a version; gives the process, too.
+
+        A reference to the weights is in a list, so that Ray leaves it one.
+        """
         import ray
 
         self.prepare()
@@ -123,24 +125,7 @@ class RayWorker:
         if version != self.version:
             self.sampler.load(from_arrays(ray.get(weights[0])))
             self.version = version
-        return self.sampler.sample(task)
-
-
-@dataclass(frozen=True)
-class Request:
-    """Tasks that workers are at, in the order of the workers.
-
-    Attributes:
-        futures: of the answers.
-        tasks: the tasks.
-        version: of the weights.
-        weights: a reference to them, which keeps them.
-    """
-
-    futures: list[Any]
-    tasks: Sequence[Any]
-    version: int
-    weights: Any
+        return self.sampler.sample(task), ray.get_runtime_context().get_worker_id()
 
 
 class RayWorkers:
@@ -159,49 +144,46 @@ class RayWorkers:
         self.size, self.restarts = len(make_samplers), 0
         self._version: int | None = None
         self._weights: Any = None
-        actor = ray.remote(RayWorker).options(num_cpus=1, num_gpus=gpus, max_restarts=MAX_RESTARTS)
+        self._processes: list[str | None] = [None] * self.size
+        lives = {"max_restarts": MAX_RESTARTS, "max_task_retries": -1}
+        actor = ray.remote(RayWorker).options(num_cpus=1, num_gpus=gpus, **lives)
         self.actors = [actor.remote(make_sampler) for make_sampler in make_samplers]
         for worker in self.actors:  # they load their models while the trainer loads its own
             worker.prepare.remote()
 
-    def ask(self, version: int, weights: Sequence[Tensor], tasks: Sequence[Any]) -> Request:
+    def ask(self, version: int, weights: Sequence[Tensor], tasks: Sequence[Any]) -> list[Any]:
         """Give every worker a task; the weights are copied once, and sent to each machine once."""
         import ray
 
         if version != self._version:
             self._version, self._weights = version, ray.put(to_arrays(weights))
-        request = Request([], tasks, version, self._weights)
-        request.futures.extend(self._send(place, request) for place in range(self.size))
-        return request
+        pairs = zip(self.actors, tasks, strict=True)
+        return [actor.sample.remote(task, version, [self._weights]) for actor, task in pairs]
 
-    def _send(self, place: int, request: Request) -> Any:
-        return self.actors[place].sample.remote(request.tasks[place], request.version, [request.weights])
-
-    def answers(self, request: Request) -> list[TensorDictBase]:
+    def answers(self, request: list[Any]) -> list[TensorDictBase]:
         """Wait for the answers.
 
         Raises:
             EngineError: where a worker died more often than Ray replaces it, or Ray itself fails.
         """
-        return [self._answer(place, request) for place in range(self.size)]
+        return [self._answer(place, future) for place, future in enumerate(request)]
 
-    def _answer(self, place: int, request: Request) -> TensorDictBase:
+    def _answer(self, place: int, future: Any) -> TensorDictBase:
         import ray
-        from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
-        future, name = request.futures[place], f"rollout worker {place + 1} of {self.size}"
-        for _ in range(MAX_RESTARTS + 1):
-            try:
-                return ray.get(future)
-            except ActorUnavailableError:
-                self.restarts += 1
-                console.print(f"{name} was lost; another one takes its place", markup=False, soft_wrap=True)
-                future = self._send(place, request)
-            except RayTaskError as error:  # what the sampler raised
-                raise error.cause from None
-            except RayError as error:
-                raise EngineError(f"{name} is lost for good ({type(error).__name__})") from error
-        raise EngineError(f"{name} was lost {MAX_RESTARTS + 1} times in one rollout")
+        name = f"rollout worker {place + 1} of {self.size}"
+        try:
+            answer, process = ray.get(future)
+        except RayTaskError as error:  # what the sampler raised
+            raise error.cause from None
+        except RayError as error:
+            raise EngineError(f"{name} is lost for good ({type(error).__name__})") from error
+        if self._processes[place] not in (None, process):
+            self.restarts += 1
+            console.print(f"{name} was lost; another one took its place", markup=False, soft_wrap=True)
+        self._processes[place] = process
+        return answer
 
     def close(self) -> None:
         """End the workers, at work or not."""
