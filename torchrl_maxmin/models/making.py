@@ -10,7 +10,7 @@ from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.settings import ModelSettings
 from torchrl_maxmin.models.shared import SharedTrunk
 
-__all__ = ["CRITICS", "check_critic", "make_networks"]
+__all__ = ["CRITICS", "check_critic", "make_networks", "make_sampler"]
 
 #: what may give the values
 CRITICS = ("adapter", "heads", "full")
@@ -57,3 +57,16 @@ def make_networks(
         options |= {"lora": lora, "merge": merge_adapter, "critic": critic or "adapter"}
         return SharedTrunk(reference, tokenizer, num_columns, **options)
     return FullCopies(reference, tokenizer, num_columns, critic=critic or "full", **options)
+
+
+def make_sampler(settings: ModelSettings, policy: TokenPolicy, tokenizer: Any) -> LanguageNetworks:
+    """Make the networks of a process that samples alone: one trunk, and no critic.
+
+    Args:
+        settings: those that the trainer's networks were made by.
+        policy: loaded as the trainer's reference.
+        tokenizer: theirs.
+    """
+    if settings.use_peft:
+        return SharedTrunk(policy, tokenizer, 0, lora=settings.lora_settings(), autocast=settings.bf16)
+    return LanguageNetworks(policy, policy, None, tokenizer, autocast=settings.bf16)

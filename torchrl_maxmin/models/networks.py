@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 __all__ = ["Networks"]
 
@@ -44,6 +46,16 @@ class Networks:
             roles[role] = [p for p in module.parameters() if p.requires_grad and p not in seen]
             seen.update(roles[role])
         return roles
+
+    def policy_parameters(self) -> list[Tensor]:
+        """The policy's parameters that are trained, as they are: what a copy of it elsewhere is behind by."""
+        return [parameter.detach() for parameter in self.parameters()["policy"]]
+
+    @torch.no_grad()
+    def load_policy_parameters(self, weights: Sequence[Tensor]) -> None:
+        """Load what :meth:`policy_parameters` of networks with the same settings gave."""
+        for own, given in zip(self.parameters()["policy"], weights, strict=True):
+            own.copy_(given)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every trained network, by role."""

@@ -25,7 +25,7 @@ from torchrl_maxmin.rewards import Calibration
 from torchrl_maxmin.rewards.calibration import mean_of_present
 from torchrl_maxmin.rewards.source import NonFiniteRewards, fill_absent, reference_rewards
 
-__all__ = ["CalibratedRewards", "LanguageRollouts"]
+__all__ = ["CalibratedRewards", "LanguageRollouts", "token_env"]
 
 
 class CalibratedRewards:
@@ -169,6 +169,35 @@ class CalibratedRewards:
             )
 
 
+def token_env(
+    policy: TokenPolicy,
+    rewards: CalibratedRewards,
+    prompts: TensorDict,
+    *,
+    batch_size: int,
+    num_generations: int,
+    minimum: bool,
+    seed: int,
+    start: int,
+) -> TokenEnv:
+    """The environment of a policy's rollouts; arguments as of :class:`LanguageRollouts`."""
+    env = TokenEnv(
+        prompts,
+        rewards,
+        num_groups=rewards.source.num_groups,
+        num_prompts=batch_size // num_generations,
+        num_generations=num_generations,
+        max_new_tokens=policy.max_new_tokens,
+        eos_token_id=policy.ends,
+        vocab_size=policy.model.get_input_embeddings().num_embeddings,
+        minimum=minimum,
+        seed=seed,
+        device=next(policy.parameters()).device,
+    )
+    env.batch_index = start  # the order of prompts follows from it
+    return env
+
+
 class LanguageRollouts:
     """Batches [B] of prompts, responses and rewards by the policy as it is at the time.
 
@@ -205,20 +234,16 @@ class LanguageRollouts:
         sampler: TensorDictModuleBase | None = None,
     ):
         self.rewards, self.prompts = rewards, prompts
-        self.env = TokenEnv(
-            prompts,
+        self.env = token_env(
+            policy,
             rewards,
-            num_groups=rewards.source.num_groups,
-            num_prompts=batch_size // num_generations,
+            prompts,
+            batch_size=batch_size,
             num_generations=num_generations,
-            max_new_tokens=policy.max_new_tokens,
-            eos_token_id=policy.ends,
-            vocab_size=policy.model.get_input_embeddings().num_embeddings,
             minimum=minimum,
             seed=seed,
-            device=next(policy.parameters()).device,
+            start=start,
         )
-        self.env.batch_index = start  # the order of prompts follows from it
         self.collector = Collector(
             self.env,
             policy if sampler is None else sampler,

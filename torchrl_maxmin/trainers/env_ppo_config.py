@@ -79,6 +79,11 @@ class EnvPPOConfig(PPOSettings):
         )
         self.require_at_least(1, "num_envs", "frames_per_batch", "total_frames")
         self.require_at_least(0, "max_episode_steps", "utility_scale")
+        if self.rollout_workers:
+            raise UserError(
+                "--rollout_workers sample responses of a language model; an environment runs its copies in "
+                "one process: leave it out, or raise --num_envs"
+            )
         if self.frames_per_batch % self.num_envs:
             raise UserError(
                 f"--frames_per_batch must be a multiple of --num_envs: {self.frames_per_batch} steps do not "

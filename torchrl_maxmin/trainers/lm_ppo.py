@@ -17,12 +17,10 @@ from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import (
     leave_no_empty_output,
     resolve_device,
-    seed_everything,
     write_config,
     write_json,
 )
 from torchrl_maxmin.models.full import LanguageNetworks
-from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer, require_causal_lm
 from torchrl_maxmin.models.making import make_networks
 from torchrl_maxmin.models.sampling import encode_prompts
@@ -41,9 +39,12 @@ from torchrl_maxmin.rewards.source import (
 from torchrl_maxmin.rollouts.certificate import policy_certificate
 from torchrl_maxmin.rollouts.engine import EnginePolicy
 from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
+from torchrl_maxmin.rollouts.language_workers import WorkerLanguageRollouts
+from torchrl_maxmin.rollouts.ray_workers import ray_session
 from torchrl_maxmin.rollouts.vllm import VLLMEngine
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.learner import Learner
+from torchrl_maxmin.trainers.lm_workers import load_reference, start_workers
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_settings import adversary_of
@@ -58,7 +59,7 @@ class LanguageParts(PPOParts):
     """The parts of a language model's run."""
 
     models: LanguageNetworks
-    rollouts: LanguageRollouts
+    rollouts: LanguageRollouts | WorkerLanguageRollouts
     advantages: LanguageAdvantages
 
 
@@ -70,7 +71,8 @@ def run_ppo(config: PPOConfig) -> Path:
     Raises:
         UserError: before any work, for settings, models, data or folders that cannot be used.
     """
-    return train_policy(config, build_ppo(config))
+    with ray_session(config.rollout_workers, config.ray_address, config.rollout_worker_gpus):
+        return train_policy(config, build_ppo(config))
 
 
 def train_policy(config: PPOConfig, parts: LanguageParts) -> Path:
@@ -117,15 +119,8 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         monitors.append(monitor_rewards(FunctionRewards(monitor_functions, tokenizer, texts, columns)))
     state = find_state(config, config.num_iterations, "--num_iterations")
 
-    seed_everything(config.seed)
-    reference = TokenPolicy.from_pretrained(
-        config.model_name_or_path,
-        tokenizer,
-        max_new_tokens=config.response_length,
-        device=device,
-        **config.sampling_options(),
-        **config.load_options(),
-    )
+    workers = start_workers(config)
+    reference = load_reference(config, tokenizer, device)
     if isinstance(reward, SavedMixture):
         reward = reward.shared_with(reference.model, tokenizer)
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)
@@ -181,21 +176,25 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
         kl.coef = state["kl_coef"]
     if config.gap_steps:
         monitors.append(monitor_gap(config, models, rewards, prompts))
+    order: dict[str, Any] = {
+        "batch_size": config.rollout_batch_size,
+        "num_batches": config.num_iterations,
+        "num_generations": config.num_generations,
+        "minimum": config.objective == "mean_of_mins",
+        "seed": config.seed,
+        "start": start,
+    }
+    rollouts: LanguageRollouts | WorkerLanguageRollouts
+    if workers is None:
+        trial = not config.use_peft and not shares_rows() and sampler is None
+        rollouts = LanguageRollouts(models.policy, rewards, prompts, **order, trial=trial, sampler=sampler)
+    else:
+        order |= {"max_staleness": config.max_staleness, "state": state}
+        rollouts = WorkerLanguageRollouts(models, workers, rewards, prompts, **order)
+        monitors.append(rollouts.batches.metrics)
     parts = LanguageParts(
         models=models,
-        rollouts=LanguageRollouts(
-            models.policy,
-            rewards,
-            prompts,
-            batch_size=config.rollout_batch_size,
-            num_batches=config.num_iterations,
-            num_generations=config.num_generations,
-            minimum=config.objective == "mean_of_mins",
-            seed=config.seed,
-            start=start,
-            trial=not config.use_peft and not shares_rows() and sampler is None,
-            sampler=sampler,
-        ),
+        rollouts=rollouts,
         statistics=GroupStatistics(
             adversary,
             prompt_welfare=Egalitarian() if config.objective == "mean_of_prompt_mins" else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,7 +120,9 @@ def train(
         # the random numbers last, since new episodes draw some
         return save_checkpoint(folder, done, state | {"random": random_state()})
 
-    with progress_bar(f"ppo ({folder.name})", stop - start) as advance, saved_on_failure(checkpoint):
+    bar = progress_bar(f"ppo ({folder.name})", stop - start)
+    lost = saved_on_failure(lambda: checkpoint() if done > start else None)
+    with closing(rollouts), lost, bar as advance:
         for done, rollout in zip(range(start + 1, stop + 1), rollouts, strict=False):
             # 1. Utilities of the groups under the policy; the adversary moves their weights.
             batch = statistics(rollout)
@@ -143,18 +145,23 @@ def train(
             gap = metrics.get("maxmin/duality_gap_high", math.inf)
             if finished := done == learner.num_iterations or gap <= stop_at_gap:
                 break
-    rollouts.close()
     return finished
 
 
 @contextmanager
-def saved_on_failure(checkpoint: Callable[[], Path]) -> Iterator[None]:
-    """Write a checkpoint where the rollout engine fails, and name it in the error: no update is lost."""
+def saved_on_failure(checkpoint: Callable[[], Path | None]) -> Iterator[None]:
+    """Write a checkpoint where what samples the rollouts fails, and name it in the error.
+
+    Args:
+        checkpoint: writes it; returns None where there is nothing to write yet.
+    """
     try:
         yield
     except EngineError as error:
+        if (path := checkpoint()) is None:
+            raise
         raise EngineError(
-            f"{error}; all updates are in {checkpoint()}: --resume_from_checkpoint last goes on from there"
+            f"{error}; all updates are in {path}: --resume_from_checkpoint last goes on from there"
         ) from error
 
 

@@ -136,6 +136,14 @@ class PPOConfig(PPOSettings, EngineSettings, ChatSettings):
             raise UserError("give a reward: either --reward_model_path or --reward_funcs")
         if self.rollout_batch_size % self.num_generations:
             raise UserError("--rollout_batch_size must be a multiple of --num_generations")
+        if self.rollout_workers and self.distributed != "none":
+            raise UserError("--rollout_workers sample for one trainer: leave --distributed or them out")
+        if self.rollout_workers and self.samples_in_vllm:
+            raise UserError("--rollout_workers sample by generate: leave --rollout_engine vllm or them out")
+        if self.rollout_workers > self.rollout_batch_size:
+            raise UserError(
+                "--rollout_workers are more than the responses of a rollout, --rollout_batch_size"
+            )
         if self.objective == "mean_of_prompt_mins" and self.num_generations < 2:
             raise UserError("--objective mean_of_prompt_mins needs --num_generations of at least 2")
         if self.calibration in ("sft_std", "sft_mean") and self.calibration_samples < 2:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.settings import CheckedSettings
+from torchrl_maxmin.rollouts.ray_workers import require_ray
 from torchrl_maxmin.welfare import (
     ADVERSARIES,
     WELFARES,
@@ -63,6 +64,14 @@ class PPOSettings(CheckedSettings):
         save_steps: write a checkpoint every so many iterations; 0 writes none.
         stop_at_iteration: stop there with a checkpoint, as if interrupted; 0 runs to the end.
         resume_from_checkpoint: checkpoint folder of output_dir, or last.
+        rollout_workers: processes of Ray that sample the rollouts, one trainer beside them; 0 samples in the
+            trainer. What they sample does not depend on how many they are. A worker that dies is replaced.
+        rollout_worker_gpus: GPUs of each worker; a fraction shares one, and 0 samples on the CPU.
+        ray_address: a Ray cluster, by its address or auto, on whose machines this package is installed and
+            model and data are found by the same names; Ray on this machine alone when left out.
+        max_staleness: updates that the policy of a rollout may lack when it is trained on; 0 samples and
+            trains in turns, 1 samples the next rollout during an update. Ratios are to the policy that
+            sampled, or as importance_sampling_cap says.
         report_to: also log to csv, tensorboard, wandb or mlflow.
         seed: seed of everything random.
         device: cpu, cuda or auto.
@@ -93,6 +102,10 @@ class PPOSettings(CheckedSettings):
     save_steps: int = 0
     stop_at_iteration: int = 0
     resume_from_checkpoint: str | None = None
+    rollout_workers: int = 0
+    rollout_worker_gpus: float = 0.0
+    ray_address: str | None = None
+    max_staleness: int = 0
     report_to: str | None = None
     seed: int = 0
     device: str = "auto"
@@ -109,9 +122,10 @@ class PPOSettings(CheckedSettings):
             0,
             "learning_rate", "critic_learning_rate", "warmup_iterations", "cliprange_value", "entropy_coeff",
             "adversary_step_size", "adversary_step_decay", "save_steps", "stop_at_iteration",
-            "per_device_train_batch_size",
+            "per_device_train_batch_size", "rollout_workers", "rollout_worker_gpus",
         )  # fmt: skip
-        self.require_in_range(0, 1, "gamma", "lam")
+        self.require_in_range(0, 1, "gamma", "lam", "max_staleness")
+        self._check_workers()
         if self.report_to:
             self.require_known(report_to=tuple(LOGGERS))
             if not all(find_spec(package) for package in LOGGERS[self.report_to]):
@@ -144,6 +158,14 @@ class PPOSettings(CheckedSettings):
                 f"--adversary {self.adversary} moves the group weights of --welfare egalitarian with "
                 "--objective min_of_means, and of no other: leave it out"
             )
+
+    def _check_workers(self) -> None:
+        if self.rollout_workers:
+            require_ray()
+            return
+        for name in ("rollout_worker_gpus", "ray_address", "max_staleness"):
+            if getattr(self, name):
+                raise UserError(f"--{name} is of workers that sample: it needs --rollout_workers")
 
 
 _PARAMETER = {

@@ -1,0 +1,77 @@
+"""Workers on a real Ray: two processes, one of which is killed at work."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rollouts_samplers import Adder
+
+from torchrl_maxmin.core.errors import EngineError, UserError
+from torchrl_maxmin.rollouts import ray_workers
+from torchrl_maxmin.rollouts.ray_workers import RayWorkers, ray_session
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'torchrl-maxmin[ray]'")
+
+
+@pytest.fixture(scope="module")
+def session():
+    with pytest.MonkeyPatch.context() as patch:
+        here = str(Path(__file__).parent)  # the samplers' module
+        patch.setenv("PYTHONPATH", ":".join([here, *sys.path]))
+        with ray_session(2):
+            yield
+    assert not ray.is_initialized()
+
+
+def sums(workers, version, weight, orders=("", "")):
+    tasks = [(place, order) for place, order in enumerate(orders)]
+    answers = workers.answers(workers.ask(version, [torch.tensor(weight)], tasks))
+    return [answer["sum"].item() for answer in answers], {answer["process"].item() for answer in answers}
+
+
+def test_workers_answer_in_order_and_one_that_is_killed_is_replaced(session, tmp_path):
+    workers = RayWorkers([Adder, Adder])
+    found, processes = sums(workers, 0, 10.0)
+    assert found == [10, 11]
+    assert len(processes) == 2
+    # equal versions are equal weights: they are not sent again
+    assert sums(workers, 0, 99.0)[0] == [10, 11]
+    assert sums(workers, 1, 20.0)[0] == [20, 21]
+    # the new process has no weights, and gets those of the version
+    found, others = sums(workers, 1, 20.0, ["", str(tmp_path / "died")])
+    assert found == [20, 21]
+    assert workers.restarts == 1
+    assert len(others - processes) == 1
+    with pytest.raises(UserError, match=r"^no such number$"):
+        sums(workers, 1, 20.0, ["refuse", ""])
+    workers.close()
+
+
+def test_a_worker_that_dies_once_too_often_ends_it(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_workers, "MAX_RESTARTS", 0)
+    workers = RayWorkers([Adder, Adder])
+    with pytest.raises(EngineError, match="rollout worker 1 of 2 is lost for good"):
+        sums(workers, 0, 10.0, [str(tmp_path / "died"), ""])
+    workers.close()
+
+
+def test_what_ray_has_not_is_refused(session):
+    with pytest.raises(UserError, match="--rollout_workers 3 need 3 CPUs, and Ray has 2"), ray_session(3):
+        pass
+    with pytest.raises(UserError, match="--rollout_workers 1 need 64 GPUs"), ray_session(1, gpus=64):
+        pass
+    assert ray.is_initialized()  # it was there before
+
+
+def test_no_cluster_at_an_address_is_one_line(monkeypatch):
+    def refuse(address, **options):
+        assert "num_cpus" not in options  # a cluster has its own
+        raise ConnectionError(f"cannot connect to {address}\nat all")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    words = "no Ray cluster at --ray_address there:1: cannot connect to there:1$"
+    with pytest.raises(UserError, match=words), ray_session(2, "there:1"):
+        pass

@@ -1,0 +1,180 @@
+"""Policy runs whose rollouts workers sample: what they write, how they go on, and what ends them."""
+
+import builtins
+import json
+import sys
+
+import pytest
+import torch
+from trainers_runs import PPORun, small_config
+
+from torchrl_maxmin.cli.main import main
+from torchrl_maxmin.core.errors import EngineError, UserError
+from torchrl_maxmin.core.run import read_metrics
+from torchrl_maxmin.rollouts.ray_workers import ray_session, require_ray
+from torchrl_maxmin.trainers import lm_ppo, ppo_settings
+from torchrl_maxmin.trainers.lm_workers import make_language_sampler
+
+
+class LocalWorkers:
+    """Samplers in this process, which work when they are asked."""
+
+    def __init__(self, config, lost_at=()):
+        self.samplers = [make_language_sampler(config) for _ in range(config.rollout_workers)]
+        self.size, self.restarts, self.closed = len(self.samplers), 0, False
+        self.requests, self.lost_at = 0, lost_at
+
+    def ask(self, version, weights, tasks):
+        self.requests += 1
+        if self.requests in self.lost_at:
+            return None
+        answers = []
+        for sampler, task in zip(self.samplers, tasks, strict=True):
+            sampler.load(weights)
+            answers.append(sampler.sample(task))
+        return answers
+
+    def answers(self, request):
+        if request is None:
+            raise EngineError("rollout worker 1 of 2 is lost for good (ActorDiedError)")
+        return request
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def start(monkeypatch, make_config):
+    """Build a run whose workers are in this process."""
+    monkeypatch.setattr(ppo_settings, "require_ray", lambda: None)
+
+    def build(name, lost_at=(), **settings):
+        monkeypatch.setattr(lm_ppo, "start_workers", lambda config: LocalWorkers(config, lost_at))
+        return PPORun(make_config(name, **({"rollout_workers": 2} | settings)))
+
+    return build
+
+
+def rows_of(run):
+    """The metrics of a run, but for its seconds."""
+    return [{k: v for k, v in row.items() if k != "rollout/wait_seconds"} for row in read_metrics(run.folder)]
+
+
+def same_weights(one, other):
+    pairs = zip(one.policy.parameters(), other.policy.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_goes_on_as_if_it_had_not_stopped(start, staleness):
+    settings = {"max_staleness": staleness, "save_steps": 2}
+    whole = start("whole", **settings).train()
+    start("parts", stop_at_iteration=2, **settings).train()
+    parts = start("parts", resume_from_checkpoint="last", **settings).train()
+    assert parts.start == 2
+    assert rows_of(parts) == rows_of(whole)
+    assert same_weights(parts, whole)
+    assert [row["rollout/staleness"] for row in rows_of(whole)] == (
+        [0] * 4 if staleness == 0 else [0, 1, 1, 1]
+    )
+    assert whole.rollouts.workers.closed
+
+
+def test_a_lost_worker_ends_the_run_with_a_checkpoint(start):
+    whole = start("whole").train()
+    lost = start("lost", lost_at=[4])
+    with pytest.raises(EngineError, match=r"lost for good.*checkpoint-3.*--resume_from_checkpoint last"):
+        lost.train()
+    assert lost.rollouts.workers.closed
+    assert [path.name for path in lost.folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    again = start("lost", resume_from_checkpoint="last").train()
+    assert rows_of(again) == rows_of(whole)
+    assert same_weights(again, whole)
+
+
+def test_nothing_is_written_of_a_run_that_has_not_begun(start):
+    run = start("lost", lost_at=[1])
+    with pytest.raises(EngineError, match=r"lost for good \(ActorDiedError\)$"):
+        run.train()
+    assert not [*run.folder.glob("checkpoint-*")]
+
+
+def test_a_stale_rollout_is_scored_again_where_weights_are_truncated(start):
+    run = start("stale", max_staleness=1, importance_sampling_cap=1.5, learning_rate=1e-2).train()
+    apart = [row["rollout/log_prob_mismatch_max"] for row in rows_of(run)]
+    assert apart[0] < 1e-4
+    assert min(apart[1:]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_staleness": 1}, "--max_staleness is of workers that sample: it needs --rollout_workers"),
+        ({"ray_address": "auto"}, "--ray_address is of workers"),
+        ({"rollout_worker_gpus": 0.5}, "--rollout_worker_gpus is of workers"),
+        ({"rollout_workers": 2, "max_staleness": 2}, "--max_staleness must be between 0 and 1"),
+        ({"rollout_workers": -1}, "--rollout_workers must not be negative"),
+        ({"rollout_workers": 9}, "--rollout_workers are more than the responses"),
+        ({"rollout_workers": 2, "distributed": "ddp"}, "--rollout_workers sample for one trainer"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(make_config, monkeypatch, settings, words):
+    monkeypatch.setattr(ppo_settings, "require_ray", lambda: None)
+    with pytest.raises(UserError, match=words):
+        make_config(**settings).check()
+
+
+def test_an_environment_has_no_workers(make_env_config, monkeypatch):
+    monkeypatch.setattr(ppo_settings, "require_ray", lambda: None)
+    with pytest.raises(UserError, match="--rollout_workers sample responses of a language model"):
+        make_env_config(rollout_workers=2).check()
+
+
+def test_without_ray_one_line_says_what_to_install(tiny_model, prompt_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torchrl_maxmin.rollouts.ray_workers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        require_ray()
+    config = small_config(tiny_model, prompt_file, tmp_path / "run")
+    code = main(
+        [
+            *("ppo", "--model_name_or_path", tiny_model, "--dataset_name", prompt_file),
+            *("--reward_funcs", *config.reward_funcs, "--output_dir", str(tmp_path / "run")),
+            *("--rollout_workers", "2"),
+        ]
+    )
+    assert code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "torchrl-maxmin ppo: error: --rollout_workers needs Ray: pip install 'torchrl-maxmin[ray]'"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_workers_ray_is_not_imported(monkeypatch):
+    known = builtins.__import__
+
+    def refuse(name, *rest, **options):
+        assert name != "ray"
+        return known(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    with ray_session(0):
+        assert "ray" not in sys.modules
+
+
+def test_a_run_that_fails_leaves_one_line(monkeypatch, capsys, tiny_model, prompt_file, tmp_path):
+    def fail(config):
+        raise EngineError("rollout worker 2 of 2 is lost for good; checkpoint-3 has what was done")
+
+    monkeypatch.setattr(lm_ppo, "run_ppo", fail)
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", prompt_file, "--output_dir", str(tmp_path)]
+    assert main(["ppo", *flags]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "torchrl-maxmin ppo: error: rollout worker 2 of 2 is lost for good; checkpoint-3 has what was done"
+    ]
+
+
+def test_the_config_that_is_written_names_the_workers(start):
+    run = start("run", num_iterations=1)
+    assert "rollout_workers: 2" in (run.folder / "config.yaml").read_text()
+    assert json.loads(json.dumps(run.config.max_staleness)) == 0
