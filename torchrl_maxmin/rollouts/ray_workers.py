@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -55,7 +56,7 @@ def ray_session(num_workers: int, address: str | None = None, gpus: float = 0.0)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         own: dict[str, Any] = {} if address else {"num_cpus": num_workers, "include_dashboard": False}
         try:
-            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+            ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except Exception as error:  # Ray raises plain ones, too
             ray.shutdown()
             words = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -147,7 +148,7 @@ class RayWorkers:
         self._processes: list[str | None] = [None] * self.size
         lives = {"max_restarts": MAX_RESTARTS, "max_task_retries": -1}
         actor = ray.remote(RayWorker).options(num_cpus=1, num_gpus=gpus, **lives)
-        self.actors = [actor.remote(make_sampler) for make_sampler in make_samplers]
+        self.actors: list[Any] = [actor.remote(make_sampler) for make_sampler in make_samplers]
         for worker in self.actors:  # they load their models while the trainer loads its own
             worker.prepare.remote()
 
