@@ -14,7 +14,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; a fixed size also m
 
 def test_three_iterations_on_the_embedded_world(make_model, make_config):
     model = make_model("vllm", n_embd=64)  # heads of 32, the least that vLLM has kernels for without a GPU
-    run = PPORun(make_config(model_name_or_path=model, rollout_engine="vllm", num_iterations=3)).train()
+    settings = {"rollout_engine": "vllm", "num_iterations": 3, "calibration": "sft_mean"}
+    run = PPORun(make_config(model_name_or_path=model, **settings)).train()
     rows = read_metrics(run.folder)
     assert len(rows) == run.rollouts.collector.policy.version == 3
     assert all(row["rollout/log_prob_mismatch_max"] < 1e-3 for row in rows)
