@@ -188,9 +188,20 @@ def test_shards_are_shares(config_only, planner):
     alone = phases_of(config_only, planner)["save"].parts
     copies = phases_of(config_only, planner, gpus=4)["save"].parts
     shards = phases_of(config_only, planner, gpus=4, distributed="fsdp2")["save"].parts
-    for name in ("policy weights", "gradients", "Adam states"):
-        assert copies[name] == alone[name] == 4 * shards[name]
-    assert copies["gradient buckets"] == alone["gradients"]
+    assert copies["policy weights"] == alone["policy weights"] == 4 * shards["policy weights"]
+    heads = 4 * 3 * (32 + 1)  # a copy in every process
+    for name, times in (("gradients", 1), ("Adam states", 2)):
+        assert copies[name] == alone[name]
+        assert alone[name] - times * heads == 4 * (shards[name] - times * heads)
+
+
+def test_adapters_are_no_shards(config_only, planner):
+    alone = phases_of(config_only, planner, **LORA)["update"].parts
+    shards = phases_of(config_only, planner, **LORA, gpus=4, distributed="fsdp2")["update"].parts
+    output = 4 * 96 * 32  # which log-probabilities read
+    assert alone["trunk weights"] - output == 4 * (shards["trunk weights"] - output)
+    for name in ("adapters", "gradients", "Adam states", "value heads"):
+        assert shards[name] == alone[name], name
 
 
 @pytest.mark.parametrize(
@@ -205,7 +216,8 @@ def test_shards_are_shares(config_only, planner):
         ({"max_length": 8}, "--max_length says nothing about --stage ppo"),
         ({"advantage": "rloo", "critic": "full"}, "leave --critic out"),
         ({"memory_gb": -1.0}, "--memory_gb must be positive"),
-        ({"gpus": 2, "device": "cpu"}, "give --gpus 1"),
+        ({"gpus": 2, "distributed": "none"}, "give --gpus 1"),
+        ({"network_gb_per_s": 1.0}, "--gpus 2 or more"),
         ({"response_length": 600}, "positions"),
         ({"reward_funcs": ["a"], "reward_model_path": "b"}, "either"),
     ],

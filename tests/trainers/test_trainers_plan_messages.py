@@ -33,6 +33,7 @@ CASES = {
     "no critic": {"distributed": "ddp", "advantage": "rloo"},
     "adapters": {"distributed": "ddp", "use_peft": True, "lora_r": 4},
     "shards": {"distributed": "fsdp2"},
+    "shards and adapters": {"distributed": "fsdp2", "use_peft": True, "lora_r": 4},
     "shards and heads": {"distributed": "fsdp2", "critic": "heads"},
 }
 #: functions of torch.distributed: their kind, and the bytes that all have in the end, or that are summed

@@ -136,24 +136,31 @@ def gradient_messages(
     """
     if settings.gpus == 1:
         return []
-    found, copies = [], trained
-    if settings.distributed == "fsdp2":  # a layer's weights are gathered for either half of a pass
-        copies = [size for size in trained if not any(size is network for network in networks)]
-        weights, size = _gathered(networks, 2 * passes), sum(size.gradients for size in networks)
-        norms = steps * len(networks)
-        found = [
-            weights,
-            Messages("gradients", "reduce_scatter", weights.count / 2, passes * size),
-            Messages("their norms", "all_reduce", norms, norms * FLOAT),
-        ]
+    found: list[Messages] = []
+    copies: Sequence[Size] = trained
+    if settings.distributed == "fsdp2":
+        # adapters are copies; a layer's weights are gathered for either half of a pass
+        shards = [size for size in networks if not size.adapters]
+        copies = [size for size in trained if not any(size is shard for shard in shards)]
+        found.append(_gathered(networks, 2 * passes))
+        if shards:
+            parts, size = passes * _parts(shards), passes * sum(one.gradients for one in shards)
+            found.append(Messages("gradients", "reduce_scatter", parts, size))
+            norms = steps * len(shards)
+            found.append(Messages("their norms", "all_reduce", norms, norms * FLOAT))
     tensors, size = sum(one.tensors for one in copies), sum(one.gradients for one in copies)
     return found + ([Messages("gradients", "all_reduce", steps * tensors, steps * size)] if tensors else [])
 
 
+def _parts(networks: Sequence[Size]) -> int:
+    """What is gathered by itself: a layer at a time, and then the rest."""
+    return sum(one.layers + 1 for one in networks)
+
+
 def _gathered(networks: Sequence[Size], passes: int) -> Messages:
-    """Weights of shards, a layer at a time and then the rest."""
-    parts, size = sum(one.layers + 1 for one in networks), sum(one.weights for one in networks)
-    return Messages("weights", "all_gather", passes * parts, passes * size)
+    """Weights of shards; below adapters all but the output embeddings, which log-probabilities read."""
+    size = sum(one.weights - (one.embeddings if one.adapters else 0) for one in networks)
+    return Messages("weights", "all_gather", passes * _parts(networks), passes * size)
 
 
 def _padded(rows: int, ranks: int) -> int:

@@ -21,6 +21,8 @@ from torchrl_maxmin.trainers.plan_traces import FLOAT, Phase, Planner
 
 __all__ = ["stage_phases"]
 
+#: held whole by every process, also where it has a part of all else
+_NEVER_DEALT = ("adapters", "value heads", "reward adapters and heads")
 _CHECKED = 64  # rows of the first rollout that are scored once more, at once
 
 
@@ -59,16 +61,26 @@ def _held(
         stepped: whether there was a step of the optimizer.
     """
     shards = settings.gpus if settings.distributed == "fsdp2" else 1
-    parts = {name: size / shards for name, size in weights.items() if size}
-    gradients = sum(size.gradients for size in sizes)
+
+    def dealt(whole: float, part: float) -> float:
+        return whole + part / shards
+
+    parts = {
+        name: dealt(size, 0) if name in _NEVER_DEALT else dealt(0, size)
+        for name, size in weights.items()
+        if size
+    }
+    if settings.stage == "ppo" and settings.use_peft:  # log-probabilities read the output embeddings
+        whole_embeddings = float(sizes[0].embeddings)
+        parts["trunk weights"] = dealt(whole_embeddings, weights["trunk weights"] - whole_embeddings)
+    # adapters and heads are trained whole in every process
+    whole = [size for size in sizes if size.adapters or not size.layers]
+    part = [size for size in sizes if size.layers and not size.adapters]
     if stepped:
-        parts["gradients"] = gradients / shards
-        if settings.distributed == "ddp":
-            parts["gradient buckets"] = gradients
-        trained = sum(size.trained for size in sizes)
-        parts["Adam states"] = 2 * FLOAT * trained / shards
-        half = sum(size.half for size in sizes)
-        parts |= {"float32 copies": FLOAT * half / shards} if half else {}
+        parts["gradients"] = dealt(sum(s.gradients for s in whole), sum(s.gradients for s in part))
+        parts["Adam states"] = 2 * FLOAT * dealt(sum(s.trained for s in whole), sum(s.trained for s in part))
+        half = dealt(sum(s.half for s in whole), sum(s.half for s in part))
+        parts |= {"float32 copies": FLOAT * half} if half else {}
     if shards > 1:
         depth = text_config(load_config(settings.model_name_or_path)).num_hidden_layers
         parts["gathered layers"] = 2 * max(weights.values()) / depth
