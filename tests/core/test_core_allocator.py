@@ -11,7 +11,6 @@ from torchrl_maxmin.core import allocator
 from torchrl_maxmin.core.allocator import (
     LEAST_PARAMETERS,
     MAPPED,
-    each_within,
     map_large_blocks,
     maps_large_blocks,
 )
@@ -75,21 +74,6 @@ def test_nothing_happens_for_small_models_and_other_devices(calls, monkeypatch):
     with map_large_blocks(nn.Linear(2, 2)):
         pass
     assert calls == []
-
-
-def test_each_is_made_within_and_used_without(calls):
-    """The backward pass of one network's loss is no forward pass; neither is that of the last one."""
-    memory, seen = map_large_blocks(nn.Linear(2, 2)), []
-    mapped = lambda: sum({MAPPED: 1, 2**25: -1}.get(call[-1], 0) for call in calls)  # noqa: E731
-
-    def made():
-        for name in "ab":
-            seen.append(("made", name, mapped()))
-            yield name
-
-    for name in each_within(memory, made()):
-        seen.append(("used", name, mapped()))
-    assert seen == [(what, name, int(what == "made")) for name in "ab" for what in ("made", "used")]
 
 
 COUNTED = """

@@ -112,6 +112,25 @@ def test_statistics_of_the_minibatch_cannot_be_had_from_parts(tiny_model, tmp_pa
         learner.accumulate(batch)
 
 
+def test_memory_is_that_of_forward_passes_in_them_alone(tiny_model, tmp_path, monkeypatch):
+    """Actor and critic of each part, one after the other; the last round finds no network."""
+    _, learner, batch = language_parts(tiny_model, torch.float32, tmp_path, 7)
+    seen = []
+
+    class Memory:
+        def __enter__(self):
+            seen.append("forward")
+
+        def __exit__(self, *reason):
+            seen.append("done")
+
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (seen.append("backward"), backward(loss)))
+    learner.memory = Memory()
+    learner.accumulate(batch)
+    assert seen == 2 * [*2 * ["forward", "done", "backward"], "forward", "done"]
+
+
 def test_a_run_in_micro_batches_is_the_run_in_whole(make_config):
     rows = []
     for name, size in (("whole", 0), ("parts", 3)):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
-__all__ = ["each_within", "map_large_blocks", "maps_large_blocks"]
+__all__ = ["map_large_blocks", "maps_large_blocks"]
 
-T = TypeVar("T")
 #: blocks of at least so many bytes get a mapping of their own, and outside of forward passes what glibc
 #: grows to by itself
 MAPPED, USUAL = 2**19, 2**25
@@ -54,22 +53,6 @@ def map_large_blocks(model: nn.Module) -> AbstractContextManager[None]:
     devices = {parameter.device.type for parameter in model.parameters()}
     size = sum(parameter.numel() for parameter in model.parameters())
     return _Mapped(_glibc()) if devices == {"cpu"} and maps_large_blocks(size) else nullcontext()
-
-
-def each_within(context: AbstractContextManager[Any], items: Iterable[T]) -> Iterator[T]:
-    """Yield items, each made within a context that is left again before it is used.
-
-    Example:
-        >>> list(each_within(nullcontext(), [1, 2]))
-        [1, 2]
-    """
-    left, end = iter(items), object()
-    while True:
-        with context:
-            item: Any = next(left, end)
-        if item is end:
-            return
-        yield item
 
 
 class _Mapped(AbstractContextManager[None]):

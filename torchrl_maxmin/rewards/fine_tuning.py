@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -120,7 +122,6 @@ class FineTuning(MStep):
         advance: Callable[..., None] = lambda note: None,
     ):
         self.mixture, self.pairs, self.settings, self.advance = mixture, pairs, settings, advance
-        self.memory = map_large_blocks(mixture)
         start_alike(mixture.parameters())
         groups = [
             {"params": mixture.trunk_parameters(), "lr": settings.learning_rate},
@@ -147,6 +148,11 @@ class FineTuning(MStep):
         if not bool(step.log_likelihood.isfinite().all()):
             raise FloatingPointError("the log-likelihood is not finite; lower the rates")
         return step
+
+    @cached_property
+    def memory(self) -> AbstractContextManager[None]:
+        """For forward passes of training."""
+        return map_large_blocks(self.mixture)
 
     def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
         """Take the optimizer steps of a round; returns the last step's loss."""

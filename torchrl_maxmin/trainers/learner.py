@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
-from torchrl_maxmin.core.allocator import each_within, map_large_blocks
+from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
     gather_rows,
@@ -127,7 +127,12 @@ class Learner:
         outputs: list[TensorDictBase] = []
         for part in [minibatch] if whole else self._parts(minibatch):
             each: list[TensorDictBase] = []
-            for losses in each_within(self.memory, self.loss.losses_by_network(part)):  # in memory one by one
+            networks = self.loss.losses_by_network(part)  # in memory one at a time
+            while True:
+                with self.memory:  # for the forward pass alone
+                    losses = next(networks, None)
+                if losses is None:
+                    break
                 loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
                 if not (outputs or each):  # not before: the backward pass takes the memory that this frees
                     self.optimizer.zero_grad()

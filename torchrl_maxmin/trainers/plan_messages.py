@@ -112,7 +112,8 @@ def ppo_messages(
         policy, *critic = networks
         reads = math.ceil(rollout / ranks / settings.scoring_batch_size)
         slices = math.ceil(rollout / ranks / settings.generation_batch_size)
-        asked = slices * (width + 1)  # by generate, before every token
+        # by generate before every token, where it sees that the model is sharded
+        asked = 0 if policy.adapters else slices * (width + 1)
         generate.append(_gathered([policy], 1))
         generate.append(Messages("whether a response goes on", "all_reduce", asked, asked * FLOAT))
         # the reference is as large as the policy, through which heads read
