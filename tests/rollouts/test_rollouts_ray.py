@@ -1,6 +1,7 @@
 """Workers on a real Ray: two processes, one of which is killed at work."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,15 @@ def session():
     with pytest.MonkeyPatch.context() as patch:
         here = str(Path(__file__).parent)  # the samplers' module
         patch.setenv("PYTHONPATH", ":".join([here, *sys.path]))
-        with ray_session(2):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(ray_session(2))
+            except (
+                UserError
+            ) as error:  # a machine too busy for Ray's own time limit, or without shared memory
+                if "Ray does not start here" not in str(error):
+                    raise
+                pytest.skip(str(error))
             yield
     assert not ray.is_initialized()
 
