@@ -41,7 +41,7 @@ def map_large_blocks(model: nn.Module) -> AbstractContextManager[None]:
 
     glibc raises the size from which it does so with every such block that is freed, up to 32 MB. Below that
     an aligned block that was freed serves smaller requests alone, as a request looks for room to align in:
-    what a forward pass frees between what it keeps is lost, which made a third of an update's memory
+    what a forward pass frees between what it keeps is lost, which made a third of a run's peak
     (SmolLM2-135M, float32, adapters). The backward pass frees neighbours, which are joined. Mapped memory
     comes page by page, so that is left as it is, at half the time. Values stay what they are, to the bit.
     The context may be entered again and again; it does nothing on a GPU, for small models, and where

@@ -21,8 +21,8 @@ __all__ = ["FLOAT", "Phase", "Planner"]
 FLOAT = 4  # bytes: Adam's moments, adapters and heads are float32 whatever the weights are
 # an AdamW step reads and writes parameter, gradient and moments so many times, operation by operation
 _ADAM_PASSES = 18
-# of the activations (SmolLM2-135M): where large blocks are mapped one by one, and where they are not, which
-# is right for full copies; plans of adapters there are a quarter to a half too low (benchmarks/results)
+# of the activations (SmolLM2-135M): where large blocks are mapped one by one, which plans within 8% of runs
+# (benchmarks/results), and where they are not: right for full copies, a quarter to a half too low for adapters
 _PIECES = {True: 0.1, False: 0.4}
 
 
