@@ -22,7 +22,7 @@ FLOAT = 4  # bytes: Adam's moments, adapters and heads are float32 whatever the 
 # an AdamW step reads and writes parameter, gradient and moments so many times, operation by operation
 _ADAM_PASSES = 18
 # of the activations (SmolLM2-135M): where large blocks are mapped one by one, which plans within 8% of runs
-# (benchmarks/results), and where they are not: right for full copies, a quarter to a half too low for adapters
+# (benchmarks/results), and where they are not: right for full copies, up to a half too low for adapters
 _PIECES = {True: 0.1, False: 0.4}
 
 
