@@ -20,10 +20,12 @@ class EngineSettings(ModelSettings, SamplingSettings):
     """What samples the responses of rollouts.
 
     Args:
-        rollout_engine: generate (of Hugging Face; hf is the same) or vllm, in this process. vLLM takes the
-            policy's weights before every rollout, and computes one row as the policy does, or the run ends.
-            How far the two are apart is logged with every rollout, as rollout/log_prob_mismatch_max, _mean
-            and _kl (with top_k or top_p it cannot be told).
+        rollout_engine: generate (of Hugging Face; hf is the same) or vllm, in this process or a server. vLLM
+            takes the policy's weights before every rollout, and computes one row as the policy does, or the
+            run ends. How far the two are apart is logged with every rollout, as
+            rollout/log_prob_mismatch_max, _mean and _kl (with top_k or top_p it cannot be told).
+        vllm_server_base_url: a vLLM server that serves this run alone, such as http://localhost:8000, in
+            place of vLLM in this process; without vLLM here. How to start it: docs/scaling.md.
         vllm_gpu_memory_utilization: part of the device's memory that vLLM may take, beside the training;
             without a GPU, of the machine's.
         importance_sampling_cap: score what was sampled once more before the updates, and weigh each token by
@@ -34,6 +36,7 @@ class EngineSettings(ModelSettings, SamplingSettings):
     """
 
     rollout_engine: str = "generate"
+    vllm_server_base_url: str | None = None
     vllm_gpu_memory_utilization: float = 0.3
     importance_sampling_cap: float | None = None
 
@@ -55,9 +58,11 @@ class EngineSettings(ModelSettings, SamplingSettings):
         self.require_at_least(0, "importance_sampling_cap")
         self.require_positive("vllm_gpu_memory_utilization")
         self.require_in_range(0, 1, "vllm_gpu_memory_utilization")
+        own_memory = self.vllm_gpu_memory_utilization != EngineSettings.vllm_gpu_memory_utilization
         if not self.samples_in_vllm:
-            if self.vllm_gpu_memory_utilization != EngineSettings.vllm_gpu_memory_utilization:
-                raise UserError("--vllm_gpu_memory_utilization is of --rollout_engine vllm: leave it out")
+            if own_memory or self.vllm_server_base_url:
+                name = "vllm_gpu_memory_utilization" if own_memory else "vllm_server_base_url"
+                raise UserError(f"--{name} is of --rollout_engine vllm: leave it out")
             return
         refused = {
             "--load_in_4bit: vLLM takes whole weights": self.load_in_4bit,
@@ -71,4 +76,12 @@ class EngineSettings(ModelSettings, SamplingSettings):
         for words, given in refused.items():
             if given:
                 raise UserError(f"--rollout_engine vllm does not go with {words}; leave one of them out")
-        require_vllm()
+        if self.vllm_server_base_url is None:
+            require_vllm()
+            return
+        if own_memory:
+            raise UserError("--vllm_gpu_memory_utilization is the server's to say: leave it out")
+        if not self.vllm_server_base_url.startswith(("http://", "https://")):
+            raise UserError(
+                f"--vllm_server_base_url {self.vllm_server_base_url!r} must begin with http:// or https://"
+            )

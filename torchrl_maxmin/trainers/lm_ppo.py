@@ -37,11 +37,12 @@ from torchrl_maxmin.rewards.source import (
     load_functions,
 )
 from torchrl_maxmin.rollouts.certificate import policy_certificate
-from torchrl_maxmin.rollouts.engine import EnginePolicy
+from torchrl_maxmin.rollouts.engine import Engine, EnginePolicy
 from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
 from torchrl_maxmin.rollouts.language_workers import WorkerLanguageRollouts
 from torchrl_maxmin.rollouts.ray_workers import ray_session
 from torchrl_maxmin.rollouts.vllm import VLLMEngine
+from torchrl_maxmin.rollouts.vllm_server import VLLMServer
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.lm_workers import load_reference, start_workers
@@ -227,15 +228,18 @@ def engine_policy(
     Raises:
         UserError: where vLLM cannot serve the model, or computes another.
     """
-    engine = VLLMEngine(
-        models.policy,
-        models.tokenizer,
-        max_prompt_length=prompts["prompt_tokens"].shape[-1],
-        max_num_seqs=min(config.generation_batch_size, config.rollout_batch_size),
-        top_k=config.top_k,
-        top_p=config.top_p,
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-    )
+    options: dict[str, Any] = {
+        "max_prompt_length": prompts["prompt_tokens"].shape[-1],
+        "max_num_seqs": min(config.generation_batch_size, config.rollout_batch_size),
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+    }
+    engine: Engine
+    if config.vllm_server_base_url:
+        engine = VLLMServer(models.policy, config.vllm_server_base_url, **options)
+    else:
+        options["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization
+        engine = VLLMEngine(models.policy, models.tokenizer, **options)
     return EnginePolicy(models, engine, prompts, seed=config.seed, version=start)
 
 

@@ -1,0 +1,150 @@
+"""A vLLM server, by its address, as an engine of :mod:`~torchrl_maxmin.rollouts.engine`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+from torch import Tensor
+
+from torchrl_maxmin.core.errors import EngineError, UserError
+from torchrl_maxmin.models.language import TokenPolicy
+from torchrl_maxmin.rollouts.engine import Sample
+from torchrl_maxmin.rollouts.vllm import sampling_options, stop_options
+from torchrl_maxmin.rollouts.weight_link import WeightLink, described
+
+__all__ = ["VLLMServer"]
+
+_COMMAND = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode processed_logprobs "
+    "--worker-extension-cls torchrl_maxmin.rollouts.vllm_worker.PolicyWeights"
+)
+_SECONDS = 600.0  # for one answer
+
+
+class VLLMServer:
+    """Samples by a vLLM server, to which weights go over a process group of torch; vLLM is needed there alone.
+
+    The server is one that this starts, on any machine that reaches the trainer's, with this package installed::
+
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode processed_logprobs \\
+            --worker-extension-cls torchrl_maxmin.rollouts.vllm_worker.PolicyWeights
+
+    and serves this trainer alone, in a network that may be trusted: who reaches it may call its workers.
+
+    Args:
+        policy: says the model, ends, length, and ``stop_strings``.
+        base_url: such as ``http://localhost:8000``.
+        max_prompt_length: tokens of the longest prompt.
+        max_num_seqs: most requests at once.
+        top_k, top_p: as of the policy.
+
+    Raises:
+        UserError: for a server that does not answer, or was started otherwise.
+    """
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        base_url: str,
+        *,
+        max_prompt_length: int,
+        max_num_seqs: int = 256,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
+        self.base_url, self.requests = base_url.rstrip("/"), max_num_seqs
+        self.strings = () if policy.stops is None else policy.stops.strings
+        self.options = sampling_options(policy, top_k, top_p)
+        try:
+            workers = self._call("describe")
+        except EngineError as error:
+            raise UserError(f"{error}; start it with: {_COMMAND}") from error
+        self.size = 1 + len(workers)
+        length = max_prompt_length + policy.max_new_tokens
+        faults = {
+            "--logprobs-mode processed_logprobs": workers[0]["logprobs_mode"] != "processed_logprobs",
+            f"--max-model-len of at least {length}": workers[0]["max_model_len"] < length,
+            "--data-parallel-size 1": workers[0]["data_parallel_size"] > 1,
+        }
+        if missing := [words for words, fault in faults.items() if fault]:
+            raise UserError(f"the vLLM server at {self.base_url} must be started with {' '.join(missing)}")
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, stop_early: bool = True
+    ) -> list[Sample]:
+        """See :class:`~torchrl_maxmin.rollouts.engine.Engine`."""
+        options = self.options | stop_options(self.strings if stop_early else ())
+
+        def sample(prompt: Sequence[int], seed: int) -> Sample:
+            (answer,) = self._ask_tokens(prompt, options | {"seed": seed})["choices"]
+            steps = answer["logprobs"]["content"]
+            return Sample(answer["token_ids"], [step["logprob"] for step in steps])
+
+        with ThreadPoolExecutor(min(self.requests, len(prompts))) as pool:
+            jobs = [pool.submit(sample, *row) for row in zip(prompts, seeds, strict=True)]
+            try:
+                return [job.result() for job in jobs]
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """See :class:`~torchrl_maxmin.rollouts.engine.Engine`."""
+        with WeightLink(self._own_address(), self.size) as link, ThreadPoolExecutor(1) as pool:
+            words = json.dumps({"address": link.address, "size": self.size, "weights": described(weights)})
+            loading = pool.submit(self._call, "receive_policy", words)
+            while not (link.all_are_there() or loading.done()):
+                time.sleep(0.005)
+            try:
+                if not loading.done():
+                    link.send(weights.values())
+            finally:
+                loading.result()  # where the link breaks, the server knows why
+        if not self._ask("reset_prefix_cache")["success"]:
+            raise EngineError("the cache of prompts could not be emptied")
+
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        """See :class:`~torchrl_maxmin.rollouts.engine.Engine`."""
+        asked = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        steps = self._ask_tokens(tokens, asked)["prompt_logprobs"]
+        return [step[str(token)]["logprob"] for token, step in zip(tokens[1:], steps[1:], strict=True)]
+
+    def _ask_tokens(self, tokens: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
+        return self._ask("inference/v1/generate", {"token_ids": list(tokens), "sampling_params": options})
+
+    def _call(self, method: str, *arguments: str) -> list[Any]:
+        """What each of the server's workers answers."""
+        return self._ask("collective_rpc", {"method": method, "args": arguments})["results"]
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.base_url}/{path}", json.dumps(body or {}).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            detail = f"status {error.code}: {error.read(300).decode(errors='replace').strip()}"
+        except (http.client.HTTPException, OSError) as error:
+            detail = str(error.reason if isinstance(error, urllib.error.URLError) else error)
+        raise self._silent(f"/{path} ({detail})")
+
+    def _silent(self, words: str) -> EngineError:
+        return EngineError(f"the vLLM server at {self.base_url} does not answer {words}")
+
+    def _own_address(self) -> str:
+        """This machine's address as the server may reach it."""
+        server = urlsplit(self.base_url)
+        port = server.port or (443 if server.scheme == "https" else 80)
+        try:
+            with socket.create_connection((server.hostname or "", port), timeout=_SECONDS) as link:
+                return link.getsockname()[0]
+        except OSError as error:
+            raise self._silent(f"({error})") from error
