@@ -3,9 +3,10 @@
     python benchmarks/engine_curve.py
     python benchmarks/engine_curve.py --seeds 0 --iterations 3 --sft_steps 5 --output FILE
 
-needs vLLM (make test-vllm makes an environment). A fine-tuned tiny GPT-2 is trained on the world's own rewards
-by rollouts of ``generate`` and of vLLM, which draw other samples. A seed's figure is the worst group's reward,
-mean over the last quarter of its iterations; differences are paired by seed, with a t interval.
+needs vLLM (make test-vllm makes an environment). A fine-tuned tiny GPT-2 is trained on the world's own
+rewards by rollouts of ``generate`` and of vLLM, which draw other samples. A seed's figure is the worst
+group's reward, mean over the last quarter of its iterations; differences are paired by seed, with a t
+interval.
 """
 
 import argparse

@@ -11,7 +11,7 @@ STARTED = {"logprobs_mode": "processed_logprobs", "max_model_len": 64, "data_par
 
 
 class Answers:
-    """What each address answers; ``lost`` is a weight that does not fit."""
+    """What each path answers; ``lost`` is a weight that has no place."""
 
     def __init__(self, engine, started=STARTED, empties_cache=True, lost=None):
         self.engine, self.started, self.empties_cache, self.lost = engine, started, empties_cache, lost

@@ -1,4 +1,4 @@
-"""An engine behind an address: the policy's own responses, weights over the link, and one line where it fails."""
+"""An engine behind an address: the policy's responses, weights over the link, one line where it fails."""
 
 import threading
 
@@ -81,7 +81,9 @@ def test_a_server_that_was_started_otherwise_is_refused(parts, started, words):
 def test_no_server_is_one_line_with_the_command(parts):
     with serving(None) as address:
         pass
-    with pytest.raises(UserError, match=r"does not answer /collective_rpc \(.*refused\); start it with: VLLM_"):
+    with pytest.raises(
+        UserError, match=r"does not answer /collective_rpc \(.*refused\); start it with: VLLM_"
+    ):
         engine_at(address, *parts)
 
 

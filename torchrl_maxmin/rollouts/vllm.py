@@ -34,7 +34,7 @@ def require_vllm() -> None:
 
 
 def sampling_options(policy: TokenPolicy, top_k: int, top_p: float) -> dict[str, Any]:
-    """The ``SamplingParams`` with which vLLM samples as a policy does; stop strings are :func:`stop_options`."""
+    """How vLLM samples as a policy does, in the names of its ``SamplingParams``, stop strings apart."""
     return {
         "max_tokens": policy.max_new_tokens,
         "temperature": policy.temperature,

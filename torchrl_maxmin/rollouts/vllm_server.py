@@ -31,11 +31,12 @@ _SECONDS = 600.0  # for one answer
 
 
 class VLLMServer:
-    """Samples by a vLLM server, to which weights go over a process group of torch; vLLM is needed there alone.
+    """Samples by a vLLM server; weights go to it over a process group of torch. vLLM is needed there alone.
 
-    The server is one that this starts, on any machine that reaches the trainer's, with this package installed::
+    This starts one, on any machine that reaches the trainer's, with this package installed::
 
-        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode processed_logprobs \\
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm \\
+            --logprobs-mode processed_logprobs \\
             --worker-extension-cls torchrl_maxmin.rollouts.vllm_worker.PolicyWeights
 
     and serves this trainer alone, in a network that may be trusted: who reaches it may call its workers.
@@ -131,7 +132,8 @@ class VLLMServer:
             with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            detail = f"status {error.code}: {error.read(300).decode(errors='replace').strip()}"
+            words = error.read(300).decode(errors="replace").split()
+            detail = f"status {error.code}: {' '.join(words)}"
         except (http.client.HTTPException, OSError) as error:
             detail = str(error.reason if isinstance(error, urllib.error.URLError) else error)
         raise self._silent(f"/{path} ({detail})")
