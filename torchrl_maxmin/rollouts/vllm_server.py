@@ -24,8 +24,8 @@ from torchrl_maxmin.rollouts.weight_link import WeightLink, described
 __all__ = ["VLLMServer"]
 
 _COMMAND = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode processed_logprobs "
-    "--worker-extension-cls torchrl_maxmin.rollouts.vllm_worker.PolicyWeights"
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --generation-config vllm "
+    "--logprobs-mode processed_logprobs --worker-extension-cls torchrl_maxmin.rollouts.vllm_worker.PolicyWeights"
 )
 _SECONDS = 600.0  # for one answer
 
@@ -35,7 +35,7 @@ class VLLMServer:
 
     This starts one, on any machine that reaches the trainer's, with this package installed::
 
-        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm \\
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --generation-config vllm \\
             --logprobs-mode processed_logprobs \\
             --worker-extension-cls torchrl_maxmin.rollouts.vllm_worker.PolicyWeights
 
