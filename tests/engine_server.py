@@ -11,10 +11,14 @@ STARTED = {"logprobs_mode": "processed_logprobs", "max_model_len": 64, "data_par
 
 
 class Answers:
-    """What each path answers; ``lost`` is a weight that has no place."""
+    """What each path answers; ``lost`` is a weight that has no place.
+
+    Where an event is set as ``stuck``, weights are not asked for until it is.
+    """
 
     def __init__(self, engine, started=STARTED, empties_cache=True, lost=None):
         self.engine, self.started, self.empties_cache, self.lost = engine, started, empties_cache, lost
+        self.well, self.stuck = True, None
         self.lock = threading.Lock()  # a test's engine draws from torch's own generator
         self.requests = []
 
@@ -23,6 +27,8 @@ class Answers:
             return {"results": [self.started]}
         assert asked["method"] == "receive_policy"
         (words,) = asked["args"]
+        if self.stuck is not None:
+            self.stuck.wait()
         sent = json.loads(words)
         weights = {}
         for name, weight in received(sent["address"], 1, sent["size"], sent["weights"]):
@@ -64,6 +70,11 @@ def serving(answers):
             self.send_response(status)
             self.end_headers()
             self.wfile.write(json.dumps(body).encode())
+
+        def do_GET(self):
+            assert self.path == "/health"
+            self.send_response(200 if answers.well else 503)
+            self.end_headers()
 
         def log_message(self, *_):
             """Say nothing."""

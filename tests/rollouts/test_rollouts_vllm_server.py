@@ -106,6 +106,20 @@ def test_what_fails_is_an_engine_error_with_its_cause(parts):
         sampler.measure_gap()
 
 
+def test_a_server_whose_engine_died_is_not_waited_for(parts):
+    """vLLM never answers a call to workers that are gone; its health says so."""
+    models, prompts = parts
+    answers = Answers(CopyEngine(models.policy, models.tokenizer))
+    with serving(answers) as address:
+        sampler = EnginePolicy(models, engine_at(address, models, prompts), prompts)
+        answers.well, answers.stuck = False, threading.Event()
+        try:
+            with pytest.raises(EngineError, match=r"does not answer /health \(status 503"):
+                sampler.push()
+        finally:
+            answers.stuck.set()
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_dtype_and_shape_arrives_at_every_worker(size):
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,5 @@
 """A policy run with vLLM itself; in an environment of its own, by `make test-vllm`."""
 
-import json
 import os
 import signal
 import socket
@@ -87,6 +86,7 @@ def start_ppo(config, address, **more):
     settings = {"vllm_server_base_url": address, "rollout_engine": "vllm", **more}
     names = ("model_name_or_path", "dataset_name", "output_dir", "rollout_batch_size", "mini_batch_size")
     names += ("response_length", "calibration_prompts", "num_iterations", "learning_rate", "device")
+    names += ("calibration",)
     settings |= {name: getattr(config, name) for name in names}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     return subprocess.Popen(
@@ -98,25 +98,47 @@ def start_ppo(config, address, **more):
     )
 
 
+def killed(run, kill, metrics, rows):
+    """Kill once a run has so many more rows; returns its last line."""
+    before = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+    while run.poll() is None and not (
+        metrics.is_file() and len(metrics.read_text().splitlines()) >= before + rows
+    ):
+        time.sleep(0.01)
+    kill()
+    words = run.communicate()[0].strip().splitlines()
+    assert run.returncode == 1, words
+    return words[-1]
+
+
+def kill_core(server):
+    """Kill the process in which a server's engine runs, and not the one that answers."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    (core,) = (pid for pid in children if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill(int(core), signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_a_server_that_is_killed_leaves_a_checkpoint_and_another_goes_on(model, make_config, tmp_path):
-    log, iterations = tmp_path / "server.log", 40
-    whole, parts = (make_config(name, model_name_or_path=model, num_iterations=iterations) for name in "ab")
+    log, iterations = tmp_path / "server.log", 60
+    settings = {"model_name_or_path": model, "num_iterations": iterations, "calibration": "sft_mean"}
+    whole, parts = (make_config(name, **settings) for name in ("whole", "parts"))
+    metrics = Path(parts.output_dir) / "metrics.jsonl"
     with vllm_serve(model, log) as (address, server):
         run = start_ppo(whole, address)
         words = run.communicate()[0]
         assert run.returncode == 0, words
         run = start_ppo(parts, address)
-        metrics = Path(parts.output_dir) / "metrics.jsonl"
-        while run.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
-            time.sleep(0.01)
-        os.killpg(server.pid, signal.SIGKILL)
-        words = run.communicate()[0].strip().splitlines()
-    done = len(read_metrics(parts.output_dir))
-    assert run.returncode == 1
-    assert 5 <= done < iterations
-    assert "error: the vLLM server at" in words[-1]
-    assert words[-1].endswith(f"checkpoint-{done}: --resume_from_checkpoint last goes on from there")
+        lines = [killed(run, lambda: kill_core(server), metrics, 5)]
+    done = [len(read_metrics(parts.output_dir))]
+    with vllm_serve(model, log) as (address, server):
+        run = start_ppo(parts, address, resume_from_checkpoint="last")
+        lines.append(killed(run, lambda: os.killpg(server.pid, signal.SIGKILL), metrics, 5))
+    done.append(len(read_metrics(parts.output_dir)))
+    for line, last in zip(lines, done, strict=True):
+        assert "torchrl-maxmin ppo: error: the" in line
+        assert line.endswith(f"checkpoint-{last}: --resume_from_checkpoint last goes on from there")
+    assert 5 <= done[0] < done[1] < iterations
     with vllm_serve(model, log) as (address, _):
         run = start_ppo(parts, address, resume_from_checkpoint="last")
         words = run.communicate()[0]
@@ -126,4 +148,4 @@ def test_a_server_that_is_killed_leaves_a_checkpoint_and_another_goes_on(model, 
     for row, other in zip(mine, others, strict=True):
         assert row["rollout/log_prob_mismatch_max"] < 1e-3
         for name in ("objective/welfare", "objective/kl", "maxmin/weights/0"):
-            assert other[name] == pytest.approx(row[name], abs=1e-3), json.dumps(other)
+            assert other[name] == pytest.approx(row[name], abs=1e-3), name

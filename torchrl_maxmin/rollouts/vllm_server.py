@@ -5,11 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +26,8 @@ __all__ = ["VLLMServer"]
 
 _COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --generation-config vllm "
-    "--logprobs-mode processed_logprobs --worker-extension-cls torchrl_maxmin.rollouts.vllm_worker.PolicyWeights"
+    "--logprobs-mode processed_logprobs "
+    "--worker-extension-cls torchrl_maxmin.rollouts.vllm_worker.PolicyWeights"
 )
 _SECONDS = 600.0  # for one answer
 
@@ -99,17 +101,27 @@ class VLLMServer:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """See :class:`~torchrl_maxmin.rollouts.engine.Engine`."""
-        with WeightLink(self._own_address(), self.size) as link, ThreadPoolExecutor(1) as pool:
+        loading: Future[None] = Future()
+
+        def call(words: str) -> None:
+            try:
+                self._call("receive_policy", words)
+                loading.set_result(None)
+            except EngineError as error:
+                loading.set_exception(error)
+
+        with WeightLink(self._own_address(), self.size) as link:
             words = json.dumps({"address": link.address, "size": self.size, "weights": described(weights)})
-            loading = pool.submit(self._call, "receive_policy", words)
-            while not (link.all_are_there() or loading.done()):
-                time.sleep(0.005)
+            # nothing waits for it at the end: a server whose engine has died may leave it without an answer
+            threading.Thread(target=call, args=(words,), daemon=True).start()
+            self._wait(loading, link.all_are_there)
             try:
                 if not loading.done():
                     link.send(weights.values())
             finally:
+                self._wait(loading)
                 loading.result()  # where the link breaks, the server knows why
-        if not self._ask("reset_prefix_cache")["success"]:
+        if not self._ask("reset_prefix_cache", {})["success"]:
             raise EngineError("the cache of prompts could not be emptied")
 
     def score(self, tokens: Sequence[int]) -> list[float]:
@@ -117,6 +129,15 @@ class VLLMServer:
         asked = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         steps = self._ask_tokens(tokens, asked)["prompt_logprobs"]
         return [step[str(token)]["logprob"] for token, step in zip(tokens[1:], steps[1:], strict=True)]
+
+    def _wait(self, loading: Future[None], ready: Callable[[], bool] = lambda: False) -> None:
+        """Return once the workers have answered, or are ready; raise where their server is not well."""
+        asked = time.monotonic()
+        while not (ready() or loading.done()):
+            wait([loading], 0.005)
+            if time.monotonic() - asked > 1:
+                self._ask("health")
+                asked = time.monotonic()
 
     def _ask_tokens(self, tokens: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
         return self._ask("inference/v1/generate", {"token_ids": list(tokens), "sampling_params": options})
@@ -126,11 +147,12 @@ class VLLMServer:
         return self._ask("collective_rpc", {"method": method, "args": arguments})["results"]
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.base_url}/{path}", json.dumps(body or {}).encode(), headers)
+        request = urllib.request.Request(f"{self.base_url}/{path}", data, headers)
         try:
             with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-                return json.load(answer)
+                return json.loads(answer.read() or "{}")
         except urllib.error.HTTPError as error:
             words = error.read(300).decode(errors="replace").split()
             detail = f"status {error.code}: {' '.join(words)}"
