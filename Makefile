@@ -66,9 +66,9 @@ $(IMAGE)/.installed:
 VLLM_VENV ?= build/vllm
 
 .PHONY: test-vllm
-## what needs vLLM itself, on a processor with AVX-512; VLLM_VENV=folder says where its environment is
+## what needs vLLM itself, on a processor with AVX-512; VLLM_VENV=folder is its environment, ARGS="-m vllm" all
 test-vllm: $(VLLM_VENV)/.installed
-	PYTHONPATH=kernels:. $(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollouts/test_rollouts_vllm.py \
+	PYTHONPATH=kernels:. $(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow" tests/rollouts/test_rollouts_vllm.py \
 		tests/trainers/test_trainers_vllm.py $(ARGS)
 
 # the three that go are builds for CUDA, which break the import where there is none
