@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def stop_options(strings: Sequence[str]) -> dict[str, Any]:
 class VLLMEngine:
     """A vLLM engine that samples as a policy does.
 
-    It is made from the model's config alone, with weights that mean nothing until :meth:`load`.
+    It is made from the model's config alone, with weights that mean nothing until :meth:`load`. A process has
+    one at a time: making another ends the one before.
 
     Args:
         policy: says the model, its dtype and device, ends, length, and ``stop_strings``.
@@ -72,6 +74,9 @@ class VLLMEngine:
     Raises:
         UserError: without vLLM, or for a model that it cannot serve in the memory that it may take.
     """
+
+    #: the process's: ended late, as it is collected, it would take the state of the next one along
+    _latest: ClassVar[Callable[[], Any]] = lambda: None
 
     def __init__(
         self,
@@ -96,6 +101,8 @@ class VLLMEngine:
         try:
             from vllm import LLM
 
+            if (before := VLLMEngine._latest()) is not None:
+                before.llm_engine.engine_core.shutdown()
             with _untouched_process(), tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
                 if self.strings:
@@ -114,6 +121,7 @@ class VLLMEngine:
                     distributed_executor_backend="uni",
                     worker_extension_cls="torchrl_maxmin.rollouts.vllm_worker.PolicyWeights",
                 )
+            VLLMEngine._latest = weakref.ref(self.llm)
         except Exception as error:
             words = next(iter(str(error).strip().splitlines()), "no more is known")
             raise UserError(
