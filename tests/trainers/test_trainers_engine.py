@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_server import Answers, serving
 from engines import CopyEngine
 from trainers_runs import PPORun
 
@@ -135,6 +136,16 @@ def test_without_vllm_one_line_names_the_extra(make_config, monkeypatch):
         ({"vllm_gpu_memory_utilization": 0.5}, "is of --rollout_engine vllm: leave it out"),
         ({"rollout_engine": "vllm", "vllm_gpu_memory_utilization": 0.0}, "must be positive"),
         ({"rollout_engine": "vllm", "vllm_gpu_memory_utilization": 1.5}, "between 0 and 1"),
+        ({"vllm_server_base_url": "http://host:80"}, "vllm_server_base_url is of --rollout_engine vllm"),
+        ({"rollout_engine": "vllm", "vllm_server_base_url": "host:80"}, "must begin with http://"),
+        (
+            {
+                "rollout_engine": "vllm",
+                "vllm_server_base_url": "http://h",
+                "vllm_gpu_memory_utilization": 0.5,
+            },
+            "the server's to say",
+        ),
         ({"rollout_engine": "vllm", "distributed": "ddp"}, "--distributed: each process"),
         ({"rollout_engine": "vllm", "temperature": 0.001}, "--temperature outside 0.01 to 2"),
         ({"rollout_engine": "vllm", "temperature": 2.5}, "--temperature outside 0.01 to 2"),
@@ -146,6 +157,18 @@ def test_settings_that_cannot_be(make_config, engine, settings, words):
     engine(CopyEngine)
     with pytest.raises(UserError, match=words):
         make_config(**settings).check()
+
+
+def test_a_server_trains_what_the_same_engine_does_in_this_process(make_config, engine, monkeypatch):
+    engine(CopyEngine)
+    within = PPORun(make_config("within", rollout_engine="vllm")).train()
+    monkeypatch.undo()  # a trainer of a server has no vLLM
+    answers = Answers(CopyEngine(within.models.reference, within.models.tokenizer))
+    with serving(answers) as address:
+        config = make_config("served", rollout_engine="vllm", vllm_server_base_url=address)
+        served = PPORun(config).train()
+    for name in ("metrics.jsonl", "summary.json", "model.safetensors"):
+        assert (within.folder / name).read_bytes() == (served.folder / name).read_bytes(), name
 
 
 def test_hf_is_generate(make_config):
