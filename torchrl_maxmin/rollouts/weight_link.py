@@ -8,8 +8,7 @@ from datetime import timedelta
 from types import TracebackType
 
 import torch
-from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch import Tensor, distributed
 
 __all__ = ["WeightLink", "described", "received"]
 
@@ -44,7 +43,9 @@ class WeightLink(AbstractContextManager["WeightLink"]):
 
     def __init__(self, host: str, size: int):
         self.size = size
-        self.store = TCPStore(host, 0, None, is_master=True, timeout=_PATIENCE, wait_for_workers=False)
+        self.store = distributed.TCPStore(
+            host, 0, None, is_master=True, timeout=_PATIENCE, wait_for_workers=False
+        )
         self.address = f"{host}:{self.store.port}"
 
     def __exit__(
@@ -74,7 +75,7 @@ def received(address: str, rank: int, size: int, weights: Described) -> Iterator
         weights: what :func:`described` says of them.
     """
     host, _, port = address.rpartition(":")
-    store = TCPStore(host, int(port), None, is_master=False, timeout=_PATIENCE)
+    store = distributed.TCPStore(host, int(port), None, is_master=False, timeout=_PATIENCE)
     store.set(f"worker {rank}", "")
     group = _group(store, rank, size)
     for name, dtype, shape in weights:
@@ -84,9 +85,9 @@ def received(address: str, rank: int, size: int, weights: Described) -> Iterator
     group.barrier().wait()
 
 
-def _group(store: TCPStore, rank: int, size: int) -> ProcessGroupGloo:
-    return ProcessGroupGloo(PrefixStore("weights", store), rank, size, _PATIENCE)
+def _group(store: distributed.Store, rank: int, size: int) -> distributed.ProcessGroupGloo:
+    return distributed.ProcessGroupGloo(distributed.PrefixStore("weights", store), rank, size, _PATIENCE)
 
 
-def _broadcast(group: ProcessGroupGloo, tensor: Tensor) -> None:
+def _broadcast(group: distributed.ProcessGroupGloo, tensor: Tensor) -> None:
     group.broadcast(tensor.reshape(-1).view(torch.uint8), 0).wait()  # bytes, whatever the dtype
