@@ -11,13 +11,15 @@ STARTED = {"logprobs_mode": "processed_logprobs", "max_model_len": 64, "data_par
 
 
 class Answers:
-    """What each path answers; ``lost`` is a weight that has no place.
+    """What each path answers, of a server started as :data:`STARTED`, or otherwise.
 
-    Where an event is set as ``stuck``, weights are not asked for until it is.
+    ``lost`` is a weight that has no place; ``stuck`` an event before which no weights are asked for.
     """
 
-    def __init__(self, engine, started=STARTED, empties_cache=True, lost=None):
-        self.engine, self.started, self.empties_cache, self.lost = engine, started, empties_cache, lost
+    def __init__(self, engine, **otherwise):
+        vocabulary = {"vocab_size": engine.policy.model.config.vocab_size}
+        self.engine, self.started = engine, STARTED | vocabulary | otherwise
+        self.empties_cache, self.lost = True, None
         self.well, self.stuck = True, None
         self.lock = threading.Lock()  # a test's engine draws from torch's own generator
         self.requests = []

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from engine_server import STARTED, Answers, serving
+from engine_server import Answers, serving
 from engines import CopyEngine, disturb, engine_parts
 
 from torchrl_maxmin.core.errors import EngineError, UserError
@@ -69,11 +69,12 @@ def test_what_is_asked_is_how_the_policy_samples(tiny_model, tokenizer):
     [
         ({"logprobs_mode": "raw_logprobs"}, "--logprobs-mode processed_logprobs$"),
         ({"max_model_len": 8}, "--max-model-len of at least"),
+        ({"vocab_size": 7}, r"--load-format dummy --hf-overrides '{\"vocab_size\": \d+}'$"),
         ({"data_parallel_size": 2}, "--data-parallel-size 1$"),
     ],
 )
 def test_a_server_that_was_started_otherwise_is_refused(parts, started, words):
-    answers = Answers(CopyEngine(parts[0].policy, parts[0].tokenizer), STARTED | started)
+    answers = Answers(CopyEngine(parts[0].policy, parts[0].tokenizer), **started)
     with serving(answers) as address, pytest.raises(UserError, match=words):
         engine_at(address, *parts)
 

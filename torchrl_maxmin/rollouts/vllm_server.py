@@ -73,9 +73,13 @@ class VLLMServer:
             raise UserError(f"{error}; start it with: {_COMMAND}") from error
         self.size = 1 + len(workers)
         length = max_prompt_length + policy.max_new_tokens
+        vocabulary = policy.model.config.get_text_config().vocab_size  # a new pad token's row among it
         faults = {
             "--logprobs-mode processed_logprobs": workers[0]["logprobs_mode"] != "processed_logprobs",
             f"--max-model-len of at least {length}": workers[0]["max_model_len"] < length,
+            f"--load-format dummy --hf-overrides '{{\"vocab_size\": {vocabulary}}}'": (
+                workers[0]["vocab_size"] != vocabulary
+            ),
             "--data-parallel-size 1": workers[0]["data_parallel_size"] > 1,
         }
         if missing := [words for words, fault in faults.items() if fault]:

@@ -26,6 +26,7 @@ class PolicyWeights:
         return {
             "logprobs_mode": model.logprobs_mode,
             "max_model_len": model.max_model_len,
+            "vocab_size": model.get_vocab_size(),
             "data_parallel_size": self.vllm_config.parallel_config.data_parallel_size,
         }
 
