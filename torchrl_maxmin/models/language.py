@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import of_main_process, over_ranks, shares_rows
 from torchrl_maxmin.models.checks import check_model
-from torchrl_maxmin.models.decoding import NUMBERS, GivenNumbers, StopStrings, truncating_warpers
+from torchrl_maxmin.models.decoding import (
+    LARGE_VOCABULARY,
+    NUMBERS,
+    GivenNumbers,
+    StopStrings,
+    truncating_warpers,
+)
 from torchrl_maxmin.models.loading import (
     end_tokens,
     ensure_pad_token,
@@ -261,7 +267,7 @@ class TokenPolicy(TensorDictModuleBase):
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
 
         Processes that work as one answer a share each, every row drawn by random numbers of its own, so that
-        the number of processes changes nothing.
+        the number of processes changes nothing; so are large vocabularies in one process: it is faster.
 
         Args:
             tensordict: prompts [B].
@@ -271,7 +277,7 @@ class TokenPolicy(TensorDictModuleBase):
             ValueError: for a prompt without tokens.
         """
         max_new_tokens = max_new_tokens or self.max_new_tokens
-        if not shares_rows():
+        if not shares_rows() and self.model.get_output_embeddings().weight.shape[0] < LARGE_VOCABULARY:
             return self._answer(tensordict, max_new_tokens)
         prompts, shape = tensordict.select(*self.in_keys), (len(tensordict), max_new_tokens)
         prompts[NUMBERS] = of_main_process(lambda: torch.rand(shape)).to(prompts["prompt_tokens"].device)
