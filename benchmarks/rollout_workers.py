@@ -1,28 +1,38 @@
 """What Ray's workers cost a rollout, and what they do to a learning curve, on the embedded world.
 
-    python benchmarks/rollout_workers.py --output workers.json
-    python benchmarks/rollout_workers.py --seeds 0 --iterations 3 --sft_steps 5 --rollouts 5
+    python benchmarks/rollout_workers.py                              # both, into results/PROCESSOR/
+    python benchmarks/rollout_workers.py --seeds                      # rollouts alone, on a quiet machine
+    python benchmarks/rollout_workers.py --rollouts 0                 # curves alone
+    python benchmarks/rollout_workers.py --seeds 0 --iterations 3 --sft_steps 5 --rollouts 5 --output FILE
 
 A fine-tuned tiny GPT-2 is trained on the world's own rewards by rollouts of the trainer itself, of workers
 in turns with it (``--max_staleness 0``) and of workers beside it (1). A seed's figure is the worst group's
 reward, mean over the last quarter of its iterations; differences to the trainer's own are paired by seed,
-with a t interval. The overhead is the time of a rollout by one worker, weights included, less that in the
-trainer.
+with a t interval. What Ray costs a rollout is the time of one worker's, weights included, less that of the
+same sampler in the trainer's process.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from facts import facts, results_file, write
 from scipy.stats import t as student
 
-from torchrl_maxmin.core.run import read_metrics, write_json
+from torchrl_maxmin.core.run import read_metrics
+from torchrl_maxmin.rollouts.language_workers import WorkerLanguageRollouts
 from torchrl_maxmin.rollouts.ray_workers import ray_session
-from torchrl_maxmin.trainers.lm_ppo import build_ppo, run_ppo
+from torchrl_maxmin.rollouts.workers import Workers
+from torchrl_maxmin.trainers.lm_ppo import build_ppo, train_policy
+from torchrl_maxmin.trainers.lm_workers import make_language_sampler, start_workers
+from torchrl_maxmin.trainers.ppo import Rollouts
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 from torchrl_maxmin.world import World
@@ -56,18 +66,23 @@ def prepare(folder: Path, steps: int) -> dict:
 
 
 def curve(settings: dict, source: str, seed: int, folder: Path, workers: int) -> dict:
-    """Train once; returns the worst group's reward at the end, and what was waited for rollouts."""
+    """Train once; returns the worst group's reward, and the seconds of an iteration and of its rollout."""
     options = SOURCES[source] | ({"rollout_workers": workers} if SOURCES[source] else {})
     output = folder / f"{source}-{seed}"
-    started = time.perf_counter()
-    run_ppo(PPOConfig(**settings, **options, seed=seed, output_dir=str(output)))
+    config = PPOConfig(**settings, **options, seed=seed, output_dir=str(output))
+    ends: list[float] = []
+    with ray_session(config.rollout_workers):
+        parts = build_ppo(config)
+        parts.monitors = [*parts.monitors, lambda *_: ends.append(time.perf_counter()) or {}]
+        train_policy(config, parts)
     rows = read_metrics(output)
-    last = rows[-max(len(rows) // 4, 1) :]
+    welfare = [row["objective/welfare"] for row in rows]
     found = {
         "source": source,
         "seed": seed,
-        "welfare": statistics.mean(row["objective/welfare"] for row in last),
-        "run_seconds": time.perf_counter() - started,
+        "welfare": statistics.mean(welfare[-max(len(rows) // 4, 1) :]),
+        "iteration_seconds": statistics.median(b - a for a, b in itertools.pairwise(ends)),
+        "curve": [round(value, 4) for value in welfare],
     }
     if SOURCES[source]:
         found["staleness"] = statistics.mean(row["rollout/staleness"] for row in rows)
@@ -75,25 +90,60 @@ def curve(settings: dict, source: str, seed: int, folder: Path, workers: int) ->
     return found
 
 
-def overhead(settings: dict, folder: Path, rollouts: int) -> dict:
-    """Median milliseconds of a rollout in the trainer and by one worker, after the first."""
-    milliseconds = {}
-    for name, workers in (("trainer", 0), ("worker", 1)):
-        config = PPOConfig(
-            **settings | {"num_iterations": rollouts + 1},
-            rollout_workers=workers,
-            output_dir=str(folder / f"rollouts-{name}"),
-        )
-        with ray_session(workers):
-            parts, times = build_ppo(config), []
-            begun = time.perf_counter()
-            for _ in parts.rollouts:
-                now = time.perf_counter()
-                times.append(1000 * (now - begun))
-                begun = now
-            parts.rollouts.close()
-        milliseconds[name] = statistics.median(times[1:])
-    return milliseconds | {"overhead": milliseconds["worker"] - milliseconds["trainer"]}
+class InProcess:
+    """A worker's sampler in the trainer's process, see :class:`~torchrl_maxmin.rollouts.workers.Workers`."""
+
+    size, restarts = 1, 0
+
+    def __init__(self, config: PPOConfig):
+        self.sampler = make_language_sampler(config)
+
+    def ask(self, version: int, weights: list, tasks: list) -> list:
+        """Sample now."""
+        self.sampler.load(weights)
+        return [self.sampler.sample(task) for task in tasks]
+
+    def answers(self, request: list) -> list:
+        """What was sampled."""
+        return request
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def rollout_milliseconds(settings: dict, folder: Path, rollouts: int, workers: int) -> dict:
+    """Median milliseconds of a rollout after the first: the trainer's, a sampler's beside it, workers'."""
+    config = PPOConfig(**settings | {"num_iterations": rollouts + 1}, output_dir=str(folder / "rollouts"))
+    parts = build_ppo(config)
+    sources: dict[str, Callable[[], Workers]] = {
+        "sampler_in_process": lambda: InProcess(config),
+        "one_worker": lambda: start_workers(replace(config, rollout_workers=1)),
+        f"workers_{workers}": lambda: start_workers(replace(config, rollout_workers=workers)),
+    }
+    milliseconds = {"trainer": median_milliseconds(parts.rollouts)}
+    with ray_session(workers):
+        for name, start in sources.items():
+            source = WorkerLanguageRollouts(
+                parts.models,
+                start(),
+                parts.rollouts.rewards,
+                parts.rollouts.prompts,
+                batch_size=config.rollout_batch_size,
+                num_batches=config.num_iterations,
+            )
+            milliseconds[name] = median_milliseconds(source)
+    return milliseconds | {"overhead": milliseconds["one_worker"] - milliseconds["sampler_in_process"]}
+
+
+def median_milliseconds(source: Rollouts) -> float:
+    """Of a rollout after the first."""
+    times, begun = [], time.perf_counter()
+    for _ in source:
+        now = time.perf_counter()
+        times.append(1000 * (now - begun))
+        begun = now
+    source.close()
+    return statistics.median(times[1:])
 
 
 def difference(runs: list[dict], source: str) -> dict:
@@ -110,30 +160,34 @@ def difference(runs: list[dict], source: str) -> dict:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--sft_steps", type=int, default=200)
     parser.add_argument("--rollouts", type=int, default=20)
     parser.add_argument("--rollout_workers", type=int, default=2)
-    parser.add_argument("--output")
+    parser.add_argument("--output", type=Path, default=results_file("rollout_workers.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    found = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    found |= {"environment": facts("ray", threads=1)}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, workers = Path(name), arguments.rollout_workers
         settings = prepare(folder, arguments.sft_steps) | {"num_iterations": arguments.iterations}
-        milliseconds = overhead(settings, folder, arguments.rollouts)
-        runs = [
-            curve(settings, source, seed, folder, arguments.rollout_workers)
-            for seed in arguments.seeds
-            for source in SOURCES
-        ]
-    found = {
-        "rollout_milliseconds": milliseconds,
-        "runs": runs,
-        "differences": [difference(runs, source) for source in SOURCES if source != "trainer"],
-    }
-    if arguments.output:
-        write_json(Path(arguments.output), found)
+        found["settings"] = {key: settings[key] for key in ("rollout_batch_size", "response_length")}
+        found["settings"] |= {"rollout_workers": workers, "sft_steps": arguments.sft_steps}
+        if arguments.rollouts:
+            found["rollout_milliseconds"] = rollout_milliseconds(
+                settings, folder, arguments.rollouts, workers
+            )
+        if arguments.seeds:
+            runs = [
+                curve(settings, source, seed, folder, workers)
+                for seed in arguments.seeds
+                for source in SOURCES
+            ]
+            found["differences"] = [difference(runs, source) for source in SOURCES if source != "trainer"]
+            found["runs"] = runs
+    write(arguments.output, found)
     print(json.dumps(found, indent=2))
 
 
