@@ -1,8 +1,12 @@
 """Policy runs whose rollouts workers sample: what they write, how they go on, and what ends them."""
 
 import builtins
+import dataclasses
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +108,41 @@ def test_a_stale_rollout_is_scored_again_where_weights_are_truncated(start):
     apart = [row["rollout/log_prob_mismatch_max"] for row in rows_of(run)]
     assert apart[0] < 1e-4
     assert min(apart[1:]) > 1e-3
+
+
+def flags_of(config):
+    """What the command line takes for a config."""
+    given = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) not in (None, [], "", field.default)
+    }
+    return [f"--{name}={json.dumps(v) if isinstance(v, list) else v}" for name, v in given.items()]
+
+
+def test_a_worker_that_is_killed_changes_nothing(start, make_config):
+    """A whole run by the command line with two processes of Ray, one of which dies at work."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'torchrl-maxmin[ray]'")
+    settings = {"max_staleness": 1, "save_steps": 2, "num_iterations": 6}
+    whole = start("whole", **settings).train()
+    functions = ["trainers_rewards:brevity", "trainers_rewards:murderous"]
+    config = make_config("killed", rollout_workers=2, reward_funcs=functions, **settings)
+    command = [sys.executable, "-m", "torchrl_maxmin", "ppo", *flags_of(config)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    if "Ray does not start here" in run.stderr:
+        pytest.skip(run.stderr)
+    assert run.returncode == 0, run.stderr
+    folder = Path(config.output_dir)
+    assert (folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert {path.name for path in folder.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 4, 6)}
+    rows = read_metrics(folder)
+    assert rows[-1]["rollout/worker_restarts"] == 1
+    for row, wanted in zip(rows, rows_of(whole), strict=True):
+        del row["rollout/wait_seconds"], row["rollout/worker_restarts"], wanted["rollout/worker_restarts"]
+        assert row == wanted
+    assert "rollout worker 2 of 2 was lost; another one took its place" in run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(
