@@ -1,15 +1,17 @@
-"""What Ray's workers cost a rollout, and what they do to a learning curve, on the embedded world.
+"""What Ray's workers cost a rollout, and what they do to a learning curve: the embedded world, and fishwood.
 
     python benchmarks/rollout_workers.py                              # both, into results/PROCESSOR/
     python benchmarks/rollout_workers.py --seeds                      # rollouts alone, on a quiet machine
     python benchmarks/rollout_workers.py --rollouts 0                 # curves alone
+    python benchmarks/rollout_workers.py --only environment           # or language
     python benchmarks/rollout_workers.py --seeds 0 --iterations 3 --sft_steps 5 --rollouts 5 --output FILE
 
 A fine-tuned tiny GPT-2 is trained on the world's own rewards by rollouts of the trainer itself, of workers
 in turns with it (``--max_staleness 0``) and of workers beside it (1). A seed's figure is the worst group's
 reward, mean over the last quarter of its iterations; differences to the trainer's own are paired by seed,
 with a t interval. What Ray costs a rollout is the time of one worker's, weights included, less that of the
-same sampler in the trainer's process.
+same sampler in the trainer's process. Fishwood is rolled out as a batched environment and as
+MO-Gymnasium's own.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from facts import facts, results_file, write
@@ -30,6 +33,8 @@ from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.rollouts.language_workers import WorkerLanguageRollouts
 from torchrl_maxmin.rollouts.ray_workers import ray_session
 from torchrl_maxmin.rollouts.workers import Workers
+from torchrl_maxmin.trainers.env_ppo import build_env_ppo, train_env_policy
+from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.lm_ppo import build_ppo, train_policy
 from torchrl_maxmin.trainers.lm_workers import make_language_sampler, start_workers
 from torchrl_maxmin.trainers.ppo import Rollouts
@@ -38,6 +43,20 @@ from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
 from torchrl_maxmin.world import World
 from torchrl_maxmin.world.world import write_preferences, write_world
 
+#: episodes of 20 steps: the worst group gets 1.8 at most, by 18 of them at the river
+FISHWOOD: dict[str, Any] = {
+    "env_id": "fishwood-v0",
+    "env_options": {"horizon": 20, "fish_chance": 0.1, "wood_chance": 0.9},
+    "num_envs": 64,
+    "frames_per_batch": 64 * 40,
+    "total_frames": 40 * 64 * 40,
+    "mini_batch_size": 640,
+    "gamma": 0.99,
+    "tau": 0.1,
+    "entropy_coeff": 0.0,
+    "eval_episodes": 200,
+    "device": "cpu",
+}
 SOURCES = {"trainer": {}, "turns": {"max_staleness": 0}, "beside": {"max_staleness": 1}}
 
 
@@ -66,25 +85,38 @@ def prepare(folder: Path, steps: int) -> dict:
 
 
 def curve(settings: dict, source: str, seed: int, folder: Path, workers: int) -> dict:
-    """Train once; returns the worst group's reward, and the seconds of an iteration and of its rollout."""
+    """Train a language model once, see :func:`measured`."""
+    config = PPOConfig(**settings, **run_of(source, seed, folder, workers))
+    return {"source": source, "seed": seed} | measured(config, build_ppo, train_policy)
+
+
+def env_curve(source: str, seed: int, folder: Path, workers: int) -> dict:
+    """Train in an environment once, see :func:`measured`."""
+    config = EnvPPOConfig(**FISHWOOD, **run_of(source, seed, folder / "env", workers))
+    return {"source": source, "seed": seed} | measured(config, build_env_ppo, train_env_policy)
+
+
+def run_of(source: str, seed: int, folder: Path, workers: int) -> dict:
+    """Settings of a run."""
     options = SOURCES[source] | ({"rollout_workers": workers} if SOURCES[source] else {})
-    output = folder / f"{source}-{seed}"
-    config = PPOConfig(**settings, **options, seed=seed, output_dir=str(output))
+    return options | {"seed": seed, "output_dir": str(folder / f"{source}-{seed}")}
+
+
+def measured(config: Any, build: Callable[[Any], Any], finish: Callable[[Any, Any], Path]) -> dict:
+    """Train; returns the worst group's reward, and the seconds of an iteration and of its rollout."""
     ends: list[float] = []
     with ray_session(config.rollout_workers):
-        parts = build_ppo(config)
+        parts = build(config)
         parts.monitors = [*parts.monitors, lambda *_: ends.append(time.perf_counter()) or {}]
-        train_policy(config, parts)
-    rows = read_metrics(output)
+        finish(config, parts)
+    rows = read_metrics(config.output_dir)
     welfare = [row["objective/welfare"] for row in rows]
     found = {
-        "source": source,
-        "seed": seed,
         "welfare": statistics.mean(welfare[-max(len(rows) // 4, 1) :]),
         "iteration_seconds": statistics.median(b - a for a, b in itertools.pairwise(ends)),
         "curve": [round(value, 4) for value in welfare],
     }
-    if SOURCES[source]:
+    if config.rollout_workers:
         found["staleness"] = statistics.mean(row["rollout/staleness"] for row in rows)
         found["wait_seconds"] = statistics.median(row["rollout/wait_seconds"] for row in rows[1:])
     return found
@@ -135,6 +167,24 @@ def rollout_milliseconds(settings: dict, folder: Path, rollouts: int, workers: i
     return milliseconds | {"overhead": milliseconds["one_worker"] - milliseconds["sampler_in_process"]}
 
 
+def env_steps_a_second(backend: str, folder: Path, rollouts: int, workers: int) -> dict:
+    """Steps a second of rollouts by the trainer and by workers in turns with it, after the first."""
+    settings = FISHWOOD | {
+        "env_backend": backend,
+        "total_frames": (rollouts + 1) * FISHWOOD["frames_per_batch"],
+    }
+    if backend == "gym":  # MO-Gymnasium's own has the horizon and the chances of the paper
+        settings |= {"env_options": {}}
+    found = {}
+    for name, number in (("trainer", 0), (f"workers_{workers}", workers)):
+        output = str(folder / f"steps-{backend}-{name}")
+        config = EnvPPOConfig(**settings, rollout_workers=number, output_dir=output, utility_scale=1.0)
+        with ray_session(number):
+            source = build_env_ppo(config).rollouts
+            found[name] = 1000 * config.frames_per_batch / median_milliseconds(source)
+    return found
+
+
 def median_milliseconds(source: Rollouts) -> float:
     """Of a rollout after the first."""
     times, begun = [], time.perf_counter()
@@ -157,9 +207,15 @@ def difference(runs: list[dict], source: str) -> dict:
     return {"source": source, "mean": mean, "low": low, "high": high}
 
 
+def differences(runs: list[dict]) -> list[dict]:
+    """Those of both kinds of workers."""
+    return [difference(runs, source) for source in SOURCES if source != "trainer"]
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", choices=["language", "environment"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--sft_steps", type=int, default=200)
@@ -170,23 +226,27 @@ def main() -> None:
     torch.set_num_threads(1)
     found = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     found |= {"environment": facts("ray", threads=1)}
+    workers, seeds, rollouts = arguments.rollout_workers, arguments.seeds, arguments.rollouts
     with tempfile.TemporaryDirectory() as name:
-        folder, workers = Path(name), arguments.rollout_workers
-        settings = prepare(folder, arguments.sft_steps) | {"num_iterations": arguments.iterations}
-        found["settings"] = {key: settings[key] for key in ("rollout_batch_size", "response_length")}
-        found["settings"] |= {"rollout_workers": workers, "sft_steps": arguments.sft_steps}
-        if arguments.rollouts:
-            found["rollout_milliseconds"] = rollout_milliseconds(
-                settings, folder, arguments.rollouts, workers
-            )
-        if arguments.seeds:
-            runs = [
-                curve(settings, source, seed, folder, workers)
-                for seed in arguments.seeds
-                for source in SOURCES
-            ]
-            found["differences"] = [difference(runs, source) for source in SOURCES if source != "trainer"]
-            found["runs"] = runs
+        folder = Path(name)
+        if arguments.only != "environment":
+            settings = prepare(folder, arguments.sft_steps) | {"num_iterations": arguments.iterations}
+            if rollouts:
+                found["rollout_milliseconds"] = rollout_milliseconds(settings, folder, rollouts, workers)
+            if seeds:
+                runs = [
+                    curve(settings, source, seed, folder, workers) for seed in seeds for source in SOURCES
+                ]
+                found |= {"differences": differences(runs), "runs": runs}
+        if arguments.only != "language":
+            if rollouts:
+                found["environment_steps_a_second"] = {
+                    backend: env_steps_a_second(backend, folder, rollouts, workers)
+                    for backend in ("batched", "gym")
+                }
+            if seeds:
+                runs = [env_curve(source, seed, folder, workers) for seed in seeds for source in SOURCES]
+                found |= {"environment_differences": differences(runs), "environment_runs": runs}
     write(arguments.output, found)
     print(json.dumps(found, indent=2))
 
