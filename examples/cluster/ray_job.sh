@@ -4,7 +4,8 @@
 #   ray job submit --address http://HEAD:8265 --entrypoint-num-gpus 1 -- bash /shared/ray_job.sh
 #
 # or as a RayJob, by ray_job.yaml. /shared holds this file, models, data and output, and all machines have it. A
-# worker that dies is replaced; a job that is submitted again goes on from its last checkpoint.
+# worker that dies is replaced; a job that is submitted again goes on from its last checkpoint. Ray 2.60 lets in who
+# has the cluster's token alone: ray get-auth-token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.
 set -euo pipefail
 
 cd /shared
