@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from torchrl_maxmin.core.run import prepare_output_dir, write_config, write_json
-from torchrl_maxmin.models.dry_run import measure_rates
 from torchrl_maxmin.models.loading import import_transformers, load_config, require_causal_lm, require_trunk
+from torchrl_maxmin.models.rates import measure_rates
 from torchrl_maxmin.models.sequences import require_positions
 from torchrl_maxmin.trainers.plan_config import GB, PlanConfig
 from torchrl_maxmin.trainers.plan_networks import Network

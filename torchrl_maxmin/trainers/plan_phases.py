@@ -164,11 +164,14 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
 
     samples = _share(settings.calibration_prompts * settings.calibration_samples, settings)
     at_once = min(settings.generation_batch_size, samples)
-    parts, seconds = planner.sampling(roles.reference, at_once, prompt, response, settings.temperature)
+    dealt = {"given": settings.distributed != "none"}
+    parts, seconds = planner.sampling(
+        roles.reference, at_once, prompt, response, settings.temperature, **dealt
+    )
     calibrate = Phase("calibrate", before | parts, seconds * samples / at_once, ("generation_batch_size",))
 
     at_once = min(settings.generation_batch_size, rollout)
-    parts, seconds = planner.sampling(roles.policy, at_once, prompt, response, settings.temperature)
+    parts, seconds = planner.sampling(roles.policy, at_once, prompt, response, settings.temperature, **dealt)
     generate = Phase("generate", held | parts, seconds * rollout / at_once, ("generation_batch_size",))
 
     score = _score(settings, planner, roles, reader, rollout)
