@@ -1,20 +1,22 @@
-"""The time of an iteration that `torchrl-maxmin plan` foretells, beside what a run of the same settings takes.
+"""The time of an iteration that `torchrl-maxmin plan` foretells, beside what a run of the same flags takes.
 
     python benchmarks/plan_time.py --model_name_or_path runs/smollm2             # every size, minutes each
     python benchmarks/plan_time.py --model_name_or_path runs/smollm2 --only small medium --ranks 1
 
 Two GPT-2 of random weights, trained whole with a reward model, and the model that is given, trained by
-adapters with rewards by functions; each in one process and in two that torchrun starts, one thread each. A
+adapters with rewards by functions; each in one process and in two, of one thread each. A
 run's figure is the median of its iterations after the first, by the clock: nothing else should run beside it,
 and a plan is made just before its run. The bar: within 25%. A miss is exit status 1.
 """
 
 import argparse
 import json
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +65,21 @@ def settings_of(size: str, model: str, folder: Path) -> dict[str, Any]:
     return {"model_name_or_path": model, "max_prompt_length": longest, **common}
 
 
-def call(command: list[str]) -> None:
-    """Run a command.
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def call(command: list[str], **variables: str) -> None:
+    """Run a command, with one thread and further variables of its environment.
 
     Raises:
         RuntimeError: with the end of its output, where it fails.
     """
-    done = subprocess.run(
-        command, env=child_environment(threads=1), capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    environment = child_environment(threads=1, **variables)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr)[-3000:])
 
@@ -92,9 +100,16 @@ def measured(settings: dict[str, Any], ranks: int, folder: Path, iterations: int
         "distributed": "none" if ranks == 1 else "ddp",
     }
     found = folder.with_suffix(".json")
-    script = [str(CONTESTANTS / "timed_ppo.py"), json.dumps(settings | more), str(found), "1"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    call([sys.executable, *(torchrun if ranks > 1 else []), *script])
+    command = [sys.executable, str(CONTESTANTS / "timed_ppo.py"), json.dumps(settings | more), str(found)]
+    meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # what torchrun does; its own processes would be a session each, which the system schedules apart
+    with ThreadPoolExecutor(ranks) as together:
+        starts = [
+            together.submit(call, command, **({"RANK": str(rank)} | meeting if ranks > 1 else {}))
+            for rank in range(ranks)
+        ]
+        for start in starts:
+            start.result()
     return json.loads(found.read_text())
 
 

@@ -7,10 +7,9 @@ is what scores a rollout.
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from torchrl_maxmin.core import run
 from torchrl_maxmin.core.distributed import is_main_process
@@ -39,7 +38,6 @@ def timed(kind: type, method: str, phase: str) -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(int(sys.argv[3]))
     timed(TokenPolicy, "forward", "generate")
     timed(Learner, "update", "update")
     write = run.MetricsLog.write
@@ -52,7 +50,7 @@ def main() -> None:
     run_ppo(PPOConfig(**json.loads(sys.argv[1])))
     if is_main_process():
         rows = []
-        for before, after in zip(ends, ends[1:], strict=False):
+        for before, after in pairwise(ends):
             took = {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in after}
             took["score"] = [
                 whole - generate - update

@@ -137,7 +137,7 @@ class Footprint(TorchDispatchMode):
         return out
 
     def _time(self, func: Any, args: Any, kwargs: Any, out: Any, new: bool) -> float:
-        """Seconds of an operation: its start, its arithmetic or reading, and pages that it is the first on."""
+        """Seconds of an operation: its start, its arithmetic or reading, and pages that it touches first."""
         rates = self.rates
         assert rates is not None
         backward = torch._C._current_graph_task_id() != -1
@@ -157,7 +157,9 @@ class Footprint(TorchDispatchMode):
         elif not flops:
             seconds = rates.copy_seconds(read + written, self.live)
         elif "attention" in func._schema.name:
-            seconds = max(rates.copy_seconds(read + written, self.live), flops / rates.attention_flops)
+            heads = given[0].shape[0] * given[0].shape[1] * rates.head_seconds
+            arithmetic = heads + flops / rates.attention_flops
+            seconds = max(rates.copy_seconds(read + written, self.live), arithmetic)
         else:
             if passes := _LOGIT_PASSES.get(func._schema.name):
                 written += passes * 4.0 * given[0].shape[0] * given[1].shape[0]

@@ -41,6 +41,7 @@ class Rates:
         backward_op_seconds: those of an operation of a backward pass.
         product_bandwidth: bytes of its factors that a product reads, by dtype.
         attention_flops: floating point operations of attention.
+        head_seconds: seconds that attention takes for a head of a row whatever its length.
         draw_seconds: seconds to draw from the probability of one outcome.
         page_seconds: seconds for a byte of a block that comes fresh from the system.
         token_seconds: seconds of a step of ``generate`` beside the model's pass and the drawing.
@@ -58,6 +59,42 @@ class Rates:
     page_seconds: float = 0.0
     token_seconds: float = 0.0
     near: dict[int, float] = field(default_factory=dict)
+    head_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as json has them."""
+        return {
+            "device": self.device,
+            "flops": {_name(dtype): value for dtype, value in self.flops.items()},
+            "product_bytes_per_second": {_name(dtype): v for dtype, v in self.product_bandwidth.items()},
+            "attention_flops": self.attention_flops,
+            "seconds_per_head": self.head_seconds,
+            "bytes_per_second": self.bandwidth,
+            "bytes_per_second_within": {str(region): value for region, value in self.near.items()},
+            "seconds_per_operation": self.op_seconds,
+            "seconds_per_backward_operation": self.backward_op_seconds,
+            "seconds_per_token": self.token_seconds,
+            "seconds_per_draw": self.draw_seconds,
+            "seconds_per_fresh_byte": self.page_seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Rates:
+        """The figures that :meth:`to_dict` gave."""
+        return cls(
+            state["device"],
+            {getattr(torch, name): value for name, value in state["flops"].items()},
+            state["bytes_per_second"],
+            state["seconds_per_operation"],
+            state["seconds_per_backward_operation"],
+            {getattr(torch, name): value for name, value in state["product_bytes_per_second"].items()},
+            state["attention_flops"],
+            state["seconds_per_draw"],
+            state["seconds_per_fresh_byte"],
+            state["seconds_per_token"],
+            {int(region): value for region, value in state["bytes_per_second_within"].items()},
+            state["seconds_per_head"],
+        )
 
     def copy_seconds(self, moved: float, held: float) -> float:
         """Seconds of reading and writing, the slower the more is held: what was written last is in a cache.
@@ -91,6 +128,10 @@ class Rates:
         return flops / self.flops[known] + moved / self.product_bandwidth.get(known, math.inf)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Rates:
     """Measure :class:`Rates` in two seconds or so.
 
@@ -104,6 +145,7 @@ def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Rate
     products = {dtype: _measure_product(device, dtype, bandwidth) for dtype in dtypes}
     chances = torch.ones(_THIN, 2**13, device=device)
     pass_seconds, backward_seconds, token_seconds = _measure_operations(device)
+    attention_flops, head_seconds = _measure_attention(device)
     threads = torch.get_num_threads()
     return Rates(
         torch.cuda.get_device_name(device) if cuda else f"CPU, {threads} thread(s)",
@@ -112,18 +154,19 @@ def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Rate
         pass_seconds,
         backward_seconds,
         {dtype: read for dtype, (_, read) in products.items()},
-        _measure_attention(device),
+        attention_flops,
         _seconds(torch.multinomial, chances, 1, device=device) / chances.numel(),
         0.0 if cuda else max(_seconds(torch.ones, _LARGE // 4, device=device) / _LARGE - 1 / bandwidth, 0.0),
         token_seconds,
         near,
+        head_seconds,
     )
 
 
 def _seconds(function: Callable[..., Any], *args: Any, device: torch.device, repeats: int = 1) -> float:
-    """The least of a few times of a call, after one that counts not."""
+    """The least of some times of a call, after one that counts not."""
     times = []
-    for _ in range(4):
+    for _ in range(8):
         start = time.perf_counter()
         for _ in range(repeats):
             function(*args)
@@ -140,36 +183,40 @@ def _measure_copies(region: int, device: torch.device) -> float:
 
 
 def _measure_product(device: torch.device, dtype: torch.dtype, bandwidth: float) -> tuple[float, float]:
-    """Floating point operations and bytes a second of products, from one that is square and one that is thin.
+    """Floating point operations a second of a square product, and bytes that a thin one reads beside them.
 
     The matrix lies as that of a linear layer does; results are written at a bandwidth that is known.
     """
     size = 8192 if device.type == "cuda" else 1024
     square = torch.ones(size, size, device=device, dtype=dtype)
+    flops = 2 * size**3 / _seconds(square.mm, square.mT, device=device)
     matrix = torch.ones(_LARGE // size // dtype.itemsize, size, device=device, dtype=dtype)
     rows = torch.ones(_THIN, size, device=device, dtype=dtype)
-    whole = _seconds(square.mm, square.mT, device=device) - square.nbytes / bandwidth
-    thin = _seconds(rows.mm, matrix.mT, device=device) - _THIN * len(matrix) * dtype.itemsize / bandwidth
-    work, bytes_whole = 2.0 * size**3, 2.0 * square.nbytes
-    thin_work, thin_bytes = 2.0 * _THIN * matrix.numel(), float(matrix.nbytes + rows.nbytes)
-    # two times, two unknowns; where the thin one is no slower for its size, all is arithmetic
-    determinant = work * thin_bytes - thin_work * bytes_whole
-    per_flop = (whole * thin_bytes - thin * bytes_whole) / determinant
-    per_byte = (work * thin - thin_work * whole) / determinant
-    if per_flop <= 0 or per_byte <= 0:
-        return work / whole, math.inf
-    return 1 / per_flop, 1 / per_byte
+    known = 2 * _THIN * matrix.numel() / flops + _THIN * len(matrix) * dtype.itemsize / bandwidth
+    reading = _seconds(rows.mm, matrix.mT, device=device) - known
+    # where it is no slower than its arithmetic, it reads as all else does
+    return flops, matrix.nbytes / reading if reading > 0 else bandwidth
 
 
-def _measure_attention(device: torch.device) -> float:
-    """Floating point operations a second of attention over tokens that a mask picks."""
-    batch, heads, tokens, width = (64, 16, 512, 64) if device.type == "cuda" else (8, 4, 32, 64)
-    states = torch.ones(batch, heads, tokens, width, device=device)
-    mask = torch.zeros(batch, 1, tokens, tokens, device=device)
-    seconds = _seconds(
-        lambda: scaled_dot_product_attention(states, states, states, attn_mask=mask), device=device
-    )
-    return 4.0 * batch * heads * tokens * tokens * width / seconds
+def _measure_attention(device: torch.device) -> tuple[float, float]:
+    """Floating point operations a second of attention, and seconds of a head of a row whatever its length.
+
+    States lie as a layer's product leaves them, and a mask picks tokens.
+    """
+    batch, heads, tokens, width = (64, 16, 512, 64) if device.type == "cuda" else (8, 4, 64, 64)
+    states = torch.ones(batch, tokens, 3, heads, width, device=device).unbind(2)
+    query, key, value = (part.transpose(1, 2) for part in states)
+    mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=device)
+
+    def seconds(rows: int) -> float:
+        return _seconds(
+            lambda: scaled_dot_product_attention(query[:, :, :rows], key, value, attn_mask=mask[:, :, :rows]),
+            device=device,
+        )
+
+    one, every = seconds(1), seconds(tokens)
+    flops = 4.0 * batch * heads * tokens * width * (tokens - 1) / max(every - one, 1e-9)
+    return flops, one / batch / heads
 
 
 class _Counter(TorchDispatchMode):
@@ -186,15 +233,14 @@ class _Counter(TorchDispatchMode):
 
 
 def _measure_operations(device: torch.device) -> tuple[float, float, float]:
-    """Seconds of an operation of a forward pass, of a backward pass, and of a step of ``generate`` in rest."""
+    """Seconds of an operation of a forward pass and of a backward pass, and of a step of ``generate`` itself."""
     transformers = import_transformers()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(**_TINY, bos_token_id=0, eos_token_id=None, pad_token_id=0)
         )
     model = model.to(device).eval()
-    tokens = torch.ones(1, _TOKENS, dtype=torch.int64, device=device)
-    mask = torch.ones_like(tokens)
+    tokens = mask = torch.ones(1, _TOKENS, dtype=torch.int64, device=device)
 
     def read() -> Tensor:
         return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits.sum()
@@ -220,7 +266,7 @@ def _measure_operations(device: torch.device) -> tuple[float, float, float]:
         with _Counter() as of_step:
             cache = model(input_ids=tokens, attention_mask=mask, use_cache=True).past_key_values
             before = of_step.count
-            model(input_ids=tokens[:, :1], attention_mask=torch.ones_like(tokens[:, :1]), past_key_values=cache)
+            model(input_ids=tokens[:, :1], past_key_values=cache)
         few, many = (_seconds(sampled(new), device=device) for new in (2, 2 + _TOKENS))
     op_seconds = alone / of_pass.count
     step = (many - few) / _TOKENS - (of_step.count - before) * op_seconds

@@ -232,7 +232,7 @@ def _update(
         return values_of(states_of(model, *shape), columns).sum()
 
     key = (*shape, columns, entropy, roles.shares_states)
-    train = partial(planner.training, accumulate=accumulate)
+    train = partial(planner.training, accumulate=accumulate, mapped=planner.mapped(*roles.trained))
     if roles.critic is None or roles.shares_states:
         traces = [train([roles.policy], [of_policy], "policy", *key, reuse=True)]
     else:  # the critic's pass begins when the actor's is done
@@ -270,7 +270,8 @@ def _sft(settings: Any, planner: Planner) -> list[Phase]:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
 
     accumulate = settings.gradient_accumulation_steps > 1
-    trace = planner.training([network], [loss], rows, tokens, accumulate=accumulate, reuse=accumulate)
+    how = {"accumulate": accumulate, "reuse": accumulate, "mapped": planner.mapped(size)}
+    trace = planner.training([network], [loss], rows, tokens, **how)
     _, step = planner.optimizer(size, foreach=False)
     seconds = settings.gradient_accumulation_steps * trace.seconds + step
     update = Phase(
@@ -320,9 +321,8 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
         return total
 
     accumulate = settings.gradient_accumulation_steps > 1
-    trace = planner.training(
-        [network], [loss], pairs, tokens, passes, accumulate=accumulate, reuse=accumulate
-    )
+    how = {"accumulate": accumulate, "reuse": accumulate, "mapped": planner.mapped(size)}
+    trace = planner.training([network], [loss], pairs, tokens, passes, **how)
     workspace, step = planner.optimizer(size)
     parts = {"activations": trace.peak} if trace.peak > workspace else {"optimizer step": workspace}
     update = Phase(

@@ -104,7 +104,6 @@ class Planner:
         """See :meth:`~torchrl_maxmin.models.memory.Jobs.training`; ``key`` names the losses."""
         builds = [network.build for network in networks]
         jobs = self.jobs(networks[0])
-        how["mapped"] = self._mapped(networks[0])
         key = ("training", *networks, *key, *how.values())
         return self.once(lambda: jobs.training(builds, losses, **how), *key)
 
@@ -155,11 +154,11 @@ class Planner:
         """
         if self.device != "cpu":
             return {}
-        return {"malloc's pieces": _PIECES[self._mapped(network)] * parts.get("activations", 0.0)}
+        return {"malloc's pieces": _PIECES[self.mapped(self.size(network))] * parts.get("activations", 0.0)}
 
-    def _mapped(self, network: Network) -> bool:
-        """Whether large blocks of its training are mapped one by one."""
-        return self.device == "cpu" and maps_large_blocks(self.size(network).parameters)
+    def mapped(self, *sizes: Size) -> bool:
+        """Whether large blocks of the training of networks of these sizes are mapped one by one."""
+        return self.device == "cpu" and maps_large_blocks(sum(size.parameters for size in sizes))
 
     def optimizer(self, size: Size, *, foreach: bool = True) -> tuple[float, float]:
         """Bytes that a step of AdamW holds beside its state, and its seconds.
