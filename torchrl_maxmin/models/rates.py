@@ -233,7 +233,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _measure_operations(device: torch.device) -> tuple[float, float, float]:
-    """Seconds of an operation of a forward pass and of a backward pass, and of a step of ``generate`` itself."""
+    """Seconds of an operation, forward and backward, and those that a step of ``generate`` adds."""
     transformers = import_transformers()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = transformers.GPT2LMHeadModel(

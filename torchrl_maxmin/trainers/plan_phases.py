@@ -15,7 +15,7 @@ from torchrl_maxmin.models.lora import AdapterSwitch, LoraSettings
 from torchrl_maxmin.models.memory import log_probs_of, states_of, values_of
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, text_config
 from torchrl_maxmin.rewards.adapters import adapter_names
-from torchrl_maxmin.trainers.plan_messages import gradient_messages, ppo_messages
+from torchrl_maxmin.trainers.plan_messages import gradient_messages, ppo_messages, reward_messages
 from torchrl_maxmin.trainers.plan_networks import Network, Reader, Size, reward_reader
 from torchrl_maxmin.trainers.plan_traces import FLOAT, Phase, Planner
 
@@ -341,12 +341,12 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
     drawn, seconds = planner.sampling(base, at_once, settings.max_prompt_length, settings.response_length)
     gradients = {"reference weights": planner.size(base).weights, "gradients": size.gradients}
     calibrate = Phase("calibrate", before | gradients | drawn, seconds * samples / at_once)
-    accumulated = settings.gradient_accumulation_steps
-    sent = gradient_messages(settings, [size], [size, Size.of_heads(0)], steps=1, passes=accumulated * passes)
+    width = text_config(load_config(settings.model_name_or_path)).hidden_size
+    sent = reward_messages(settings, size, Size.of_heads(groups * width, tensors=1), passes=passes)
     return [
         Phase("features", features, None, ("scoring_batch_size",)),
-        update.sending(sent, settings),
-        score,
+        update.sending(sent.get("update", ()), settings),
+        score.sending(sent.get("score", ()), settings),
         calibrate,
         Phase("save", before | {"gradients": size.gradients} | ({} if names else _written(planner, size))),
     ]

@@ -20,8 +20,8 @@ from torchrl_maxmin.trainers.plan_networks import Network, Size, size_of
 __all__ = ["FLOAT", "Phase", "Planner"]
 
 FLOAT = 4  # bytes: Adam's moments, adapters and heads are float32 whatever the weights are
-# an AdamW step reads and writes parameter, gradient and moments so many times, in so many operations
-_ADAM_PASSES, _ADAM_OPERATIONS = 18, 12
+# clipping and AdamW read and write parameter, gradient and moments so many times, in so many operations
+_ADAM_PASSES, _ADAM_OPERATIONS = 3 + 18, 2 + 12
 # of the activations (SmolLM2-135M): where large blocks are mapped one by one, which plans within 8% of runs
 # (benchmarks/results), and where they are not: right for full copies, up to a half too low for adapters
 _PIECES = {True: 0.1, False: 0.4}
