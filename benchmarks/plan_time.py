@@ -4,10 +4,10 @@
     python benchmarks/plan_time.py --model_name_or_path runs/smollm2 --only small medium --ranks 1
 
 Two GPT-2 of random weights, trained whole with a reward model, and the model that is given, trained by
-adapters with rewards by functions; each in one process and in two, of one thread each. A
-run's figure is the median of its iterations after the first, by the clock: nothing else should run beside it,
-and a plan is made just before its run. The bar: within 25%. Results that
-are there stay, but for those of the same size and ranks. A miss is exit status 1.
+adapters with rewards by functions; each in one process and in two, of one thread each. A run's figure is the
+median of its iterations after the first, by the clock: nothing else should run beside it, and a plan is made
+just before its run. The bar: within 25%. Results that are there stay, but for those of the same size and
+ranks. A miss is exit status 1.
 """
 
 import argparse
