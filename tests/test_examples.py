@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from torchrl_maxmin.cli.parsing import parse_config
+from torchrl_maxmin.trainers import ppo_settings
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -65,3 +66,27 @@ def test_cluster_scripts_start_the_same_run():
     assert f"--nnodes {nodes} --nproc_per_node {gpus} " in script
     assert f"#SBATCH --nodes={nodes}" in slurm
     assert f"#SBATCH --gpus-per-node={gpus}" in slurm
+
+
+def test_the_ray_job_fits_its_cluster(monkeypatch):
+    """Flags that the stage has, and GPUs for the trainer and every worker."""
+    monkeypatch.setattr(ppo_settings, "require_ray", lambda: None)
+    script = (CLUSTER / "ray_job.sh").read_text()
+    subprocess.run(["bash", "-n", "-c", script], check=True)
+    verb, flags = stage_of(script)
+    config = parse_config(verb, "", PPOConfig, flags)
+    config.check()
+    spec = yaml.safe_load((CLUSTER / "ray_job.yaml").read_text())["spec"]
+    assert shlex.split(spec["entrypoint"]) == ["bash", "/shared/ray_job.sh"]
+    submit = next(line for line in script.splitlines() if "ray job submit" in line)
+    assert submit.endswith(f"--entrypoint-num-gpus {spec['entrypointNumGpus']} -- {spec['entrypoint']}")
+    cluster = spec["rayClusterSpec"]
+    groups = [(1, cluster["headGroupSpec"]), *((one["replicas"], one) for one in cluster["workerGroupSpecs"])]
+    gpus = 0
+    for replicas, group in groups:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+        gpus += replicas * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert gpus == spec["entrypointNumGpus"] + config.rollout_workers * config.rollout_worker_gpus

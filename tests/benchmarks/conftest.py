@@ -41,6 +41,11 @@ def facts():
 
 
 @pytest.fixture(scope="session")
+def rollout_workers(facts):
+    return load("rollout_workers", BENCHMARKS / "rollout_workers.py")
+
+
+@pytest.fixture(scope="session")
 def plan_script(facts):
     return load("benchmarks_plan_script", BENCHMARKS / "plan.py")
 

@@ -15,6 +15,7 @@ from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies, run_evaluate
 from torchrl_maxmin.world import sample_prompts
 
+#: on any processor; a test that is marked slow has the bar of 1e-5
 BAR = 1e-4
 
 
@@ -37,31 +38,31 @@ def asked(views):
     return collections.Counter(question for call in calls for question in zip(*call, strict=True))
 
 
-def assert_close(found, expected, where=""):
+def assert_close(found, expected, bar, where=""):
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for key, value in expected.items():
-            assert_close(found[key], value, f"{where}/{key}")
+            assert_close(found[key], value, bar, f"{where}/{key}")
     elif isinstance(expected, list):
         assert len(found) == len(expected), where
         for place, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_close(one, other, f"{where}/{place}")
+            assert_close(one, other, bar, f"{where}/{place}")
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=BAR, rel=BAR, nan_ok=True), where
+        assert found == pytest.approx(expected, abs=bar, rel=bar, nan_ok=True), where
     else:
         assert found == expected, where
 
 
-def assert_same_figures(found, expected):
+def assert_same_figures(found, expected, bar=BAR):
     one, other = (SeedResult.load(folder / "result") for folder in (found, expected))
     assert one.policies == other.policies
     for name in ("utilities", "kl", "length", "wins"):
         arrays, wanted = getattr(one, name), getattr(other, name)
         assert arrays.keys() == wanted.keys()
         for policy, array in wanted.items():
-            np.testing.assert_allclose(arrays[policy], array, atol=BAR, err_msg=f"{name} of {policy}")
-    assert_close(one.extra, other.extra)
-    assert_close(*(json.loads((folder / "summary.json").read_text()) for folder in (found, expected)))
+            np.testing.assert_allclose(arrays[policy], array, atol=bar, err_msg=f"{name} of {policy}")
+    assert_close(one.extra, other.extra, bar)
+    assert_close(*(json.loads((folder / "summary.json").read_text()) for folder in (found, expected)), bar)
     lines = [(folder / "report.md").read_text().splitlines() for folder in (found, expected)]
     assert len(lines[0]) == len(lines[1])
 
@@ -97,6 +98,13 @@ def test_two_processes_find_what_one_finds(evaluate, tmp_path):
         assert again == questions
         for folder, expected in zip(found, folders, strict=True):
             assert_same_figures(tmp_path / folder, tmp_path / expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_figures_agree_in_every_element(evaluate, tmp_path, mode):
+    for found, expected in zip(evaluate(2, mode)[0], evaluate(1, mode)[0], strict=True):
+        assert_same_figures(tmp_path / found, tmp_path / expected, 1e-5)
 
 
 def judge_badly(values):

@@ -8,7 +8,8 @@ from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.models import TokenPolicy
-from torchrl_maxmin.models.decoding import GivenNumbers
+from torchrl_maxmin.models.decoding import NUMBERS, GivenNumbers
+from torchrl_maxmin.models.sampling import encode_prompts
 
 
 def drawn(scores, numbers, temperature=1.0):
@@ -32,6 +33,40 @@ def test_it_is_the_inverse_of_the_cumulated_probabilities(seed, temperature):
     assert (shares - expected).abs().max() <= 1.01 / 2000
     assert shares[seed % 7] == 0
     assert (tokens.diff() >= 0).all()
+
+
+@given(
+    size=st.sampled_from([255, 256, 257, 700]), seed=st.integers(0, 10**6), temperature=st.floats(0.2, 5.0)
+)
+def test_vocabularies_of_several_blocks_are_drawn_as_of_one(size, seed, temperature):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(1, size, generator=generator) * 3
+    scores[0, torch.randperm(size, generator=generator)[: seed % size]] = -torch.inf
+    numbers = torch.rand(500, generator=generator, dtype=torch.float64)
+    sums = (scores[0].double() / temperature).softmax(-1).cumsum(-1)
+    tokens = drawn(scores.expand(500, -1), numbers, temperature)
+    assert not scores[0, tokens].isneginf().any()
+    # to the rounding of a sum in float32: a number between two tokens may draw either
+    below = torch.where(tokens > 0, sums[tokens - 1], 0.0)
+    assert (below - 1e-5 <= numbers).all()
+    assert (numbers <= sums[tokens] + 1e-5).all()
+
+
+def test_large_vocabularies_are_drawn_by_a_number_a_token(tiny_model, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    policy = TokenPolicy.from_pretrained(tiny_model, tokenizer, max_new_tokens=6)
+    prompts = encode_prompts(tokenizer, ["the film", "a", "it was a good film"])
+    monkeypatch.setattr("torchrl_maxmin.models.language.LARGE_VOCABULARY", len(tokenizer))
+    torch.manual_seed(0)
+    whole = policy(prompts.clone())
+    torch.manual_seed(0)
+    assert torch.equal(
+        whole["action"], policy._answer(prompts.clone().set(NUMBERS, torch.rand(3, 6)), 6)["action"]
+    )
+    policy.generation_batch_size = 1  # slices draw what the whole would
+    torch.manual_seed(0)
+    assert torch.equal(whole["action"], policy(prompts.clone())["action"])
+    assert NUMBERS not in whole
 
 
 def test_both_ends_draw_what_can_be_drawn():

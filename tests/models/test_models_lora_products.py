@@ -121,8 +121,35 @@ def test_peft_merges_and_takes_out_again_what_it_would(safe):
             assert torch.equal(ours.state_dict()[name], weight), (change, name)
 
 
-def test_a_float32_trunk_is_left_to_peft():
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_a_float32_trunk_computes_what_peft_does_and_keeps_no_more(name):
+    tokens = torch.randint(3, 40, (4, 20), generator=torch.Generator().manual_seed(1))
+    found = []
+    for ours in (True, False):
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(0)
+        model = get_peft_model(build(name, build_tokenizer()), config).eval()
+        if ours:
+            compute_as_the_trunk(model)
+        layers = [module for module in model.modules() if hasattr(module, "lora_variant")]
+        assert layers
+        assert all(bool(layer.lora_variant) == ours for layer in layers)
+        with torch.no_grad():  # the sum is taken in place
+            silent = model(input_ids=tokens).logits
+        kept, logits = kept_bytes(lambda model=model: model(input_ids=tokens).logits)
+        logits.square().sum().backward()
+        torch.testing.assert_close(silent, logits)
+        found.append((kept, logits, [p.grad for p in model.parameters() if p.grad is not None]))
+    (kept, *mine), (kept_by_peft, *theirs) = found
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    assert kept <= kept_by_peft
+
+
+def test_quantized_weights_are_left_to_peft():
     model = add_adapters(build("Llama", build_tokenizer()), ["default"], LoraSettings(r=2))
-    layers = [module for module in model.modules() if hasattr(module, "lora_variant")]
-    assert layers
-    assert not any(layer.lora_variant for layer in layers)
+    layer = next(module for module in model.modules() if hasattr(module, "lora_variant"))
+    layer.lora_variant.clear()
+    weight = layer.get_base_layer().weight
+    weight.requires_grad_(False).data = weight.data.to(torch.int8)
+    compute_as_the_trunk(model)
+    assert not layer.lora_variant

@@ -36,7 +36,9 @@ from torchrl_maxmin.world.world import write_rows  # noqa: E402
 
 #: the recipes' own, where the policy stage has adapters and advantages without a critic
 USE_PEFT = str({"use_peft", "advantage"} <= PPOConfig.__dataclass_fields__.keys()).lower()
-RECIPES = [*run.RECIPES, *sorted((REPRODUCTIONS / "tulu2").glob("*.yaml"))]
+RECIPES = [
+    path for name in ("smollm/recipes", "tulu2") for path in sorted((REPRODUCTIONS / name).glob("*.yaml"))
+]
 
 # -- prompts -----------------------------------------------------------------------------------------------
 

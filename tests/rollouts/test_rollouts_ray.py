@@ -2,15 +2,20 @@
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from rollouts_fakes import FakeWorkers
 from rollouts_samplers import Adder
 
 from torchrl_maxmin.core.errors import EngineError, UserError
 from torchrl_maxmin.rollouts import ray_workers
+from torchrl_maxmin.rollouts.environment_workers import EnvTask
 from torchrl_maxmin.rollouts.ray_workers import RayWorkers, ray_session
+from torchrl_maxmin.trainers.env_ppo import make_env_sampler
+from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'torchrl-maxmin[ray]'")
 
@@ -55,6 +60,22 @@ def test_workers_answer_in_order_and_one_that_is_killed_is_replaced(session, tmp
     with pytest.raises(UserError, match=r"^no such number$"):
         sums(workers, 1, 20.0, ["refuse", ""])
     workers.close()
+
+
+def test_an_environment_moves_in_other_processes_as_in_this_one(session):
+    config = EnvPPOConfig(
+        env_id="fishwood-v0", output_dir="", num_envs=20, frames_per_batch=100, total_frames=300, device="cpu"
+    )
+    make = partial(make_env_sampler, config)
+    _, policy = make().make_block(8)
+    weights = [parameter.detach() for parameter in policy.parameters()]
+    far, near = RayWorkers([make, make]), FakeWorkers([make(), make()])
+    for index in range(3):
+        tasks = [EnvTask(index, 0, range(2)), EnvTask(index, 0, range(2, 3))]
+        answers = [workers.answers(workers.ask(index, weights, tasks)) for workers in (far, near)]
+        for one, other in zip(*(torch.cat(parts) for parts in answers), strict=True):
+            assert (one == other).all()
+    far.close()
 
 
 def test_a_worker_that_dies_once_too_often_ends_it(session, tmp_path, monkeypatch):

@@ -86,9 +86,6 @@ def test_a_round_sends_its_steps_and_the_users_log_likelihoods(name, calls, tiny
         assert size == pytest.approx(expected[kind][1], rel=0.02), kind  # shards are padded
 
 
-def test_features_are_gathered_once(calls, tiny_model):
-    """Both sides of every pair; the margins of those held out are gathered, too."""
+def test_no_pair_is_gathered_but_the_margins_of_those_held_out(calls):
     first, _ = calls["copies"]
-    width = 16
-    features, margins = 2 * PAIRS * 3 * width * 4, math.ceil(PAIRS / 2) * 2 * GROUPS * 4
-    assert first["all_gather"] == (2, features + margins)
+    assert first["all_gather"] == (1, math.ceil(PAIRS / 2) * 2 * GROUPS * 4)

@@ -80,3 +80,16 @@ def deadly(prompts, completions):
     if first and os.environ.get("RANK") == "1" and calls[0] == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return letters(prompts, completions)
+
+
+def murderous(prompts, completions):
+    """``letters``, whose fifth call kills a rollout worker of this process's Ray, at work or not."""
+    calls[0] += 1
+    if calls[0] == 5:
+        import psutil
+
+        family = psutil.Process().children(recursive=True)
+        workers = [process for process in family if "RayWorker" in "".join(process.cmdline())]
+        assert len(workers) == 2
+        workers[1].kill()
+    return letters(prompts, completions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -85,6 +86,35 @@ class Choices(Protocol):
     @property
     def choices_by_user(self) -> Tensor:
         """Choices of every user [U]."""
+
+
+class UserRows:
+    """Rows of choices, those of a user side by side.
+
+    Attributes:
+        user_offsets: int64 [U + 1].
+        row_weights: how much each row counts [P]; None counts each once.
+    """
+
+    user_offsets: Tensor
+    row_weights: Tensor | None
+
+    @cached_property
+    def row_users(self) -> Tensor:
+        """The user of every row [P]."""
+        return torch.repeat_interleave(self.user_offsets.diff())
+
+    @cached_property
+    def choices_by_user(self) -> Tensor:
+        """Choices of each user, ties halved: float64 [U]."""
+        if self.row_weights is None:
+            return self.user_offsets.diff().double()
+        return sum_by_segment(self.row_weights.double(), self.user_offsets)
+
+    @cached_property
+    def num_choices(self) -> float:
+        """All users' choices together: what the penalty and log-likelihoods a choice refer to."""
+        return self.choices_by_user.sum().item()
 
 
 class MStep(Protocol):

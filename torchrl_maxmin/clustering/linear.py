@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, Protocol
@@ -24,10 +23,10 @@ from torchrl_maxmin.clustering.em import (
     EMSettings,
     Expectation,
     MStep,
+    UserRows,
     expectation,
     offsets_of,
     run_em,
-    sum_by_segment,
 )
 from torchrl_maxmin.clustering.solvers import (
     BLOCK_ROWS_COPIED,
@@ -55,35 +54,6 @@ def user_blocks(user_offsets: Tensor, block_rows: int) -> Iterator[tuple[slice, 
         yield slice(first, last), slice(int(user_offsets[first]), int(user_offsets[last]))
 
 
-class UserRows:
-    """Rows of choices, those of a user side by side.
-
-    Attributes:
-        user_offsets: int64 [U + 1].
-        row_weights: how much each row counts [P]; None counts each once.
-    """
-
-    user_offsets: Tensor
-    row_weights: Tensor | None
-
-    @cached_property
-    def row_users(self) -> Tensor:
-        """The user of every row [P]."""
-        return torch.repeat_interleave(self.user_offsets.diff())
-
-    @cached_property
-    def choices_by_user(self) -> Tensor:
-        """Choices of each user, ties halved: float64 [U]."""
-        if self.row_weights is None:
-            return self.user_offsets.diff().double()
-        return sum_by_segment(self.row_weights.double(), self.user_offsets)
-
-    @cached_property
-    def num_choices(self) -> float:
-        """All users' choices together: what the penalty and log-likelihoods a choice refer to."""
-        return self.choices_by_user.sum().item()
-
-
 @dataclass(frozen=True)
 class PairChoices(UserRows):
     """Pairs under linear Bradley-Terry rewards: P(chosen) = sigmoid(w . difference).
@@ -103,6 +73,11 @@ class PairChoices(UserRows):
     def features(self) -> Tensor:
         """What heads are applied to [P, D]; fits come back in its dtype."""
         return self.differences
+
+    @property
+    def mean_row_weight(self) -> Tensor | float:
+        """Mean of the row weights."""
+        return 1.0 if self.row_weights is None else self.row_weights.mean()
 
     def take_users(self, users: Tensor) -> PairChoices:
         """These users' pairs, in the order of ``users`` [U'], which may name a user twice."""
@@ -249,7 +224,7 @@ class _ExactStep(MStep):
         return (self.l2 * self.weight.square().sum()).item()
 
 
-class _AdamStep(MStep):
+class AdamStep(MStep):
     """A few Adam steps a round; the whole of the data in memory. Other starts stand in for repairs."""
 
     weight: Tensor
@@ -260,25 +235,31 @@ class _AdamStep(MStep):
         self.optimizer = torch.optim.Adam([self.weight], lr=settings.learning_rate)
 
     def expectation(self, log_prior: Tensor) -> Expectation:
+        """The E-step."""
         margins = self.choices.differences @ self.weight.detach().T
         return expectation(margins, self.choices.user_offsets, log_prior, "soft", self.choices.row_weights)
 
     def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
+        """Take the steps."""
         shares = responsibilities[self.choices.row_users]
         if (row_weights := self.choices.row_weights) is not None:
-            shares = shares * (row_weights / row_weights.mean()).unsqueeze(-1)
+            shares = shares * (row_weights / self.choices.mean_row_weight).unsqueeze(-1)
         self.weight.requires_grad_()
         for _ in range(self.settings.steps_per_round):
             self.optimizer.zero_grad()
-            margins = self.choices.differences @ self.weight.T
-            log_likelihood = (shares * nn.functional.logsigmoid(margins)).sum(-1).mean()
-            (self.settings.l2 * self.weight.square().sum() - log_likelihood).backward()
+            self.add_gradient(shares)
             self.optimizer.step()
         self.weight.requires_grad_(False)
         return {}
 
+    def add_gradient(self, shares: Tensor) -> None:
+        """The gradient of the loss, rows counting as ``shares`` [P, K] say."""
+        margins = self.choices.differences @ self.weight.T
+        log_likelihood = (shares * nn.functional.logsigmoid(margins)).sum(-1).mean()
+        (self.settings.l2 * self.weight.square().sum() - log_likelihood).backward()
 
-class _GradientStep(_AdamStep):
+
+class _GradientStep(AdamStep):
     """One Adam step a round on the gradient that the E-step's own pass over blocks of rows gives."""
 
     gradient: Tensor | None = None
@@ -295,8 +276,9 @@ class _GradientStep(_AdamStep):
         return {}
 
 
-M_STEPS: dict[str, Callable[[Any, Tensor, EMSettings], MStep]] = {
-    "adam": _AdamStep,
+MakeMStep = Callable[[Any, Tensor, EMSettings], MStep]
+M_STEPS: dict[str, MakeMStep] = {
+    "adam": AdamStep,
     "exact": _ExactStep,
     "gradient": _GradientStep,
 }
@@ -347,7 +329,7 @@ def fit_choices(
     *,
     num_restarts: int = 4,
     generator: torch.Generator | None = None,
-    m_step: str = "adam",
+    m_step: str | MakeMStep = "adam",
     start: Tensor | None = None,
     **settings: Any,
 ) -> LinearMixture:
@@ -362,15 +344,16 @@ def fit_choices(
         m_step: ``adam`` takes a few Adam steps; ``exact`` solves every M-step to convergence in float64, so
             that the penalised likelihood never falls, and repairs empty groups; ``gradient`` takes one Adam
             step a round on the gradient that the E-step's own pass over the rows gives, a block at a time:
-            for data that fills the memory, or lies in a file.
+            for data that fills the memory, or lies in a file. Or what makes one.
         start: heads [K, D] to begin from, instead of random ones.
         **settings: fields of :class:`~torchrl_maxmin.clustering.em.EMSettings`.
     """
     em = EMSettings(**settings)
     if em.assignment not in ("soft", "hard"):
         raise ValueError(f"assignment is 'soft' or 'hard', not {em.assignment!r}")
-    if m_step not in M_STEPS:
+    if isinstance(m_step, str) and m_step not in M_STEPS:
         raise ValueError(f"m_step is one of {', '.join(M_STEPS)}, not {m_step!r}")
+    make_m_step = M_STEPS[m_step] if isinstance(m_step, str) else m_step
     if generator is None and seed is not None:
         generator = torch.Generator().manual_seed(seed)
     shape, dtype = (num_groups, choices.features.shape[1]), choices.features.dtype
@@ -382,7 +365,7 @@ def fit_choices(
             everyone = torch.ones(len(choices.choices_by_user), 1)
             weight = choices.maximise(everyone, torch.zeros_like(weight), em.l2)
             em = replace(em, num_rounds=0)
-        fits.append(run_em(choices, M_STEPS[m_step](choices, weight, em), em))
+        fits.append(run_em(choices, make_m_step(choices, weight, em), em))
     best = max(fits, key=attrgetter("score"))  # the first of equals
     assert best.weight is not None
     assert best.log_prior is not None

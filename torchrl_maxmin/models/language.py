@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +15,14 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import of_main_process, over_ranks, shares_rows
 from torchrl_maxmin.models.checks import check_model
-from torchrl_maxmin.models.decoding import NUMBERS, GivenNumbers, StopStrings, truncating_warpers
+from torchrl_maxmin.models.decoding import (
+    LARGE_VOCABULARY,
+    NUMBERS,
+    GivenNumbers,
+    SampledLogProbs,
+    StopStrings,
+    truncating_warpers,
+)
 from torchrl_maxmin.models.loading import (
     end_tokens,
     ensure_pad_token,
@@ -64,46 +69,6 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     mask = torch.cat([prompt_mask, action_mask[:, : longest - 1]], -1)
     states = hidden_states(backbone, tokens, mask)[:, prompt.shape[-1] - 1 :]
     return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))
-
-
-@dataclass
-class SampledLogProbs:
-    """A logits processor that remembers how likely sampled tokens were; all that it changes is to truncate.
-
-    A token is known one call after its scores: only one step's scores are held, never [B, R, V].
-
-    Attributes:
-        temperature: of the sampling; processors of the caller's see scores that are not divided yet.
-        warpers: what truncates the scores; they are divided here then, and sampled as they come out.
-        columns: the log-probabilities [B] in fp32 of every column but the last, which a last call adds.
-        log_mass: log [B] in fp32 of the probability that the tokens left hold, where there are warpers.
-        scores: those of the last call.
-    """
-
-    temperature: float = 1.0
-    warpers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
-    columns: list[Tensor] = field(default_factory=list)
-    log_mass: list[Tensor] = field(default_factory=list)
-    scores: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
-        """Take the scores [B, V] of the next token, None after the last, given all tokens [B, T]."""
-        if self.scores is not None:
-            last = self.scores.float()
-            if self.temperature != 1.0 and not self.warpers:
-                last = last / self.temperature
-            self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
-        if self.warpers and scores is not None:
-            whole = scores = scores.float() / self.temperature
-            for warper in self.warpers:
-                scores = warper(input_ids, scores)
-            self.log_mass.append(scores.logsumexp(-1) - whole.logsumexp(-1))
-        self.scores = scores
-        return scores
-
-
-# generate() asks for it at every token, and working it out takes longer than the log-probability.
-SampledLogProbs.__call__.__signature__ = inspect.signature(SampledLogProbs.__call__)  # type: ignore[attr-defined]
 
 
 class TokenPolicy(TensorDictModuleBase):
@@ -261,7 +226,7 @@ class TokenPolicy(TensorDictModuleBase):
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
 
         Processes that work as one answer a share each, every row drawn by random numbers of its own, so that
-        the number of processes changes nothing.
+        the number of processes changes nothing; so are large vocabularies in one process: it is faster.
 
         Args:
             tensordict: prompts [B].
@@ -271,7 +236,7 @@ class TokenPolicy(TensorDictModuleBase):
             ValueError: for a prompt without tokens.
         """
         max_new_tokens = max_new_tokens or self.max_new_tokens
-        if not shares_rows():
+        if not shares_rows() and self.model.get_output_embeddings().weight.shape[0] < LARGE_VOCABULARY:
             return self._answer(tensordict, max_new_tokens)
         prompts, shape = tensordict.select(*self.in_keys), (len(tensordict), max_new_tokens)
         prompts[NUMBERS] = of_main_process(lambda: torch.rand(shape)).to(prompts["prompt_tokens"].device)

@@ -1,4 +1,4 @@
-"""Float32 adapters that compute in the precision of the trunk that they are on."""
+"""Float32 adapters that compute in the precision of the trunk that they are on, and in few passes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torchrl_maxmin.models.loading import import_peft
 
 __all__ = ["add_low_rank", "compute_as_the_trunk"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def add_low_rank(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Add the product of two thin matrices to a layer's output: ``result + scale * x a^T b^T``.
 
     Both matrices are rounded to the input's dtype, as autocast would do; sums are float32 within a product.
     In float32 nothing is rounded. The addition is part of the second product: on a CPU a tenth of the reads
-    and writes of peft's own steps on a bfloat16 trunk, which go by float32 copies of input and output.
+    and writes of peft's own steps on a bfloat16 trunk, which go by float32 copies of input and output, and a
+    quarter of those on a float32 one.
 
     Args:
-        result: what the layer without adapter gives [..., out].
+        result: what the layer without adapter gives [..., out]; holds the sum where no gradient is taken.
         x: its input [..., in].
         a: [r, in].
         b: [out, r].
@@ -33,7 +36,8 @@ def add_low_rank(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) 
         tensor([[6., 6.]])
     """
     narrow = nn.functional.linear(x, a.to(x.dtype)).flatten(0, -2)
-    wide = torch.addmm(result.flatten(0, -2), narrow.to(result.dtype), (scale * b).to(result.dtype).mT)
+    add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+    wide = add(result.flatten(0, -2), narrow.to(result.dtype), (scale * b).to(result.dtype).mT)
     return wide.view(result.shape)
 
 
@@ -71,17 +75,17 @@ def _variant() -> Any:
 
 
 def compute_as_the_trunk(model: nn.Module) -> None:
-    """Let every plain LoRA layer of a half-precision model compute in the trunk's precision.
+    """Let every plain LoRA layer of a model compute in the trunk's precision, by :func:`add_low_rank`.
 
-    Adapters with a bias, and variants such as DoRA, stay peft's. An adapter that comes to a layer later needs
-    a call of its own.
+    Adapters with a bias, on quantized weights, and variants such as DoRA, stay peft's. An adapter that comes
+    to a layer later needs a call of its own.
 
     Args:
         model: a peft model; changed in place.
     """
     lora = import_peft().tuners.lora.Linear
     for layer in model.modules():
-        if isinstance(layer, lora) and layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16):
+        if isinstance(layer, lora) and layer.get_base_layer().weight.dtype in _DTYPES:
             for name, b in layer.lora_B.items():
                 if b.bias is None:
                     layer.lora_variant.setdefault(name, _variant())

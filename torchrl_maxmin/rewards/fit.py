@@ -20,7 +20,8 @@ from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mix
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
 from torchrl_maxmin.clustering.linear import PairChoices, fit_choices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
-from torchrl_maxmin.core.distributed import of_main_process
+from torchrl_maxmin.clustering.shares import AdamStepOfShares
+from torchrl_maxmin.core.distributed import of_main_process, shares_rows
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.sequences import backbone_of
@@ -29,7 +30,7 @@ from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.pairs import PairTokens, feature_choices
+from torchrl_maxmin.rewards.pairs import PairTokens, feature_choices, shared_feature_choices
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
 from torchrl_maxmin.stats import accuracy_by_group
 
@@ -180,8 +181,13 @@ def fit_mixture(
     else:
         reading = {name: options[name] for name in _READING if name in options}
         size = tuning.scoring_batch_size
-        choices = feature_choices(data, model, max_length, device, size, **reading)
         fit = {"num_restarts": num_restarts, "assignment": assignment, "l2": warm_start_l2}
+        choices: PairChoices
+        if shares_rows() and num_groups != "auto" and not identifiability:
+            choices = shared_feature_choices(data, model, max_length, device, size, **reading)
+            fit["m_step"] = AdamStepOfShares
+        else:
+            choices = feature_choices(data, model, max_length, device, size, **reading)
         warm = linear_warm_start(choices, num_groups, max_groups, seed, **fit)
         if identifiability:
             warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.em import log_likelihood_by_user
+from torchrl_maxmin.clustering.em import UserRows, log_likelihood_by_user
 from torchrl_maxmin.clustering.judged import merged_choices
-from torchrl_maxmin.clustering.linear import PairChoices, UserRows, row_weights_of
+from torchrl_maxmin.clustering.linear import PairChoices, row_weights_of
+from torchrl_maxmin.clustering.shares import SharedChoices
 from torchrl_maxmin.core.distributed import (
     gather_rows,
     share_of_rows,
+    sum_over_ranks,
     world_size,
 )
 from torchrl_maxmin.core.progress import progress_bar
@@ -118,11 +120,21 @@ class PairTokens(UserRows):
         Args:
             margins: of :meth:`own_margins`.
         """
-        index, real = share_of_rows(self.num_pairs)
-        first, count = int(index[0]), int(real.sum())
-        offsets = self.user_offsets.clamp(first, first + count) - first
-        weights = None if self.row_weights is None else self.row_weights[first : first + count]
-        return log_likelihood_by_user(margins[:count], offsets, weights)
+        own = own_rows(self.num_pairs)
+        weights = None if self.row_weights is None else self.row_weights[own]
+        margins = margins[: own.stop - own.start]
+        return log_likelihood_by_user(margins, own_offsets(self.user_offsets, own), weights)
+
+
+def own_rows(num_rows: int) -> slice:
+    """Which rows are this process's, each with one process; none where there are fewer than processes."""
+    index, real = share_of_rows(num_rows)
+    return slice(int(index[0]), int(index[0]) + int(real.sum()))
+
+
+def own_offsets(user_offsets: Tensor, own: slice) -> Tensor:
+    """Where the rows of every user begin [U + 1] among those of a slice."""
+    return user_offsets.clamp(own.start, own.stop) - own.start
 
 
 # -- frozen features -------------------------------------------------------------------------------
@@ -206,21 +218,61 @@ def feature_differences(
     **reading_options: Any,
 ) -> Tensor:
     """Features of chosen minus rejected texts [P, D] on a frozen trunk, each of unit deviation."""
+    share = share_of_rows(len(data))[0].tolist() if world_size() > 1 else range(len(data))
+    own = raw_differences(data, share, model, max_length, device, batch_size, **reading_options)
+    differences = gather_rows(own, len(data))
+    return differences / differences.std(0).clamp_min(1e-6)
+
+
+def raw_differences(
+    data: PreferenceDataset,
+    share: Sequence[int],
+    model: str,
+    max_length: int | None,
+    device: torch.device | str,
+    batch_size: int = SCORED_AT_ONCE,
+    **reading_options: Any,
+) -> Tensor:
+    """Features of chosen minus rejected texts [n, D] of some pairs, as the trunk gives them."""
     trunk, reader = load_feature_trunk(model, **reading_options)
     trunk.to(device)
     pairs = PairTokens(data, lambda p, c: reader.encode(p, c, max_length), reader.pad_id)
     rows: Sequence[list[int]] = pairs.rows
-    if world_size() > 1:
-        rows = [pairs.rows[row] for row in share_of_rows(len(rows))[0].tolist()]
+    if len(share) < len(pairs):
+        rows = [pairs.rows[row] for first in (0, len(pairs)) for row in (first + i for i in share)]
     features = text_features(trunk, rows, pairs.pad_id, batch_size, reader=reader)
-    features = gather_rows(features, len(pairs.rows))
-    differences = features[: len(pairs)] - features[len(pairs) :]
-    return differences / differences.std(0).clamp_min(1e-6)
+    return features[: len(share)] - features[len(share) :]
 
 
 def feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -> PairChoices:
     """Choices between the pairs of :func:`feature_differences`, those that repeat another left out."""
-    differences = feature_differences(data, *args, **kwargs)
+    return _merged(data, feature_differences(data, *args, **kwargs))
+
+
+def _merged(data: PreferenceDataset, differences: Tensor) -> PairChoices:
     ids = torch.from_numpy(data.judgement_ids)
     choices = PairChoices(differences, data.user_offsets, row_weights_of(data), ids)
     return merged_choices(choices, data.judgements) if data.judgements.num_repeats else choices
+
+
+def shared_feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -> SharedChoices:
+    """What :func:`feature_choices` gives, each process with the features of its own pairs alone."""
+    own = own_rows(len(data))
+    differences = raw_differences(data, range(own.start, own.stop), *args, **kwargs)
+    differences /= deviation_over_ranks(differences, len(data)).clamp_min(1e-6)
+    merged = _merged(data, differences.new_empty(len(data), 0))
+    first = torch.from_numpy(data.judgements.first)
+    kept = slice(*torch.searchsorted(first, torch.tensor([own.start, own.stop])).tolist())
+    return SharedChoices(
+        differences[first[kept] - own.start],
+        own_offsets(merged.user_offsets, kept),
+        None if merged.row_weights is None else merged.row_weights[kept],
+        None if merged.judgements is None else merged.judgements[kept],
+    )
+
+
+def deviation_over_ranks(rows: Tensor, num_rows: int) -> Tensor:
+    """Standard deviation [D] over the rows [n, D] of all processes, N together."""
+    values = rows.double()
+    mean = sum_over_ranks(values.sum(0)) / num_rows
+    return (sum_over_ranks((values - mean).square().sum(0)) / (num_rows - 1)).sqrt().to(rows.dtype)

@@ -32,7 +32,7 @@ class EnvRollouts:
         num_batches: batches in all.
         seed: of the episodes.
         start: batches that were drawn before.
-        folder: where a batch with a NaN goes.
+        folder: where a batch with a NaN goes; None lets it pass.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class EnvRollouts:
         num_batches: int,
         seed: int,
         start: int = 0,
-        folder: Path,
+        folder: Path | None = None,
     ):
-        self.env, self.num_envs, self.seed, self.folder = env, num_envs, seed, folder
+        self.env, self.policy, self.num_envs, self.seed, self.folder = env, policy, num_envs, seed, folder
         own_frames = frames_per_batch // num_envs * env.batch_size[0]
         self.collector = Collector(
             env,
@@ -61,8 +61,8 @@ class EnvRollouts:
     def __iter__(self) -> Iterator[TensorDictBase]:
         for own in self.collector:
             rollout = gather_rows(own, self.num_envs)
-            # here, for the adversary refuses NaN without saving the batch
-            require_finite(rollout["next", "reward"].sum().item(), rollout, self.folder, "a reward")
+            if self.folder is not None:  # here, for the adversary refuses NaN without saving the batch
+                require_finite(rollout["next", "reward"].sum().item(), rollout, self.folder, "a reward")
             yield rollout
 
     def start_episodes(self, iteration: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ from torchrl_maxmin.models.mlp import make_actor, make_critic
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.objectives import VectorGAE
 from torchrl_maxmin.rollouts.environment import EnvRollouts
+from torchrl_maxmin.rollouts.environment_workers import EnvSampler, WorkerEnvRollouts
+from torchrl_maxmin.rollouts.ray_workers import RayWorkers, ray_session
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.learner import Learner
-from torchrl_maxmin.trainers.ppo import Metrics, PPOParts, find_state, restore, train
+from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_settings import adversary_of
 
 __all__ = [
@@ -52,6 +55,7 @@ __all__ = [
     "StepAdvantages",
     "build_env_ppo",
     "load_env_policy",
+    "make_env_sampler",
     "run_env_ppo",
     "train_env_policy",
 ]
@@ -102,11 +106,36 @@ def make_group_env(config: EnvPPOConfig, seed: int) -> TransformedEnv:
     return env
 
 
+def make_env_sampler(config: EnvPPOConfig) -> EnvSampler:
+    """Make what a worker runs, in its process."""
+    device = "cuda" if config.rollout_worker_gpus else "cpu"
+
+    def make_block(num_envs: int) -> tuple[EnvBase, TensorDictModuleBase]:
+        env = make_group_env(replace(config, num_envs=num_envs), config.seed).to(device)
+        return env, make_actor(env, config.hidden_sizes).to(device)
+
+    return EnvSampler(
+        make_block,
+        num_envs=config.num_envs,
+        frames_per_batch=config.frames_per_batch,
+        num_batches=config.num_iterations,
+        seed=config.seed,
+    )
+
+
+def start_workers(config: EnvPPOConfig) -> RayWorkers | None:
+    """Start the workers that ``--rollout_workers`` asks for; None where it asks for none."""
+    if not config.rollout_workers:
+        return None
+    make = partial(make_env_sampler, config)
+    return RayWorkers([make] * config.rollout_workers, gpus=config.rollout_worker_gpus)
+
+
 @dataclass
 class EnvParts(PPOParts):
     """The parts of a run in an environment."""
 
-    rollouts: EnvRollouts
+    rollouts: EnvRollouts | WorkerEnvRollouts
     advantages: StepAdvantages
 
 
@@ -119,7 +148,8 @@ def run_env_ppo(config: EnvPPOConfig) -> Path:
         UserError: before any work, for settings, environments or folders that cannot be used.
     """
     started = time.perf_counter()
-    return train_env_policy(config, build_env_ppo(config), started)
+    with ray_session(config.rollout_workers, config.ray_address, config.rollout_worker_gpus):
+        return train_env_policy(config, build_env_ppo(config), started)
 
 
 def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
@@ -139,27 +169,35 @@ def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
     columns = 1 if config.objective == "mean_of_mins" else num_groups
     models = Networks(actor, make_critic(env, columns, config.hidden_sizes).to(device))
     state = find_state(config, config.num_iterations, "--total_frames")
+    workers = start_workers(config)
     if rank():
         torch.manual_seed(seed_of_rank(config.seed))  # actions of other copies are others
     scale = measure_scale(config, env, actor) if state is None else state["utility_scale"]
     shares = torch.tensor(config.shares) / sum(config.shares) if config.shares else None
     adversary = adversary_of(config, num_groups, shares, scale=scale)
     start = 0 if state is None else state["iteration"]
+    order: dict[str, Any] = {
+        "num_envs": config.num_envs,
+        "num_batches": config.num_iterations,
+        "start": start,
+        "folder": folder,
+    }
+    rollouts: EnvRollouts | WorkerEnvRollouts
+    monitors: list[Monitor] = []
+    if workers is None:
+        size = config.frames_per_batch
+        rollouts = EnvRollouts(env, actor, frames_per_batch=size, seed=config.seed, **order)
+    else:
+        order |= {"max_staleness": config.max_staleness, "state": state}
+        rollouts = WorkerEnvRollouts(env, workers, models.policy_parameters, **order)
+        monitors.append(rollouts.batches.metrics)
     parts = EnvParts(
         models=models,
         learner=Learner(config, models, config.num_iterations, config.frames_per_batch),
-        rollouts=EnvRollouts(
-            env,
-            actor,
-            num_envs=config.num_envs,
-            frames_per_batch=config.frames_per_batch,
-            num_batches=config.num_iterations,
-            seed=config.seed,
-            start=start,
-            folder=folder,
-        ),
+        rollouts=rollouts,
         statistics=GroupStatistics(adversary),
         advantages=StepAdvantages(models.critic, scale, gamma=config.gamma, lmbda=config.lam, start=start),
+        monitors=monitors,
         start=start,
     )
     restore(state, parts, folder)

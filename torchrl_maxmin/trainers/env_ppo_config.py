@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.rollouts.environment_workers import BLOCK_SIZE, block_sizes
 from torchrl_maxmin.trainers.ppo_settings import OBJECTIVES, PPOSettings
 
 __all__ = ["EnvPPOConfig"]
@@ -30,7 +31,7 @@ class EnvPPOConfig(PPOSettings):
             auto, which is batched where that is there.
         env_options: keywords of the environment, as a mapping, for instance {"depth": 5}.
         observation: what the policy sees of a gym environment; one_hot, scale, none or auto.
-        num_envs: copies of the environment.
+        num_envs: copies of the environment; workers move blocks of 8, each with random numbers of its own.
         max_episode_steps: cut episodes after so many steps; 0 leaves them as they are.
         frames_per_batch: steps of all copies together a rollout.
         total_frames: steps of all copies together.
@@ -79,10 +80,12 @@ class EnvPPOConfig(PPOSettings):
         )
         self.require_at_least(1, "num_envs", "frames_per_batch", "total_frames")
         self.require_at_least(0, "max_episode_steps", "utility_scale")
-        if self.rollout_workers:
+        if self.rollout_workers and self.distributed != "none":
+            raise UserError("--rollout_workers sample for one trainer: leave --distributed or them out")
+        if self.rollout_workers > len(block_sizes(self.num_envs)):
             raise UserError(
-                "--rollout_workers sample responses of a language model; an environment runs its copies in "
-                "one process: leave it out, or raise --num_envs"
+                f"--rollout_workers {self.rollout_workers} move {BLOCK_SIZE} copies each at least: raise "
+                f"--num_envs to {BLOCK_SIZE * self.rollout_workers}, or take fewer"
             )
         if self.frames_per_batch % self.num_envs:
             raise UserError(

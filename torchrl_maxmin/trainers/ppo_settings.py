@@ -65,7 +65,8 @@ class PPOSettings(CheckedSettings):
         stop_at_iteration: stop there with a checkpoint, as if interrupted; 0 runs to the end.
         resume_from_checkpoint: checkpoint folder of output_dir, or last.
         rollout_workers: processes of Ray that sample the rollouts, one trainer beside them; 0 samples in the
-            trainer. What they sample does not depend on how many they are. A worker that dies is replaced.
+            trainer. What they sample does not depend on how many they are. A worker that dies is replaced; in
+            an environment they move blocks of 8 copies, and those of one that died start new episodes.
         rollout_worker_gpus: GPUs of each worker; a fraction shares one, and 0 samples on the CPU.
         ray_address: a Ray cluster, by its address or auto, on whose machines this package is installed and
             model and data are found by the same names; Ray on this machine alone when left out.
