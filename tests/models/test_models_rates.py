@@ -65,7 +65,7 @@ def test_a_token_is_drawn_from_the_whole_vocabulary_unless_by_given_numbers(give
     jobs = Jobs(config, rates=free(draw_seconds=1.0, token_seconds=0.5))
     assert jobs.drawing(4, 50, 1.0, given=given) == 0.5 + (0 if given else 4 * 50)
     busy = Jobs(config, rates=free(bandwidth=1.0))
-    assert busy.drawing(4, 100, 1.0, given=given) > 1.9 * busy.drawing(4, 50, 1.0, given=given)
+    assert busy.drawing(4, 80_000, 1.0, given=given) > 1.8 * busy.drawing(4, 40_000, 1.0, given=given)
 
 
 def test_fresh_pages_and_backward_passes_have_their_own_time():
