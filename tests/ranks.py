@@ -4,9 +4,21 @@ import multiprocessing
 import os
 import socket
 import traceback
+from collections import Counter
 
 WAIT_S = 900  # processors are shared
 PRELOAD = ["torch", "torch.distributed.tensor", "transformers", "torchrl_maxmin.trainers.lm_ppo"]
+#: functions of torch.distributed: their kind, and the bytes that all have in the end, or that are summed
+CALLS = {
+    "broadcast_object_list": ("broadcast", lambda *_: 0),  # pickled
+    "all_gather": ("all_gather", lambda parts, *_: sum(part.nbytes for part in parts)),
+    # shards: by one name before torch 2.13, by the other since
+    "all_gather_into_tensor": ("all_gather", lambda output, *_: output.nbytes),
+    "all_gather_single": ("all_gather", lambda output, *_: output.nbytes),
+    "all_reduce": ("all_reduce", lambda value, *_: value.nbytes),
+    "reduce_scatter_tensor": ("reduce_scatter", lambda output, value, *_: value.nbytes),
+    "reduce_scatter_single": ("reduce_scatter", lambda output, value, *_: value.nbytes),
+}
 
 
 def free_port():
@@ -74,3 +86,29 @@ def assert_same_parameters(found, expected, bar, elementwise=False):
         difference = (one[name].double() - value.double()).abs()
         error = difference.max() if elementwise else difference.square().mean().sqrt()
         assert error <= bar, f"{found}: {name}"
+
+
+def count_calls(function, arguments):
+    """Calls and bytes by kind of each of some calls of a function."""
+    import torch.distributed as dist
+
+    counts, sizes = Counter(), Counter()
+
+    def counting(kind, size, function):
+        def call(*arguments, **options):
+            counts[kind] += 1
+            sizes[kind] += size(*arguments, *options.values())
+            return function(*arguments, **options)
+
+        return call
+
+    for name, (kind, size) in CALLS.items():
+        if hasattr(dist, name):
+            setattr(dist, name, counting(kind, size, getattr(dist, name)))
+    found = []
+    for argument in arguments:
+        counts.clear()
+        sizes.clear()
+        function(argument)
+        found.append({kind: (counts[kind], sizes[kind]) for kind in dict(CALLS.values())})
+    return found

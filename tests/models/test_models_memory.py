@@ -9,15 +9,9 @@ from maxmin_kernels.log_probs.chunked import chunked_backward, chunked_forward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchrl_maxmin.models.dry_run import (
-    Footprint,
-    Rates,
-    fake_copy,
-    nbytes,
-    shallow_depths,
-    with_depth,
-)
+from torchrl_maxmin.models.dry_run import Footprint, fake_copy, nbytes, shallow_depths, with_depth
 from torchrl_maxmin.models.memory import Jobs, log_probs_of, states_of, without_weights
+from torchrl_maxmin.models.rates import Rates
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states
 
 PLAIN = {

@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
-from collections import Counter
 
 import pytest
-from ranks import on_ranks
+from ranks import count_calls, on_ranks
 from trainers_runs import small_config
 
 from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.trainers.lm_ppo import run_ppo
-from torchrl_maxmin.trainers.plan import PlanConfig, make_plan
+from torchrl_maxmin.trainers.plan import PlanConfig
 from torchrl_maxmin.trainers.plan_messages import Link, Messages
+from torchrl_maxmin.trainers.plan_phases import stage_phases
+from torchrl_maxmin.trainers.plan_traces import Planner
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 
 SETTINGS = {
@@ -36,43 +37,10 @@ CASES = {
     "shards and adapters": {"distributed": "fsdp2", "use_peft": True, "lora_r": 4},
     "shards and heads": {"distributed": "fsdp2", "critic": "heads"},
 }
-#: functions of torch.distributed: their kind, and the bytes that all have in the end, or that are summed
-CALLS = {
-    "broadcast_object_list": ("broadcast", lambda *_: 0),  # pickled
-    "all_gather": ("all_gather", lambda parts, *_: sum(part.nbytes for part in parts)),
-    # shards: by one name before torch 2.13, by the other since
-    "all_gather_into_tensor": ("all_gather", lambda output, *_: output.nbytes),
-    "all_gather_single": ("all_gather", lambda output, *_: output.nbytes),
-    "all_reduce": ("all_reduce", lambda value, *_: value.nbytes),
-    "reduce_scatter_tensor": ("reduce_scatter", lambda output, value, *_: value.nbytes),
-    "reduce_scatter_single": ("reduce_scatter", lambda output, value, *_: value.nbytes),
-}
 
 
-def count_calls(configs):
-    """Calls and bytes by kind of each of some runs."""
-    import torch.distributed as dist
-
-    counts, sizes = Counter(), Counter()
-
-    def counting(kind, size, function):
-        def call(*arguments, **options):
-            counts[kind] += 1
-            sizes[kind] += size(*arguments, *options.values())
-            return function(*arguments, **options)
-
-        return call
-
-    for name, (kind, size) in CALLS.items():
-        if hasattr(dist, name):
-            setattr(dist, name, counting(kind, size, getattr(dist, name)))
-    found = []
-    for values in configs:
-        counts.clear()
-        sizes.clear()
-        run_ppo(PPOConfig(**values))
-        found.append({kind: (counts[kind], sizes[kind]) for kind in dict(CALLS.values())})
-    return found
+def run(values):
+    run_ppo(PPOConfig(**values))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +61,7 @@ def calls(tiny_model, prompt_file, tmp_path_factory):
         for name, case in CASES.items()
         for iterations in (1, 2)
     ]
-    found, _ = on_ranks(2, count_calls, configs)
+    found, _ = on_ranks(2, count_calls, run, configs)
     return {
         name: {kind: [b - a for a, b in zip(one[kind], two[kind], strict=True)] for kind in one}
         for name, one, two in zip(CASES, found[::2], found[1::2], strict=True)
@@ -103,7 +71,8 @@ def calls(tiny_model, prompt_file, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_counts_what_an_iteration_sends(name, calls, tiny_model):
     config = PlanConfig(str(tiny_model), num_groups=2, gpus=2, device="cpu", **(SETTINGS | CASES[name]))
-    planned = [message for phase in make_plan(config).phases for message in phase.messages]
+    phases = stage_phases(config.resolved(), Planner("cpu", None, {}))
+    planned = [message for phase in phases for message in phase.messages]
     for kind, (count, size) in calls[name].items():
         of_kind = [message for message in planned if message.kind == kind]
         assert sum(message.count for message in of_kind) == count, kind

@@ -164,7 +164,8 @@ def plan(arguments: list[str]) -> int:
     from torchrl_maxmin.trainers.plan import GB, PlanConfig, run_plan, verdict
 
     config = parse_config("plan", line, PlanConfig, arguments)
-    found, settings = run_plan(config), config.resolved()
+    found = run_plan(config)
+    settings = found.settings
     table = Table(title=f"{settings.stage}, {found.parameters:,} parameters; GB by part at each phase's peak")
     table.add_column("")
     for phase in found.phases:
@@ -185,10 +186,11 @@ def plan(arguments: list[str]) -> int:
     if sent := [message for phase in found.phases for message in phase.messages]:
         link = settings.link()
         seconds = sum(message.seconds(settings.gpus, link) for message in sent)
+        origin = "measured, too" if found.rates["network"]["measured"] else "taken, not measured"
         size, count = sum(message.bytes for message in sent) / GB, sum(message.count for message in sent)
         _write(
             f"of it {seconds:.2g} s for {size:.3g} GB between processes in {count:,.0f} messages, at "
-            f"{link.bandwidth / GB:g} GB/s and {1e6 * link.latency:g} us a message (taken, not measured)"
+            f"{link.bandwidth / GB:.3g} GB/s and {1e6 * link.latency:.3g} us a message ({origin})"
         )
     _write("\n".join(verdict(found, settings)))
     return 0

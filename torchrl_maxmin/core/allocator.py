@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["map_large_blocks", "maps_large_blocks"]
+__all__ = ["MAPPED", "USUAL", "map_large_blocks", "maps_large_blocks"]
 
 #: blocks of at least so many bytes get a mapping of their own, and outside of forward passes what glibc
 #: grows to by itself

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,74 +16,22 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from torchrl_maxmin.core.allocator import USUAL
+from torchrl_maxmin.models.rates import Rates
 from torchrl_maxmin.models.sequences import backbone_of, text_config
 
-__all__ = ["Footprint", "Rates", "Trace", "fake_copy", "measure_rates", "nbytes", "shallow_depths", "traced"]
+__all__ = ["Footprint", "Trace", "fake_copy", "nbytes", "shallow_depths", "traced"]
 
 _aten = torch.ops.aten
+# read of their first argument no more than what they give
+_GATHERS = (_aten.embedding, _aten.index_select, _aten.index, _aten.gather)
+# how often an operation on a chunk of logits reads or writes them, forward and backward
+_LOGIT_PASSES = {"maxmin::token_log_probs": 9, "maxmin::token_log_probs_backward": 13}
 # attention on a CPU, which PyTorch's own table of formulas leaves out
 _CPU_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop_count,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop_count,
 }
-
-
-# -- what the machine can do ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a machine does a second, measured.
-
-    Attributes:
-        device: its name.
-        flops: floating point operations of a large matrix product, by dtype.
-        bandwidth: bytes that an elementwise operation reads and writes.
-        op_seconds: seconds that an operation takes whatever its size.
-    """
-
-    device: str
-    flops: dict[torch.dtype, float]
-    bandwidth: float
-    op_seconds: float
-
-
-def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Rates:
-    """Measure :class:`Rates` in about a second.
-
-    Args:
-        device: where.
-        dtypes: of the matrix products.
-    """
-    cuda = device.type == "cuda"
-    size = 8192 if cuda else 1024
-    flops = {}
-    for dtype in dtypes:
-        matrix = torch.ones(size, size, device=device, dtype=dtype)
-        flops[dtype] = 2 * size**3 / _seconds(matrix.mm, matrix, device=device)
-    large = torch.ones(2**28 if cuda else 2**24, device=device)
-    bandwidth = 2 * large.nbytes / _seconds(large.mul_, 1.0, device=device)
-    small, repeats = torch.ones(8, device=device), 500
-
-    def many() -> None:
-        for _ in range(repeats):
-            small.mul(1.0)
-
-    overhead = _seconds(many, device=device) / repeats
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
-    return Rates(name, flops, bandwidth, overhead)
-
-
-def _seconds(function: Callable[..., Any], *args: Any, device: torch.device) -> float:
-    """The least of a few times of a call, after one that counts not."""
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        function(*args)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 # -- what a pass holds ---------------------------------------------------------------------------------
@@ -135,6 +82,9 @@ class Footprint(TorchDispatchMode):
         device: for which the sizes of chunks are picked: ``"cpu"`` or ``"cuda"``.
         rates: for the time; None leaves it 0.
 
+    Attributes:
+        mapped: bytes from which a block comes fresh from the system.
+
     Example:
         >>> with Footprint() as footprint:
         ...     x = torch.ones(256)
@@ -145,7 +95,7 @@ class Footprint(TorchDispatchMode):
 
     def __init__(self, device: str = "cpu", rates: Rates | None = None):
         super().__init__()
-        self.device, self.rates = device, rates
+        self.device, self.rates, self.mapped = device, rates, USUAL
         self.live = self.logits = self.seconds = 0.0
         self.timeline: list[float] = []
         self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -187,16 +137,36 @@ class Footprint(TorchDispatchMode):
         return out
 
     def _time(self, func: Any, args: Any, kwargs: Any, out: Any, new: bool) -> float:
-        """Seconds of an operation: the slower of its arithmetic and its reading, and its start."""
-        assert self.rates is not None
+        """Seconds of an operation: its start, its arithmetic or reading, and pages that it touches first."""
+        rates = self.rates
+        assert rates is not None
+        backward = torch._C._current_graph_task_id() != -1
+        start = rates.backward_op_seconds if backward else rates.op_seconds
         writes = any(x.alias_info is not None and x.alias_info.is_write for x in func._schema.arguments)
         if not new and not writes:  # a view
-            return self.rates.op_seconds
-        tensors = [x for x in tree_iter((args, kwargs, out)) if isinstance(x, Tensor)]
-        moved = sum(x.numel() * x.element_size() for x in tensors) / self.rates.bandwidth
-        flops, dtype = _flops(func, args, kwargs, out), tensors[0].dtype
-        arithmetic = flops / self.rates.flops.get(dtype, self.rates.flops[torch.float32])
-        return max(moved, arithmetic) + self.rates.op_seconds
+            return start
+        given = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in tree_iter(out) if isinstance(x, Tensor)]
+        read = sum(x.numel() * x.element_size() for x in given)
+        written = sum(x.numel() * x.element_size() for x in made)
+        packet, flops = func._overloadpacket, _flops(func, args, kwargs, out)
+        if packet in _GATHERS:
+            read += written - given[0].numel() * given[0].element_size()
+        if packet is _aten.multinomial:
+            seconds = given[0].numel() * rates.draw_seconds
+        elif not flops:
+            seconds = rates.copy_seconds(read + written, self.live)
+        elif "attention" in func._schema.name:
+            heads = given[0].shape[0] * given[0].shape[1] * rates.head_seconds
+            arithmetic = heads + flops / rates.attention_flops
+            seconds = max(rates.copy_seconds(read + written, self.live), arithmetic)
+        else:
+            if passes := _LOGIT_PASSES.get(func._schema.name):
+                written += passes * 4.0 * given[0].shape[0] * given[1].shape[0]
+            seconds = rates.product_seconds(flops, read, given[0].dtype)
+            seconds += rates.copy_seconds(written, self.live)
+        fresh = sum(x.nbytes for x in made if x.nbytes >= self.mapped) if new else 0.0
+        return start + seconds + fresh * rates.page_seconds
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:

@@ -15,9 +15,13 @@ from maxmin_kernels import token_log_probs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from torchrl_maxmin.core.allocator import MAPPED, USUAL
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.dry_run import Footprint, Rates, Trace, fake_copy, shallow_depths, traced
+from torchrl_maxmin.models.decoding import GivenNumbers
+from torchrl_maxmin.models.dry_run import Footprint, Trace, fake_copy, shallow_depths, traced
+from torchrl_maxmin.models.language import SampledLogProbs
 from torchrl_maxmin.models.loading import import_transformers
+from torchrl_maxmin.models.rates import Rates
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, takes
 
 __all__ = ["Jobs", "without_weights"]
@@ -117,6 +121,31 @@ class Jobs:
 
         return self._traced([build], run)
 
+    def drawing(self, rows: int, vocabulary: int, temperature: float, *, given: bool) -> float:
+        """Seconds to draw a token a row from its scores, and to take its log-probability.
+
+        Args:
+            rows: responses at once.
+            vocabulary: tokens that there are.
+            temperature: of the sampling.
+            given: draw by given numbers, as processes do that work as one.
+        """
+        if self.rates is None:
+            return 0.0
+        with FakeTensorMode():
+            scores, tokens = torch.empty(rows, vocabulary), torch.zeros(rows, 1, dtype=torch.int64)
+            numbers = GivenNumbers(torch.empty(rows, 1), 1, temperature)
+            sampled = SampledLogProbs(temperature, scores=scores)
+            with Footprint(self.device, self.rates) as counted:
+                scores = scores.to(torch.float32, copy=True)
+                sampled(tokens, scores)
+                if given:
+                    numbers(tokens, scores).argmax(-1)
+                else:
+                    warmed = scores if temperature == 1.0 else scores / temperature
+                    torch.multinomial(warmed.softmax(-1), 1)
+        return counted.seconds + self.rates.token_seconds
+
     def scoring(
         self, build: Build, rows: int, prompt: int, response: int, *, log_probs: bool, columns: int = 0
     ) -> Trace:
@@ -147,6 +176,7 @@ class Jobs:
         *,
         accumulate: bool,
         reuse: bool = True,
+        mapped: bool = False,
     ) -> Trace:
         """Forward passes and one backward pass of them all; the gradients that are left are not counted.
 
@@ -155,10 +185,12 @@ class Jobs:
             losses: make a scalar of each; the backward pass is that of their sum.
             accumulate: whether gradients are added to what is there, else the old ones go between the passes.
             reuse: whether there are any before.
+            mapped: whether large blocks of the forward passes are mapped one by one.
         """
 
         def run(counted: Footprint, *models: nn.Module) -> Trace:
             trained = dict.fromkeys(p for model in models for p in model.parameters() if p.requires_grad)
+            counted.mapped = MAPPED if mapped else USUAL
             with counted:
                 for p in trained if reuse else ():
                     p.grad = torch.empty_like(p)
@@ -168,6 +200,7 @@ class Jobs:
                     ends.append(len(counted.timeline))
                 for p in () if accumulate else trained:
                     p.grad = None
+                counted.mapped = USUAL
                 total.backward()
                 # the second half of the backward pass is where gradients may outgrow what they free
                 trace = counted.trace(*ends, (ends[-1] + len(counted.timeline)) // 2)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from torchrl_maxmin.core.run import prepare_output_dir, write_config, write_json
-from torchrl_maxmin.models.dry_run import measure_rates
 from torchrl_maxmin.models.loading import import_transformers, load_config, require_causal_lm, require_trunk
+from torchrl_maxmin.models.rates import Rates, measure_rates
 from torchrl_maxmin.models.sequences import require_positions
 from torchrl_maxmin.trainers.plan_config import GB, PlanConfig
 from torchrl_maxmin.trainers.plan_networks import Network
 from torchrl_maxmin.trainers.plan_phases import stage_phases
+from torchrl_maxmin.trainers.plan_ranks import measure_ranks
 from torchrl_maxmin.trainers.plan_traces import Phase, Planner
 
 __all__ = ["GB", "Plan", "PlanConfig", "make_plan", "run_plan", "verdict"]
@@ -38,7 +39,8 @@ class Plan:
         phases: bytes and seconds by phase, of one process.
         budget: bytes that there are.
         parameters: of the model.
-        rates: what the seconds rest on; names the machine.
+        rates: what the seconds rest on; names the machine, and says whether the network was measured.
+        settings: with no flag left open.
         advice: flags that would make it fit, and the peak that each leaves; empty where it fits.
     """
 
@@ -46,6 +48,7 @@ class Plan:
     budget: float
     parameters: int
     rates: dict[str, Any]
+    settings: PlanConfig
     advice: list[tuple[dict[str, Any], float]] = dataclasses.field(default_factory=list)
 
     @property
@@ -98,24 +101,35 @@ def make_plan(config: PlanConfig) -> Plan:
             settings.response_length or 0,
         )
     overhead = {"libraries": _libraries(settings)} if settings.device == "cpu" else {"CUDA context": CONTEXT}
-    here = torch.device(settings.device if torch.cuda.is_available() else "cpu")
-    rates = measure_rates(here, tuple({torch.float32, settings.torch_dtype()}))
+    rates, settings, figures = _measure(config, settings)
     planner = Planner(settings.device, rates, overhead)
     budget = (settings.memory_gb or 0.0) * GB
     plan = Plan(
         stage_phases(settings, planner),
         budget,
         planner.size(Network(settings.model_name_or_path)).parameters,
-        {
-            "device": rates.device,
-            "flops": {str(dtype).removeprefix("torch."): value for dtype, value in rates.flops.items()},
-            "bytes_per_second": rates.bandwidth,
-            "seconds_per_operation": rates.op_seconds,
-        },
+        figures,
+        settings,
     )
     if not plan.fits:
         plan.advice = list(find_fitting(settings, planner, budget))
     return plan
+
+
+def _measure(config: PlanConfig, settings: PlanConfig) -> tuple[Rates, PlanConfig, dict[str, Any]]:
+    """Rates of this machine, settings with the network's figures, and all of these as json has them."""
+    dtypes = tuple(dict.fromkeys((torch.float32, settings.torch_dtype())))
+    if settings.gpus == 1 or settings.device == "cuda":
+        rates = measure_rates(torch.device(settings.device if torch.cuda.is_available() else "cpu"), dtypes)
+        network = {} if settings.gpus == 1 else {"network": asdict(settings.link()) | {"measured": False}}
+        return rates, settings, rates.to_dict() | network
+    rates, link = measure_ranks(settings.gpus, dtypes)
+    measured = config.network_gb_per_s is None and config.network_latency_us is None
+    if config.network_gb_per_s is None:
+        settings = replace(settings, network_gb_per_s=link.bandwidth / GB)
+    if config.network_latency_us is None:
+        settings = replace(settings, network_latency_us=1e6 * link.latency)
+    return rates, settings, rates.to_dict() | {"network": asdict(settings.link()) | {"measured": measured}}
 
 
 def run_plan(config: PlanConfig) -> Plan:
@@ -124,7 +138,7 @@ def run_plan(config: PlanConfig) -> Plan:
     plan = make_plan(config)
     if folder is not None:
         write_config(folder, config)
-        write_json(folder / "summary.json", {"settings": asdict(config.resolved())} | plan.to_dict())
+        write_json(folder / "summary.json", {"settings": asdict(plan.settings)} | plan.to_dict())
     return plan
 
 

@@ -73,9 +73,9 @@ class PlanConfig(CheckedSettings):
         distributed: how several GPUs share the work, ddp (each has all weights) or fsdp2 (sharded).
         network_gb_per_s: GB a second between two of them, over the slowest link on the way around: NVLink
             some hundreds, InfiniBand of 400 Gb/s 50, Ethernet of 25 Gb/s 3; when left out 50, with device
-            cpu 1. Nobody measures it.
+            cpu what is measured between processes of this machine.
         network_latency_us: microseconds that a message takes whatever its size; when left out 20, with device
-            cpu 200.
+            cpu what is measured.
         rollout_batch_size: responses a rollout, of all GPUs.
         mini_batch_size: responses an optimizer step, of all GPUs.
         per_device_train_batch_size: rows of these in memory at once; pairs for reward.

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchrl_maxmin.trainers.plan_networks import Size
 
-__all__ = ["Link", "Messages", "gradient_messages", "ppo_messages"]
+__all__ = ["Link", "Messages", "gradient_messages", "ppo_messages", "reward_messages"]
 
 FLOAT, DOUBLE, LONG, BOOL = 4, 8, 8, 1
 #: figures of a minibatch that are summed by name; about so many, which is nothing beside the rest
@@ -121,6 +121,27 @@ def ppo_messages(
         if columns and not critic:  # heads take the states where the policy has let its weights go
             update.append(Messages("weights", "all_gather", passes, passes * policy.root))
     return {"generate": generate, "score": score, "update": update}
+
+
+def reward_messages(settings: Any, network: Size, heads: Size, *, passes: int) -> dict[str, list[Messages]]:
+    """The messages of an optimizer step of ``reward``, and of a batch that is scored; none for one process.
+
+    A round of EM is so many steps, the batches of a process's pairs, and the sum of users' log-likelihoods.
+
+    Args:
+        settings: a :class:`~torchrl_maxmin.trainers.plan.PlanConfig` of ``reward``, with no flag left open.
+        network: the trunk.
+        heads: on it.
+        passes: through the trunk for a text: one an adapter.
+    """
+    if settings.gpus == 1:
+        return {}
+    network = replace(network, embeddings=0)  # nothing but the trunk reads them
+    each = settings.gradient_accumulation_steps * passes
+    update = gradient_messages(settings, [network], [network, heads], steps=1, passes=each)
+    update.append(Messages("loss", "all_reduce", 1, DOUBLE))
+    sharded = settings.distributed == "fsdp2"
+    return {"update": update, "score": [_gathered([network], passes)] if sharded else []}
 
 
 def gradient_messages(

@@ -99,9 +99,9 @@ class Size:
     adapted: int = 0
 
     @classmethod
-    def of_heads(cls, elements: int) -> Size:
-        """That of trained heads in float32, weights and biases."""
-        return cls(elements, 4 * elements, 0, elements, 4 * elements, elements, tensors=2)
+    def of_heads(cls, elements: int, tensors: int = 2) -> Size:
+        """That of trained heads in float32: weights and biases, or with one tensor weights alone."""
+        return cls(elements, 4 * elements, 0, elements, 4 * elements, elements, tensors=tensors)
 
 
 def size_of(network: Network) -> Size:

@@ -15,7 +15,7 @@ from torchrl_maxmin.models.lora import AdapterSwitch, LoraSettings
 from torchrl_maxmin.models.memory import log_probs_of, states_of, values_of
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, text_config
 from torchrl_maxmin.rewards.adapters import adapter_names
-from torchrl_maxmin.trainers.plan_messages import gradient_messages, ppo_messages
+from torchrl_maxmin.trainers.plan_messages import gradient_messages, ppo_messages, reward_messages
 from torchrl_maxmin.trainers.plan_networks import Network, Reader, Size, reward_reader
 from torchrl_maxmin.trainers.plan_traces import FLOAT, Phase, Planner
 
@@ -164,11 +164,14 @@ def _ppo(settings: Any, planner: Planner) -> list[Phase]:
 
     samples = _share(settings.calibration_prompts * settings.calibration_samples, settings)
     at_once = min(settings.generation_batch_size, samples)
-    parts, seconds = planner.sampling(roles.reference, at_once, prompt, response, settings.temperature)
+    dealt = {"given": settings.distributed != "none"}
+    parts, seconds = planner.sampling(
+        roles.reference, at_once, prompt, response, settings.temperature, **dealt
+    )
     calibrate = Phase("calibrate", before | parts, seconds * samples / at_once, ("generation_batch_size",))
 
     at_once = min(settings.generation_batch_size, rollout)
-    parts, seconds = planner.sampling(roles.policy, at_once, prompt, response, settings.temperature)
+    parts, seconds = planner.sampling(roles.policy, at_once, prompt, response, settings.temperature, **dealt)
     generate = Phase("generate", held | parts, seconds * rollout / at_once, ("generation_batch_size",))
 
     score = _score(settings, planner, roles, reader, rollout)
@@ -229,7 +232,7 @@ def _update(
         return values_of(states_of(model, *shape), columns).sum()
 
     key = (*shape, columns, entropy, roles.shares_states)
-    train = partial(planner.training, accumulate=accumulate)
+    train = partial(planner.training, accumulate=accumulate, mapped=planner.mapped(*roles.trained))
     if roles.critic is None or roles.shares_states:
         traces = [train([roles.policy], [of_policy], "policy", *key, reuse=True)]
     else:  # the critic's pass begins when the actor's is done
@@ -267,7 +270,8 @@ def _sft(settings: Any, planner: Planner) -> list[Phase]:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
 
     accumulate = settings.gradient_accumulation_steps > 1
-    trace = planner.training([network], [loss], rows, tokens, accumulate=accumulate, reuse=accumulate)
+    how = {"accumulate": accumulate, "reuse": accumulate, "mapped": planner.mapped(size)}
+    trace = planner.training([network], [loss], rows, tokens, **how)
     _, step = planner.optimizer(size, foreach=False)
     seconds = settings.gradient_accumulation_steps * trace.seconds + step
     update = Phase(
@@ -317,9 +321,8 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
         return total
 
     accumulate = settings.gradient_accumulation_steps > 1
-    trace = planner.training(
-        [network], [loss], pairs, tokens, passes, accumulate=accumulate, reuse=accumulate
-    )
+    how = {"accumulate": accumulate, "reuse": accumulate, "mapped": planner.mapped(size)}
+    trace = planner.training([network], [loss], pairs, tokens, passes, **how)
     workspace, step = planner.optimizer(size)
     parts = {"activations": trace.peak} if trace.peak > workspace else {"optimizer step": workspace}
     update = Phase(
@@ -338,12 +341,12 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
     drawn, seconds = planner.sampling(base, at_once, settings.max_prompt_length, settings.response_length)
     gradients = {"reference weights": planner.size(base).weights, "gradients": size.gradients}
     calibrate = Phase("calibrate", before | gradients | drawn, seconds * samples / at_once)
-    accumulated = settings.gradient_accumulation_steps
-    sent = gradient_messages(settings, [size], [size, Size.of_heads(0)], steps=1, passes=accumulated * passes)
+    width = text_config(load_config(settings.model_name_or_path)).hidden_size
+    sent = reward_messages(settings, size, Size.of_heads(groups * width, tensors=1), passes=passes)
     return [
         Phase("features", features, None, ("scoring_batch_size",)),
-        update.sending(sent, settings),
-        score,
+        update.sending(sent.get("update", ()), settings),
+        score.sending(sent.get("score", ()), settings),
         calibrate,
         Phase("save", before | {"gradients": size.gradients} | ({} if names else _written(planner, size))),
     ]

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from torchrl_maxmin.core.allocator import maps_large_blocks
-from torchrl_maxmin.models.dry_run import Rates, Trace
+from torchrl_maxmin.models.dry_run import Trace
 from torchrl_maxmin.models.loading import load_config
 from torchrl_maxmin.models.memory import Jobs
+from torchrl_maxmin.models.rates import Rates
 from torchrl_maxmin.models.sequences import text_config
 from torchrl_maxmin.trainers.plan_messages import Messages
 from torchrl_maxmin.trainers.plan_networks import Network, Size, size_of
@@ -19,8 +20,8 @@ from torchrl_maxmin.trainers.plan_networks import Network, Size, size_of
 __all__ = ["FLOAT", "Phase", "Planner"]
 
 FLOAT = 4  # bytes: Adam's moments, adapters and heads are float32 whatever the weights are
-# an AdamW step reads and writes parameter, gradient and moments so many times, operation by operation
-_ADAM_PASSES = 18
+# clipping and AdamW read and write parameter, gradient and moments so many times, in so many operations
+_ADAM_PASSES, _ADAM_OPERATIONS = 3 + 18, 2 + 12
 # of the activations (SmolLM2-135M): where large blocks are mapped one by one, which plans within 8% of runs
 # (benchmarks/results), and where they are not: right for full copies, up to a half too low for adapters
 _PIECES = {True: 0.1, False: 0.4}
@@ -64,7 +65,7 @@ class Planner:
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        rates: see :func:`~torchrl_maxmin.models.dry_run.measure_rates`; None leaves seconds 0.
+        rates: see :func:`~torchrl_maxmin.models.rates.measure_rates`; None leaves seconds 0.
         overhead: what a process holds before it has a model, by part.
     """
 
@@ -107,21 +108,42 @@ class Planner:
         return self.once(lambda: jobs.training(builds, losses, **how), *key)
 
     def sampling(
-        self, network: Network, rows: int, prompt: int, response: int, temperature: float = 1.0
+        self,
+        network: Network,
+        rows: int,
+        prompt: int,
+        response: int,
+        temperature: float = 1.0,
+        *,
+        given: bool = False,
     ) -> tuple[dict[str, float], float]:
-        """Bytes by part, and seconds, of ``rows`` responses of full length sampled at once."""
+        """Bytes by part, and seconds, of ``rows`` responses of full length sampled at once.
+
+        Args:
+            network: samples.
+            rows: how many.
+            prompt: tokens of a prompt.
+            response: tokens of a response.
+            temperature: of the sampling.
+            given: see :meth:`~torchrl_maxmin.models.memory.Jobs.drawing`.
+        """
         jobs = self.jobs(network)
         first: Trace = self.once(
             lambda: jobs.prefill(network.build, rows, prompt), "prefill", network, rows, prompt
         )
         before = prompt + response - 1
         last: Trace = self.once(lambda: jobs.step(network.build, rows, before), "step", network, rows, before)
-        row = FLOAT * rows * text_config(load_config(network.model_name_or_path)).vocab_size
+        vocabulary = text_config(load_config(network.model_name_or_path)).vocab_size
+        drawn: float = self.once(
+            lambda: jobs.drawing(rows, vocabulary, temperature, given=given),
+            *("drawing", rows, vocabulary, temperature, given),
+        )
+        row = FLOAT * rows * vocabulary
         passes = max(first.peak, last.peak) - last.kept
         # scores of this step and of the last one, the model's own logits, and their softmax
         logits = (4 + (temperature != 1.0)) * row
         parts = {"KV cache": last.kept, "sampling": max(passes + row, logits)}
-        return parts, first.seconds + response * last.seconds
+        return parts, first.seconds + (response - 1) * last.seconds + response * drawn
 
     def pieces(self, parts: dict[str, float], network: Network) -> dict[str, float]:
         """What malloc holds between live blocks of an update on a CPU.
@@ -132,8 +154,11 @@ class Planner:
         """
         if self.device != "cpu":
             return {}
-        mapped = maps_large_blocks(self.size(network).parameters)
-        return {"malloc's pieces": _PIECES[mapped] * parts.get("activations", 0.0)}
+        return {"malloc's pieces": _PIECES[self.mapped(self.size(network))] * parts.get("activations", 0.0)}
+
+    def mapped(self, *sizes: Size) -> bool:
+        """Whether large blocks of the training of networks of these sizes are mapped one by one."""
+        return self.device == "cpu" and maps_large_blocks(sum(size.parameters for size in sizes))
 
     def optimizer(self, size: Size, *, foreach: bool = True) -> tuple[float, float]:
         """Bytes that a step of AdamW holds beside its state, and its seconds.
@@ -145,5 +170,8 @@ class Planner:
         """
         held = FLOAT * (size.trained if self.device == "cuda" else 2 * size.largest) if foreach else 0
         held += FLOAT * size.half  # float32 gradients for the copies of half-precision weights
+        if self.rates is None:
+            return held, 0.0
         moved = _ADAM_PASSES * FLOAT * size.trained
-        return held, 0.0 if self.rates is None else moved / self.rates.bandwidth
+        starts = size.tensors * _ADAM_OPERATIONS * self.rates.op_seconds
+        return held, starts + self.rates.copy_seconds(moved, 4 * FLOAT * size.trained)
