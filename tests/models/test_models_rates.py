@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchrl_maxmin.core.allocator import USUAL
+from torchrl_maxmin.models.decoding import LARGE_VOCABULARY
 from torchrl_maxmin.models.dry_run import Footprint
 from torchrl_maxmin.models.memory import Jobs
 from torchrl_maxmin.models.rates import Rates, measure_rates
@@ -64,6 +65,7 @@ def test_a_token_is_drawn_from_the_whole_vocabulary_unless_by_given_numbers(give
     config = GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1)
     jobs = Jobs(config, rates=free(draw_seconds=1.0, token_seconds=0.5))
     assert jobs.drawing(4, 50, 1.0, given=given) == 0.5 + (0 if given else 4 * 50)
+    assert jobs.drawing(4, LARGE_VOCABULARY, 1.0, given=given) == 0.5
     busy = Jobs(config, rates=free(bandwidth=1.0))
     assert busy.drawing(4, 80_000, 1.0, given=given) > 1.8 * busy.drawing(4, 40_000, 1.0, given=given)
 

@@ -17,9 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchrl_maxmin.core.allocator import MAPPED, USUAL
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.decoding import GivenNumbers
+from torchrl_maxmin.models.decoding import LARGE_VOCABULARY, GivenNumbers, SampledLogProbs
 from torchrl_maxmin.models.dry_run import Footprint, Trace, fake_copy, shallow_depths, traced
-from torchrl_maxmin.models.language import SampledLogProbs
 from torchrl_maxmin.models.loading import import_transformers
 from torchrl_maxmin.models.rates import Rates
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, takes
@@ -128,7 +127,7 @@ class Jobs:
             rows: responses at once.
             vocabulary: tokens that there are.
             temperature: of the sampling.
-            given: draw by given numbers, as processes do that work as one.
+            given: draw by given numbers, as processes do that work as one, and large vocabularies anyhow.
         """
         if self.rates is None:
             return 0.0
@@ -139,7 +138,7 @@ class Jobs:
             with Footprint(self.device, self.rates) as counted:
                 scores = scores.to(torch.float32, copy=True)
                 sampled(tokens, scores)
-                if given:
+                if given or vocabulary >= LARGE_VOCABULARY:
                     numbers(tokens, scores).argmax(-1)
                 else:
                     warmed = scores if temperature == 1.0 else scores / temperature
