@@ -18,10 +18,10 @@ from torch import Tensor
 
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.diagnosis.exact import policy_utilities
-from torchrl_maxmin.models.language import TokenPolicy, predicting_states
+from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer
 from torchrl_maxmin.models.sampling import encode_prompts
-from torchrl_maxmin.models.sequences import backbone_of
+from torchrl_maxmin.models.sequences import backbone_of, predicting_states
 from torchrl_maxmin.rewards import Calibration
 from torchrl_maxmin.welfare import solve_dual
 from torchrl_maxmin.world import World

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrl_maxmin.models.loading import import_transformers
 from torchrl_maxmin.models.sequences import is_end
 
-__all__ = [
-    "LARGE_VOCABULARY",
-    "NUMBERS",
-    "GivenNumbers",
-    "SampledLogProbs",
-    "StopStrings",
-    "truncating_warpers",
-]
+__all__ = ["LARGE_VOCABULARY", "NUMBERS", "GivenNumbers", "StopStrings", "truncating_warpers"]
 
 #: where a policy finds the numbers that the tokens of responses are drawn by, uniform in [0, 1), [B, R]
 NUMBERS = "drawn_by"
@@ -82,46 +73,6 @@ def _reached(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
     place = torch.searchsorted(sums, target, right=True).minimum(last)
     return place, (target - sums.gather(-1, place) + weights.gather(-1, place)).clamp(min=0.0)
-
-
-@dataclass
-class SampledLogProbs:
-    """A logits processor that remembers how likely sampled tokens were; all that it changes is to truncate.
-
-    A token is known one call after its scores: only one step's scores are held, never [B, R, V].
-
-    Attributes:
-        temperature: of the sampling; processors of the caller's see scores that are not divided yet.
-        warpers: what truncates the scores; they are divided here then, and sampled as they come out.
-        columns: the log-probabilities [B] in fp32 of every column but the last, which a last call adds.
-        log_mass: log [B] in fp32 of the probability that the tokens left hold, where there are warpers.
-        scores: those of the last call.
-    """
-
-    temperature: float = 1.0
-    warpers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
-    columns: list[Tensor] = field(default_factory=list)
-    log_mass: list[Tensor] = field(default_factory=list)
-    scores: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
-        """Take the scores [B, V] of the next token, None after the last, given all tokens [B, T]."""
-        if self.scores is not None:
-            last = self.scores.float()
-            if self.temperature != 1.0 and not self.warpers:
-                last = last / self.temperature
-            self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
-        if self.warpers and scores is not None:
-            whole = scores = scores.float() / self.temperature
-            for warper in self.warpers:
-                scores = warper(input_ids, scores)
-            self.log_mass.append(scores.logsumexp(-1) - whole.logsumexp(-1))
-        self.scores = scores
-        return scores
-
-
-# generate() asks for it at every token, and working it out takes longer than the log-probability.
-SampledLogProbs.__call__.__signature__ = inspect.signature(SampledLogProbs.__call__)  # type: ignore[attr-defined]
 
 
 class StopStrings:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchrl_maxmin.core.distributed import is_main_process, over_ranks
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.checks import check_first_rollout
-from torchrl_maxmin.models.language import SCORED, TokenPolicy, TokenScorer, predicting_states
+from torchrl_maxmin.models.language import SCORED, TokenPolicy, TokenScorer
 from torchrl_maxmin.models.lora import save_policy
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.models.output_head import read_in_one_piece
-from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, states_width
+from torchrl_maxmin.models.sequences import backbone_of, in_length_buckets, predicting_states, states_width
 from torchrl_maxmin.models.sharding import shard, shard_policy, whole_weights
 from torchrl_maxmin.models.weights import weights_as_saved
 

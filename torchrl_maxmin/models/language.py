@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,6 @@ from torchrl_maxmin.models.decoding import (
     LARGE_VOCABULARY,
     NUMBERS,
     GivenNumbers,
-    SampledLogProbs,
     StopStrings,
     truncating_warpers,
 )
@@ -31,44 +32,58 @@ from torchrl_maxmin.models.loading import (
 )
 from torchrl_maxmin.models.output_head import OutputHead
 from torchrl_maxmin.models.sequences import (
+    NO_TOKENS,
     Ends,
     backbone_of,
-    hidden_states,
     in_length_buckets,
     mask_after_eos,
+    predicting_states,
 )
 
-__all__ = ["SCORED", "TokenPolicy", "TokenScorer", "predicting_states"]
+__all__ = ["SCORED", "TokenPolicy", "TokenScorer"]
 
 #: what scoring a response reads
 SCORED = ("prompt_tokens", "prompt_mask", "action", "action_mask")
-_NO_TOKENS = (
-    "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
-    "scored from padding; give it the tokenizer's BOS token, or leave it out"
-)
 
 
-def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor:
-    """Hidden states [B, R, H] from which each response token is predicted.
+@dataclass
+class SampledLogProbs:
+    """A logits processor that remembers how likely sampled tokens were; all that it changes is to truncate.
 
-    Reads ``prompt_tokens``, ``prompt_mask`` [B, P] (padded left) and ``action``,
-    ``action_mask`` [B, R] (padded right). The state at column t has seen the prompt and
-    the response up to t - 1. Columns after the longest response are zero.
+    A token is known one call after its scores: only one step's scores are held, never [B, R, V].
 
-    Raises:
-        ValueError: for a prompt without tokens.
+    Attributes:
+        temperature: of the sampling; processors of the caller's see scores that are not divided yet.
+        warpers: what truncates the scores; they are divided here then, and sampled as they come out.
+        columns: the log-probabilities [B] in fp32 of every column but the last, which a last call adds.
+        log_mass: log [B] in fp32 of the probability that the tokens left hold, where there are warpers.
+        scores: those of the last call.
     """
-    prompt, action = tensordict["prompt_tokens"], tensordict["action"]
-    prompt_mask, action_mask = tensordict["prompt_mask"], tensordict["action_mask"]
-    extremes = torch.stack([action_mask.sum(-1).max(), prompt_mask.sum(-1).min()])
-    longest, shortest_prompt = extremes.tolist()  # one wait for the device
-    if shortest_prompt < 1:
-        raise ValueError(_NO_TOKENS)
-    longest = max(longest, 1)
-    tokens = torch.cat([prompt, action[:, : longest - 1]], -1)
-    mask = torch.cat([prompt_mask, action_mask[:, : longest - 1]], -1)
-    states = hidden_states(backbone, tokens, mask)[:, prompt.shape[-1] - 1 :]
-    return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))
+
+    temperature: float = 1.0
+    warpers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+    columns: list[Tensor] = field(default_factory=list)
+    log_mass: list[Tensor] = field(default_factory=list)
+    scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None) -> Tensor | None:
+        """Take the scores [B, V] of the next token, None after the last, given all tokens [B, T]."""
+        if self.scores is not None:
+            last = self.scores.float()
+            if self.temperature != 1.0 and not self.warpers:
+                last = last / self.temperature
+            self.columns.append(-nn.functional.cross_entropy(last, input_ids[:, -1], reduction="none"))
+        if self.warpers and scores is not None:
+            whole = scores = scores.float() / self.temperature
+            for warper in self.warpers:
+                scores = warper(input_ids, scores)
+            self.log_mass.append(scores.logsumexp(-1) - whole.logsumexp(-1))
+        self.scores = scores
+        return scores
+
+
+# generate() asks for it at every token, and working it out takes longer than the log-probability.
+SampledLogProbs.__call__.__signature__ = inspect.signature(SampledLogProbs.__call__)  # type: ignore[attr-defined]
 
 
 class TokenPolicy(TensorDictModuleBase):
@@ -251,7 +266,7 @@ class TokenPolicy(TensorDictModuleBase):
             return tensordict.update(in_length_buckets(answer, prompts, size))
         prompt, prompt_mask = tensordict["prompt_tokens"], tensordict["prompt_mask"]
         if int(prompt_mask.sum(-1).min()) < 1:
-            raise ValueError(_NO_TOKENS)
+            raise ValueError(NO_TOKENS)
         width = prompt.shape[-1]
         sampled = SampledLogProbs(self.temperature, self.warpers)
         options: dict[str, Any] = {"logits_processor": [sampled]}

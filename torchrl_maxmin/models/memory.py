@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchrl_maxmin.core.allocator import MAPPED, USUAL
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.decoding import LARGE_VOCABULARY, GivenNumbers, SampledLogProbs
+from torchrl_maxmin.models.decoding import LARGE_VOCABULARY, GivenNumbers
 from torchrl_maxmin.models.dry_run import Footprint, Trace, fake_copy, shallow_depths, traced
+from torchrl_maxmin.models.language import SampledLogProbs
 from torchrl_maxmin.models.loading import import_transformers
 from torchrl_maxmin.models.rates import Rates
 from torchrl_maxmin.models.sequences import backbone_of, hidden_states, takes

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.core.errors import UserError
 
 __all__ = [
+    "NO_TOKENS",
     "Ends",
     "answering",
     "backbone_of",
@@ -37,6 +38,7 @@ __all__ = [
     "pad_right",
     "penalise_missing_eos",
     "position_ids",
+    "predicting_states",
     "require_positions",
     "segment_ids",
     "states_width",
@@ -47,6 +49,11 @@ __all__ = [
 
 #: the token, or the several tokens, that end a response; or what marks the ends in tokens [B, R]
 Ends = int | Sequence[int] | Callable[[Tensor], Tensor]
+#: the fault of a prompt that nothing is sampled from
+NO_TOKENS = (
+    "a prompt without tokens: nothing precedes its first response token, which is then sampled and "
+    "scored from padding; give it the tokenizer's BOS token, or leave it out"
+)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -302,3 +309,26 @@ def require_positions(model: Any, longest_prompt: int, response_length: int) -> 
             f"the longest prompt has {longest_prompt} tokens and a response up to {response_length}, more "
             f"than the model's {positions} positions together; lower --max_prompt_length or --response_length"
         )
+
+
+def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor:
+    """Hidden states [B, R, H] from which each response token is predicted.
+
+    Reads ``prompt_tokens``, ``prompt_mask`` [B, P] (padded left) and ``action``,
+    ``action_mask`` [B, R] (padded right). The state at column t has seen the prompt and
+    the response up to t - 1. Columns after the longest response are zero.
+
+    Raises:
+        ValueError: for a prompt without tokens.
+    """
+    prompt, action = tensordict["prompt_tokens"], tensordict["action"]
+    prompt_mask, action_mask = tensordict["prompt_mask"], tensordict["action_mask"]
+    extremes = torch.stack([action_mask.sum(-1).max(), prompt_mask.sum(-1).min()])
+    longest, shortest_prompt = extremes.tolist()  # one wait for the device
+    if shortest_prompt < 1:
+        raise ValueError(NO_TOKENS)
+    longest = max(longest, 1)
+    tokens = torch.cat([prompt, action[:, : longest - 1]], -1)
+    mask = torch.cat([prompt_mask, action_mask[:, : longest - 1]], -1)
+    states = hidden_states(backbone, tokens, mask)[:, prompt.shape[-1] - 1 :]
+    return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))

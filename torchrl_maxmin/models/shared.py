@@ -15,7 +15,7 @@ from torchrl_maxmin.core.distributed import is_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.full import LanguageNetworks, TokenCritic, ValueHeads, heads_on_policy
-from torchrl_maxmin.models.language import TokenPolicy, predicting_states
+from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.lora import (
     AdapterSwitch,
     LoraSettings,
@@ -27,7 +27,7 @@ from torchrl_maxmin.models.lora import (
     write_adapter,
 )
 from torchrl_maxmin.models.output_head import read_in_one_piece
-from torchrl_maxmin.models.sequences import backbone_of, states_width
+from torchrl_maxmin.models.sequences import backbone_of, predicting_states, states_width
 from torchrl_maxmin.models.sharding import gather_while_sampling, shard
 from torchrl_maxmin.models.weights import weights_as_saved
 
