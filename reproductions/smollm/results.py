@@ -145,7 +145,7 @@ not Tulu2-7B or GPT-2, tuned for some steps on its own answers so that it ends t
 the judge are functions of the text, not GPT-4, so that a win needs no better answer, only one more to the
 taste; prompts are ours, neither IMDb's nor Koala's; policies have some thirty iterations, and no preference
 prompt is appended at the test; groups are found by EM and reach the policy, where the paper's code trains
-on the true ones; responses are 24 or 32 tokens at most. The paper gives one seed and no intervals; with 50
+on the true ones; responses are 24 to 48 tokens at most. The paper gives one seed and no intervals; with 50
 prompts its win rates are within about seven points. Compare signs and orders, not sizes."""
 
 
