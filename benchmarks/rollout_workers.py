@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from facts import facts, results_file, write
-from scipy.stats import t as student
+from learning_curve import curve_of, prepare, t_interval
 
 from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.rollouts.language_workers import WorkerLanguageRollouts
@@ -39,9 +39,6 @@ from torchrl_maxmin.trainers.lm_ppo import build_ppo, train_policy
 from torchrl_maxmin.trainers.lm_workers import make_language_sampler, start_workers
 from torchrl_maxmin.trainers.ppo import Rollouts
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
-from torchrl_maxmin.trainers.sft import SFTConfig, run_sft
-from torchrl_maxmin.world import World
-from torchrl_maxmin.world.world import write_preferences, write_world
 
 #: episodes of 20 steps: the worst group gets 1.8 at most, by 18 of them at the river
 FISHWOOD: dict[str, Any] = {
@@ -58,30 +55,6 @@ FISHWOOD: dict[str, Any] = {
     "device": "cpu",
 }
 SOURCES = {"trainer": {}, "turns": {"max_staleness": 0}, "beside": {"max_staleness": 1}}
-
-
-def prepare(folder: Path, steps: int) -> dict:
-    """Write the world and its reference policy; returns settings as the demo's."""
-    write_world(folder, 0, num_texts=16_000, num_prompts=4_000, num_test_prompts=10)
-    common = {"device": "cpu", "seed": 0}
-    sft = {"max_steps": steps, "per_device_train_batch_size": 64, "learning_rate": 5e-3, "max_length": 64}
-    base, texts = str(folder / "base_model"), str(folder / "sft.jsonl")
-    run_sft(SFTConfig(base, texts, output_dir=str(folder / "sft"), **sft, **common))
-    write_preferences(folder, World.preset("10:1"), str(folder / "sft"), 0, 20, 5, 1, device="cpu")
-    return {
-        "model_name_or_path": str(folder / "sft"),
-        "dataset_name": str(folder / "prompts.jsonl"),
-        "reward_funcs": [str(folder / "world.json")],
-        "rollout_batch_size": 192,
-        "mini_batch_size": 96,
-        "num_ppo_epochs": 2,
-        "learning_rate": 1e-3,
-        "beta": 0.02,
-        "tau": 0.5,
-        "response_length": 24,
-        "max_prompt_length": 16,
-        "device": "cpu",
-    }
 
 
 def curve(settings: dict, source: str, seed: int, folder: Path, workers: int) -> dict:
@@ -110,12 +83,8 @@ def measured(config: Any, build: Callable[[Any], Any], finish: Callable[[Any, An
         parts.monitors = [*parts.monitors, lambda *_: ends.append(time.perf_counter()) or {}]
         finish(config, parts)
     rows = read_metrics(config.output_dir)
-    welfare = [row["objective/welfare"] for row in rows]
-    found = {
-        "welfare": statistics.mean(welfare[-max(len(rows) // 4, 1) :]),
-        "iteration_seconds": statistics.median(b - a for a, b in itertools.pairwise(ends)),
-        "curve": [round(value, 4) for value in welfare],
-    }
+    found = curve_of(config.output_dir)
+    found["iteration_seconds"] = statistics.median(b - a for a, b in itertools.pairwise(ends))
     if config.rollout_workers:
         found["staleness"] = statistics.mean(row["rollout/staleness"] for row in rows)
         found["wait_seconds"] = statistics.median(row["rollout/wait_seconds"] for row in rows[1:])
@@ -200,11 +169,7 @@ def difference(runs: list[dict], source: str) -> dict:
     """Mean over seeds of the difference to the trainer's own rollouts, with its t interval."""
     welfare = {(run["source"], run["seed"]): run["welfare"] for run in runs}
     pairs = [value - welfare["trainer", seed] for (name, seed), value in welfare.items() if name == source]
-    mean, low, high = statistics.mean(pairs), None, None
-    if len(pairs) > 1:
-        reach = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-        low, high = mean - reach, mean + reach
-    return {"source": source, "mean": mean, "low": low, "high": high}
+    return {"source": source} | t_interval(pairs)
 
 
 def differences(runs: list[dict]) -> list[dict]:

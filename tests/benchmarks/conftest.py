@@ -42,6 +42,7 @@ def facts():
 
 @pytest.fixture(scope="session")
 def rollout_workers(facts):
+    load("learning_curve", BENCHMARKS / "learning_curve.py")
     return load("rollout_workers", BENCHMARKS / "rollout_workers.py")
 
 

@@ -54,6 +54,12 @@ def test_vocabularies_of_several_blocks_are_drawn_as_of_one(size, seed, temperat
     assert (numbers <= sums[tokens] + 1e-5).all()
 
 
+@pytest.mark.parametrize("size", [256, 300])
+def test_scores_without_a_number_draw_a_token(size):
+    tokens = drawn(torch.full((3, size), torch.nan), torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert ((tokens >= 0) & (tokens < size)).all()
+
+
 def test_large_vocabularies_are_drawn_by_a_number_a_token(tiny_model, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     policy = TokenPolicy.from_pretrained(tiny_model, tokenizer, max_new_tokens=6)

@@ -51,7 +51,8 @@ class GivenNumbers:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Take the scores [B, V] of the next token, given all tokens [B, T]."""
         number = self.numbers[:, input_ids.shape[-1] - self.width, None]
-        chances = (scores.float() / self.temperature).softmax(-1)
+        wide = scores.float()
+        chances = (wide if self.temperature == 1.0 else wide / self.temperature).softmax(-1)
         size = chances.shape[-1]
         whole = size - size % _BLOCK
         blocks = chances[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
@@ -60,7 +61,8 @@ class GivenNumbers:
         tokens = block * _BLOCK + torch.arange(_BLOCK, device=scores.device)
         within = chances.gather(-1, tokens.clamp(max=size - 1)).double().where(tokens < size, 0.0)
         place, _ = _reached(within, rest)
-        token = tokens.gather(-1, place)
+        # of NaN, too, some token is drawn: the loss finds it and saves the batch
+        token = tokens.gather(-1, place).clamp(max=size - 1)
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 

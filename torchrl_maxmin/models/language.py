@@ -241,7 +241,7 @@ class TokenPolicy(TensorDictModuleBase):
         """Sample a response to every prompt; its log-probabilities are those that it was drawn with.
 
         Processes that work as one answer a share each, every row drawn by random numbers of its own, so that
-        the number of processes changes nothing; so are large vocabularies in one process: it is faster.
+        the number of processes changes nothing; so are large vocabularies in one process: faster on a CPU.
 
         Args:
             tensordict: prompts [B].
