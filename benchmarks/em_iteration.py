@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.em import Expectation
-from torchrl_maxmin.clustering.linear import PairChoices
 
 MEMORY_BAR = 0.5
 

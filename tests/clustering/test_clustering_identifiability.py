@@ -13,6 +13,7 @@ from scipy.special import expit, logit
 from scripts import load_script
 
 from torchrl_maxmin.clustering import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.identifiability import (
     MISASSIGNMENT_BAR,
     balanced_misassignment_bound,
@@ -21,7 +22,6 @@ from torchrl_maxmin.clustering.identifiability import (
     identifiability_report,
     more_pairs_needed,
 )
-from torchrl_maxmin.clustering.linear import PairChoices
 
 
 @pytest.fixture(scope="module")

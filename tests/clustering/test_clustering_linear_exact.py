@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from torchrl_maxmin.clustering import fit_bradley_terry, fit_linear_mixture, solvers
-from torchrl_maxmin.clustering.linear import PairChoices, user_blocks
+from torchrl_maxmin.clustering.choices import PairChoices, user_blocks
 
 
 def random_problem(rng, max_users=7, max_pairs=5):

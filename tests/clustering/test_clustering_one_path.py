@@ -10,7 +10,7 @@ import pytest
 
 import torchrl_maxmin
 from torchrl_maxmin.clustering import PairChoices, fit_choices
-from torchrl_maxmin.clustering.linear import row_weights_of
+from torchrl_maxmin.clustering.choices import row_weights_of
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards import fit_mixture
 from torchrl_maxmin.rewards.pairs import feature_differences
@@ -69,7 +69,7 @@ def test_from_a_file_to_responsibilities_on_features(path, tiny_model):
     assert found.shape == (12, 2)
     ours, kernels = seen.values()
     assert {"preferences/dataset.py", "rewards/pairs.py", "clustering/em.py"} < set(ours)
-    assert len(ours) <= 15, listing(ours)
+    assert len(ours) <= 17, listing(ours)  # one is the likelihood of choices alone
     assert 0 < len(kernels) <= 6, listing(kernels)
 
 

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from torchrl_maxmin.clustering import fit_linear_mixture
-from torchrl_maxmin.clustering.rankings import RankingChoices, fit_ranking_mixture, ranking_log_likelihood
+from torchrl_maxmin.clustering.rankings import choices_of_rankings, fit_ranking_mixture, ranking_log_likelihood
 
 
 def oracle(scores, offsets):
@@ -103,7 +103,7 @@ def test_one_group_of_ragged_rankings_is_the_penalised_maximum():
     best = minimize(lambda w: -oracle(x @ w, offsets).sum() / choices + 1e-2 * w @ w, np.zeros(3), tol=1e-12)
     np.testing.assert_allclose(fitted.weight[0], best.x, atol=1e-5)
     assert fitted.log_likelihood == pytest.approx(oracle(x @ best.x, offsets).sum(), rel=1e-6)
-    data = RankingChoices(torch.from_numpy(x), torch.from_numpy(offsets), torch.tensor([0, 5, 5, 20]))
+    data = choices_of_rankings(torch.from_numpy(x), torch.from_numpy(offsets), torch.tensor([0, 5, 5, 20]))
     assert data.num_choices == choices
     assert data.choices_by_user.tolist() == [offsets[5] - 5, 0, choices - (offsets[5] - 5)]
 
@@ -130,7 +130,7 @@ def test_the_objective_never_falls(assignment):
 
 def test_an_m_step_reaches_the_minimum_of_its_weighted_loss():
     items, rankings, users, _ = planted((1, 1), num=2, size=3, users=6, features=3)
-    choices = RankingChoices(items, rankings, users)
+    choices = choices_of_rankings(items, rankings, users)
     share = torch.rand(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     fitted = choices.maximise(share, torch.zeros(2, 3), l2=0.05)
     x, per_user = items.numpy(), 2

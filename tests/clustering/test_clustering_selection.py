@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import expit, log_expit, logsumexp
 
 from torchrl_maxmin.clustering import fit_linear_mixture
-from torchrl_maxmin.clustering.linear import PairChoices
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.selection import (
     NumGroupsChoice,
     adjusted_rand_index,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from torchrl_maxmin.clustering.linear import PairChoices, fit_choices
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.linear import fit_choices
 from torchrl_maxmin.clustering.shares import AdamStepOfShares, SharedChoices
 from torchrl_maxmin.core.distributed import process_group
 from torchrl_maxmin.preferences import PreferenceDataset

@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.special import expit
 from scripts import load_script
 
-from torchrl_maxmin.clustering.linear import PairChoices
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis import diagnose
 from torchrl_maxmin.diagnosis.figures import (

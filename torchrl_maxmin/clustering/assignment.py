@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.em import posterior, sum_by_segment
+from torchrl_maxmin.clustering.em import posterior
 from torchrl_maxmin.clustering.linear import LinearMixture
+from torchrl_maxmin.clustering.luce import sum_by_segment
 
 __all__ = ["UserAssignment", "assign_user", "assign_users"]
 

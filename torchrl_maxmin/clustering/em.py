@@ -13,6 +13,8 @@ from maxmin_kernels import em_responsibilities
 from maxmin_kernels.em.naive import posterior as kernel_posterior
 from torch import Tensor, nn
 
+from torchrl_maxmin.clustering.luce import at_rows, log_choices, sum_by_segment
+
 
 class Expectation(NamedTuple):
     """Result of an E-step.
@@ -47,22 +49,15 @@ def expectation(
     return Expectation(harden(soft) if assignment == "hard" else soft, log_likelihood)
 
 
-def sum_by_segment(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sums [S, K] of the rows of ``values`` [N, K] between offsets [S + 1]; 0 where there are none."""
-    return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
-
-
 def log_likelihood_by_user(margins: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
-    """Log-likelihood [U, K] in float64 of every user's choices with these margins [P, K]."""
-    log_choice = nn.functional.logsigmoid(margins.double())
-    if row_weights is not None:
-        log_choice = log_choice * row_weights.unsqueeze(-1)
+    """Log-likelihood [U, K] in float64 of every user's pairs with these margins [P, K]."""
+    return _by_user(nn.functional.logsigmoid(margins.double()), offsets, row_weights)
+
+
+def _by_user(log_choice: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        log_choice = log_choice * weights.unsqueeze(-1)
     return sum_by_segment(log_choice, offsets)
-
-
-def offsets_of(counts: Tensor) -> Tensor:
-    """Where each of segments of these sizes [S] begins, and the last ends: [S + 1]."""
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def posterior(user_log_likelihood: Tensor, log_prior: Tensor) -> Expectation:
@@ -89,15 +84,17 @@ class Choices(Protocol):
 
 
 class UserRows:
-    """Rows of choices, those of a user side by side.
+    """Choices of users as rows of pairs, those of a user side by side; see :mod:`~.luce`.
 
     Attributes:
-        user_offsets: int64 [U + 1].
-        row_weights: how much each row counts [P]; None counts each once.
+        user_offsets: int64 [U + 1], the rows of a user.
+        row_weights: how much the choice of each row counts [P]; None counts each once.
+        choice_offsets: int64 [C + 1], the rows of a choice; None makes every row a choice of its own.
     """
 
     user_offsets: Tensor
     row_weights: Tensor | None
+    choice_offsets: Tensor | None = None
 
     @cached_property
     def row_users(self) -> Tensor:
@@ -105,16 +102,55 @@ class UserRows:
         return torch.repeat_interleave(self.user_offsets.diff())
 
     @cached_property
+    def choice_users(self) -> Tensor:
+        """The user of every choice [C]."""
+        return self.row_users if self.choice_offsets is None else self.row_users[self.choice_offsets[:-1]]
+
+    @cached_property
+    def choice_weights(self) -> Tensor | None:
+        """How much each choice counts [C]; None counts each once."""
+        if self.row_weights is None or self.choice_offsets is None:
+            return self.row_weights
+        return self.row_weights[self.choice_offsets[:-1]]
+
+    def at_rows(self, values: Tensor) -> Tensor:
+        """Figures of choices [C, ...] at their rows [P, ...]."""
+        return at_rows(values, self.choice_offsets, int(self.user_offsets[-1]))
+
+    @cached_property
+    def user_choice_offsets(self) -> Tensor:
+        """The choices of a user: int64 [U + 1]."""
+        if self.choice_offsets is None:
+            return self.user_offsets
+        return torch.searchsorted(self.choice_offsets, self.user_offsets)
+
+    @cached_property
     def choices_by_user(self) -> Tensor:
         """Choices of each user, ties halved: float64 [U]."""
-        if self.row_weights is None:
-            return self.user_offsets.diff().double()
-        return sum_by_segment(self.row_weights.double(), self.user_offsets)
+        if self.choice_weights is None:
+            return self.user_choice_offsets.diff().double()
+        return sum_by_segment(self.choice_weights.double(), self.user_choice_offsets)
 
     @cached_property
     def num_choices(self) -> float:
         """All users' choices together: what the penalty and log-likelihoods a choice refer to."""
         return self.choices_by_user.sum().item()
+
+    def log_likelihood_by_user(self, margins: Tensor) -> Tensor:
+        """Log-likelihood [U, K] in float64 of every user's choices with these margins [P, K]."""
+        return self.sum_by_user(log_choices(margins.double(), self.choice_offsets))
+
+    def sum_by_user(self, log_choice: Tensor) -> Tensor:
+        """Sum log-probabilities of choices [C, K] by user [U, K], each as it counts."""
+        return _by_user(log_choice, self.user_choice_offsets, self.choice_weights)
+
+    def expectation_of(self, margins: Tensor, log_prior: Tensor, assignment: str = "soft") -> Expectation:
+        """E-step on margins [P, K], as :func:`expectation` has it for pairs."""
+        if self.choice_offsets is None:
+            return expectation(margins, self.user_offsets, log_prior, assignment, self.row_weights)
+        soft, log_likelihood, _ = posterior(self.log_likelihood_by_user(margins), log_prior)
+        soft, log_likelihood = soft.to(margins.dtype), log_likelihood.to(margins.dtype)
+        return Expectation(harden(soft) if assignment == "hard" else soft, log_likelihood)
 
 
 class MStep(Protocol):

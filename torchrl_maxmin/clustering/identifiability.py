@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.em import expectation, offsets_of
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.judged import judged_choices
-from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
+from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.luce import offsets_of, redraw
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
     choose_penalty,
-    heldout_rows,
+    heldout_of,
     match_groups,
     user_folds,
 )
@@ -141,6 +142,7 @@ def identifiability_report(
     prompts: Sequence[Any] | None = None,
     row_weights: Tensor | None = None,
     judgements: np.ndarray | Tensor | None = None,
+    choice_offsets: Tensor | None = None,
     l2_candidates: Sequence[float] = L2_CANDIDATES,
     num_folds: int = 5,
     seed: int = 0,
@@ -159,6 +161,7 @@ def identifiability_report(
         prompts: what each pair was a choice about [P], ids or text.
         row_weights: how much each pair counts [P]; a tie is both directions at one half.
         judgements: as in :func:`~torchrl_maxmin.clustering.select_num_groups`.
+        choice_offsets: likewise.
         l2_candidates: penalties to choose among.
         num_folds: parts the users are cut into, each left out once.
         seed: of folds, starts, simulation and bootstrap.
@@ -178,9 +181,11 @@ def identifiability_report(
     # Few pairs have many local optima, and one fold that falls into a bad one spoils its users.
     fit = {"num_restarts": 6, "m_step": "exact", "num_rounds": 100, "convergence_tolerance": 1e-4, **fit}
     overlap = None if prompts is None else _prompt_overlap(prompts, user_offsets)
-    choices, judged = judged_choices(differences, user_offsets, row_weights, judgements)
+    choices, judged = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
     if prompts is not None:
-        prompts = [prompts[row] for row in judged.first.tolist()]
+        rows = judged.rows(None if choice_offsets is None else choice_offsets.numpy())
+        prompts = [prompts[row] for row in rows.tolist()]
+    choices = choices.find_distinct()
     differences, user_offsets = choices.differences, choices.user_offsets
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
     with progress_bar("leaving users out", len(folds) * len(l2_candidates)) as advance:
@@ -196,11 +201,11 @@ def identifiability_report(
     margins = differences @ mixture.weight.T
     wide = margins.double()
     unit = torch.nn.functional.normalize(wide, dim=0)  # uncentred: which side a difference is on is chance
-    identifiable, counts = high <= MISASSIGNMENT_BAR, user_offsets.diff()
-    if choices.row_weights is not None:  # the two orders of a tie are one choice
-        counts = choices.choices_by_user.round().long()
-    more = 0 if identifiable else more_pairs_needed(margins, counts, mixture.log_prior, seed)
-    held = heldout_rows(user_offsets, 0.2, seed, choices.judgements)
+    identifiable = high <= MISASSIGNMENT_BAR
+    counts = choices.choices_by_user.round().long()  # the two orders of a tie are one choice
+    asked = margins, counts, mixture.log_prior, seed
+    more = 0 if identifiable else more_pairs_needed(*asked, choice_offsets=choices.choice_offsets)
+    held = heldout_of(choices, 0.2, seed)
     known = fit_choices(choices.keep_rows(~held), num_groups, seed, l2=best, **fit)
     known = known.ordered(match_groups(known.weight, mixture.weight))
     return IdentifiabilityReport(
@@ -271,25 +276,33 @@ def _kept_and_mass(posterior: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def more_pairs_needed(
-    margins: Tensor, pairs_per_user: Tensor, log_prior: Tensor, seed: int = 0
+    margins: Tensor,
+    pairs_per_user: Tensor,
+    log_prior: Tensor,
+    seed: int = 0,
+    *,
+    choice_offsets: Tensor | None = None,
 ) -> int | None:
     """How many more pairs a user would bring the misassignment, averaged over groups, under the bar.
 
-    Users of each group are simulated: as many pairs as observed users have and then more, drawn
-    from the observed pairs, answered by the group's own head.
+    Users of each group are simulated: as many choices as observed users have and then more, drawn
+    from the observed ones, made by the group's own head.
 
     Args:
         margins: [P, K] of the observed pairs under the fitted heads.
-        pairs_per_user: int64 [U].
+        pairs_per_user: choices of observed users, int64 [U].
         log_prior: log mixing weights [K].
         seed: of the simulation, the same at every number of pairs.
+        choice_offsets: int64 [C + 1], the rows of a choice; None where each is one.
 
     Returns:
         At least 1; None where :data:`_MOST_MORE_PAIRS` would not do.
     """
 
     def enough(more: int) -> bool:
-        return _simulated_misassignment(margins, pairs_per_user + more, log_prior, seed) <= MISASSIGNMENT_BAR
+        counts = pairs_per_user + more
+        wrong = _simulated_misassignment(margins, choice_offsets, counts, log_prior, seed)
+        return wrong <= MISASSIGNMENT_BAR
 
     high = 1
     while not enough(high):
@@ -303,17 +316,21 @@ def more_pairs_needed(
     return high
 
 
-def _simulated_misassignment(margins: Tensor, pairs_per_user: Tensor, log_prior: Tensor, seed: int) -> float:
+def _simulated_misassignment(
+    margins: Tensor, choice_offsets: Tensor | None, choices_per_user: Tensor, log_prior: Tensor, seed: int
+) -> float:
     generator = torch.Generator().manual_seed(seed)
+    num_choices = len(margins) if choice_offsets is None else len(choice_offsets) - 1
     wrong = 0.0
     for k in range(len(log_prior)):
-        drawn = torch.randint(len(pairs_per_user), (_SIMULATED_USERS,), generator=generator)
-        counts = pairs_per_user[drawn]
-        offsets = offsets_of(counts)
-        rows = margins[torch.randint(len(margins), (int(offsets[-1]),), generator=generator)]
-        agrees = torch.rand(len(rows), generator=generator) < torch.sigmoid(rows[:, k])
-        answered = torch.where(agrees.unsqueeze(-1), rows, -rows)
-        found = expectation(answered, offsets, log_prior).responsibilities
+        drawn = torch.randint(len(choices_per_user), (_SIMULATED_USERS,), generator=generator)
+        users = offsets_of(choices_per_user[drawn])
+        index = torch.randint(num_choices, (int(users[-1]),), generator=generator)
+        one = PairChoices(margins, torch.tensor([0, len(margins)]), None, None, choice_offsets)
+        rows = one.take_choices(index, users)
+        chance = torch.rand(len(index), generator=generator)
+        answered = redraw(rows.differences[:, k], rows.choice_offsets, rows.differences, chance)
+        found = rows.expectation_of(answered, log_prior).responsibilities
         wrong += (found.argmax(-1) != k).double().mean().item()
     return wrong / len(log_prior)
 

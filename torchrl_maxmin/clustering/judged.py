@@ -1,13 +1,20 @@
-"""Users' choices in which repeats of a pair count once."""
+"""Users' choices in which repeats of one count once."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.linear import PairChoices
-from torchrl_maxmin.preferences.judgements import Judgements, codes_of_differences, count_once
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.preferences.judgements import (
+    Judgements,
+    codes_of_choices,
+    codes_of_differences,
+    count_once,
+)
 
 __all__ = ["judged_choices", "merged_choices"]
 
@@ -17,8 +24,9 @@ def judged_choices(
     user_offsets: Tensor,
     row_weights: Tensor | None = None,
     judgements: np.ndarray | Tensor | None = None,
+    choice_offsets: Tensor | None = None,
 ) -> tuple[PairChoices, Judgements]:
-    """Make choices of rows of features, a row that repeats another of its judgement left out.
+    """Make choices of rows of features, one that repeats another of its judgement left out.
 
     Args:
         differences: features(chosen) - features(rejected) [P, D], rows sorted by user.
@@ -26,9 +34,11 @@ def judged_choices(
         row_weights: how much each pair counts [P].
         judgements: what each pair follows from [P]; without them, equal rows of one user, and rows that are
             opposite, are one judgement. With them, only where they say so.
+        choice_offsets: int64 [C + 1], the rows of a choice, which have one chosen item; None makes every pair
+            a choice of its own.
 
     Returns:
-        The choices, at most P of them, and which rows they stand for.
+        The choices, at most C of them, and which of the given ones they stand for.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
@@ -39,33 +49,35 @@ def judged_choices(
         tensor([0.6667, 0.3333, 1.0000])
     """
     rows = differences.float() if differences.dtype == torch.bfloat16 else differences
-    ids = None if judgements is None else np.unique(np.asarray(judgements), return_inverse=True)[1]
+    codes = codes_of_differences(rows.detach().cpu().numpy())
+    given = None if judgements is None else torch.as_tensor(np.unique(judgements, return_inverse=True)[1])
+    choices = PairChoices(differences, user_offsets, row_weights, given, choice_offsets)
     found = count_once(
-        torch.repeat_interleave(user_offsets.diff()).numpy(),
-        codes_of_differences(rows.detach().cpu().numpy()),
-        None if row_weights is None else row_weights.numpy(),
-        ids,
+        choices.choice_users.numpy(),
+        codes if choice_offsets is None else codes_of_choices(codes, choice_offsets.numpy()),
+        None if choices.choice_weights is None else choices.choice_weights.numpy(),
+        None if choices.choice_judgements is None else choices.choice_judgements.numpy(),
         stated=True,
     )
-    return merged_choices(PairChoices(differences, user_offsets, row_weights), found), found
+    return merged_choices(choices, found), found
 
 
 def merged_choices(choices: PairChoices, found: Judgements) -> PairChoices:
-    """Leave rows out that say what an earlier one of their judgement says, which counts for them.
+    """Leave choices out that say what an earlier one of their judgement says, which counts for them.
 
     Args:
-        choices: P rows.
+        choices: C of them.
         found: which of them are one judgement.
     """
-    ids = None if found.ids is None else torch.from_numpy(np.asarray(found.ids))
-    if len(found.first) == len(choices.differences):
+    ids = None if found.ids is None else choices.at_rows(torch.from_numpy(np.asarray(found.ids)))
+    if len(found.first) == len(choices.choice_users):
         weights = choices.row_weights
         if found.num_repeats:
-            weights = torch.from_numpy(np.asarray(found.weights, np.float32))
-        return PairChoices(choices.differences, choices.user_offsets, weights, ids)
-    kept = torch.zeros(len(choices.differences), dtype=torch.bool)
+            weights = choices.at_rows(torch.from_numpy(np.asarray(found.weights, np.float32)))
+        return replace(choices, row_weights=weights, judgements=ids)
+    kept = torch.zeros(len(choices.choice_users), dtype=torch.bool)
     kept[found.first] = True
+    alone = replace(choices, row_weights=None, judgements=ids).keep_rows(choices.at_rows(kept))
     merged = found.merged_weights
-    alone = PairChoices(choices.differences, choices.user_offsets, None, ids).keep_rows(kept)
-    weights = None if merged is None else torch.from_numpy(merged).float()
-    return PairChoices(alone.differences, alone.user_offsets, weights, alone.judgements)
+    weights = None if merged is None else alone.at_rows(torch.from_numpy(merged).float())
+    return replace(alone, row_weights=weights)

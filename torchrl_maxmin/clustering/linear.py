@@ -1,4 +1,4 @@
-"""Users' choices between pairs, and mixtures of linear Bradley-Terry rewards fitted to them.
+"""Mixtures of linear rewards fitted to users' choices.
 
 They take seconds, find who belongs together, and say whether the users differ at all. They are the warm start
 of the real reward model and never a reward themselves: frozen heads cluster users well and are useless to
@@ -7,162 +7,23 @@ train a policy on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import Restarts
-from torchrl_maxmin.clustering.em import (
-    Choices,
-    EMFit,
-    EMSettings,
-    Expectation,
-    MStep,
-    UserRows,
-    expectation,
-    offsets_of,
-    run_em,
-)
-from torchrl_maxmin.clustering.solvers import (
-    BLOCK_ROWS_COPIED,
-    PairLosses,
-    minimise,
-    tiled_margins,
-    tiled_slope_sum,
-)
-from torchrl_maxmin.preferences.dataset import PreferenceDataset
-
-#: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
-BLOCK_ROWS = 262_144
-
-
-def row_weights_of(data: PreferenceDataset) -> Tensor | None:
-    """Return how much each pair of a data set counts [P] fp32; None where every pair counts once."""
-    return None if bool((data.weights == 1).all()) else data.weights.float()
-
-
-def user_blocks(user_offsets: Tensor, block_rows: int) -> Iterator[tuple[slice, slice]]:
-    """Cut the rows into blocks of whole users: (users, rows), each of about ``block_rows`` rows."""
-    num_users, num_rows = len(user_offsets) - 1, int(user_offsets[-1])
-    cuts = torch.searchsorted(user_offsets, torch.arange(0, num_rows, block_rows)).tolist()
-    for first, last in pairwise(sorted({0, *cuts, num_users})):
-        yield slice(first, last), slice(int(user_offsets[first]), int(user_offsets[last]))
-
-
-@dataclass(frozen=True)
-class PairChoices(UserRows):
-    """Pairs under linear Bradley-Terry rewards: P(chosen) = sigmoid(w . difference).
-
-    Attributes:
-        differences: features(chosen) - features(rejected) [P, D]; may be a memory-mapped file.
-        user_offsets, row_weights: see :class:`UserRows`; a tie is the pair both ways, each counted one half.
-        judgements: what each pair follows from [P]; pairs of one judgement are held out together.
-    """
-
-    differences: Tensor
-    user_offsets: Tensor
-    row_weights: Tensor | None = None
-    judgements: Tensor | None = None
-
-    @property
-    def features(self) -> Tensor:
-        """What heads are applied to [P, D]; fits come back in its dtype."""
-        return self.differences
-
-    @property
-    def mean_row_weight(self) -> Tensor | float:
-        """Mean of the row weights."""
-        return 1.0 if self.row_weights is None else self.row_weights.mean()
-
-    def take_users(self, users: Tensor) -> PairChoices:
-        """These users' pairs, in the order of ``users`` [U'], which may name a user twice."""
-        counts = self.user_offsets.diff()[users]
-        offsets = offsets_of(counts)
-        shift = self.user_offsets[users] - offsets[:-1]
-        rows = torch.arange(int(offsets[-1])) + shift.repeat_interleave(counts)
-        return self._take_rows(rows, offsets)
-
-    def keep_rows(self, kept: Tensor) -> PairChoices:
-        """The rows where ``kept`` [P] holds; users may be left without any."""
-        return self._take_rows(kept.nonzero().flatten(), offsets_of(kept.long())[self.user_offsets])
-
-    def _take_rows(self, rows: Tensor, user_offsets: Tensor) -> PairChoices:
-        row_weights = None if self.row_weights is None else self.row_weights[rows]
-        judgements = None if self.judgements is None else self.judgements[rows]
-        return PairChoices(self.differences[rows], user_offsets, row_weights, judgements)
-
-    def expectation(
-        self,
-        weight: Tensor,
-        log_prior: Tensor,
-        assignment: str = "soft",
-        *,
-        gradient: bool = False,
-        block_rows: int | None = None,
-    ) -> Expectation:
-        """One E-step in one pass over the rows, with the gradient of the M-step that follows it.
-
-        Blocks hold whole users, so a block's responsibilities are final when its margins are at
-        hand, and nothing of size P x K or P x D is alive beside the features. By Fisher's identity
-        the gradient is that of the observed log-likelihood.
-
-        Args:
-            weight: heads [K, D]; its dtype is computed in.
-            log_prior: log mixing weights [K].
-            assignment: ``soft`` or ``hard``.
-            gradient: whether the gradient is wanted.
-            block_rows: rows of a block, about; None chooses.
-        """
-        responsibilities = weight.new_empty(len(self.user_offsets) - 1, len(weight))
-        log_likelihood = weight.new_empty(len(responsibilities))
-        slope_sum = torch.zeros_like(weight)
-        if block_rows is None:
-            block_rows = BLOCK_ROWS if weight.dtype == self.differences.dtype else BLOCK_ROWS_COPIED
-        for users, rows in user_blocks(self.user_offsets, block_rows):
-            x = self.differences[rows].to(weight.dtype)
-            row_weights = None if self.row_weights is None else self.row_weights[rows].to(weight.dtype)
-            margins = tiled_margins(x, weight)
-            offsets = self.user_offsets[users.start : users.stop + 1] - rows.start
-            responsibilities[users], log_likelihood[users], _ = expectation(
-                margins, offsets, log_prior, assignment, row_weights
-            )
-            if gradient:
-                slope = margins.neg_().sigmoid_()
-                slope *= responsibilities[users].repeat_interleave(offsets.diff(), 0, output_size=len(x))
-                if row_weights is not None:
-                    slope *= row_weights.unsqueeze(-1)
-                slope_sum += tiled_slope_sum(slope, x)
-        return Expectation(responsibilities, log_likelihood, slope_sum if gradient else None)
-
-    def maximise(self, responsibilities: Tensor, start: Tensor, l2: float) -> Tensor:
-        """The M-step, to convergence: float64 heads [K, D], from ``start`` [K, D]."""
-        shares = responsibilities.double()
-        losses = PairLosses(self.differences, self.row_users, shares, l2 * self.num_choices, self.row_weights)
-        return minimise(losses, start.double())
-
-
-class LinearChoices(Choices, Protocol):
-    """Choices under linear rewards, heads being [K, D]."""
-
-    @property
-    def features(self) -> Tensor:
-        """What heads are applied to [.., D]; fits come back in its dtype."""
-
-    def expectation(self, weight: Tensor, log_prior: Tensor) -> Expectation:
-        """The E-step."""
-
-    def maximise(self, responsibilities: Tensor, start: Tensor, l2: float) -> Tensor:
-        """The M-step, to convergence."""
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.em import EMFit, EMSettings, Expectation, MStep, run_em
+from torchrl_maxmin.clustering.luce import log_choices
 
 
 @dataclass(frozen=True)
 class LinearMixture:
-    """A fitted mixture of linear Bradley-Terry rewards.
+    """A fitted mixture of linear rewards.
 
     Attributes:
         weight: [K, D] on standardised feature differences.
@@ -199,9 +60,12 @@ class LinearMixture:
     def expectation(
         self, differences: Tensor, user_offsets: Tensor, row_weights: Tensor | None = None
     ) -> Expectation:
+        """Return responsibilities [U, K] and log-likelihood [U] of any users' pairs."""
+        return self.expectation_of(PairChoices(differences, user_offsets, row_weights))
+
+    def expectation_of(self, choices: PairChoices) -> Expectation:
         """Return responsibilities [U, K] and log-likelihood [U] of any users."""
-        margins = differences @ self.weight.T
-        return expectation(margins, user_offsets, self.log_prior, "soft", row_weights)
+        return choices.expectation_of(choices.differences @ self.weight.T, self.log_prior)
 
 
 class _ExactStep(MStep):
@@ -210,7 +74,7 @@ class _ExactStep(MStep):
     weight: Tensor
     max_repairs = 1
 
-    def __init__(self, choices: LinearChoices, start: Tensor, settings: EMSettings):
+    def __init__(self, choices: PairChoices, start: Tensor, settings: EMSettings):
         self.choices, self.weight, self.l2 = choices, start.double(), settings.l2
 
     def expectation(self, log_prior: Tensor) -> Expectation:
@@ -236,14 +100,13 @@ class AdamStep(MStep):
 
     def expectation(self, log_prior: Tensor) -> Expectation:
         """The E-step."""
-        margins = self.choices.differences @ self.weight.detach().T
-        return expectation(margins, self.choices.user_offsets, log_prior, "soft", self.choices.row_weights)
+        return self.choices.expectation_of(self.choices.differences @ self.weight.detach().T, log_prior)
 
     def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
         """Take the steps."""
-        shares = responsibilities[self.choices.row_users]
-        if (row_weights := self.choices.row_weights) is not None:
-            shares = shares * (row_weights / self.choices.mean_row_weight).unsqueeze(-1)
+        shares = responsibilities[self.choices.choice_users]
+        if (weights := self.choices.choice_weights) is not None:
+            shares = shares * (weights / self.choices.mean_choice_weight).unsqueeze(-1)
         self.weight.requires_grad_()
         for _ in range(self.settings.steps_per_round):
             self.optimizer.zero_grad()
@@ -253,9 +116,9 @@ class AdamStep(MStep):
         return {}
 
     def add_gradient(self, shares: Tensor) -> None:
-        """The gradient of the loss, rows counting as ``shares`` [P, K] say."""
+        """The gradient of the loss, choices counting as ``shares`` [C, K] say."""
         margins = self.choices.differences @ self.weight.T
-        log_likelihood = (shares * nn.functional.logsigmoid(margins)).sum(-1).mean()
+        log_likelihood = (shares * log_choices(margins, self.choices.choice_offsets)).sum(-1).mean()
         (self.settings.l2 * self.weight.square().sum() - log_likelihood).backward()
 
 
@@ -323,7 +186,7 @@ def fit_linear_mixture(
 
 
 def fit_choices(
-    choices: LinearChoices,
+    choices: PairChoices,
     num_groups: int,
     seed: int | None = None,
     *,
@@ -336,7 +199,7 @@ def fit_choices(
     """Fit K linear rewards to choices, see :func:`fit_linear_mixture`.
 
     Args:
-        choices: pairs, or rankings, which M-steps that converge alone can fit.
+        choices: of all users.
         num_groups: K.
         seed: of the starts, where no generator is given.
         num_restarts: random starts; K = 1 is convex and takes one.

@@ -14,9 +14,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
-from torchrl_maxmin.clustering.em import log_likelihood_by_user, offsets_of
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.judged import judged_choices
-from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
+from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.luce import offsets_of
 from torchrl_maxmin.core.progress import progress_bar
 
 #: Penalties that are tried where one is chosen.
@@ -89,6 +90,7 @@ def select_num_groups(
     *,
     row_weights: Tensor | None = None,
     judgements: np.ndarray | Tensor | None = None,
+    choice_offsets: Tensor | None = None,
     **settings: Any,
 ) -> NumGroupsChoice:
     """Choose K on linear mixtures by the likelihood of whole users that were left out.
@@ -104,6 +106,7 @@ def select_num_groups(
         row_weights: how much each pair counts [P].
         judgements: what each pair follows from [P]; without them, equal pairs of a user count as one, see
             :func:`~torchrl_maxmin.clustering.judged.judged_choices`.
+        choice_offsets: int64 [C + 1], the rows of a choice among several items.
         **settings: of :func:`choose_num_groups`.
 
     Example:
@@ -115,7 +118,7 @@ def select_num_groups(
         >>> print(choice.report().splitlines()[0])
         your users do not differ: no more groups than one predict left-out users better (K=1)
     """
-    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements)
+    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
     return choose_num_groups(choices, max_groups, **settings)
 
 
@@ -186,6 +189,7 @@ def select_l2(
     seed: int = 0,
     row_weights: Tensor | None = None,
     judgements: np.ndarray | Tensor | None = None,
+    choice_offsets: Tensor | None = None,
     **fit: Any,
 ) -> float:
     """Choose the penalty by the likelihood of left-out users.
@@ -202,9 +206,10 @@ def select_l2(
         seed: of the folds and the starts.
         row_weights: how much each pair counts [P].
         judgements: as in :func:`select_num_groups`.
+        choice_offsets: likewise.
         **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
-    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements)
+    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
     return choose_penalty(choices, num_groups, folds, candidates, seed=seed, **fit)[0]
 
@@ -213,7 +218,7 @@ class _Diagnostics:
     """Criteria beside the one that decides, filled one K at a time."""
 
     def __init__(self, choices: PairChoices, seed: int, num_refits: int):
-        held = heldout_rows(choices.user_offsets, 0.2, seed, choices.judgements)
+        held = heldout_of(choices, 0.2, seed)
         self.choices, self.known, self.heldout = choices, choices.keep_rows(~held), choices.keep_rows(held)
         self.seed, self.num_refits = seed, num_refits
         self.user_ll: dict[int, Tensor] = {}
@@ -235,8 +240,15 @@ class _Diagnostics:
         num_users = len(self.choices.user_offsets) - 1
         drawn = np.sort(np.random.default_rng([self.seed, refit]).integers(num_users, size=num_users))
         mixture = fit_choices(self.choices.take_users(torch.from_numpy(drawn)), k, self.seed + refit, **fit)
-        data = self.choices.differences, self.choices.user_offsets, self.choices.row_weights
-        return mixture.expectation(*data).responsibilities.argmax(-1)
+        return mixture.expectation_of(self.choices).responsibilities.argmax(-1)
+
+
+def heldout_of(choices: PairChoices, fraction: float, seed: int) -> Tensor:
+    """Mark the rows [P] of a random ``fraction`` of each user's judgements, never a part of one."""
+    ids = choices.judgements
+    if ids is None and choices.choice_offsets is not None:
+        ids = choices.at_rows(torch.arange(len(choices.choice_users)))
+    return heldout_rows(choices.user_offsets, fraction, seed, ids)
 
 
 def heldout_rows(
@@ -269,7 +281,7 @@ def heldout_rows(
 def predictive_log_likelihood(known: LinearMixture, heldout: PairChoices) -> Tensor:
     """Log-likelihood [U] of further pairs of the users that ``known`` was fitted on, by their posterior."""
     margins = heldout.differences @ known.weight.T
-    by_user = log_likelihood_by_user(margins, heldout.user_offsets, heldout.row_weights)
+    by_user = heldout.log_likelihood_by_user(margins)
     return torch.logsumexp(known.responsibilities.double().log() + by_user, -1)
 
 
@@ -342,7 +354,7 @@ def leave_users_out(
         inside[fold] = False
         mixture = fit_choices(choices.take_users(inside.nonzero().flatten()), num_groups, seed, **fit)
         outside = choices.take_users(fold)
-        seen = mixture.expectation(outside.differences, outside.user_offsets, outside.row_weights)
+        seen = mixture.expectation_of(outside)
         reference = mixture.weight if reference is None else reference
         order = match_groups(mixture.weight, reference)
         posterior[fold] = seen.responsibilities[:, order].double()

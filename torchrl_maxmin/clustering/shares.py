@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchrl_maxmin.clustering.em import Expectation, log_likelihood_by_user, posterior
-from torchrl_maxmin.clustering.linear import AdamStep, PairChoices
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.em import Expectation, posterior
+from torchrl_maxmin.clustering.linear import AdamStep
+from torchrl_maxmin.clustering.luce import log_choices
 from torchrl_maxmin.core.distributed import sum_over_ranks
 
 __all__ = ["AdamStepOfShares", "SharedChoices"]
@@ -30,14 +32,14 @@ class SharedChoices(PairChoices):
         return sum_over_ranks(super().choices_by_user)
 
     @cached_property
-    def num_rows(self) -> float:
-        """Pairs of all processes."""
-        return float(sum_over_ranks(torch.tensor(float(len(self.differences)), dtype=torch.float64)))
+    def count(self) -> float:
+        """Choices of all processes, ties twice."""
+        return float(sum_over_ranks(torch.tensor(float(len(self.choice_users)), dtype=torch.float64)))
 
     @property
-    def mean_row_weight(self) -> float:
-        """Mean of the row weights of all processes."""
-        return self.num_choices / self.num_rows
+    def mean_choice_weight(self) -> float:
+        """Mean of the choices' weights of all processes."""
+        return self.num_choices / self.count
 
 
 class AdamStepOfShares(AdamStep):
@@ -52,14 +54,16 @@ class AdamStepOfShares(AdamStep):
         """The E-step: Bayes' rule on the sums of all processes."""
         choices = self.choices
         margins = choices.differences @ self.weight.detach().T
-        own = log_likelihood_by_user(margins, choices.user_offsets, choices.row_weights)
+        own = choices.log_likelihood_by_user(margins)
         soft, log_likelihood, _ = posterior(sum_over_ranks(own), log_prior)
         return Expectation(soft.to(margins), log_likelihood.to(margins))
 
     def add_gradient(self, shares: Tensor) -> None:
-        """The gradient of the loss over the pairs of all processes."""
+        """The gradient of the loss over the choices of all processes."""
         margins = self.choices.differences @ self.weight.T
-        log_likelihood = (shares * nn.functional.logsigmoid(margins)).sum() / self.choices.num_rows
+        log_likelihood = (
+            shares * log_choices(margins, self.choices.choice_offsets)
+        ).sum() / self.choices.count
         (-log_likelihood).backward()
         penalty = 2 * self.settings.l2 * self.weight.detach()
         self.weight.grad = sum_over_ranks(self.weight.grad) + penalty

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from torch import Tensor, nn
+from torch import Tensor
+
+from torchrl_maxmin.clustering.luce import at_rows, log_choices, loser_probabilities, sum_by_segment
 
 #: Above this many features a Hessian a group costs more than the steps it saves.
 NEWTON_MAX_FEATURES = 1024
@@ -107,7 +111,7 @@ def _lbfgs(losses: ConvexLosses, start: Tensor) -> Tensor:
     return torch.from_numpy(found.x).view_as(start)
 
 
-# -- pairs -----------------------------------------------------------------------------------------
+# -- choices ---------------------------------------------------------------------------------------
 
 # Products of many rows with few columns: in tiles they take about 0.6 of the plain product's time.
 
@@ -136,43 +140,75 @@ def _tiles(rows: Tensor) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True)
-class PairLosses:
-    """-sum_p c_pk log sigmoid(w_k . x_p) + penalty |w_k|^2, with c the responsibility of the row's user."""
+class ChoiceLosses:
+    """-sum_c r_ck log p_k(choice c) + penalty |w_k|^2, with r the share of its user in group k.
+
+    Attributes:
+        differences: rows of pairs [P, D].
+        choice_users: which row of ``shares`` each choice has [C].
+        shares: [U, K] float64.
+        penalty: of the squared weights.
+        choice_weights: how much each choice counts [C].
+        choice_offsets: int64 [C + 1]; None makes every row a choice (Bradley-Terry).
+    """
 
     differences: Tensor
-    row_users: Tensor
-    responsibilities: Tensor
+    choice_users: Tensor
+    shares: Tensor
     penalty: float
-    row_weights: Tensor | None = None
+    choice_weights: Tensor | None = None
+    choice_offsets: Tensor | None = None
 
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for low in range(0, len(self.differences), BLOCK_ROWS_COPIED):
-            rows = slice(low, low + BLOCK_ROWS_COPIED)
-            share = self.responsibilities[self.row_users[rows]]
-            if self.row_weights is not None:
-                share = share * self.row_weights[rows].double().unsqueeze(-1)
-            yield self.differences[rows].double(), share
+    @cached_property
+    def _cuts(self) -> list[tuple[slice, slice]]:
+        """Blocks of whole choices: (choices, rows)."""
+        if self.choice_offsets is None:
+            starts = range(0, len(self.differences), BLOCK_ROWS_COPIED)
+            parts = [slice(low, low + BLOCK_ROWS_COPIED) for low in starts]
+            return [(part, part) for part in parts]
+        offsets, rows = self.choice_offsets, torch.arange(0, len(self.differences), BLOCK_ROWS_COPIED)
+        cuts = sorted({*torch.searchsorted(offsets, rows).tolist(), len(offsets) - 1})
+        return [(slice(i, j), slice(int(offsets[i]), int(offsets[j]))) for i, j in pairwise(cuts)]
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Rows [n, D], shares [c, K] and offsets [c + 1] of their choices."""
+        for choices, rows in self._cuts:
+            share = self.shares[self.choice_users[choices]]
+            if self.choice_weights is not None:
+                share = share * self.choice_weights[choices].double().unsqueeze(-1)
+            offsets = None
+            if self.choice_offsets is not None:
+                offsets = self.choice_offsets[choices.start : choices.stop + 1] - rows.start
+            yield self.differences[rows].double(), share, offsets
 
     def value_and_gradient(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [K] and gradients [K, D] in float64."""
         value = self.penalty * weight.square().sum(-1)
         gradient = 2 * self.penalty * weight
-        for x, share in self._blocks():
+        for x, share, offsets in self._blocks():
             margins = x @ weight.T
-            value = value - (share * nn.functional.logsigmoid(margins)).sum(0)
-            gradient = gradient - (share * torch.sigmoid(-margins)).T @ x
+            log_choice = log_choices(margins, offsets)
+            value = value - (share * log_choice).sum(0)
+            slope = at_rows(share, offsets, len(x)) * loser_probabilities(margins, log_choice, offsets)
+            gradient = gradient - slope.T @ x
         return value, gradient
 
     def hessian(self, weight: Tensor) -> Tensor:
         """Second derivatives [K, D, D]; they only shape the steps, so float32 products are enough."""
         num_groups, num_features = weight.shape
         hessian = torch.zeros(num_groups, num_features, num_features)
-        for x, share in self._blocks():
-            probability = torch.sigmoid(x @ weight.T)
-            curvature = (share * probability * (1 - probability)).float()
-            x = x.float()
+        for x, share, offsets in self._blocks():
+            margins = x @ weight.T
+            probability = loser_probabilities(margins, log_choices(margins, offsets), offsets)
+            curvature = at_rows(share, offsets, len(x)) * probability
+            if offsets is None:
+                curvature = curvature * (1 - probability)
+            curvature, x = curvature.float(), x.float()
             for k in range(num_groups):
                 hessian[k].addmm_((curvature[:, k : k + 1] * x).T, x)
+                if offsets is not None:  # less what the mean over a choice's rows has
+                    mean = sum_by_segment(probability[:, k : k + 1].float() * x, offsets)
+                    hessian[k].addmm_((share[:, k : k + 1].float() * mean).T, mean, alpha=-1)
         return hessian.double() + 2 * self.penalty * torch.eye(num_features, dtype=torch.float64)
 
 
@@ -199,6 +235,6 @@ def fit_bradley_terry(differences: Tensor, *, l2: float = 1e-4, row_weights: Ten
     everyone = torch.zeros(len(differences), dtype=torch.int64)
     num_choices = len(differences) if row_weights is None else row_weights.double().sum().item()
     shares = torch.ones(1, 1, dtype=torch.float64)
-    losses = PairLosses(differences, everyone, shares, l2 * num_choices, row_weights)
+    losses = ChoiceLosses(differences, everyone, shares, l2 * num_choices, row_weights)
     start = torch.zeros(1, differences.shape[1], dtype=torch.float64)
     return minimise(losses, start)[0].to(differences.dtype)

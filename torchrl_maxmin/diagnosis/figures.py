@@ -13,8 +13,9 @@ from scipy import stats
 from scipy.special import expit
 from torch import Tensor
 
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.identifiability import balanced_misassignment_bound, expected_misassignment
-from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices, fit_choices
+from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.selection import heldout_rows, leave_users_out, match_groups, user_folds
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.diagnosis.exact import ExactOutcome, exact_outcome

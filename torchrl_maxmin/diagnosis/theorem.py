@@ -14,8 +14,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.identifiability import MISASSIGNMENT_BAR
-from torchrl_maxmin.clustering.linear import LinearMixture, PairChoices
+from torchrl_maxmin.clustering.linear import LinearMixture
 from torchrl_maxmin.clustering.solvers import fit_bradley_terry
 from torchrl_maxmin.diagnosis.exact import ExactOutcome
 

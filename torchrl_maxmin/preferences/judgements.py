@@ -12,9 +12,11 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["Judgements", "PairCodes", "codes_of_differences", "count_once"]
+__all__ = ["Judgements", "PairCodes", "codes_of_choices", "codes_of_differences", "count_once"]
 
 _BLOCK_ROWS = 8192
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+_SIDE = np.uint64(0xD1B54A32D192ED03)
 
 
 class PairCodes(NamedTuple):
@@ -55,19 +57,39 @@ def codes_of_differences(differences: np.ndarray) -> PairCodes:
     return PairCodes(code, side)
 
 
+def codes_of_choices(codes: PairCodes, choice_offsets: np.ndarray) -> PairCodes:
+    """Code choices among several items by the pairs that they consist of, in any order.
+
+    Args:
+        codes: of the pairs [P].
+        choice_offsets: int64 [C + 1], the pairs of a choice.
+
+    Returns:
+        Codes [C]. A choice of one pair keeps the pair's; one of several has no other way round.
+    """
+    starts, sizes = choice_offsets[:-1], np.diff(choice_offsets)
+    with np.errstate(over="ignore"):
+        mixed = (codes.code.view(np.uint64) ^ np.where(codes.side, _SIDE, np.uint64(0))) * _SPREAD
+        mixed = np.add.reduceat(mixed ^ (mixed >> np.uint64(29)), starts)
+    alone = sizes == 1
+    code = np.where(alone, codes.code[starts], mixed.view(np.int64))
+    return PairCodes(code, np.where(alone, codes.side[starts], True))
+
+
 @dataclass(frozen=True, eq=False)
 class Judgements:
-    """Pairs as judgements.
+    """Choices as judgements; a pair is a choice between two.
 
     Attributes:
-        ids: what each pair follows from [P]; pairs of one judgement are held out together. None where each
-            follows from one of its own.
-        weights: how much each pair counts [P] float64, repeats of a judgement together once; None where each
-            counts once.
-        num_repeats: pairs that repeat an earlier pair of their user, either way round, and would count again.
+        ids: what each choice follows from [C]; choices of one judgement are held out together. None where
+            each follows from one of its own.
+        weights: how much each choice counts [C] float64, repeats of a judgement together once; None where
+            each counts once.
+        num_repeats: choices that repeat an earlier one of their user, pairs either way round, and would
+            count again.
         num_contradicted: different pairs that their user chose both ways; halved ties are none.
-        first: the first row [R], ascending, that says what each row [P] says, of the same judgement.
-        same: where in ``first`` each row's is [P].
+        first: the first choice [R], ascending, that says what each choice [C] says, of the same judgement.
+        same: where in ``first`` each choice's is [C].
     """
 
     ids: np.ndarray | None
@@ -77,9 +99,21 @@ class Judgements:
     first: np.ndarray
     same: np.ndarray
 
+    def rows(self, choice_offsets: np.ndarray | None) -> np.ndarray:
+        """Rows [P'] of the choices ``first``.
+
+        Args:
+            choice_offsets: int64 [C + 1], the rows of each choice; None where each has one.
+        """
+        if choice_offsets is None:
+            return self.first
+        kept = np.zeros(len(choice_offsets) - 1, bool)
+        kept[self.first] = True
+        return np.flatnonzero(np.repeat(kept, np.diff(choice_offsets)))
+
     @property
     def merged_weights(self) -> np.ndarray | None:
-        """How much each of the rows ``first`` counts for itself and those that say the same [R]."""
+        """How much each of the choices ``first`` counts for itself and those that say the same [R]."""
         if self.weights is None:
             return None
         total = np.bincount(self.same, self.weights)
@@ -95,18 +129,18 @@ def count_once(
     *,
     stated: bool = False,
 ) -> Judgements:
-    """Find pairs that repeat one another, and let them count as one judgement.
+    """Find choices that repeat one another, and let them count as one judgement.
 
     Repeats that agree count as one of them does; where they contradict each other, each way counts by its
     share, as in a tie. Weights that sum to no more than 1 over the repeats stay as they are: the two orders
     of a halved tie, or repeats that were weighted before.
 
     Args:
-        users: user of each pair [P].
-        codes: by which equal pairs are known.
-        weights: how much each pair counts [P]; None counts each once.
-        ids: what each pair follows from [P], of its own user.
-        stated: whether the data state ``ids``, so that equal pairs of two judgements are no repeats.
+        users: user of each choice [C].
+        codes: by which equal choices are known.
+        weights: how much each choice counts [C]; None counts each once.
+        ids: what each choice follows from [C], of its own user.
+        stated: whether the data state ``ids``, so that equal choices of two judgements are no repeats.
 
     Example:
         >>> codes = PairCodes(np.array([5, 5, 5, 6]), np.array([True, True, False, True]))

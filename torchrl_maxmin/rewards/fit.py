@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.agreement import Restarts
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mixing_weights, posterior, run_em
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
-from torchrl_maxmin.clustering.linear import PairChoices, fit_choices
+from torchrl_maxmin.clustering.linear import fit_choices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
 from torchrl_maxmin.clustering.shares import AdamStepOfShares
 from torchrl_maxmin.core.distributed import of_main_process, shares_rows

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.clustering.choices import PairChoices, row_weights_of
 from torchrl_maxmin.clustering.em import UserRows, log_likelihood_by_user
 from torchrl_maxmin.clustering.judged import merged_choices
-from torchrl_maxmin.clustering.linear import PairChoices, row_weights_of
 from torchrl_maxmin.clustering.shares import SharedChoices
 from torchrl_maxmin.core.distributed import (
     gather_rows,

@@ -1,0 +1,190 @@
+"""Users' choices between items as rows of pairs, and what EM asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from torchrl_maxmin.clustering.distinct import DistinctChoices, distinct_choices, ranges
+from torchrl_maxmin.clustering.em import Expectation, UserRows, harden, posterior
+from torchrl_maxmin.clustering.luce import log_choices, loser_probabilities, offsets_of
+from torchrl_maxmin.clustering.solvers import (
+    BLOCK_ROWS_COPIED,
+    ChoiceLosses,
+    minimise,
+    tiled_margins,
+    tiled_slope_sum,
+)
+from torchrl_maxmin.preferences.dataset import PreferenceDataset
+
+__all__ = ["PairChoices", "row_weights_of", "user_blocks"]
+
+#: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
+BLOCK_ROWS = 262_144
+
+
+def row_weights_of(data: PreferenceDataset) -> Tensor | None:
+    """Return how much each pair of a data set counts [P] fp32; None where every pair counts once."""
+    return None if bool((data.weights == 1).all()) else data.weights.float()
+
+
+def user_blocks(user_offsets: Tensor, block_rows: int) -> Iterator[tuple[slice, slice]]:
+    """Cut the rows into blocks of whole users: (users, rows), each of about ``block_rows`` rows."""
+    num_users, num_rows = len(user_offsets) - 1, int(user_offsets[-1])
+    cuts = torch.searchsorted(user_offsets, torch.arange(0, num_rows, block_rows)).tolist()
+    for first, last in pairwise(sorted({0, *cuts, num_users})):
+        yield slice(first, last), slice(int(user_offsets[first]), int(user_offsets[last]))
+
+
+@dataclass(frozen=True)
+class PairChoices(UserRows):
+    """Pairs under linear Bradley-Terry rewards: P(chosen) = sigmoid(w . difference).
+
+    Attributes:
+        differences: features(chosen) - features(rejected) [P, D]; may be a memory-mapped file.
+        user_offsets, row_weights: see :class:`UserRows`; a tie is the pair both ways, each counted one half.
+        judgements: what each pair follows from [P]; pairs of one judgement are held out together.
+        choice_offsets: int64 [C + 1], rows of a choice; None makes every pair one, see :mod:`~.luce`.
+        distinct: the choices without repeats, of :meth:`find_distinct`.
+    """
+
+    differences: Tensor
+    user_offsets: Tensor
+    row_weights: Tensor | None = None
+    judgements: Tensor | None = None
+    choice_offsets: Tensor | None = None
+    distinct: DistinctChoices | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """What heads are applied to [P, D]; fits come back in its dtype."""
+        return self.differences
+
+    @property
+    def choice_judgements(self) -> Tensor | None:
+        """What each choice follows from [C]."""
+        if self.judgements is None or self.choice_offsets is None:
+            return self.judgements
+        return self.judgements[self.choice_offsets[:-1]]
+
+    @property
+    def mean_choice_weight(self) -> Tensor | float:
+        """Mean of the choices' weights."""
+        return 1.0 if self.choice_weights is None else self.choice_weights.mean()
+
+    def find_distinct(self) -> PairChoices:
+        """The same choices; where they repeat, fits work on each distinct one once."""
+        return replace(self, distinct=distinct_choices(self.differences, self.choice_offsets))
+
+    def take_users(self, users: Tensor) -> PairChoices:
+        """These users' choices, in the order of ``users`` [U'], which may name a user twice."""
+        counts = self.user_choice_offsets.diff()[users]
+        return self.take_choices(ranges(self.user_choice_offsets[users], counts), offsets_of(counts))
+
+    def keep_rows(self, kept: Tensor) -> PairChoices:
+        """The rows where ``kept`` [P] holds, of whole choices; users may be left without any."""
+        if self.choice_offsets is not None:
+            kept = kept[self.choice_offsets[:-1]]
+        return self.take_choices(kept.nonzero().flatten(), offsets_of(kept.long())[self.user_choice_offsets])
+
+    def take_choices(self, choices: Tensor, user_choice_offsets: Tensor) -> PairChoices:
+        """These choices [C'], of users to whom offsets [U' + 1] deal them."""
+        rows, choice_offsets, user_offsets = choices, None, user_choice_offsets
+        if self.choice_offsets is not None:
+            sizes = self.choice_offsets.diff()[choices]
+            rows, choice_offsets = ranges(self.choice_offsets[choices], sizes), offsets_of(sizes)
+            user_offsets = choice_offsets[user_choice_offsets]
+        row_weights = None if self.row_weights is None else self.row_weights[rows]
+        judgements = None if self.judgements is None else self.judgements[rows]
+        distinct = None
+        if self.distinct is not None:
+            distinct = self.distinct._replace(index=self.distinct.index[choices])
+        taken = self.differences[rows]
+        return PairChoices(taken, user_offsets, row_weights, judgements, choice_offsets, distinct)
+
+    def expectation(
+        self,
+        weight: Tensor,
+        log_prior: Tensor,
+        assignment: str = "soft",
+        *,
+        gradient: bool = False,
+        block_rows: int | None = None,
+    ) -> Expectation:
+        """One E-step in one pass over the rows, with the gradient of the M-step that follows it.
+
+        Blocks hold whole users, so a block's responsibilities are final when its margins are at
+        hand, and nothing of size P x K or P x D is alive beside the features. By Fisher's identity
+        the gradient is that of the observed log-likelihood.
+
+        Args:
+            weight: heads [K, D]; its dtype is computed in.
+            log_prior: log mixing weights [K].
+            assignment: ``soft`` or ``hard``.
+            gradient: whether the gradient is wanted.
+            block_rows: rows of a block, about; None chooses.
+        """
+        responsibilities = weight.new_empty(len(self.user_offsets) - 1, len(weight))
+        log_likelihood = weight.new_empty(len(responsibilities))
+        slope_sum = torch.zeros_like(weight)
+        if self.distinct is not None and not gradient:
+            return self._expectation_by_distinct(weight, log_prior, assignment)
+        if block_rows is None:
+            block_rows = BLOCK_ROWS if weight.dtype == self.differences.dtype else BLOCK_ROWS_COPIED
+        for users, rows in user_blocks(self.user_offsets, block_rows):
+            x = self.differences[rows].to(weight.dtype)
+            block = self._block(users, rows, weight.dtype)
+            row_weights, offsets = block.row_weights, block.user_offsets
+            margins = tiled_margins(x, weight)
+            responsibilities[users], log_likelihood[users], _ = block.expectation_of(
+                margins, log_prior, assignment
+            )
+            if gradient:
+                if block.choice_offsets is None:
+                    slope = margins.neg_().sigmoid_()
+                else:
+                    log_choice = log_choices(margins, block.choice_offsets)
+                    slope = loser_probabilities(margins, log_choice, block.choice_offsets)
+                slope *= responsibilities[users].repeat_interleave(offsets.diff(), 0, output_size=len(x))
+                if row_weights is not None:
+                    slope *= row_weights.unsqueeze(-1)
+                slope_sum += tiled_slope_sum(slope, x)
+        return Expectation(responsibilities, log_likelihood, slope_sum if gradient else None)
+
+    def _block(self, users: slice, rows: slice, dtype: torch.dtype) -> UserRows:
+        """These users' rows without their features."""
+        block = UserRows()
+        block.user_offsets = self.user_offsets[users.start : users.stop + 1] - rows.start
+        block.row_weights = None if self.row_weights is None else self.row_weights[rows].to(dtype)
+        if self.choice_offsets is not None:
+            ends = self.user_choice_offsets[users.start], self.user_choice_offsets[users.stop] + 1
+            block.choice_offsets = self.choice_offsets[slice(*ends)] - rows.start
+        return block
+
+    def _expectation_by_distinct(self, weight: Tensor, log_prior: Tensor, assignment: str) -> Expectation:
+        assert self.distinct is not None
+        margins = self.distinct.differences.to(weight.dtype) @ weight.T
+        log_choice = log_choices(margins.double(), self.distinct.choice_offsets)[self.distinct.index]
+        soft, log_likelihood, _ = posterior(self.sum_by_user(log_choice), log_prior)
+        soft, log_likelihood = soft.to(weight.dtype), log_likelihood.to(weight.dtype)
+        return Expectation(harden(soft) if assignment == "hard" else soft, log_likelihood)
+
+    def maximise(self, responsibilities: Tensor, start: Tensor, l2: float) -> Tensor:
+        """The M-step, to convergence: float64 heads [K, D], from ``start`` [K, D]."""
+        shares, penalty = responsibilities.double(), l2 * self.num_choices
+        if (found := self.distinct) is None:
+            losses = ChoiceLosses(
+                self.differences, self.choice_users, shares, penalty, self.choice_weights, self.choice_offsets
+            )
+        else:
+            shares = shares[self.choice_users]
+            if self.choice_weights is not None:
+                shares = shares * self.choice_weights.double().unsqueeze(-1)
+            shares = found.sum_by_choice(shares)
+            each = torch.arange(len(shares))
+            losses = ChoiceLosses(found.differences, each, shares, penalty, None, found.choice_offsets)
+        return minimise(losses, start.double())
