@@ -9,7 +9,8 @@ from scipy.special import expit
 
 from torchrl_maxmin.clustering.identifiability import identifiability_report
 from torchrl_maxmin.clustering.judged import judged_choices
-from torchrl_maxmin.clustering.selection import heldout_rows, select_l2, select_num_groups
+from torchrl_maxmin.clustering.left_out import heldout_rows
+from torchrl_maxmin.clustering.selection import select_l2, select_num_groups
 
 FIT = {"m_step": "exact", "convergence_tolerance": 1e-4, "num_rounds": 50, "num_restarts": 2}
 TIMES = 5

@@ -9,7 +9,11 @@ from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from torchrl_maxmin.clustering import fit_linear_mixture
-from torchrl_maxmin.clustering.rankings import choices_of_rankings, fit_ranking_mixture, ranking_log_likelihood
+from torchrl_maxmin.clustering.rankings import (
+    choices_of_rankings,
+    fit_ranking_mixture,
+    ranking_log_likelihood,
+)
 
 
 def oracle(scores, offsets):

@@ -11,15 +11,12 @@ from scipy.special import expit, log_expit, logsumexp
 
 from torchrl_maxmin.clustering import fit_linear_mixture
 from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.left_out import heldout_rows, leave_users_out, match_groups, user_folds
 from torchrl_maxmin.clustering.selection import (
     NumGroupsChoice,
     adjusted_rand_index,
-    heldout_rows,
-    leave_users_out,
-    match_groups,
     select_l2,
     select_num_groups,
-    user_folds,
 )
 
 FIT = {"m_step": "exact", "convergence_tolerance": 1e-4, "num_restarts": 2, "l2": 1e-3}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -166,12 +166,25 @@ class PairChoices(UserRows):
         return block
 
     def _expectation_by_distinct(self, weight: Tensor, log_prior: Tensor, assignment: str) -> Expectation:
-        assert self.distinct is not None
-        margins = self.distinct.differences.to(weight.dtype) @ weight.T
-        log_choice = log_choices(margins.double(), self.distinct.choice_offsets)[self.distinct.index]
-        soft, log_likelihood, _ = posterior(self.sum_by_user(log_choice), log_prior)
+        soft, log_likelihood, _ = posterior(self.user_log_likelihood(weight)[..., 0], log_prior)
         soft, log_likelihood = soft.to(weight.dtype), log_likelihood.to(weight.dtype)
         return Expectation(harden(soft) if assignment == "hard" else soft, log_likelihood)
+
+    def user_log_likelihood(self, weight: Tensor, scales: Sequence[float] = (1.0,)) -> Tensor:
+        """Log-likelihood [U, K, A] in float64 of every user's choices by heads [K, D] times scales [A]."""
+        found = weight.new_empty(len(self.user_offsets) - 1, len(weight), len(scales), dtype=torch.float64)
+        if self.distinct is not None:
+            margins = (self.distinct.differences.to(weight.dtype) @ weight.T).double()
+            for a, scale in enumerate(scales):
+                log_choice = log_choices(scale * margins, self.distinct.choice_offsets)
+                found[..., a] = self.sum_by_user(log_choice[self.distinct.index])
+            return found
+        for users, rows in user_blocks(self.user_offsets, BLOCK_ROWS_COPIED):
+            block = self._block(users, rows, torch.float64)
+            margins = (self.differences[rows].to(weight.dtype) @ weight.T).double()
+            for a, scale in enumerate(scales):
+                found[users, :, a] = block.log_likelihood_by_user(scale * margins)
+        return found
 
     def maximise(self, responsibilities: Tensor, start: Tensor, l2: float) -> Tensor:
         """The M-step, to convergence: float64 heads [K, D], from ``start`` [K, D]."""

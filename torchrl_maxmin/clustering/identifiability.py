@@ -13,15 +13,10 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.judged import judged_choices
+from torchrl_maxmin.clustering.left_out import choose_penalty, heldout_of, match_groups, user_folds
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.luce import offsets_of, redraw
-from torchrl_maxmin.clustering.selection import (
-    L2_CANDIDATES,
-    choose_penalty,
-    heldout_of,
-    match_groups,
-    user_folds,
-)
+from torchrl_maxmin.clustering.selection import L2_CANDIDATES
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.stats import accuracy_by_group
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.judged import judged_choices
+from torchrl_maxmin.clustering.left_out import (
+    choose_penalty,
+    gain_on_judgements,
+    heldout_of,
+    leave_users_out,
+    user_folds,
+)
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
-from torchrl_maxmin.clustering.luce import offsets_of
 from torchrl_maxmin.core.progress import progress_bar
 
 #: Penalties that are tried where one is chosen.
@@ -29,10 +34,17 @@ class NumGroupsChoice:
     """A choice of K, and what it rests on.
 
     Attributes:
-        num_groups: the smallest K within one standard error of the best.
-        heldout_log_likelihood: nats a pair on users left out of the fit, by K.
+        num_groups: the smallest K within one standard error of the best by left-out users, lowered until it
+            beats one reward on left-out judgements, too; 1 where no reward beats a coin.
+        heldout_log_likelihood: nats a choice of users left out of the fit, by K, scales of users summed out.
         standard_error: of the difference to the best K, by K.
-        heldout_pairs: nats a pair on held-out pairs of users in the fit, by K; this and what
+        coin: nats a choice of a coin; None where it was not asked.
+        beats_coin: whether the best K is likelier by a standard error; None where it was not asked.
+        judgement_gain: nats a choice by which K groups beat one reward on left-out judgements of known users,
+            by K that was looked at; empty where nobody has two judgements.
+        judgement_error: standard errors of these, over users.
+        edges: sentences on where the search ended at an edge.
+        heldout_pairs: nats a choice on held-out judgements of users in the fit, by K; this and what
             follows are empty unless ``diagnostics`` were asked for, and do not decide.
         heldout_pairs_error: of the difference to the best K, by K.
         bic: -2 log-likelihood + log(users) x parameters, by K; smaller is better.
@@ -43,6 +55,11 @@ class NumGroupsChoice:
     num_groups: int
     heldout_log_likelihood: dict[int, float]
     standard_error: dict[int, float]
+    coin: float | None = None
+    beats_coin: bool | None = None
+    judgement_gain: dict[int, float] = field(default_factory=dict)
+    judgement_error: dict[int, float] = field(default_factory=dict)
+    edges: list[str] = field(default_factory=list)
     heldout_pairs: dict[int, float] = field(default_factory=dict)
     heldout_pairs_error: dict[int, float] = field(default_factory=dict)
     bic: dict[int, float] = field(default_factory=dict)
@@ -51,7 +68,7 @@ class NumGroupsChoice:
 
     @property
     def num_groups_by_pairs(self) -> int:
-        """K by held-out pairs alone, under the same rule."""
+        """K by held-out judgements alone, under the same rule."""
         return _one_standard_error(self.heldout_pairs, self.heldout_pairs_error)
 
     @property
@@ -59,28 +76,50 @@ class NumGroupsChoice:
         """K by BIC alone."""
         return min(self.bic, key=lambda k: self.bic[k])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers by K, as for a JSON file."""
+        by_k = ("heldout_log_likelihood", "standard_error", "judgement_gain", "judgement_error", "l2")
+        found = {name: {str(k): value for k, value in getattr(self, name).items()} for name in by_k}
+        return {
+            "num_groups": self.num_groups,
+            **found,
+            "coin": self.coin,
+            "beats_coin": self.beats_coin,
+            "edges": self.edges,
+            "report": self.report(),
+        }
+
     def report(self) -> str:
         """A few plain lines: the answer, and what each K reached by every criterion."""
         tried = list(self.heldout_log_likelihood)
         if self.num_groups > 1:
             answer = f"your users form {self.num_groups} groups"
+        elif self.beats_coin is False:
+            answer = "nothing is learned: no reward predicts left-out users better than a coin"
         elif len(tried) == 1:
             answer = "too few users to look for more than one group"
         else:
             answer = "your users do not differ: no more groups than one predict left-out users better"
         lines = [f"{answer} (K={self.num_groups})"]
         for k in tried:
-            line = f"  K={k}: left-out users {self.heldout_log_likelihood[k]:.4f} nats a pair"
+            line = f"  K={k}: left-out users {self.heldout_log_likelihood[k]:.4f} nats a choice"
+            if k in self.judgement_gain:
+                line += (
+                    f", left-out judgements {self.judgement_gain[k]:+.4f} of one reward's "
+                    f"(standard error {self.judgement_error[k]:.4f})"
+                )
             if self.heldout_pairs:
                 line += f", left-out pairs {self.heldout_pairs[k]:.4f}, BIC {self.bic[k]:.0f}"
                 line += f", stability {self.stability[k]:.2f}" if k > 1 else ""
             lines.append(line)
+        if self.coin is not None:
+            lines.append(f"  a coin: {self.coin:.4f}")
         if self.heldout_pairs:
             lines.append(
                 f"  left-out pairs alone would say K={self.num_groups_by_pairs}, "
                 f"BIC K={self.num_groups_by_bic}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {sentence}" for sentence in self.edges)])
 
 
 def select_num_groups(
@@ -97,7 +136,9 @@ def select_num_groups(
 
     Every user is left out once; the smallest K whose likelihood is within one standard
     error (paired over users) of the best is taken. K = 1 is always a candidate, so the
-    answer may be that the users do not differ.
+    answer may be that the users do not differ. Likelihoods have each user's scale summed out, so that
+    users who choose with more noise are no group. The K that is found must beat one reward on left-out
+    judgements of known users as well, and a coin.
 
     Args:
         differences: standardised feature differences [P, D], rows sorted by user.
@@ -140,8 +181,8 @@ def choose_num_groups(
         max_groups: largest K tried; never more than the users of a fold's fit.
         num_folds: parts the users are cut into.
         seed: of the folds and the starts.
-        l2_candidates: penalties to choose among for every K, by the same left-out users; empty takes
-            that of ``fit``.
+        l2_candidates: penalties to choose among for every K, by the same left-out users, and beyond them
+            where the last is the best; empty takes that of ``fit``.
         diagnostics: whether to look at held-out pairs of known users, BIC and stability too, for
             ``2 + num_refits`` more fits a K.
         num_refits: resamples of the users behind the stability.
@@ -153,6 +194,7 @@ def choose_num_groups(
     fits = len(folds) * max(1, len(l2_candidates)) + (2 + num_refits if diagnostics else 0)
     user_ll: dict[int, Tensor] = {}
     penalty: dict[int, float] = {}
+    edges: list[str] = []
     criteria = _Diagnostics(choices, seed, num_refits)
     with progress_bar("choosing the number of groups", fits * len(candidates)) as advance:
         for k in candidates:
@@ -161,22 +203,65 @@ def choose_num_groups(
                 penalty[k], left_out = choose_penalty(choices, k, folds, l2_candidates, **settings)
             else:
                 left_out = leave_users_out(choices, k, folds, **settings)
-            user_ll[k] = left_out.log_likelihood
+            user_ll[k] = left_out.robust
             if diagnostics:
                 criteria.add(k, fit | ({"l2": penalty[k]} if l2_candidates else {}))
                 advance(2 + num_refits)
     total, errors = _compare(user_ll)
+    found = _one_standard_error(total, errors)
+    coin = coin_log_likelihood(choices)
+    above = user_ll[found] - coin
+    beats_coin = bool(above.sum() > above.std() * num_users**0.5) if num_users > 1 else None
+    if beats_coin is False:
+        found = 1
+    gains: dict[int, float] = {}
+    gain_errors: dict[int, float] = {}
+    while found > 1:
+        by_l2 = {k: fit | ({"l2": penalty[k]} if l2_candidates else {}) for k in (1, found)}
+        gain = gain_on_judgements(choices, found, by_l2, seed)
+        if gain is None:  # nobody has two judgements: left-out users alone decide
+            break
+        num_held = criteria.heldout.num_choices
+        gains[found], gain_errors[found] = (gain.sum() / num_held).item(), _error(gain) / num_held
+        if gains[found] > gain_errors[found]:
+            break
+        found -= 1
+    if found == max(candidates) and found > 1:
+        edges.append(f"K={found} is the largest that was tried: raise --max_groups.")
+    if penalty and not _inside(penalty[found], l2_candidates):
+        edges.append(f"the penalty {penalty[found]:g} at K={found} lies outside those that were asked for.")
     pairs_total, pairs_errors = _compare(criteria.user_ll)
+    num_choices = choices.num_choices
     return NumGroupsChoice(
-        _one_standard_error(total, errors),
-        _scaled(total, choices.num_choices),
-        _scaled(errors, choices.num_choices),
+        found,
+        _scaled(total, num_choices),
+        _scaled(errors, num_choices),
+        coin.sum().item() / num_choices,
+        beats_coin,
+        gains,
+        gain_errors,
+        edges,
         _scaled(pairs_total, criteria.heldout.num_choices),
         _scaled(pairs_errors, criteria.heldout.num_choices),
         criteria.bic,
         criteria.stability,
         penalty,
     )
+
+
+def coin_log_likelihood(choices: PairChoices) -> Tensor:
+    """Log-likelihood [U] in float64 of every user's choices where each item is as likely."""
+    nothing = choices.differences.new_zeros(1, choices.differences.shape[1])
+    return choices.user_log_likelihood(nothing)[:, 0, 0]
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the sum of values of users [U]."""
+    return (values.std() * len(values) ** 0.5).item() if len(values) > 1 else math.inf
+
+
+def _inside(penalty: float, candidates: Sequence[float]) -> bool:
+    return not candidates or min(candidates) <= penalty <= max(candidates)
 
 
 def select_l2(
@@ -243,41 +328,6 @@ class _Diagnostics:
         return mixture.expectation_of(self.choices).responsibilities.argmax(-1)
 
 
-def heldout_of(choices: PairChoices, fraction: float, seed: int) -> Tensor:
-    """Mark the rows [P] of a random ``fraction`` of each user's judgements, never a part of one."""
-    ids = choices.judgements
-    if ids is None and choices.choice_offsets is not None:
-        ids = choices.at_rows(torch.arange(len(choices.choice_users)))
-    return heldout_rows(choices.user_offsets, fraction, seed, ids)
-
-
-def heldout_rows(
-    user_offsets: Tensor, fraction: float, seed: int, judgements: np.ndarray | Tensor | None = None
-) -> Tensor:
-    """Mark a random ``fraction`` of each user's judgements, one at least of two: bool [P].
-
-    Args:
-        user_offsets: int64 [U + 1].
-        fraction: of a user's judgements.
-        seed: of the draws.
-        judgements: what each row follows from [P]; None makes each a judgement of its own.
-    """
-    if judgements is not None:
-        users = torch.repeat_interleave(user_offsets.diff()).numpy()
-        pairs = np.stack([users, np.asarray(judgements)], axis=1)
-        unique, which = np.unique(pairs, axis=0, return_inverse=True)
-        per_user = torch.from_numpy(np.bincount(unique[:, 0], minlength=len(user_offsets) - 1))
-        return heldout_rows(offsets_of(per_user), fraction, seed)[torch.from_numpy(which.reshape(-1))]
-    counts = user_offsets.diff()
-    row_users = torch.repeat_interleave(counts)
-    draw = np.random.default_rng(seed).random(len(row_users))
-    order = torch.from_numpy(np.lexsort((draw, row_users.numpy())))
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order)) - user_offsets[row_users]
-    wanted = torch.where(counts >= 2, (fraction * counts).long().clamp_min(1), 0)
-    return rank < wanted[row_users]
-
-
 def predictive_log_likelihood(known: LinearMixture, heldout: PairChoices) -> Tensor:
     """Log-likelihood [U] of further pairs of the users that ``known`` was fitted on, by their posterior."""
     margins = heldout.differences @ known.weight.T
@@ -302,85 +352,3 @@ def _one_standard_error(total: dict[int, float], errors: dict[int, float]) -> in
 
 def _scaled(by_k: dict[int, float], num_choices: float) -> dict[int, float]:
     return {k: value / num_choices for k, value in by_k.items()}
-
-
-# -- users left out of the fit ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LeftOutUsers:
-    """Every user as a mixture sees them that was fitted without them.
-
-    Attributes:
-        posterior: [U, K] float64; the folds' groups are matched to one another.
-        log_likelihood: [U] float64.
-    """
-
-    posterior: Tensor
-    log_likelihood: Tensor
-
-
-def user_folds(num_users: int, num_folds: int, seed: int) -> list[Tensor]:
-    """Cut the users into random parts of like size: sorted indices, each user in one part."""
-    order = np.random.default_rng(seed).permutation(num_users)
-    return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, min(num_folds, num_users))]
-
-
-def leave_users_out(
-    choices: PairChoices,
-    num_groups: int,
-    folds: list[Tensor],
-    *,
-    seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
-    **fit: Any,
-) -> LeftOutUsers:
-    """Fit a mixture without each fold, and score the fold's users with it.
-
-    Args:
-        choices: all users.
-        num_groups: K.
-        folds: indices of the users left out each time; together all users.
-        seed: of the starts, the same in every fold.
-        advance: called after every fit.
-        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
-    """
-    num_users = len(choices.user_offsets) - 1
-    posterior = torch.zeros(num_users, num_groups, dtype=torch.float64)
-    log_likelihood = torch.zeros(num_users, dtype=torch.float64)
-    reference: Tensor | None = None
-    for fold in folds:
-        inside = torch.ones(num_users, dtype=torch.bool)
-        inside[fold] = False
-        mixture = fit_choices(choices.take_users(inside.nonzero().flatten()), num_groups, seed, **fit)
-        outside = choices.take_users(fold)
-        seen = mixture.expectation_of(outside)
-        reference = mixture.weight if reference is None else reference
-        order = match_groups(mixture.weight, reference)
-        posterior[fold] = seen.responsibilities[:, order].double()
-        log_likelihood[fold] = seen.log_likelihood.double()
-        advance()
-    return LeftOutUsers(posterior, log_likelihood)
-
-
-def choose_penalty(
-    choices: PairChoices, num_groups: int, folds: list[Tensor], candidates: Sequence[float], **settings: Any
-) -> tuple[float, LeftOutUsers]:
-    """The penalty under which left-out users are likeliest, and these users as it sees them.
-
-    Args:
-        choices: all users.
-        num_groups: K.
-        folds: as in :func:`leave_users_out`.
-        candidates: penalties to try, in the units of the fit.
-        **settings: passed to :func:`leave_users_out`.
-    """
-    tried = {l2: leave_users_out(choices, num_groups, folds, l2=l2, **settings) for l2 in candidates}
-    best = max(tried, key=lambda l2: tried[l2].log_likelihood.sum().item())
-    return best, tried[best]
-
-
-def match_groups(weight: Tensor, reference: Tensor) -> Tensor:
-    """The order of the rows of ``weight`` [K, D] that points most where ``reference`` [K, D] does."""
-    unit, other = (torch.nn.functional.normalize(heads.double(), dim=-1) for heads in (reference, weight))
-    return torch.from_numpy(linear_sum_assignment((unit @ other.T).numpy(), maximize=True)[1])

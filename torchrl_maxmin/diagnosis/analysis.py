@@ -16,14 +16,9 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
 from torchrl_maxmin.clustering.judged import judged_choices
+from torchrl_maxmin.clustering.left_out import choose_penalty, user_folds
 from torchrl_maxmin.clustering.linear import LinearMixture
-from torchrl_maxmin.clustering.selection import (
-    L2_CANDIDATES,
-    NumGroupsChoice,
-    choose_num_groups,
-    choose_penalty,
-    user_folds,
-)
+from torchrl_maxmin.clustering.selection import L2_CANDIDATES, NumGroupsChoice, choose_num_groups
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.figures import (
     Fitter,

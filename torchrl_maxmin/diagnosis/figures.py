@@ -15,8 +15,8 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.identifiability import balanced_misassignment_bound, expected_misassignment
+from torchrl_maxmin.clustering.left_out import heldout_rows, leave_users_out, match_groups, user_folds
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
-from torchrl_maxmin.clustering.selection import heldout_rows, leave_users_out, match_groups, user_folds
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.diagnosis.exact import ExactOutcome, exact_outcome
 from torchrl_maxmin.diagnosis.theorem import distinctness, diversity

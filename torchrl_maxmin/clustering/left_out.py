@@ -1,0 +1,200 @@
+"""Users and judgements left out of a fit, and how likely mixtures find them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.linear import fit_choices
+from torchrl_maxmin.clustering.luce import offsets_of
+from torchrl_maxmin.clustering.scales import (
+    log_likelihood_with,
+    log_prior_of_scales,
+    scaled_log_likelihood,
+)
+
+__all__ = [
+    "LeftOutUsers",
+    "choose_penalty",
+    "gain_on_judgements",
+    "heldout_of",
+    "heldout_rows",
+    "leave_users_out",
+    "match_groups",
+    "user_folds",
+]
+
+#: Factor by which the search of a penalty goes beyond the last one.
+WIDER = 4.0
+_MOST_WIDER = 4
+
+
+@dataclass(frozen=True)
+class LeftOutUsers:
+    """Every user as a mixture sees them that was fitted without them.
+
+    Attributes:
+        posterior: [U, K] float64; the folds' groups are matched to one another.
+        log_likelihood: [U] float64.
+        robust: the same with each user's scale summed out [U].
+        weight: heads [K, D] of each fold's fit.
+    """
+
+    posterior: Tensor
+    log_likelihood: Tensor
+    robust: Tensor
+    weight: list[Tensor]
+
+
+def user_folds(num_users: int, num_folds: int, seed: int) -> list[Tensor]:
+    """Cut the users into random parts of like size: sorted indices, each user in one part."""
+    order = np.random.default_rng(seed).permutation(num_users)
+    return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, min(num_folds, num_users))]
+
+
+def leave_users_out(
+    choices: PairChoices,
+    num_groups: int,
+    folds: list[Tensor],
+    *,
+    seed: int = 0,
+    starts: Sequence[Tensor] | None = None,
+    advance: Callable[[], None] = lambda: None,
+    **fit: Any,
+) -> LeftOutUsers:
+    """Fit a mixture without each fold, and score the fold's users with it.
+
+    Args:
+        choices: all users.
+        num_groups: K.
+        folds: indices of the users left out each time; together all users.
+        seed: of the starts, the same in every fold.
+        starts: heads [K, D] to begin each fold's fit from, in the place of random ones.
+        advance: called after every fit.
+        **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
+    """
+    num_users = len(choices.user_offsets) - 1
+    posterior = torch.zeros(num_users, num_groups, dtype=torch.float64)
+    log_likelihood, robust = torch.zeros(2, num_users, dtype=torch.float64)
+    reference: Tensor | None = None
+    weights: list[Tensor] = []
+    for i, fold in enumerate(folds):
+        inside = torch.ones(num_users, dtype=torch.bool)
+        inside[fold] = False
+        rest, outside = choices.take_users(inside.nonzero().flatten()), choices.take_users(fold)
+        start = None if starts is None or num_groups == 1 else starts[i]
+        mixture = fit_choices(rest, num_groups, seed, start=start, **fit)
+        weights.append(mixture.weight)
+        seen = mixture.expectation_of(outside)
+        reference = mixture.weight if reference is None else reference
+        order = match_groups(mixture.weight, reference)
+        posterior[fold] = seen.responsibilities[:, order].double()
+        log_likelihood[fold] = seen.log_likelihood.double()
+        prior = log_prior_of_scales(scaled_log_likelihood(rest, mixture.weight), mixture.log_prior)
+        robust[fold] = log_likelihood_with(scaled_log_likelihood(outside, mixture.weight), prior)
+        advance()
+    return LeftOutUsers(posterior, log_likelihood, robust, weights)
+
+
+def choose_penalty(
+    choices: PairChoices, num_groups: int, folds: list[Tensor], candidates: Sequence[float], **settings: Any
+) -> tuple[float, LeftOutUsers]:
+    """The penalty under which left-out users are likeliest, and these users as it sees them.
+
+    The strongest is tried first; each next one begins where it ended. Where the best lies at an end of the
+    candidates, penalties :data:`WIDER` times as far are tried until it does not.
+
+    Args:
+        choices: all users.
+        num_groups: K.
+        folds: as in :func:`leave_users_out`.
+        candidates: penalties to try, in the units of the fit; a single one is taken.
+        **settings: passed to :func:`leave_users_out`.
+    """
+    tried: dict[float, LeftOutUsers] = {}
+    waiting = sorted(candidates, reverse=True)
+    while waiting:
+        l2 = waiting.pop(0)
+        near = min(tried, key=lambda other: abs(math.log(other / l2)), default=None)
+        starts = None if near is None else tried[near].weight
+        tried[l2] = leave_users_out(choices, num_groups, folds, l2=l2, starts=starts, **settings)
+        best = max(tried, key=lambda l2: tried[l2].robust.sum().item())
+        if not waiting and 1 < len(tried) < len(candidates) + _MOST_WIDER:
+            waiting += [best * WIDER] if best == max(tried) else [best / WIDER] if best == min(tried) else []
+    return best, tried[best]
+
+
+def match_groups(weight: Tensor, reference: Tensor) -> Tensor:
+    """The order of the rows of ``weight`` [K, D] that points most where ``reference`` [K, D] does."""
+    unit, other = (torch.nn.functional.normalize(heads.double(), dim=-1) for heads in (reference, weight))
+    return torch.from_numpy(linear_sum_assignment((unit @ other.T).numpy(), maximize=True)[1])
+
+
+def heldout_of(choices: PairChoices, fraction: float, seed: int) -> Tensor:
+    """Mark the rows [P] of a random ``fraction`` of each user's judgements, never a part of one."""
+    ids = choices.judgements
+    if ids is None and choices.choice_offsets is not None:
+        ids = choices.at_rows(torch.arange(len(choices.choice_users)))
+    return heldout_rows(choices.user_offsets, fraction, seed, ids)
+
+
+def heldout_rows(
+    user_offsets: Tensor, fraction: float, seed: int, judgements: np.ndarray | Tensor | None = None
+) -> Tensor:
+    """Mark a random ``fraction`` of each user's judgements, one at least of two: bool [P].
+
+    Args:
+        user_offsets: int64 [U + 1].
+        fraction: of a user's judgements.
+        seed: of the draws.
+        judgements: what each row follows from [P]; None makes each a judgement of its own.
+    """
+    if judgements is not None:
+        users = torch.repeat_interleave(user_offsets.diff()).numpy()
+        pairs = np.stack([users, np.asarray(judgements)], axis=1)
+        unique, which = np.unique(pairs, axis=0, return_inverse=True)
+        per_user = torch.from_numpy(np.bincount(unique[:, 0], minlength=len(user_offsets) - 1))
+        return heldout_rows(offsets_of(per_user), fraction, seed)[torch.from_numpy(which.reshape(-1))]
+    counts = user_offsets.diff()
+    row_users = torch.repeat_interleave(counts)
+    draw = np.random.default_rng(seed).random(len(row_users))
+    order = torch.from_numpy(np.lexsort((draw, row_users.numpy())))
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - user_offsets[row_users]
+    wanted = torch.where(counts >= 2, (fraction * counts).long().clamp_min(1), 0)
+    return rank < wanted[row_users]
+
+
+def gain_on_judgements(
+    choices: PairChoices, num_groups: int, fits: dict[int, dict[str, Any]], seed: int, fraction: float = 0.2
+) -> Tensor | None:
+    """Nats [U'] by which K groups predict left-out judgements of known users better than one reward does.
+
+    Args:
+        choices: all users.
+        num_groups: K.
+        fits: arguments of :func:`~torchrl_maxmin.clustering.fit_choices` by number of groups, 1 and K.
+        seed: of the draws and the starts.
+        fraction: of each user's judgements that is left out.
+
+    Returns:
+        For every user who has some; None where nobody has two judgements.
+    """
+    held = heldout_of(choices, fraction, seed)
+    if not held.any():
+        return None
+    known, later = choices.keep_rows(~held), choices.keep_rows(held)
+    found = []
+    for k in (1, num_groups):
+        mixture = fit_choices(known, k, seed, **fits[k])
+        before, after = (scaled_log_likelihood(part, mixture.weight) for part in (known, later))
+        found.append(log_likelihood_with(after, log_prior_of_scales(before, mixture.log_prior), before))
+    return (found[1] - found[0])[later.choices_by_user > 0]
