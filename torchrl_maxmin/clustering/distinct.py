@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.luce import offsets_of, sum_by_segment
+from torchrl_maxmin.clustering.luce import offsets_of
 
 __all__ = ["DistinctChoices", "distinct_choices", "ranges"]
 
@@ -51,10 +51,10 @@ def distinct_choices(differences: Tensor, choice_offsets: Tensor | None = None) 
         >>> found.differences.tolist(), found.index.tolist()
         ([[1.0, 0.0], [0.0, 1.0]], [0, 1, 0, 0])
     """
-    codes = torch.from_numpy(_row_codes(differences))
+    codes = _row_codes(differences)
     if choice_offsets is not None:
-        codes = sum_by_segment(codes.unsqueeze(1), choice_offsets).squeeze(1)
-    _, first, index = np.unique(codes.numpy(), return_index=True, return_inverse=True)
+        codes = np.add.reduceat(codes, choice_offsets[:-1].numpy())
+    _, first, index = np.unique(codes, return_index=True, return_inverse=True)
     if len(first) * WORTHWHILE > len(codes):
         return None
     order = np.argsort(first)  # as they appear in the data
@@ -84,4 +84,4 @@ def _row_codes(differences: Tensor) -> np.ndarray:
         codes += np.uint64(_MIX)
         codes = (codes ^ (codes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         codes = (codes ^ (codes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (codes ^ (codes >> np.uint64(31))).view(np.int64)
+    return codes ^ (codes >> np.uint64(31))

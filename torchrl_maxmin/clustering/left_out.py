@@ -34,7 +34,10 @@ __all__ = [
 
 #: Factor by which the search of a penalty goes beyond the last one.
 WIDER = 4.0
+#: Rounds of every start before the best goes on alone, where M-steps converge.
+SHORT_ROUNDS = 10
 _MOST_WIDER = 4
+_WORTHWHILE = 0.5  # nats over all users
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def leave_users_out(
         **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
     num_users = len(choices.user_offsets) - 1
+    short = {"short_rounds": SHORT_ROUNDS} if fit.get("m_step") == "exact" else {}
     posterior = torch.zeros(num_users, num_groups, dtype=torch.float64)
     log_likelihood, robust = torch.zeros(2, num_users, dtype=torch.float64)
     reference: Tensor | None = None
@@ -91,7 +95,7 @@ def leave_users_out(
         inside[fold] = False
         rest, outside = choices.take_users(inside.nonzero().flatten()), choices.take_users(fold)
         start = None if starts is None or num_groups == 1 else starts[i]
-        mixture = fit_choices(rest, num_groups, seed, start=start, **fit)
+        mixture = fit_choices(rest, num_groups, seed, start=start, **short, **fit)
         weights.append(mixture.weight)
         seen = mixture.expectation_of(outside)
         reference = mixture.weight if reference is None else reference
@@ -105,30 +109,47 @@ def leave_users_out(
 
 
 def choose_penalty(
-    choices: PairChoices, num_groups: int, folds: list[Tensor], candidates: Sequence[float], **settings: Any
+    choices: PairChoices,
+    num_groups: int,
+    folds: list[Tensor],
+    candidates: Sequence[float],
+    *,
+    first: float | None = None,
+    **settings: Any,
 ) -> tuple[float, LeftOutUsers]:
     """The penalty under which left-out users are likeliest, and these users as it sees them.
 
-    The strongest is tried first; each next one begins where it ended. Where the best lies at an end of the
-    candidates, penalties :data:`WIDER` times as far are tried until it does not.
+    The search climbs from one candidate to the next, each fit beginning where the last one ended; from the
+    first and the last of several it goes on by factors of :data:`WIDER`.
 
     Args:
         choices: all users.
         num_groups: K.
         folds: as in :func:`leave_users_out`.
         candidates: penalties to try, in the units of the fit; a single one is taken.
+        first: where the search begins; the middle of the candidates by default.
         **settings: passed to :func:`leave_users_out`.
     """
+    grid = sorted(candidates)
+    widest = grid[0] / WIDER**_MOST_WIDER, grid[-1] * WIDER**_MOST_WIDER
     tried: dict[float, LeftOutUsers] = {}
-    waiting = sorted(candidates, reverse=True)
+    reached: dict[float, float] = {}
+    waiting = [grid[len(grid) // 2] if first is None else first]
     while waiting:
-        l2 = waiting.pop(0)
+        l2 = waiting.pop()
         near = min(tried, key=lambda other: abs(math.log(other / l2)), default=None)
         starts = None if near is None else tried[near].weight
         tried[l2] = leave_users_out(choices, num_groups, folds, l2=l2, starts=starts, **settings)
-        best = max(tried, key=lambda l2: tried[l2].robust.sum().item())
-        if not waiting and 1 < len(tried) < len(candidates) + _MOST_WIDER:
-            waiting += [best * WIDER] if best == max(tried) else [best / WIDER] if best == min(tried) else []
+        reached[l2] = tried[l2].robust.sum().item()
+        best = max(reached, key=lambda l2: reached[l2])
+        others = [value for l2, value in reached.items() if l2 != best]
+        outside = best in (min(tried), max(tried)) and not grid[0] < best < grid[-1]
+        if outside and others and reached[best] - max(others) < _WORTHWHILE:
+            break  # flat beyond the candidates
+        below = max((other for other in grid if other < best), default=best / WIDER)
+        above = min((other for other in grid if other > best), default=best * WIDER)
+        if len(grid) > 1:
+            waiting = [l2 for l2 in (below, above) if l2 not in tried and widest[0] <= l2 <= widest[1]]
     return best, tried[best]
 
 

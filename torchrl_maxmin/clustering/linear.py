@@ -194,6 +194,7 @@ def fit_choices(
     generator: torch.Generator | None = None,
     m_step: str | MakeMStep = "adam",
     start: Tensor | None = None,
+    short_rounds: int = 0,
     **settings: Any,
 ) -> LinearMixture:
     """Fit K linear rewards to choices, see :func:`fit_linear_mixture`.
@@ -209,6 +210,7 @@ def fit_choices(
             step a round on the gradient that the E-step's own pass over the rows gives, a block at a time:
             for data that fills the memory, or lies in a file. Or what makes one.
         start: heads [K, D] to begin from, instead of random ones.
+        short_rounds: rounds that every start runs before the best goes on alone; 0 runs each to its end.
         **settings: fields of :class:`~torchrl_maxmin.clustering.em.EMSettings`.
     """
     em = EMSettings(**settings)
@@ -221,16 +223,24 @@ def fit_choices(
         generator = torch.Generator().manual_seed(seed)
     shape, dtype = (num_groups, choices.features.shape[1]), choices.features.dtype
     fits: list[EMFit] = []
-    for _ in range(num_restarts if num_groups > 1 and start is None else 1):
+    num_starts = num_restarts if num_groups > 1 and start is None else 1
+    first = (
+        replace(em, num_rounds=min(short_rounds, em.num_rounds)) if short_rounds and num_starts > 1 else em
+    )
+    for _ in range(num_starts):
         drawn = torch.randn(shape, generator=generator) * shape[1] ** -0.5 if start is None else start
         weight = drawn.to(dtype)
         if m_step == "exact" and num_groups == 1:  # the plain model, which needs no EM
             everyone = torch.ones(len(choices.choices_by_user), 1)
             weight = choices.maximise(everyone, torch.zeros_like(weight), em.l2)
-            em = replace(em, num_rounds=0)
-        fits.append(run_em(choices, make_m_step(choices, weight, em), em))
+            first = replace(em, num_rounds=0)
+        fits.append(run_em(choices, make_m_step(choices, weight, first), first))
     best = max(fits, key=attrgetter("score"))  # the first of equals
     assert best.weight is not None
+    if first.num_rounds < em.num_rounds and num_starts > 1:
+        fits = [run_em(choices, make_m_step(choices, best.weight.to(dtype), em), em)]
+        best = fits[0]
+        assert best.weight is not None
     assert best.log_prior is not None
     weight, log_prior, responsibilities = (
         tensor.to(dtype) for tensor in (best.weight, best.log_prior, best.responsibilities)

@@ -27,6 +27,8 @@ from torchrl_maxmin.core.progress import progress_bar
 
 #: Penalties that are tried where one is chosen.
 L2_CANDIDATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+#: Standard errors that a gain on left-out judgements must have: 95%, one-sided.
+ONE_SIDED = 1.645
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def choose_num_groups(
         for k in candidates:
             settings = {"seed": seed, "advance": advance, **fit}
             if l2_candidates:
+                settings["first"] = penalty.get(k - 1)
                 penalty[k], left_out = choose_penalty(choices, k, folds, l2_candidates, **settings)
             else:
                 left_out = leave_users_out(choices, k, folds, **settings)
@@ -223,13 +226,11 @@ def choose_num_groups(
             break
         num_held = criteria.heldout.num_choices
         gains[found], gain_errors[found] = (gain.sum() / num_held).item(), _error(gain) / num_held
-        if gains[found] > gain_errors[found]:
+        if gains[found] > ONE_SIDED * gain_errors[found]:
             break
         found -= 1
     if found == max(candidates) and found > 1:
         edges.append(f"K={found} is the largest that was tried: raise --max_groups.")
-    if penalty and not _inside(penalty[found], l2_candidates):
-        edges.append(f"the penalty {penalty[found]:g} at K={found} lies outside those that were asked for.")
     pairs_total, pairs_errors = _compare(criteria.user_ll)
     num_choices = choices.num_choices
     return NumGroupsChoice(
@@ -258,10 +259,6 @@ def coin_log_likelihood(choices: PairChoices) -> Tensor:
 def _error(values: Tensor) -> float:
     """Standard error of the sum of values of users [U]."""
     return (values.std() * len(values) ** 0.5).item() if len(values) > 1 else math.inf
-
-
-def _inside(penalty: float, candidates: Sequence[float]) -> bool:
-    return not candidates or min(candidates) <= penalty <= max(candidates)
 
 
 def select_l2(

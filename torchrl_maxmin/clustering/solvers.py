@@ -204,11 +204,13 @@ class ChoiceLosses:
             if offsets is None:
                 curvature = curvature * (1 - probability)
             curvature, x = curvature.float(), x.float()
+            if offsets is not None:  # what the mean over a choice's rows has is taken off
+                rows = probability.float().unsqueeze(2) * x.unsqueeze(1)
+                means = sum_by_segment(rows.flatten(1), offsets).view(-1, num_groups, num_features)
+                means = means.transpose(0, 1)
+                hessian.baddbmm_((share.T.float().unsqueeze(2) * means).transpose(1, 2), means, alpha=-1)
             for k in range(num_groups):
                 hessian[k].addmm_((curvature[:, k : k + 1] * x).T, x)
-                if offsets is not None:  # less what the mean over a choice's rows has
-                    mean = sum_by_segment(probability[:, k : k + 1].float() * x, offsets)
-                    hessian[k].addmm_((share[:, k : k + 1].float() * mean).T, mean, alpha=-1)
         return hessian.double() + 2 * self.penalty * torch.eye(num_features, dtype=torch.float64)
 
 
