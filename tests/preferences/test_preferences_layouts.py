@@ -216,7 +216,7 @@ def test_ties_inside_a_ranking():
     row = {"prompt": "p", "responses": ["x", "y", "z"], "ranking": "C>A=B", "user_id": "u"}
     assert pairs_of(from_rows([row])) == [("u", "p", "z", "x"), ("u", "p", "z", "y")]
     halved = from_rows([row], ties="halve")
-    assert halved.weights.tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert halved.weights.tolist() == [1.0, 1.0, 0.5, 0.5]
     for data in (from_rows([row]), halved):
         assert [(r.responses, r.ranks) for r in data.rankings()] == [(["z", "x", "y"], [0, 1, 1])]
         assert data.check().rankings == 1

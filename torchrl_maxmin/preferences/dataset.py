@@ -133,15 +133,19 @@ class PreferenceDataset:
 
     @classmethod
     def _sorted(cls, pairs: PairTable, rows: np.ndarray, origin: Origin) -> PreferenceDataset:
-        """The pairs of these rows, by user in order of first appearance; users without a pair left out."""
+        """The pairs of these rows, by user in order of first appearance; users without a pair left out.
+
+        Pairs of one choice stand together, where the first of them stands.
+        """
         codes, first, row_user = np.unique(pairs.users[rows], return_index=True, return_inverse=True)
         appearance = np.argsort(first)
         row_user = np.argsort(appearance)[row_user]
         counts = torch.from_numpy(np.bincount(row_user, minlength=len(codes)))
         kept = codes[appearance].tolist()
+        _, first, choice = np.unique(pairs.choices[rows], return_index=True, return_inverse=True)
         return cls(
             pairs=pairs,
-            rows=rows[np.argsort(row_user, kind="stable")],
+            rows=rows[np.lexsort((first[choice], row_user))],
             user_ids=[pairs.user_ids[code] for code in kept],
             user_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
             groups=None if pairs.groups is None else [pairs.groups[code] for code in kept],
@@ -200,6 +204,24 @@ class PreferenceDataset:
         return self.pairs.rankings[self.rows]
 
     @property
+    def choice_offsets(self) -> Tensor:
+        """Where each choice begins, int64 [C + 1]: choice c is rows ``offsets[c]:offsets[c + 1]``.
+
+        A choice is one response that a judgement prefers to others, a row each: n - 1 choices of
+        n - 1, ..., 1 rows in a ranking of n, one in a best-of-n and in a pair, two in a halved tie. Luce's
+        choice axiom gives each the log-probability -log(1 + sum of exp(-margin) over its rows), so that
+        those of a ranking make Plackett-Luce, and a choice of one row is Bradley-Terry.
+
+        Example:
+            >>> import datasets
+            >>> row = {"prompt": "p", "ranked_responses": ["a", "b", "c"], "user_id": "u"}
+            >>> PreferenceDataset.load(datasets.Dataset.from_list([row])).choice_offsets.tolist()
+            [0, 2, 3]
+        """
+        starts = np.flatnonzero(np.diff(self.pairs.choices[self.rows])) + 1
+        return torch.from_numpy(np.concatenate([[0], starts, [len(self)]]).astype(np.int64))
+
+    @property
     def ignored_columns(self) -> list[str]:
         """Columns of the source that nothing reads."""
         return self.origin.ignored
@@ -227,7 +249,7 @@ class PreferenceDataset:
             >>> list(data.rankings())
             [Ranking(prompt='p', responses=['c', 'a', 'b'], ranks=[0, 1, 2], user=0)]
             >>> list(zip(data.chosen, data.rejected))
-            [('a', 'b'), ('c', 'a'), ('c', 'b')]
+            [('c', 'a'), ('c', 'b'), ('a', 'b')]
         """
         users, ids = self.row_users.numpy(), self.ranking_ids
         order = np.lexsort((ids, users))

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -113,18 +113,21 @@ def best_of(count: int, best: int) -> tuple[list[int], list[Comparison]]:
 def ranked(values: Sequence[float]) -> tuple[list[int], list[Comparison]]:
     """Ranks and all comparisons of responses with these values, where smaller is better.
 
+    Those of one better response stand together, the best response first, and its ties after them.
+
     Example:
         >>> ranked([2.0, 1.0, 2.0])
-        ([1, 0, 1], [Comparison(better=1, worse=0, tie=False), Comparison(better=0, worse=2, tie=True), \
-Comparison(better=1, worse=2, tie=False)])
+        ([1, 0, 1], [Comparison(better=1, worse=0, tie=False), Comparison(better=1, worse=2, tie=False), \
+Comparison(better=0, worse=2, tie=True)])
     """
     levels = {value: rank for rank, value in enumerate(sorted(set(values)))}
     ranks = [levels[value] for value in values]
-    pairs = combinations(range(len(ranks)), 2)
-    return ranks, [
-        Comparison(i, j, tie=ranks[i] == ranks[j]) if ranks[i] <= ranks[j] else Comparison(j, i)
-        for i, j in pairs
-    ]
+    found = []
+    for better, rank in sorted(enumerate(ranks), key=operator.itemgetter(1)):
+        found += [Comparison(better, worse) for worse, other in enumerate(ranks) if other > rank]
+        ties = (worse for worse in range(better + 1, len(ranks)) if ranks[worse] == rank)
+        found += [Comparison(better, worse, tie=True) for worse in ties]
+    return ranks, found
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ class PairTable:
         users: user code [P] int64.
         weights: [P] float32; 1, or 1/2 for each order of a tie.
         rankings: [P] int64, the judgement that a pair follows from.
+        choices: [P] int64, Luce's choice that a pair belongs to: one response of a judgement preferred to
+            others, in one or more rows that stand together. Each order of a tie is a choice of its own.
         codes: [P], by which pairs of equal texts are known.
         ranks: [P, 2] int32, ranks of the chosen and the rejected response in that judgement, the best 0.
         user_ids: id of every user code.
@@ -165,6 +170,7 @@ class PairTable:
     users: np.ndarray
     weights: np.ndarray
     rankings: np.ndarray
+    choices: np.ndarray
     codes: PairCodes
     ranks: np.ndarray
     user_ids: list[str]
@@ -241,11 +247,12 @@ def build_pairs(
     render = _renderer(table, roles, options)
     with late_bar("reading pairs", len(table)) as reach:
         judgements = (render(judgement) for judgement in layout.judgements(table, roles, users, options))
-        texts, codes, rows, weights, ranks = _collect(judgements, origin, reach)
+        texts, codes, rows, choices, weights, ranks = _collect(judgements, origin, reach)
     if not len(rows):
         raise UserError(_nothing_left(origin))
     as_json = render is _as_json
-    return PairTable(texts, users[rows], weights, rows, codes, ranks, user_ids, groups, as_json), origin
+    numbers = (users[rows], weights, rows, choices, codes, ranks)
+    return PairTable(texts, *numbers, user_ids, groups, as_json), origin
 
 
 def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[Judgement], Judgement]:
@@ -303,13 +310,13 @@ def _by_user(table: Dataset, column: str, users: np.ndarray, num_users: int) -> 
     return [names[code] for code in by_user]
 
 
-Pair = tuple[Text, Text, Text, int, float, int, int]
+Pair = tuple[Text, Text, Text, int, int, float, int, int]
 
 
 def _collect(
     judgements: Iterable[Judgement], origin: Origin, reach: Callable[[int], None]
-) -> tuple[pa.Table, PairCodes, np.ndarray, np.ndarray, np.ndarray]:
-    """Texts of all pairs, mapped; and their codes [P], rows [P], weights [P] and ranks [P, 2]."""
+) -> tuple[pa.Table, PairCodes, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Texts of all pairs, mapped; and their codes [P], rows [P], choices [P], weights [P], ranks [P, 2]."""
     numbers: list[np.ndarray] = []
     codes, sides = [np.empty(0, np.int64)], [np.empty(0, bool)]
 
@@ -326,20 +333,22 @@ def _collect(
             reach(max(rest[0]))
 
     texts = spill(tables())
-    rows, weights, better, worse = np.concatenate([np.empty((4, 0)), *numbers], axis=1)
+    rows, choices, weights, better, worse = np.concatenate([np.empty((5, 0)), *numbers], axis=1)
     ranks = np.stack([better, worse], axis=1).astype(np.int32)
     known = PairCodes(np.concatenate(codes), np.concatenate(sides))
-    return texts, known, rows.astype(np.int64), weights.astype(np.float32), ranks
+    return texts, known, rows.astype(np.int64), choices.astype(np.int64), weights.astype(np.float32), ranks
 
 
 def _pairs_of(judgements: Iterable[Judgement], origin: Origin) -> Iterator[Pair]:
-    """Prompt, chosen, rejected, row, weight and the ranks of both, for every pair that is kept."""
+    """Prompt, chosen, rejected, row, choice, weight and the ranks of both, for every pair that is kept."""
     halve = origin.options.ties == "halve"
+    numbers = count()
     refuse = origin.states_pairs and origin.options.identical == "error"
     for judgement in judgements:
         row, prompt, responses, ranks, comparisons, ties, beyond_cap = judgement
         origin.ties += ties
         origin.beyond_cap += beyond_cap
+        choice, best = 0, -1
         for better, worse, tie in comparisons:
             origin.ties += tie
             if tie and not halve:
@@ -350,10 +359,14 @@ def _pairs_of(judgements: Iterable[Judgement], origin: Origin) -> Iterator[Pair]
                     raise UserError(f"row {row}: chosen equals rejected ({shown(chosen)}); drop such pairs")
                 origin.identical += 1
                 continue
-            weight = 0.5 if tie else 1.0
-            yield prompt, chosen, rejected, row, weight, ranks[better], ranks[worse]
             if tie:
-                yield prompt, rejected, chosen, row, weight, ranks[worse], ranks[better]
+                yield prompt, chosen, rejected, row, next(numbers), 0.5, ranks[better], ranks[worse]
+                yield prompt, rejected, chosen, row, next(numbers), 0.5, ranks[worse], ranks[better]
+                best = -1
+                continue
+            if better != best:
+                choice, best = next(numbers), better
+            yield prompt, chosen, rejected, row, choice, 1.0, ranks[better], ranks[worse]
 
 
 def _nothing_left(origin: Origin) -> str:
