@@ -33,6 +33,12 @@ def datasets_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets_cache")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def feature_cache(tmp_path_factory):
+    """Keep features of the tests' texts out of the user's own cache."""
+    os.environ["TORCHRL_MAXMIN_CACHE"] = str(tmp_path_factory.mktemp("features"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from torchrl_maxmin.world import build_tokenizer

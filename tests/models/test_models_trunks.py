@@ -18,7 +18,7 @@ from torchrl_maxmin.models.sequences import (
     states_width,
     text_config,
 )
-from torchrl_maxmin.rewards.pairs import load_feature_trunk, text_features
+from torchrl_maxmin.rewards.features import load_feature_trunk, text_features
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.rewards import RewardMixture
+from torchrl_maxmin.rewards.features import text_features
 from torchrl_maxmin.rewards.fine_tuning import Batches
-from torchrl_maxmin.rewards.pairs import PairTokens, text_features
+from torchrl_maxmin.rewards.pairs import PairTokens
 
 
 @pytest.fixture(scope="module")

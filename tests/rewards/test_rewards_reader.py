@@ -12,7 +12,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import is_encoder, load_config, load_trunk
 from torchrl_maxmin.models.sequences import keep_last, pack_left, pad_left, pad_right, segment_ids
 from torchrl_maxmin.rewards.base import has_linear_score
-from torchrl_maxmin.rewards.pairs import load_feature_trunk, text_features
+from torchrl_maxmin.rewards.features import load_feature_trunk, text_features
 from torchrl_maxmin.rewards.reader import TextReader, load_reader
 
 ENCODERS = ["bert", "roberta", "mpnet", "deberta-v2", "electra", "distilbert", "modernbert"]

@@ -128,7 +128,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         folder = prepare_output_dir(config.output_dir)
         from torchrl_maxmin.rewards.pairs import feature_choices
 
-        model, reading = str(config.model_name_or_path), config.reading_options()
+        model, reading = str(config.model_name_or_path), config.reading_options() | config.feature_options()
         choices = feature_choices(data, model, config.max_length, device, **reading)
         known, judged = (choices.user_offsets, data.user_ids), (choices.row_weights, choices.judgements)
         every = [text_key(prompt) for prompt in data.prompts]

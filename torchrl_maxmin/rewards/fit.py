@@ -123,6 +123,7 @@ def fit_mixture(
     max_groups: int = 3,
     max_length: int | None = None,
     model_options: dict[str, Any] | None = None,
+    feature_options: dict[str, Any] | None = None,
     identifiability: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -149,6 +150,8 @@ def fit_mixture(
         max_length: longest text in tokens.
         model_options: kind of heads, adapters and so on, as
             :meth:`~torchrl_maxmin.rewards.RewardMixture.from_backbone` takes them.
+        feature_options: where the warm start's features are kept, and in which type: ``cache`` and ``dtype``
+            of :func:`~torchrl_maxmin.rewards.features.feature_rows`.
         identifiability: whether to report on the linear mixture if users can be told apart; with one
             given group there is nothing to tell apart.
         seed: of starts, batches and new heads.
@@ -180,7 +183,7 @@ def fit_mixture(
     elif num_groups == 1:
         warm = WarmStart(torch.ones(data.num_users, 1))
     else:
-        reading = {name: options[name] for name in _READING if name in options}
+        reading = {name: options[name] for name in _READING if name in options} | (feature_options or {})
         size = tuning.scoring_batch_size
         fit = {"num_restarts": num_restarts, "assignment": assignment, "l2": warm_start_l2}
         choices: PairChoices

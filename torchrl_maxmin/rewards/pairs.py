@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,29 +14,17 @@ from torchrl_maxmin.clustering.choices import PairChoices, row_weights_of
 from torchrl_maxmin.clustering.em import UserRows, log_likelihood_by_user
 from torchrl_maxmin.clustering.judged import merged_choices
 from torchrl_maxmin.clustering.shares import SharedChoices
-from torchrl_maxmin.core.distributed import (
-    gather_rows,
-    share_of_rows,
-    sum_over_ranks,
-    world_size,
-)
+from torchrl_maxmin.core.distributed import gather_rows, share_of_rows, sum_over_ranks
 from torchrl_maxmin.core.progress import progress_bar
-from torchrl_maxmin.models.loading import (
-    ensure_pad_token,
-    import_transformers,
-    is_encoder,
-    load_causal_lm,
-    load_tokenizer,
-    load_trunk,
-    require_model,
-)
-from torchrl_maxmin.models.sequences import backbone_of, hidden_states, last_index, pad_right, states_width
-from torchrl_maxmin.preferences.chat import Text, set_chat_template
+from torchrl_maxmin.models.sequences import pad_right
+from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
+from torchrl_maxmin.rewards.features import feature_rows, gathered_differences
 from torchrl_maxmin.rewards.mixture import RewardMixture
-from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, TextReader
+from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, load_reader
 
 _ENCODED_AT_ONCE = 4096
+_BLOCK_ROWS = 8192  # of features that are worked on at a time
 
 Encoder = Callable[[Sequence[Text], Sequence[Text]], list[list[int]]]
 
@@ -57,6 +46,25 @@ class TokenRows(Sequence[list[int]]):
     def lengths(self) -> np.ndarray:
         """Tokens [N] of every row."""
         return np.diff(self._ends)
+
+    def distinct(self, places: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """Find rows that are alike, by their tokens.
+
+        Args:
+            places: of rows [n].
+
+        Returns:
+            Places of the first of each kind, and of which kind each of the n is, int64 [n].
+        """
+        kinds: dict[bytes, int] = {}
+        first: list[int] = []
+        which = np.empty(len(places), np.int64)
+        for i, place in enumerate(places):
+            row = self._tokens[self._ends[place] : self._ends[place + 1]].tobytes()
+            which[i] = kind = kinds.setdefault(row, len(kinds))
+            if kind == len(first):
+                first.append(int(place))
+        return first, which
 
 
 class PairTokens(UserRows):
@@ -140,88 +148,28 @@ def own_offsets(user_offsets: Tensor, own: slice) -> Tensor:
 # -- frozen features -------------------------------------------------------------------------------
 
 
-def load_feature_trunk(
-    name_or_path: str,
-    pooling: str | None = None,
-    layout: str | None = None,
-    chat_template: str | None = None,
-    system_prompt: str | None = None,
-) -> tuple[Any, TextReader]:
-    """Load a language model, decoder or encoder, to take features from, and what reads texts with it.
-
-    Args:
-        name_or_path: Hugging Face model.
-        pooling: see :class:`~torchrl_maxmin.rewards.reader.TextReader`.
-        layout: likewise.
-        chat_template: see :func:`~torchrl_maxmin.preferences.chat.set_chat_template`.
-        system_prompt: likewise.
-
-    Raises:
-        UserError: if there is no such model, or it cannot be read.
-    """
-    require_model(name_or_path)
-    if is_encoder(import_transformers().AutoConfig.from_pretrained(name_or_path)):
-        model, tokenizer = load_trunk(name_or_path)
-    else:
-        tokenizer, model = load_tokenizer(name_or_path), load_causal_lm(name_or_path)
-        ensure_pad_token(tokenizer, model)
-    set_chat_template(tokenizer, chat_template, system_prompt)
-    return model, TextReader(model, tokenizer, pooling=pooling, layout=layout)
-
-
-@torch.no_grad()
-def text_features(
-    model: Any,
-    rows: Sequence[Sequence[int]],
-    pad_id: int,
-    batch_size: int = SCORED_AT_ONCE,
-    *,
-    reader: TextReader | None = None,
-) -> Tensor:
-    """Frozen features [N, 2H + E] of token rows: pooled state, and sums of hidden states and embeddings.
-
-    The sums let a linear head see counts, above all length. H is the width of the trunk's states, E
-    that of its embeddings; for most models they are equal.
-
-    Args:
-        model: a language model or its trunk.
-        rows: token ids of N texts.
-        pad_id: what pads a batch.
-        batch_size: rows at once.
-        reader: how the trunk is read; a decoder at the last token when None.
-    """
-    backbone, embed = backbone_of(model), model.get_input_embeddings()
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    features = torch.empty(len(rows), 2 * states_width(backbone) + embed.weight.shape[-1])
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        tokens, mask = (t.to(device) for t in pad_right([rows[i] for i in part], pad_id))
-        if reader is None:
-            states, present = hidden_states(backbone, tokens, mask), mask
-            pooled = states[torch.arange(len(part), device=device), last_index(mask)]
-        else:
-            states, present = reader.states(backbone, tokens, mask)
-            pooled = reader.pool(states, present)
-        sides = (states, present), (embed(tokens), mask)
-        sums = [(x * real[..., None].to(x.dtype)).sum(1) for x, real in sides]
-        features[part] = torch.cat([pooled, *sums], -1).float().cpu()
-    return features
-
-
 def feature_differences(
     data: PreferenceDataset,
     model: str,
     max_length: int | None,
     device: torch.device | str,
     batch_size: int = SCORED_AT_ONCE,
-    **reading_options: Any,
+    **options: Any,
 ) -> Tensor:
-    """Features of chosen minus rejected texts [P, D] on a frozen trunk, each of unit deviation."""
-    share = share_of_rows(len(data))[0].tolist() if world_size() > 1 else range(len(data))
-    own = raw_differences(data, share, model, max_length, device, batch_size, **reading_options)
-    differences = gather_rows(own, len(data))
-    return differences / differences.std(0).clamp_min(1e-6)
+    """Features of chosen minus rejected texts [P, D] on a frozen trunk, each of unit deviation.
+
+    Args:
+        data: the pairs.
+        model: Hugging Face model.
+        max_length: longest text in tokens.
+        device: where the model reads.
+        batch_size: texts at once, at most.
+        **options: ``cache`` and ``dtype`` of :func:`~torchrl_maxmin.rewards.features.feature_rows`, and how
+            texts are read.
+    """
+    everyone = range(len(data))
+    differences = raw_differences(data, everyone, model, max_length, device, batch_size, deal=True, **options)
+    return standardised(differences, deviation(differences))
 
 
 def raw_differences(
@@ -231,17 +179,22 @@ def raw_differences(
     max_length: int | None,
     device: torch.device | str,
     batch_size: int = SCORED_AT_ONCE,
+    *,
+    cache: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    deal: bool = False,
     **reading_options: Any,
 ) -> Tensor:
     """Features of chosen minus rejected texts [n, D] of some pairs, as the trunk gives them."""
-    trunk, reader = load_feature_trunk(model, **reading_options)
-    trunk.to(device)
+    with torch.random.fork_rng(devices=[]):
+        reader = load_reader(model, **reading_options)
     pairs = PairTokens(data, lambda p, c: reader.encode(p, c, max_length), reader.pad_id)
-    rows: Sequence[list[int]] = pairs.rows
-    if len(share) < len(pairs):
-        rows = [pairs.rows[row] for first in (0, len(pairs)) for row in (first + i for i in share)]
-    features = text_features(trunk, rows, pairs.pad_id, batch_size, reader=reader)
-    return features[: len(share)] - features[len(share) :]
+    places = np.fromiter(share, np.int64, len(share))
+    first, which = pairs.rows.distinct(np.concatenate([places, len(pairs) + places]))
+    how: dict[str, Any] = {"reader": reader, "cache": cache, "dtype": dtype, "deal": deal}
+    texts = [pairs.rows[row] for row in first]
+    features = feature_rows(texts, model, device, batch_size, **how, **reading_options)
+    return gathered_differences(features, *torch.from_numpy(which).chunk(2))
 
 
 def feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -> PairChoices:
@@ -259,7 +212,7 @@ def shared_feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -
     """What :func:`feature_choices` gives, each process with the features of its own pairs alone."""
     own = own_rows(len(data))
     differences = raw_differences(data, range(own.start, own.stop), *args, **kwargs)
-    differences /= deviation_over_ranks(differences, len(data)).clamp_min(1e-6)
+    standardised(differences, deviation(differences, len(data)))
     merged = _merged(data, differences.new_empty(len(data), 0))
     first = torch.from_numpy(data.judgements.first)
     kept = slice(*torch.searchsorted(first, torch.tensor([own.start, own.stop])).tolist())
@@ -271,8 +224,26 @@ def shared_feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -
     )
 
 
-def deviation_over_ranks(rows: Tensor, num_rows: int) -> Tensor:
-    """Standard deviation [D] over the rows [n, D] of all processes, N together."""
-    values = rows.double()
-    mean = sum_over_ranks(values.sum(0)) / num_rows
-    return (sum_over_ranks((values - mean).square().sum(0)) / (num_rows - 1)).sqrt().to(rows.dtype)
+def deviation(rows: Tensor, num_rows: int | None = None) -> Tensor:
+    """Standard deviation [D] over rows [n, D], a block at a time in float64.
+
+    Args:
+        rows: of features; may be a memory-mapped file.
+        num_rows: where the rows are this process's share, those of all processes, over which it then is.
+    """
+    total = sum_over_ranks if num_rows is not None else torch.clone
+    num_rows = len(rows) if num_rows is None else num_rows
+    zero = torch.zeros(rows.shape[1], dtype=torch.float64)
+    mean = total(sum((part.double().sum(0) for part in rows.split(_BLOCK_ROWS)), zero)) / num_rows
+    parts = ((part.double() - mean).square().sum(0) for part in rows.split(_BLOCK_ROWS))
+    return (
+        (total(sum(parts, zero)) / (num_rows - 1)).sqrt().to(torch.promote_types(rows.dtype, torch.float32))
+    )
+
+
+def standardised(rows: Tensor, deviation: Tensor) -> Tensor:
+    """Rows [n, D] divided in place by deviations [D], where these are more than rounding."""
+    scale = deviation.clamp_min(1e-6)
+    for part in rows.split(_BLOCK_ROWS):
+        part /= scale
+    return rows

@@ -92,6 +92,11 @@ class TextReader:
         )
         self._separator: int | None = tokenizer.sep_token_id if segments else None
 
+    def facts(self) -> dict[str, Any]:
+        """How a row of tokens is read, beside the weights."""
+        segments = {"packed": self._packs, "separator": self._separator}
+        return {"pooling": self.pooling, "positions": self.max_length, **segments}
+
     def encode(
         self,
         prompts: Sequence[Text],

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational
 from torchrl_maxmin.preferences.texts import TextEncoder
+from torchrl_maxmin.rewards.feature_store import cache_folder
 from torchrl_maxmin.rewards.pairs import PairTokens
 from torchrl_maxmin.rewards.reader import LAYOUTS, POOLINGS, TextReader, load_reader
 
@@ -44,6 +46,9 @@ class MixtureSettings(ChatSettings):
             response, or a template with {prompt} and {completion}; what suits the model when left out.
         seed: seed of everything random.
         device: cpu, cuda or auto.
+        feature_cache: whether features of texts on the frozen model are kept for the next run: true, in
+            $TORCHRL_MAXMIN_CACHE or ~/.cache/torchrl_maxmin/features; false; or a folder.
+        feature_dtype: how they are kept: float32, or bfloat16 for half the room.
     """
 
     user_column: str | None = None
@@ -61,6 +66,8 @@ class MixtureSettings(ChatSettings):
     text_layout: str | None = None
     seed: int = 0
     device: str = "auto"
+    feature_cache: str = "true"
+    feature_dtype: str = "float32"
 
     def groups(self) -> int | None:
         """``num_groups`` as a number, or None for ``"auto"``; raises :class:`UserError` for anything else."""
@@ -76,7 +83,7 @@ class MixtureSettings(ChatSettings):
         self.require_at_least(1, "max_groups", "max_pairs", "max_length")
         self.require_at_least(0, "tie_margin")
         self.require_seed()
-        self.require_known(ties=("drop", "halve"))
+        self.require_known(ties=("drop", "halve"), feature_dtype=("float32", "bfloat16"))
         if not 0 <= self.heldout_fraction < 1:
             raise UserError("--heldout_fraction must be at least 0 and below 1")
         if self.pooling not in (None, *POOLINGS):
@@ -86,11 +93,16 @@ class MixtureSettings(ChatSettings):
                 f"--text_layout {self.text_layout!r} is none of {', '.join(LAYOUTS)}, "
                 "and no template with {completion} in it"
             )
+        cache_folder(self.feature_cache)
 
     def reading_options(self) -> dict[str, Any]:
-        """Arguments of :func:`~torchrl_maxmin.rewards.pairs.load_feature_trunk`."""
+        """Arguments of :func:`~torchrl_maxmin.rewards.features.load_feature_trunk`."""
         same = {name: getattr(self, name) for name in ("pooling", "chat_template", "system_prompt")}
         return {**same, "layout": self.text_layout}
+
+    def feature_options(self) -> dict[str, Any]:
+        """Arguments of :func:`~torchrl_maxmin.rewards.features.feature_rows` beside those."""
+        return {"cache": cache_folder(self.feature_cache), "dtype": getattr(torch, self.feature_dtype)}
 
     def load_pairs(self, name: str, model: str | None = None) -> PreferenceDataset:
         """Load pairs as these settings say, conversations as messages.

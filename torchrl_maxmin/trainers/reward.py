@@ -107,6 +107,7 @@ def run_reward(config: RewardConfig) -> Path:
         batch_size=config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size(),
         micro_batch_size=config.per_device_train_batch_size,
         model_options=config.model_options(),
+        feature_options=config.feature_options(),
         device=device,
         on_round=on_round,
         resume=saved,
