@@ -21,7 +21,7 @@ from torchrl_maxmin.clustering.solvers import (
 )
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 
-__all__ = ["PairChoices", "row_weights_of", "user_blocks"]
+__all__ = ["PairChoices", "choice_offsets_of", "row_weights_of", "user_blocks"]
 
 #: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
 BLOCK_ROWS = 262_144
@@ -30,6 +30,12 @@ BLOCK_ROWS = 262_144
 def row_weights_of(data: PreferenceDataset) -> Tensor | None:
     """Return how much each pair of a data set counts [P] fp32; None where every pair counts once."""
     return None if bool((data.weights == 1).all()) else data.weights.float()
+
+
+def choice_offsets_of(data: PreferenceDataset) -> Tensor | None:
+    """Return the rows of each choice of a data set, int64 [C + 1]; None where all are pairs."""
+    offsets = data.choice_offsets
+    return None if len(offsets) == len(data) + 1 else offsets
 
 
 def user_blocks(user_offsets: Tensor, block_rows: int) -> Iterator[tuple[slice, slice]]:

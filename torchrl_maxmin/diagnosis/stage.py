@@ -132,7 +132,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         choices = feature_choices(data, model, config.max_length, device, **reading)
         known, judged = (choices.user_offsets, data.user_ids), (choices.row_weights, choices.judgements)
         every = [text_key(prompt) for prompt in data.prompts]
-        prompts = [every[row] for row in data.judgements.first.tolist()]
+        prompts = [every[row] for row in data.distinct_rows.tolist()]
         pairs = _Pairs(choices.differences, *known, *judged, data.groups)
         pairs = replace(pairs, repeated=data.judgements.num_repeats, prompts=prompts)
     seed_everything(config.seed)

@@ -19,7 +19,12 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.io.columns import PROMPT_ALIASES, USER_ALIASES, ArrowColumn
 from torchrl_maxmin.preferences.io.files import load_table, mixed_columns
-from torchrl_maxmin.preferences.judgements import Judgements, PairCodes, count_once
+from torchrl_maxmin.preferences.judgements import (
+    Judgements,
+    PairCodes,
+    codes_of_choices,
+    count_once,
+)
 from torchrl_maxmin.preferences.report import DataReport, check_pairs
 from torchrl_maxmin.preferences.schemas.layouts import find_layout
 from torchrl_maxmin.preferences.schemas.pairs import LoadOptions, Origin, PairTable, build_pairs
@@ -177,26 +182,40 @@ class PreferenceDataset:
 
     @cached_property
     def judgements(self) -> Judgements:
-        """Which pairs are one judgement; those of a user with the same texts are, either way round."""
-        users, codes = self.row_users.numpy(), PairCodes(*(values[self.rows] for values in self.pairs.codes))
-        weights, ids, each = self.pairs.weights[self.rows], self.ranking_ids, np.arange(len(self))
-        if len(np.unique(codes.code + users * _SPREAD)) == len(self):  # as in most data: nothing to look for
+        """Which choices are one judgement; a user's with the same texts are, pairs either way round."""
+        offsets = self.choice_offsets.numpy()
+        starts, codes = offsets[:-1], PairCodes(*(values[self.rows] for values in self.pairs.codes))
+        if len(starts) < len(self):
+            codes = codes_of_choices(codes, offsets)
+        users, each = self.row_users.numpy()[starts], np.arange(len(starts))
+        weights, ids = self.pairs.weights[self.rows[starts]], self.ranking_ids[starts]
+        if len(np.unique(codes.code + users * _SPREAD)) == len(starts):  # nothing to look for
             return Judgements(ids, weights, 0, 0, each, each)
         return count_once(users, codes, weights, ids)
 
+    def _at_rows(self, values: Any) -> np.ndarray:
+        """Figures of choices [C] at their pairs [P]."""
+        return np.repeat(np.asarray(values), self.choice_offsets.diff().numpy())
+
     @property
     def weights(self) -> Tensor:
-        """Weight [P] float32 of every pair: 1; 1/2 for each order of a halved tie; 1/m for each of m repeats.
+        """Weight [P] float32 of each pair's choice: 1; 1/2 in a halved tie; 1/m for one of m repeats.
 
-        A likelihood that counts a tie once multiplies the pair's log-likelihood by it, in the E-step
+        A likelihood that counts a tie once multiplies the choice's log-likelihood by it, in the E-step
         and in the M-step.
         """
-        return torch.from_numpy(np.asarray(self.judgements.weights, np.float32))
+        return torch.from_numpy(self._at_rows(np.asarray(self.judgements.weights, np.float32)))
+
+    @property
+    def distinct_rows(self) -> np.ndarray:
+        """Pairs [P'] int64 that are left where repeats of a choice count with its first."""
+        offsets = self.choice_offsets.numpy()
+        return self.judgements.rows(None if len(offsets) == len(self) + 1 else offsets)
 
     @property
     def judgement_ids(self) -> np.ndarray:
-        """Judgement [P] int64 of every pair: ``ranking_ids``, where repeats of a pair make several one."""
-        return np.asarray(self.judgements.ids)
+        """Judgement [P] int64 of every pair: ``ranking_ids``, where repeats of a choice make several one."""
+        return self._at_rows(self.judgements.ids)
 
     @property
     def ranking_ids(self) -> np.ndarray:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchrl_maxmin.clustering.em import Expectation, MStep, expectation, posterior
+from torchrl_maxmin.clustering.em import Expectation, MStep, posterior
+from torchrl_maxmin.clustering.luce import at_rows, log_choices
 from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
@@ -70,7 +71,7 @@ class FineTuningSettings:
     Attributes:
         num_rounds: M-steps, over which the learning rates rise and fall.
         steps_per_round: optimizer steps of an M-step.
-        batch_size: pairs a step.
+        batch_size: pairs a step, or choices among several responses.
         micro_batch_size: pairs that are in memory with their gradients at once; None takes all of a step.
         scoring_batch_size: texts that are read at once where no gradient is wanted.
         learning_rate: of the trunk.
@@ -100,7 +101,7 @@ class FineTuningSettings:
 
 
 class FineTuning(MStep):
-    """An M-step of EM that takes optimizer steps on the responsibility-weighted Bradley-Terry loss.
+    """An M-step of EM that takes optimizer steps on the responsibility-weighted loss of the choices.
 
     Processes that work as one read a share of the pairs each, wherever users begin and end: log-likelihoods
     of users are summed before Bayes' rule, and gradients before a step.
@@ -129,7 +130,7 @@ class FineTuning(MStep):
         ]
         self.optimizer = make_optimizer(groups, settings.optim, settings.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, self._warmup_cosine)
-        self.batches = Batches(len(pairs), settings.batch_size, settings.seed)
+        self.batches = Batches(pairs.num_units, settings.batch_size, settings.seed)
 
     def expectation(self, log_prior: Tensor) -> Expectation:
         """The E-step at the model as it is.
@@ -137,14 +138,14 @@ class FineTuning(MStep):
         Raises:
             FloatingPointError: if the likelihood is not finite.
         """
-        margins = self.pairs.own_margins(self.mixture, self.settings.scoring_batch_size)
-        if shares_rows():
-            by_user = sum_over_ranks(self.pairs.own_log_likelihood(margins))
+        pairs, size = self.pairs, self.settings.scoring_batch_size
+        if shares_rows() and pairs.choice_offsets is None:
+            margins = pairs.own_margins(self.mixture, size)
+            by_user = sum_over_ranks(pairs.own_log_likelihood(margins))
             soft, log_likelihood, _ = posterior(by_user, log_prior)
             step = Expectation(soft.to(margins), log_likelihood.to(margins))
-        else:
-            pairs = self.pairs
-            step = expectation(margins, pairs.user_offsets, log_prior, row_weights=pairs.row_weights)
+        else:  # a choice of several rows may lie with two processes: its margins are gathered
+            step = pairs.expectation_of(pairs.margins(self.mixture, size), log_prior)
         if not bool(step.log_likelihood.isfinite().all()):
             raise FloatingPointError("the log-likelihood is not finite; lower the rates")
         return step
@@ -168,30 +169,37 @@ class FineTuning(MStep):
         self.mixture.eval()
         return {"loss": loss}
 
-    def backward(self, rows: list[int], responsibilities: Tensor) -> float:
-        """Add the gradient of the loss on these pairs to the parameters', a micro-batch at a time.
+    def backward(self, choices: list[int], responsibilities: Tensor) -> float:
+        """Add the gradient of the loss on these choices to the parameters', a micro-batch at a time.
 
-        Every micro-batch is divided by the pairs of them all, so that their size changes nothing but memory.
+        Every micro-batch is divided by the choices of them all: their size changes nothing but memory.
 
         Returns:
             The loss without its penalty.
         """
         nll = 0.0
-        index, real = share_of_rows(len(rows))
-        share = [rows[i] for i in index.tolist()]
-        size = self.settings.micro_batch_size or len(share)
+        index, real = share_of_rows(len(choices))
+        share = [choices[i] for i in index.tolist()]
+        # as many in every process, whatever their rows
+        size = max(1, (self.settings.micro_batch_size or len(share)) // self.pairs.most_rows)
         for low in range(0, len(share), size):
             part = share[low : low + size]
+            rows, offsets = self.pairs.rows_of(part)
             with self.memory:
-                chosen, rejected = self.pairs.scores(self.mixture, part)
-            weights = responsibilities[self.pairs.row_users[part]]
+                chosen, rejected = self.pairs.scores(self.mixture, rows)
+            weights = responsibilities[self.pairs.choice_users[part]]
             if world_size() > 1:
                 weights = weights * real[low : low + size, None]
-            if self.pairs.row_weights is not None:
-                weights = weights * self.pairs.row_weights[part].unsqueeze(-1)
+            if self.pairs.choice_weights is not None:
+                weights = weights * self.pairs.choice_weights[part].unsqueeze(-1)
             weights = weights.to(chosen)
-            loss = -(weights * nn.functional.logsigmoid(chosen - rejected)).sum(-1).sum() / len(rows)
-            penalty = (weights * (chosen.square() + rejected.square())).sum(-1).sum() / len(rows) / 2
+            of_rows = weights
+            if offsets is not None:
+                offsets = offsets.to(chosen.device)
+                of_rows = at_rows(weights / offsets.diff().unsqueeze(-1), offsets, len(rows))
+            log_choice = log_choices(chosen - rejected, offsets)
+            loss = -(weights * log_choice).sum(-1).sum() / len(choices)
+            penalty = (of_rows * (chosen.square() + rejected.square())).sum(-1).sum() / len(choices) / 2
             (loss + self.settings.reward_l2 * penalty).backward()
             nll += loss.item()
         if world_size() > 1:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.clustering.em import EMSettings, log_likelihood_by_user, mixing_weights, posterior, run_em
+from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, posterior, run_em
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
 from torchrl_maxmin.clustering.linear import fit_choices
 from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
@@ -265,7 +265,7 @@ def heldout_figures(
     unknown = mixture.log_prior.exp().cpu()
     known = torch.stack([responsibilities.get(user, unknown) for user in user_ids])
     margins = pairs.margins(mixture, batch_size)
-    by_user = log_likelihood_by_user(margins, pairs.user_offsets, pairs.row_weights)
+    by_user = pairs.log_likelihood_by_user(margins)
     predictive = posterior(by_user, known.double().log()).log_likelihood.sum().item() / pairs.num_choices
     groups = known.argmax(-1)
     right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
@@ -330,7 +330,7 @@ def _identifiability(
 ) -> IdentifiabilityReport:
     """The report on all users, or on :data:`REPORT_USERS` of them drawn at random."""
     every = [text_key(prompt) for prompt in data.prompts]
-    prompts: Sequence[Any] = [every[row] for row in data.judgements.first.tolist()]
+    prompts: Sequence[Any] = [every[row] for row in data.distinct_rows.tolist()]
     if data.num_users > REPORT_USERS:
         drawn = torch.randperm(data.num_users, generator=torch.Generator().manual_seed(seed))
         kept = torch.zeros(data.num_users, dtype=torch.bool)

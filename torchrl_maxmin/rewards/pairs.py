@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_maxmin.clustering.choices import PairChoices, row_weights_of
+from torchrl_maxmin.clustering.choices import PairChoices, choice_offsets_of, row_weights_of
+from torchrl_maxmin.clustering.distinct import ranges
 from torchrl_maxmin.clustering.em import UserRows, log_likelihood_by_user
 from torchrl_maxmin.clustering.judged import merged_choices
+from torchrl_maxmin.clustering.luce import offsets_of
 from torchrl_maxmin.clustering.shares import SharedChoices
 from torchrl_maxmin.core.distributed import gather_rows, share_of_rows, sum_over_ranks
 from torchrl_maxmin.core.progress import progress_bar
@@ -78,6 +81,7 @@ class PairTokens(UserRows):
 
     def __init__(self, data: PreferenceDataset, encode: Encoder, pad_id: int):
         self.user_offsets, self.row_weights = data.user_offsets, row_weights_of(data)
+        self.choice_offsets = choice_offsets_of(data)
         self.num_pairs = len(data)
         parts: list[np.ndarray] = []
         lengths: list[int] = []
@@ -95,12 +99,35 @@ class PairTokens(UserRows):
     def __len__(self) -> int:
         return self.num_pairs
 
+    @property
+    def num_units(self) -> int:
+        """Choices C: what batches are made of."""
+        return self.num_pairs if self.choice_offsets is None else len(self.choice_offsets) - 1
+
+    @cached_property
+    def most_rows(self) -> int:
+        """Rows of the largest choice."""
+        return 1 if self.choice_offsets is None else int(self.choice_offsets.diff().max())
+
+    def rows_of(self, choices: Sequence[int]) -> tuple[list[int], Tensor | None]:
+        """Pairs of these choices, and where each begins among them [C' + 1]; None where each is one."""
+        if self.choice_offsets is None:
+            return list(choices), None
+        index = torch.as_tensor(choices)
+        sizes = self.choice_offsets.diff()[index]
+        return ranges(self.choice_offsets[index], sizes).tolist(), offsets_of(sizes)
+
     def scores(self, model: RewardMixture, pairs: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Rewards of chosen and rejected texts, both [len(pairs), K], in one pass."""
         device = model.log_prior.device
-        both = [self.rows[i] for i in pairs] + [self.rows[self.num_pairs + i] for i in pairs]
-        tokens, mask = pad_right(both, self.pad_id)
-        chosen, rejected = model(tokens.to(device), mask.to(device)).chunk(2)
+        places = [*pairs, *(self.num_pairs + i for i in pairs)]
+        which = None
+        if self.choice_offsets is not None:  # the chosen text of a choice stands in all its rows
+            places, kinds = self.rows.distinct(np.asarray(places))
+            which = torch.from_numpy(kinds).to(device)
+        tokens, mask = pad_right([self.rows[i] for i in places], self.pad_id)
+        rewards = model(tokens.to(device), mask.to(device))
+        chosen, rejected = (rewards if which is None else rewards[which]).chunk(2)
         return chosen, rejected
 
     @torch.no_grad()
@@ -123,7 +150,7 @@ class PairTokens(UserRows):
         return margins
 
     def own_log_likelihood(self, margins: Tensor) -> Tensor:
-        """Log-likelihood [U, K] of the choices of every user that are in this process's share, in float64.
+        """Log-likelihood [U, K] of the pairs of every user that are in this process's share, in float64.
 
         Args:
             margins: of :meth:`own_margins`.
@@ -203,24 +230,30 @@ def feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -> PairC
 
 
 def _merged(data: PreferenceDataset, differences: Tensor) -> PairChoices:
-    ids = torch.from_numpy(data.judgement_ids)
-    choices = PairChoices(differences, data.user_offsets, row_weights_of(data), ids)
+    ids, rows = torch.from_numpy(data.judgement_ids), row_weights_of(data)
+    choices = PairChoices(differences, data.user_offsets, rows, ids, choice_offsets_of(data))
     return merged_choices(choices, data.judgements) if data.judgements.num_repeats else choices
 
 
 def shared_feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -> SharedChoices:
-    """What :func:`feature_choices` gives, each process with the features of its own pairs alone."""
-    own = own_rows(len(data))
+    """What :func:`feature_choices` gives, each process with the features of its own choices alone."""
+    own, offsets = own_rows(len(data)), choice_offsets_of(data)
+    if offsets is not None:  # no choice is cut
+        ends = torch.searchsorted(offsets, torch.tensor([own.start, own.stop]))
+        own = slice(*offsets[ends].tolist())
     differences = raw_differences(data, range(own.start, own.stop), *args, **kwargs)
     standardised(differences, deviation(differences, len(data)))
     merged = _merged(data, differences.new_empty(len(data), 0))
-    first = torch.from_numpy(data.judgements.first)
-    kept = slice(*torch.searchsorted(first, torch.tensor([own.start, own.stop])).tolist())
+    rows = torch.from_numpy(data.judgements.rows(None if offsets is None else offsets.numpy()))
+    kept = slice(*torch.searchsorted(rows, torch.tensor([own.start, own.stop])).tolist())
+    if (offsets := merged.choice_offsets) is not None:
+        offsets = offsets[(offsets >= kept.start) & (offsets <= kept.stop)] - kept.start
     return SharedChoices(
-        differences[first[kept] - own.start],
+        differences[rows[kept] - own.start],
         own_offsets(merged.user_offsets, kept),
         None if merged.row_weights is None else merged.row_weights[kept],
         None if merged.judgements is None else merged.judgements[kept],
+        offsets,
     )
 
 
