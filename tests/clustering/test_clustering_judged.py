@@ -62,7 +62,7 @@ def test_penalties_are_chosen_alike():
 def test_rows_without_repeats_are_the_same_tensors():
     x, offsets, _ = planted()
     weights = torch.rand(len(x)) + 0.1
-    choices, found = judged_choices(x, offsets, weights)
+    choices, found, _ = judged_choices(x, offsets, weights)
     assert choices.differences is x
     assert choices.row_weights is weights
     assert choices.judgements is None
@@ -72,7 +72,7 @@ def test_rows_without_repeats_are_the_same_tensors():
 
 def test_choices_that_contradict_count_by_their_share():
     x = torch.tensor([[1.0, 2.0]] * 3 + [[-1.0, -2.0]] + [[3.0, 0.0]] * 2)
-    choices, found = judged_choices(x, torch.tensor([0, 4, 6]))
+    choices, found, _ = judged_choices(x, torch.tensor([0, 4, 6]))
     assert choices.differences.tolist() == [[1.0, 2.0], [-1.0, -2.0], [3.0, 0.0]]
     assert choices.row_weights.tolist() == [0.75, 0.25, 1.0]
     assert choices.user_offsets.tolist() == [0, 2, 3]

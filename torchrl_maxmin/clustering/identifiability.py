@@ -176,9 +176,8 @@ def identifiability_report(
     # Few pairs have many local optima, and one fold that falls into a bad one spoils its users.
     fit = {"num_restarts": 6, "m_step": "exact", "num_rounds": 100, "convergence_tolerance": 1e-4, **fit}
     overlap = None if prompts is None else _prompt_overlap(prompts, user_offsets)
-    choices, judged = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
+    choices, _, rows = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
     if prompts is not None:
-        rows = judged.rows(None if choice_offsets is None else choice_offsets.numpy())
         prompts = [prompts[row] for row in rows.tolist()]
     choices = choices.find_distinct()
     differences, user_offsets = choices.differences, choices.user_offsets

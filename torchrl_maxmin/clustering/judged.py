@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.rankings import choices_in_order
 from torchrl_maxmin.preferences.judgements import (
     Judgements,
     codes_of_choices,
@@ -25,7 +26,7 @@ def judged_choices(
     row_weights: Tensor | None = None,
     judgements: np.ndarray | Tensor | None = None,
     choice_offsets: Tensor | None = None,
-) -> tuple[PairChoices, Judgements]:
+) -> tuple[PairChoices, Judgements, np.ndarray]:
     """Make choices of rows of features, one that repeats another of its judgement left out.
 
     Args:
@@ -35,14 +36,15 @@ def judged_choices(
         judgements: what each pair follows from [P]; without them, equal rows of one user, and rows that are
             opposite, are one judgement. With them, only where they say so.
         choice_offsets: int64 [C + 1], the rows of a choice, which have one chosen item; None makes every pair
-            a choice of its own.
+            a choice of its own, but for those of rankings that ``judgements`` name, see
+            :func:`~torchrl_maxmin.clustering.rankings.choices_in_order`.
 
     Returns:
-        The choices, at most C of them, and which of the given ones they stand for.
+        The choices, at most C of them; which of the given ones they stand for; and the rows that they are.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
-        >>> choices, found = judged_choices(x, torch.tensor([0, 3, 4]))
+        >>> choices, found, rows = judged_choices(x, torch.tensor([0, 3, 4]))
         >>> choices.differences.tolist(), choices.user_offsets.tolist(), found.num_repeats
         ([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], [0, 2, 3], 2)
         >>> choices.row_weights
@@ -52,6 +54,9 @@ def judged_choices(
     codes = codes_of_differences(rows.detach().cpu().numpy())
     given = None if judgements is None else torch.as_tensor(np.unique(judgements, return_inverse=True)[1])
     choices = PairChoices(differences, user_offsets, row_weights, given, choice_offsets)
+    if given is not None and choice_offsets is None:
+        choice_offsets = choices_in_order(rows, choices.row_users, given)
+        choices = replace(choices, choice_offsets=choice_offsets)
     found = count_once(
         choices.choice_users.numpy(),
         codes if choice_offsets is None else codes_of_choices(codes, choice_offsets.numpy()),
@@ -59,7 +64,8 @@ def judged_choices(
         None if choices.choice_judgements is None else choices.choice_judgements.numpy(),
         stated=True,
     )
-    return merged_choices(choices, found), found
+    kept = found.rows(None if choice_offsets is None else choice_offsets.numpy())
+    return merged_choices(choices, found), found, kept
 
 
 def merged_choices(choices: PairChoices, found: Judgements) -> PairChoices:

@@ -16,7 +16,7 @@ from torchrl_maxmin.clustering.distinct import ranges
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.luce import log_choices, offsets_of, sum_by_segment
 
-__all__ = ["choices_of_rankings", "fit_ranking_mixture", "ranking_log_likelihood"]
+__all__ = ["choices_in_order", "choices_of_rankings", "fit_ranking_mixture", "ranking_log_likelihood"]
 
 
 def _stages(ranking_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +59,51 @@ def choices_of_rankings(item_features: Tensor, ranking_offsets: Tensor, user_off
     rows = offsets_of(sizes * (sizes - 1) // 2)[user_offsets]
     differences = item_features[chosen] - item_features[others]
     return PairChoices(differences, rows, None, rankings, choice_offsets)
+
+
+def choices_in_order(differences: Tensor, users: Tensor, judgements: Tensor) -> Tensor | None:
+    """Find rankings among rows that say what they follow from, and the choices that they consist of.
+
+    The rows of a ranking of n items are all its n (n - 1) / 2 pairs: the best item over each after it, then
+    the second one over each after it, and so on. That they are is read off the features: the difference of
+    two items' rows must be the row of these two.
+
+    Args:
+        differences: features(chosen) - features(other) [P, D].
+        users: of every row [P], rising.
+        judgements: what each row follows from [P].
+
+    Returns:
+        Rows of a choice, int64 [C + 1], and every row that is in no ranking a choice of its own; None where
+        there is no ranking of three items or more.
+
+    Example:
+        >>> import torch
+        >>> items = torch.tensor([[3.0, 1.0], [2.0, 0.0], [0.0, 5.0]])
+        >>> rows = torch.stack([items[0] - items[1], items[0] - items[2], items[1] - items[2]])
+        >>> choices_in_order(rows, torch.zeros(3), torch.tensor([7, 7, 7])).tolist()
+        [0, 2, 3]
+    """
+    change = torch.ones(len(users), dtype=torch.bool)
+    change[1:] = (users[1:] != users[:-1]) | (judgements[1:] != judgements[:-1])
+    starts = change.nonzero().flatten()
+    sizes = torch.cat([starts[1:], starts.new_tensor([len(users)])]) - starts
+    begins = torch.ones(len(users), dtype=torch.bool)
+    for size in sizes.unique().tolist():
+        n = round((1 + (1 + 8 * size) ** 0.5) / 2)
+        if size < 3 or n * (n - 1) // 2 != size:
+            continue
+        rows = ranges(starts[sizes == size], sizes[sizes == size]).view(-1, size)
+        first, second = torch.triu_indices(n, n, 1)
+        x = torch.cat([torch.zeros_like(differences[rows[:, :1]]), differences[rows[:, : n - 1]]], 1).double()
+        expected = x[:, second] - x[:, first]
+        error = (differences[rows].double() - expected).abs().amax((1, 2))
+        ranked = rows[error <= 1e-4 * x.abs().amax((1, 2)) + 1e-9]
+        begins[ranked] = False
+        begins[ranked[:, (second == first + 1).nonzero().flatten()]] = True
+    if begins.all():
+        return None
+    return torch.cat([begins.nonzero().flatten(), torch.tensor([len(users)])])
 
 
 def ranking_log_likelihood(scores: Tensor, ranking_offsets: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -23,12 +23,49 @@ from torchrl_maxmin.clustering.left_out import (
     user_folds,
 )
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.solvers import BLOCK_ROWS_COPIED
 from torchrl_maxmin.core.progress import progress_bar
 
 #: Penalties that are tried where one is chosen.
 L2_CANDIDATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 #: Standard errors that a gain on left-out judgements must have: 95%, one-sided.
 ONE_SIDED = 1.645
+
+
+#: Fits by which K is chosen and groups are judged, wherever that is asked.
+SEARCH: dict[str, Any] = {
+    "m_step": "exact",
+    "convergence_tolerance": 1e-4,
+    "num_rounds": 100,
+    "num_restarts": 4,
+}
+#: Principal components that wide features are read through there: an exact M-step inverts a D x D matrix.
+MOST_FEATURES = 128
+
+
+def searched_choices(choices: PairChoices) -> PairChoices:
+    """The choices as the search sees them: wide features by their principal components, repeats found.
+
+    Args:
+        choices: with standardised features [P, D].
+
+    Returns:
+        The same with at most :data:`MOST_FEATURES`; rewards linear in these are linear in the former.
+    """
+    if choices.differences.shape[1] > MOST_FEATURES:
+        x = choices.differences
+        axes = principal_axes(x, MOST_FEATURES).to(torch.promote_types(x.dtype, torch.float32))
+        parts = [part.to(axes.dtype) @ axes for part in x.split(BLOCK_ROWS_COPIED)]
+        choices = replace(choices, differences=torch.cat(parts))
+    return choices.find_distinct()
+
+
+def principal_axes(differences: Tensor, count: int) -> Tensor:
+    """Axes [D, count] along which differences [P, D] are largest, about zero, the largest first; float64."""
+    moment = torch.zeros(2 * (differences.shape[1],), dtype=torch.float64)
+    for part in differences.split(BLOCK_ROWS_COPIED):
+        moment.addmm_(part.double().T, part.double())
+    return torch.linalg.eigh(moment)[1][:, -count:].flip(1)
 
 
 @dataclass(frozen=True)
@@ -161,7 +198,7 @@ def select_num_groups(
         >>> print(choice.report().splitlines()[0])
         your users do not differ: no more groups than one predict left-out users better (K=1)
     """
-    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
+    choices, *_ = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
     return choose_num_groups(choices, max_groups, **settings)
 
 
@@ -291,7 +328,7 @@ def select_l2(
         choice_offsets: likewise.
         **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
-    choices, _ = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
+    choices, *_ = judged_choices(differences, user_offsets, row_weights, judgements, choice_offsets)
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
     return choose_penalty(choices, num_groups, folds, candidates, seed=seed, **fit)[0]
 

@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
+from torchrl_maxmin.clustering.established import establish
 from torchrl_maxmin.clustering.judged import judged_choices
-from torchrl_maxmin.clustering.left_out import choose_penalty, user_folds
+from torchrl_maxmin.clustering.left_out import SHORT_ROUNDS, choose_penalty, user_folds
 from torchrl_maxmin.clustering.linear import LinearMixture
-from torchrl_maxmin.clustering.selection import L2_CANDIDATES, NumGroupsChoice, choose_num_groups
+from torchrl_maxmin.clustering.selection import (
+    L2_CANDIDATES,
+    SEARCH,
+    NumGroupsChoice,
+    choose_num_groups,
+    searched_choices,
+)
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.figures import (
     Fitter,
@@ -42,9 +49,6 @@ from torchrl_maxmin.diagnosis.theorem import (
 )
 
 __all__ = ["Diagnosis", "check_pairs", "diagnose"]
-
-#: Exact M-steps invert a D x D matrix; above so many features a few Adam steps a round are taken instead.
-WIDEST_EXACT = 256
 
 ONE_USER = "all pairs come from one user, so groups cannot be told apart; check --user_column"
 
@@ -79,6 +83,7 @@ def diagnose(
     beta: float = 0.5,
     row_weights: Tensor | None = None,
     judgements: np.ndarray | Tensor | None = None,
+    choice_offsets: Tensor | None = None,
     prompts: Sequence[Any] | None = None,
     true_groups: Sequence[Any] | None = None,
     l2_candidates: Sequence[float] = L2_CANDIDATES,
@@ -121,7 +126,10 @@ def diagnose(
         row_weights: How much each pair counts [P]; a tie is both directions at one half. The alignment gap
             counts both.
         judgements: What each pair follows from [P]; pairs of one judgement are held out together. Without
-            them, equal pairs of one user (either way round) are repeats; repeats count as one judgement.
+            them, equal pairs of one user (either way round) are repeats; repeats count as one judgement. Rows
+            of a whole ranking that stand in its order are one, by Plackett-Luce.
+        choice_offsets: int64 [C + 1], rows of choices among several items, see
+            :mod:`~torchrl_maxmin.clustering.luce`.
         prompts: What each pair is about [P]; those that users share widen the intervals of accuracies.
         true_groups: Group of every user [U], if known; only compared with.
         l2_candidates: Penalties to choose among, by the likelihood of left-out users.
@@ -152,12 +160,12 @@ def diagnose(
     """
     check_pairs(differences, user_offsets, num_groups, beta, true_groups)
     x = differences.float() if differences.dtype == torch.float16 else differences
-    choices, judged = judged_choices(x, user_offsets, row_weights, judgements)
+    choices, judged, rows = judged_choices(x, user_offsets, row_weights, judgements, choice_offsets)
     x, user_offsets = choices.differences, choices.user_offsets
     # A feature that hardly moves is divided by next to nothing: leave it small.
     x = x / x.std(0).clamp_min(1e-6)
-    settings = _fit_settings(x.shape[1]) | fit
-    choices = dataclasses.replace(choices, differences=x)
+    choices, settings = searched_choices(dataclasses.replace(choices, differences=x)), SEARCH | fit
+    x = choices.differences
     choice = None
     if num_groups is None:
         choice = choose_num_groups(
@@ -172,6 +180,11 @@ def diagnose(
         }
     fitter = Fitter(l2, seed, settings)
     single, mixture = fitter(choices, 1), fitter(choices, num_groups)
+    evidence = None
+    if num_groups > 1:
+        fits = {k: {**settings, "l2": l2[k], "short_rounds": SHORT_ROUNDS} for k in (1, num_groups)}
+        held = {"heldout_fraction": heldout_fraction, "num_folds": num_folds, "seed": seed}
+        evidence = establish(choices, mixture, fits, **held)
     fitted, outcome = pair_figures(choices, mixture, single, beta)
     refit = choices, mixture, fitter, lambda pairs, *fits: pair_figures(pairs, fits[0], fits[1], beta)[0]
     bias, bias_error = bias_of_fit(*refit, fitted, num_bootstrap) or (None, None)
@@ -179,7 +192,7 @@ def diagnose(
     errors = jackknife_error(*refit, num_jackknife)
     num_users = len(user_offsets) - 1
     ends = interval_ends(found, errors, bias_error, min(num_jackknife, num_users), confidence)
-    shown = None if prompts is None else [prompts[row] for row in judged.first.tolist()]
+    shown = None if prompts is None else [prompts[row] for row in rows.tolist()]
     accuracy = heldout_accuracy(choices, mixture, fitter, heldout_fraction, confidence, shown)
     misassigned = misassignment(choices, num_groups, fitter, num_folds)
     bound, eigenvalue = feature_constants(x)
@@ -205,15 +218,21 @@ def diagnose(
     away = (mixture.weight.double() - single.weight.double()).norm(dim=1)
     reference = distinctness(found["diversity"]).reference
     users = np.bincount(mixture.assignments.numpy(), minlength=num_groups)
-    # One reward serves where one group was chosen over more; null where nothing was there to choose from.
-    compared = choice is not None and len(choice.heldout_log_likelihood) > 1
+    # One reward serves where one group was chosen over more; null where nothing was there to choose from, where
+    # nothing was learned, and where groups are not established.
+    compared = (
+        choice is not None and len(choice.heldout_log_likelihood) > 1 and choice.beats_coin is not False
+    )
+    established = None if evidence is None else evidence.established
     summary = {
         "num_users": num_users,
         "num_pairs": choices.num_choices,
         "repeated_pairs": judged.num_repeats,
         "num_features": choices.features.shape[1],
         "num_groups": num_groups,
-        "one_reward_serves": False if num_groups > 1 else True if compared else None,
+        "one_reward_serves": False if established else True if num_groups == 1 and compared else None,
+        "established": established,
+        "evidence": None if evidence is None else evidence.to_dict() | {"report": evidence.report()},
         "beta": beta,
         "diversity": {**entry("diversity"), "largest": float(found["diversity"].max())},
         "groups": [
@@ -221,6 +240,7 @@ def diagnose(
                 "name": f"group {k}",
                 "share": entry("share", k),
                 "users": int(users[k]),
+                "established": None if evidence is None else evidence.groups[k].established,
                 "epsilon": entry("epsilon", k),
                 "epsilon_from": f"group {reference[k]}" if num_groups > 1 else None,
                 "distance_to_mixture": entry("distance_to_mixture", k),
@@ -244,13 +264,7 @@ def diagnose(
             "dual_value": outcome.dual_value,
         },
         "intervals": "none" if ends is None else "grouped jackknife over users, at this number of groups",
-        "choice": None
-        if choice is None
-        else {
-            "heldout_log_likelihood": {str(k): v for k, v in choice.heldout_log_likelihood.items()},
-            "standard_error": {str(k): v for k, v in choice.standard_error.items()},
-            "report": choice.report(),
-        },
+        "choice": None if choice is None else choice.to_dict(),
         "l2": {str(k): value for k, value in l2.items()},
         "restarts": None if mixture.restarts is None else mixture.restarts.to_dict(),
         "misassignment": misassigned,
@@ -261,12 +275,6 @@ def diagnose(
         "proof_gaps": list(PROOF_GAPS),
     }
     return Diagnosis(num_groups, choice, mixture, single, x, summary)
-
-
-def _fit_settings(num_features: int) -> dict[str, Any]:
-    if num_features <= WIDEST_EXACT:
-        return {"m_step": "exact", "convergence_tolerance": 1e-4, "num_rounds": 100, "num_restarts": 4}
-    return {"m_step": "adam", "num_rounds": 50, "num_restarts": 4}
 
 
 def _why_no_bound(epsilon: float, eigenvalue: float, num_groups: int) -> str | None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.identifiability import balanced_misassignment_bound, expected_misassignment
-from torchrl_maxmin.clustering.left_out import heldout_rows, leave_users_out, match_groups, user_folds
+from torchrl_maxmin.clustering.left_out import heldout_of, leave_users_out, match_groups, user_folds
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
+from torchrl_maxmin.clustering.luce import log_choices, redraw
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.diagnosis.exact import ExactOutcome, exact_outcome
 from torchrl_maxmin.diagnosis.theorem import distinctness, diversity
@@ -242,10 +243,12 @@ def bias_of_fit(
     with progress_bar("measuring the bias of the fit", num_resamples) as advance:
         for _ in range(num_resamples):
             groups = torch.from_numpy(rng.choice(num_groups, size=num_users, p=shares))
-            own = margins.gather(1, groups[choices.row_users].unsqueeze(1)).double().numpy()
-            sign = np.where(rng.random(own.shape) < expit(own), 1, -1)
-            chosen = choices.differences * torch.from_numpy(sign).to(choices.features.dtype)
-            simulated = replace(choices, differences=chosen)
+            own = margins.gather(1, groups[choices.row_users].unsqueeze(1)).squeeze(1)
+            chance = torch.from_numpy(rng.random(len(choices.choice_users)))
+            chosen = redraw(own, choices.choice_offsets, choices.differences, chance)
+            simulated = replace(choices, differences=chosen, distinct=None)
+            if choices.distinct is not None:
+                simulated = simulated.find_distinct()
             fits = fitter(simulated, num_groups, like=mixture, start=start), fitter(simulated, 1)
             resamples.append(measure(simulated, *fits))
             advance()
@@ -277,10 +280,10 @@ def heldout_accuracy(
         ``calibration``: accuracy less what the mixture expected, or None.
     """
     num_groups = len(mixture.log_prior)
-    held = heldout_rows(choices.user_offsets, fraction, fitter.seed, choices.judgements)
+    held = heldout_of(choices, fraction, fitter.seed)
     empty = dict.fromkeys(("single", "mixture", "difference"))
     if not held.any():
-        none = "no user has two pairs, so that none can be held out"
+        none = "no user has two judgements, so that none can be held out"
         reason = none if fraction else "no pairs were held out"
         return {"groups": [{**empty, "reason": reason}] * num_groups, "calibration": None}
     known, later = choices.keep_rows(~held), choices.keep_rows(held)
@@ -289,7 +292,6 @@ def heldout_accuracy(
     margins = (later.differences @ both.weight.T).gather(1, groups[later.row_users].unsqueeze(1))
     margins = torch.cat([later.differences @ alone.weight.T, margins], 1).double().numpy()
     right = (np.sign(margins) + 1) / 2
-    expected = expit(np.abs(margins))
     settings: dict[str, Any] = {"confidence": confidence, "seed": fitter.seed, "warn": False}
     shown = None if prompts is None else [prompts[row] for row in held.nonzero().flatten().tolist()]
     rates = accuracy_by_group(
@@ -305,8 +307,22 @@ def heldout_accuracy(
         sides = {name: rate.to_dict(side) for side, name in enumerate(("single", "mixture"))}
         out.append({**sides, "difference": gain.to_dict(), **rate.clusters, "notes": list(rate.notes)})
     everyone = torch.ones_like(groups, dtype=torch.bool)
-    off = interval_over_users(_user_means(right[:, 1] - expected[:, 1], later, everyone), **settings)
+    off = interval_over_users(
+        _user_means(_off(torch.from_numpy(margins[:, 1:]), later), later, everyone), **settings
+    )
     return {"groups": out, "calibration": off.to_dict()}
+
+
+def _off(margins: Tensor, choices: PairChoices) -> np.ndarray:
+    """Whether the likeliest item of each choice was chosen, less how often it should be, at the rows [P]."""
+    offsets = choices.choice_offsets
+    log_choice = log_choices(margins, offsets)
+    behind = -margins  # log odds of another item against the chosen one
+    if offsets is not None:
+        behind = torch.segment_reduce(behind, "max", offsets=offsets, axis=0, unsafe=True)
+    likeliest = (log_choice + behind.clamp_min(0)).exp()
+    right = ((1 - behind.sign()) / 2).to(likeliest)
+    return choices.at_rows(right - likeliest).squeeze(1).numpy()
 
 
 def misassignment(choices: PairChoices, num_groups: int, fitter: Fitter, num_folds: int) -> dict[str, float]:

@@ -46,11 +46,16 @@ def verdict(summary: Mapping[str, Any]) -> str:
         if accuracy["low"] is None or not accuracy["low"] > 0.5:  # NaN with one user
             sentence += " That is little: the reward is not seen to rank held-out pairs better than chance."
         return sentence
+    given = " (asked for, not chosen)" if summary["choice"] is None else ""
+    if summary["num_groups"] > 1 and not summary["established"]:
+        why = "; ".join(summary["evidence"]["reasons"])
+        return f"{summary['num_groups']} groups{given} are NOT established, and nothing is claimed on them: {why}."
     if summary["one_reward_serves"] is None:
+        if summary["choice"] is not None and summary["choice"]["beats_coin"] is False:
+            return "Nothing is learned of these users: no reward predicts left-out users better than a coin."
         why = "one group was asked for" if summary["choice"] is None else "too few users to look for more"
         return f"Whether one reward serves was not asked: {why}."
     worst = max(summary["groups"], key=lambda group: group["alignment_gap"]["single"]["mean"])
-    given = " (asked for, not chosen)" if summary["choice"] is None else ""
     single, maxmin = (interval_text(worst["alignment_gap"][name]) for name in ("single", "maxmin"))
     share = f"{worst['share']['mean']:.0%}"
     return (
@@ -111,6 +116,7 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
         verdict(summary),
         _data(summary),
         *figure_parts(draw, figures, "figure"),
+        *_evidence(summary),
         "## Groups\n\n" + _group_table(summary),
         "## Diversity between groups\n\n" + _diversity_table(summary),
         "## Accuracy on held-out pairs\n\n" + _accuracy_table(summary),
@@ -201,6 +207,26 @@ def _data(summary: Mapping[str, Any]) -> str:
     if summary["choice"] is None:
         return text + "The number of groups was given."
     return text + "The number of groups was chosen:\n\n```\n" + summary["choice"]["report"] + "\n```"
+
+
+def _evidence(summary: Mapping[str, Any]) -> list[str]:
+    """Why the groups are claimed, or are not."""
+    found = summary["evidence"]
+    if found is None:
+        return []
+    rows = []
+    for group, own in zip(summary["groups"], found["groups"], strict=True):
+        gain = "n/a" if own["gain"] is None else interval_text(own["gain"])
+        shown = [interval_text(own[name]) for name in ("jaccard", "correlation")]
+        rows.append([group["name"], own["reason"] or "yes", *shown, gain])
+    header = ["group", "established", "same users in refits (Jaccard)", "heads' correlation in refits"]
+    table = markdown_table([*header, "gain on left-out judgements, nats a choice"], rows)
+    about = (
+        f"Refits, {found['num_refits']} of them, are to users drawn anew and from other starts; intervals are t "
+        "over refits, or over users. Established groups are found again, predict left-out judgements better "
+        "than one reward, and explain left-out users better than tastes spread evenly between them."
+    )
+    return ["## Are the groups there?", f"```\n{found['report']}\n```", table, about]
 
 
 def _group_table(summary: Mapping[str, Any]) -> str:
@@ -304,7 +330,7 @@ def _write_groups(path: Path, summary: Mapping[str, Any]) -> None:
     """Write one line a group."""
     rows = []
     for group in summary["groups"]:
-        row = {"group": group["name"], "users": group["users"]}
+        row = {"group": group["name"], "users": group["users"], "established": group["established"]}
         for key in ("share", "epsilon", "distance_to_mixture"):
             row[key] = group[key]["mean"]
             row |= {f"{key}_{end}": group[key][end] for end in ("low", "high")}

@@ -44,8 +44,9 @@ class DiagnoseConfig(MixtureSettings):
         dataset_name: pairs; json, jsonl, csv or parquet file, saved dataset or hub name with columns
             prompt, chosen, rejected and a user; or an npz file of features, with arrays differences [P, D]
             (or chosen and rejected [P, D]) and users [P]; and where there are any groups [P], weights [P],
-            judgement_ids [P] (pairs of one ranking share one; without, equal rows of a user count as one
-            judgement) and feature_names [D].
+            judgement_ids [P] (pairs of one ranking share one, and stand best item first: each item over those
+            after it; without, equal rows of a user count as one judgement), choice_ids [P] (rows of one choice
+            among several items, which stand side by side) and feature_names [D].
         output_dir: folder for the results; must be empty or absent.
         model_name_or_path: frozen encoder or language model that gives the features of texts; an npz file
             needs none.
@@ -97,6 +98,7 @@ class _Pairs:
     user_ids: list[str]
     row_weights: Tensor | None = None
     judgements: np.ndarray | Tensor | None = None
+    choice_offsets: Tensor | None = None
     groups: list[str] | None = None
     repeated: int = 0
     prompts: list[str] | None = None
@@ -130,7 +132,8 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
 
         model, reading = str(config.model_name_or_path), config.reading_options() | config.feature_options()
         choices = feature_choices(data, model, config.max_length, device, **reading)
-        known, judged = (choices.user_offsets, data.user_ids), (choices.row_weights, choices.judgements)
+        known = choices.user_offsets, data.user_ids
+        judged = choices.row_weights, choices.judgements, choices.choice_offsets
         every = [text_key(prompt) for prompt in data.prompts]
         prompts = [every[row] for row in data.distinct_rows.tolist()]
         pairs = _Pairs(choices.differences, *known, *judged, data.groups)
@@ -142,6 +145,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         num_groups=num_groups,
         row_weights=pairs.row_weights,
         judgements=pairs.judgements,
+        choice_offsets=pairs.choice_offsets,
         prompts=pairs.prompts,
         true_groups=pairs.groups,
         l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
@@ -197,7 +201,7 @@ def _from_arrays(path: Path) -> _Pairs:
             f"{path}: features must be [pairs, features] of floats, got {list(differences.shape)} of "
             f"{differences.dtype}"
         )
-    for name in ("users", "groups", "weights", "judgement_ids"):
+    for name in ("users", "groups", "weights", "judgement_ids", "choice_ids"):
         if name in arrays and arrays[name].shape != (len(differences),):
             raise UserError(f"{path}: {name} must be [{len(differences)}], one a pair")
     codes, first, which = np.unique(arrays["users"], return_index=True, return_inverse=True)
@@ -220,5 +224,12 @@ def _from_arrays(path: Path) -> _Pairs:
         [str(code) for code in codes[appearance]],
         weights,
         arrays["judgement_ids"][order] if "judgement_ids" in arrays else None,
+        _choice_offsets(arrays["choice_ids"][order], row_user[order]) if "choice_ids" in arrays else None,
         groups,
     )
+
+
+def _choice_offsets(ids: np.ndarray, users: np.ndarray) -> Tensor:
+    """Rows of choices [C + 1] by an id of every row [P]; those of one choice stand side by side."""
+    change = np.flatnonzero((ids[1:] != ids[:-1]) | (users[1:] != users[:-1])) + 1
+    return torch.from_numpy(np.concatenate([[0], change, [len(ids)]]).astype(np.int64))
