@@ -7,7 +7,7 @@ does, and if left-out users are likelier to come from groups than from tastes th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,16 +19,23 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
 from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.clustering.left_out import heldout_of, match_groups, user_folds
+from torchrl_maxmin.clustering.left_out import (
+    SHORT_ROUNDS,
+    choose_penalty,
+    heldout_of,
+    match_groups,
+    user_folds,
+)
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.scales import (
     log_likelihood_with,
     log_prior_of_scales,
     scaled_log_likelihood,
 )
+from torchrl_maxmin.clustering.selection import L2_CANDIDATES, SEARCH
 from torchrl_maxmin.core.progress import progress_bar
 
-__all__ = ["Establishment", "GroupEvidence", "establish"]
+__all__ = ["Establishment", "GroupEvidence", "establish", "evidence_for"]
 
 #: Agreement of refits under which groups are not established.
 LEAST_AGREEMENT = 0.5
@@ -155,6 +162,8 @@ def establish(
         to beat a spectrum. A group but the largest must gain by itself.
     """
     num_groups = len(mixture.log_prior)
+    short = {"short_rounds": SHORT_ROUNDS}
+    fits = {k: short | fit if fit.get("m_step") == "exact" else fit for k, fit in fits.items()}
     with progress_bar("are the groups there", num_refits + 2 + num_folds) as advance:
         agreement, jaccard, correlation = _refits(
             choices, mixture, fits[num_groups], num_refits, seed, advance
@@ -191,6 +200,25 @@ def establish(
     if not reasons and sum(group.established for group in evidence) < 2:
         reasons.append("fewer than two groups hold by themselves")
     return Establishment(not reasons, reasons, agreement, everyone, over, evidence, num_refits)
+
+
+def evidence_for(
+    choices: PairChoices, num_groups: int, penalties: Mapping[int, float], seed: int = 0
+) -> Establishment:
+    """Fit K groups by the search's settings and ask whether they are there.
+
+    Args:
+        choices: of all users, of :func:`~torchrl_maxmin.clustering.selection.searched_choices`.
+        num_groups: K, two or more.
+        penalties: by number of groups; those of 1 and K are searched for where they are missing.
+        seed: of everything drawn.
+    """
+    folds = user_folds(len(choices.user_offsets) - 1, 4, seed)
+    fits = {}
+    for k in (1, num_groups):
+        l2 = penalties.get(k) or choose_penalty(choices, k, folds, L2_CANDIDATES, seed=seed, **SEARCH)[0]
+        fits[k] = SEARCH | {"l2": l2}
+    return establish(choices, fit_choices(choices, num_groups, seed, **fits[num_groups]), fits, seed=seed)
 
 
 def _refits(

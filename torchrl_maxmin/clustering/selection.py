@@ -44,16 +44,19 @@ MOST_FEATURES = 128
 
 
 def searched_choices(choices: PairChoices) -> PairChoices:
-    """The choices as the search sees them: wide features by their principal components, repeats found.
+    """The choices as the search sees them: features standardised, wide ones by components, repeats found.
 
     Args:
-        choices: with standardised features [P, D].
+        choices: with features [P, D].
 
     Returns:
         The same with at most :data:`MOST_FEATURES`; rewards linear in these are linear in the former.
     """
-    if choices.differences.shape[1] > MOST_FEATURES:
-        x = choices.differences
+    x = choices.differences
+    # A feature that hardly moves is divided by next to nothing: leave it small.
+    x = x / x.std(0).clamp_min(1e-6)
+    choices = replace(choices, differences=x)
+    if x.shape[1] > MOST_FEATURES:
         axes = principal_axes(x, MOST_FEATURES).to(torch.promote_types(x.dtype, torch.float32))
         parts = [part.to(axes.dtype) @ axes for part in x.split(BLOCK_ROWS_COPIED)]
         choices = replace(choices, differences=torch.cat(parts))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
 from torchrl_maxmin.clustering.established import establish
 from torchrl_maxmin.clustering.judged import judged_choices
-from torchrl_maxmin.clustering.left_out import SHORT_ROUNDS, choose_penalty, user_folds
+from torchrl_maxmin.clustering.left_out import choose_penalty, user_folds
 from torchrl_maxmin.clustering.linear import LinearMixture
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
@@ -161,16 +161,13 @@ def diagnose(
     check_pairs(differences, user_offsets, num_groups, beta, true_groups)
     x = differences.float() if differences.dtype == torch.float16 else differences
     choices, judged, rows = judged_choices(x, user_offsets, row_weights, judgements, choice_offsets)
-    x, user_offsets = choices.differences, choices.user_offsets
-    # A feature that hardly moves is divided by next to nothing: leave it small.
-    x = x / x.std(0).clamp_min(1e-6)
-    choices, settings = searched_choices(dataclasses.replace(choices, differences=x)), SEARCH | fit
+    user_offsets = choices.user_offsets
+    choices, settings = searched_choices(choices), SEARCH | fit
     x = choices.differences
     choice = None
+    folding: dict[str, Any] = {"num_folds": num_folds, "seed": seed}
     if num_groups is None:
-        choice = choose_num_groups(
-            choices, max_groups, num_folds=num_folds, seed=seed, l2_candidates=l2_candidates, **settings
-        )
+        choice = choose_num_groups(choices, max_groups, l2_candidates=l2_candidates, **folding, **settings)
         num_groups, l2 = choice.num_groups, {1: choice.l2[1], choice.num_groups: choice.l2[choice.num_groups]}
     else:
         folds = user_folds(len(user_offsets) - 1, num_folds, seed)
@@ -182,9 +179,8 @@ def diagnose(
     single, mixture = fitter(choices, 1), fitter(choices, num_groups)
     evidence = None
     if num_groups > 1:
-        fits = {k: {**settings, "l2": l2[k], "short_rounds": SHORT_ROUNDS} for k in (1, num_groups)}
-        held = {"heldout_fraction": heldout_fraction, "num_folds": num_folds, "seed": seed}
-        evidence = establish(choices, mixture, fits, **held)
+        fits = {k: {**settings, "l2": l2[k]} for k in (1, num_groups)}
+        evidence = establish(choices, mixture, fits, heldout_fraction=heldout_fraction, **folding)
     fitted, outcome = pair_figures(choices, mixture, single, beta)
     refit = choices, mixture, fitter, lambda pairs, *fits: pair_figures(pairs, fits[0], fits[1], beta)[0]
     bias, bias_error = bias_of_fit(*refit, fitted, num_bootstrap) or (None, None)
@@ -218,10 +214,10 @@ def diagnose(
     away = (mixture.weight.double() - single.weight.double()).norm(dim=1)
     reference = distinctness(found["diversity"]).reference
     users = np.bincount(mixture.assignments.numpy(), minlength=num_groups)
-    # One reward serves where one group was chosen over more; null where nothing was there to choose from, where
-    # nothing was learned, and where groups are not established.
+    # One reward serves where one group was chosen over more; null where there was nothing to choose from,
+    # where nothing was learned, and where groups are not established.
     compared = (
-        choice is not None and len(choice.heldout_log_likelihood) > 1 and choice.beats_coin is not False
+        choice is not None and choice.beats_coin is not False and len(choice.heldout_log_likelihood) > 1
     )
     established = None if evidence is None else evidence.established
     summary = {

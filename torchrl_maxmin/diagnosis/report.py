@@ -49,7 +49,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
     given = " (asked for, not chosen)" if summary["choice"] is None else ""
     if summary["num_groups"] > 1 and not summary["established"]:
         why = "; ".join(summary["evidence"]["reasons"])
-        return f"{summary['num_groups']} groups{given} are NOT established, and nothing is claimed on them: {why}."
+        not_there = "are NOT established, and nothing is claimed on them"
+        return f"{summary['num_groups']} groups{given} {not_there}: {why}."
     if summary["one_reward_serves"] is None:
         if summary["choice"] is not None and summary["choice"]["beats_coin"] is False:
             return "Nothing is learned of these users: no reward predicts left-out users better than a coin."
@@ -222,8 +223,8 @@ def _evidence(summary: Mapping[str, Any]) -> list[str]:
     header = ["group", "established", "same users in refits (Jaccard)", "heads' correlation in refits"]
     table = markdown_table([*header, "gain on left-out judgements, nats a choice"], rows)
     about = (
-        f"Refits, {found['num_refits']} of them, are to users drawn anew and from other starts; intervals are t "
-        "over refits, or over users. Established groups are found again, predict left-out judgements better "
+        f"The {found['num_refits']} refits are to users drawn anew, from other starts; intervals are t over "
+        "refits, or over users. Established groups are found again, predict left-out judgements better "
         "than one reward, and explain left-out users better than tastes spread evenly between them."
     )
     return ["## Are the groups there?", f"```\n{found['report']}\n```", table, about]

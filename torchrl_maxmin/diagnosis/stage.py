@@ -45,8 +45,8 @@ class DiagnoseConfig(MixtureSettings):
             prompt, chosen, rejected and a user; or an npz file of features, with arrays differences [P, D]
             (or chosen and rejected [P, D]) and users [P]; and where there are any groups [P], weights [P],
             judgement_ids [P] (pairs of one ranking share one, and stand best item first: each item over those
-            after it; without, equal rows of a user count as one judgement), choice_ids [P] (rows of one choice
-            among several items, which stand side by side) and feature_names [D].
+            after it; without, equal rows of a user count as one judgement), choice_ids [P] (rows of one
+            choice among several items, which stand side by side) and feature_names [D].
         output_dir: folder for the results; must be empty or absent.
         model_name_or_path: frozen encoder or language model that gives the features of texts; an npz file
             needs none.

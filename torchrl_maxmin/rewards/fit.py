@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, posterior, run_em
+from torchrl_maxmin.clustering.established import Establishment, evidence_for
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
 from torchrl_maxmin.clustering.linear import fit_choices
-from torchrl_maxmin.clustering.selection import NumGroupsChoice, choose_num_groups
+from torchrl_maxmin.clustering.selection import (
+    L2_CANDIDATES,
+    SEARCH,
+    NumGroupsChoice,
+    choose_num_groups,
+    searched_choices,
+)
 from torchrl_maxmin.clustering.shares import AdamStepOfShares
 from torchrl_maxmin.core.distributed import of_main_process, shares_rows
 from torchrl_maxmin.core.errors import UserError
@@ -65,6 +72,7 @@ class MixtureFit:
         group_names: names of the true groups that the heads were trained on, when they were.
         identifiability: whether these pairs tell the users apart, when it was asked for.
         restarts: whether the starts of the linear mixture agree; None where there was one at most.
+        establishment: whether the groups are there at all, when that was asked for.
     """
 
     model: RewardMixture
@@ -77,6 +85,7 @@ class MixtureFit:
     group_names: list[str] | None = None
     identifiability: IdentifiabilityReport | None = None
     restarts: Restarts | None = None
+    establishment: Establishment | None = None
 
     @property
     def responsibilities(self) -> dict[str, list[float]]:
@@ -101,6 +110,10 @@ class MixtureFit:
         if self.choice is not None:
             tried = ", ".join(f"K={k}: {v:.4f}" for k, v in self.choice.heldout_log_likelihood.items())
             lines.append(f"K={self.choice.num_groups} by the likelihood of left-out users ({tried})")
+            if self.choice.beats_coin is False:
+                lines.append("no reward predicts left-out users better than a coin")
+        if self.establishment is not None:
+            lines += self.establishment.report().splitlines()
         if self.restarts is not None:
             lines.append(f"the groups that EM began with were {self.restarts.text()}")
         if self.identifiability is not None:
@@ -192,7 +205,7 @@ def fit_mixture(
             fit["m_step"] = AdamStepOfShares
         else:
             choices = feature_choices(data, model, max_length, device, size, **reading)
-        warm = linear_warm_start(choices, num_groups, max_groups, seed, **fit)
+        warm = linear_warm_start(choices, num_groups, max_groups, seed, evidence=identifiability, **fit)
         if identifiability:
             warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))
         warm = of_main_process(lambda: warm)  # other processors may round otherwise
@@ -244,6 +257,7 @@ def fit_mixture(
         warm.group_names,
         warm.identifiability,
         warm.restarts,
+        warm.establishment,
     )
 
 
@@ -296,6 +310,7 @@ class WarmStart:
         identifiability: whether users can be told apart, when that was asked for.
         group_names: names of the true groups, when these are the responsibilities.
         restarts: whether the starts of the linear mixture agree.
+        establishment: whether the groups are there, when that was asked for.
     """
 
     responsibilities: Tensor
@@ -303,6 +318,7 @@ class WarmStart:
     identifiability: IdentifiabilityReport | None = None
     group_names: list[str] | None = None
     restarts: Restarts | None = None
+    establishment: Establishment | None = None
 
 
 def from_true_groups(data: PreferenceDataset) -> WarmStart:
@@ -314,15 +330,35 @@ def from_true_groups(data: PreferenceDataset) -> WarmStart:
 
 
 def linear_warm_start(
-    choices: PairChoices, num_groups: int | str, max_groups: int, seed: int, **fit: Any
+    choices: PairChoices,
+    num_groups: int | str,
+    max_groups: int,
+    seed: int,
+    *,
+    evidence: bool = False,
+    **fit: Any,
 ) -> WarmStart:
-    """Fit the linear mixture; with ``"auto"`` choose K first."""
-    choice = None
+    """Fit the linear mixture; with ``"auto"`` choose K first, as ``diagnose`` does.
+
+    Args:
+        choices: of all users.
+        num_groups: K, or ``"auto"``.
+        max_groups: largest K that ``"auto"`` tries.
+        seed: of folds and starts.
+        evidence: whether to ask if the groups are there.
+        **fit: of the mixture that EM begins with.
+    """
+    choice, establishment, searched = None, None, choices
+    if num_groups == "auto" or evidence:
+        searched = searched_choices(choices)
     if num_groups == "auto":
-        choice = choose_num_groups(choices, max_groups, seed=seed, **fit)
+        choice = choose_num_groups(searched, max_groups, seed=seed, l2_candidates=L2_CANDIDATES, **SEARCH)
         num_groups = choice.num_groups
+    if evidence and int(num_groups) > 1:
+        penalties = {} if choice is None else choice.l2
+        establishment = evidence_for(searched, int(num_groups), penalties, seed)
     found = fit_choices(choices, int(num_groups), seed, **fit)
-    return WarmStart(found.responsibilities, choice, restarts=found.restarts)
+    return WarmStart(found.responsibilities, choice, restarts=found.restarts, establishment=establishment)
 
 
 def _identifiability(

@@ -228,10 +228,12 @@ def _figures(fit: MixtureFit, data: PreferenceDataset) -> dict[str, Any]:
         "report": fit.report(),
     }
     if fit.choice is not None:
-        figures["choice"] = {
-            "heldout_log_likelihood": fit.choice.heldout_log_likelihood,
-            "standard_error": fit.choice.standard_error,
-        }
+        figures["choice"] = fit.choice.to_dict()
+    if fit.establishment is not None:
+        figures["established"], figures["evidence"] = (
+            fit.establishment.established,
+            fit.establishment.to_dict(),
+        )
     if fit.identifiability is not None:
         figures["identifiability"] = fit.identifiability.to_dict()
     if data.groups is not None:
