@@ -102,17 +102,22 @@ def test_counting_once_twice_changes_nothing(cells, draw):
         assert once.weights[mine].sum() == pytest.approx(min(most, given_weights[mine].sum()))
 
 
-def test_rankings_that_share_a_pair_are_one_judgement():
+def test_rankings_are_one_judgement_where_their_choices_repeat():
     rows = [
         {"prompt": "p", "responses": ["a", "b", "c"], "rank": [1, 2, 3], "user_id": "u"},
         {"prompt": "q", "responses": ["a", "b"], "rank": [1, 2], "user_id": "u"},
+        # shares a pair with the first, but each was chosen among others: evidence of its own
         {"prompt": "p", "responses": ["a", "b", "d"], "rank": [1, 2, 3], "user_id": "u"},
+        {"prompt": "p", "responses": ["c", "b", "a"], "rank": [3, 2, 1], "user_id": "u"},  # the first again
         {"prompt": "p", "responses": ["a", "b", "d"], "rank": [1, 2, 3], "user_id": "v"},
     ]
     data = PreferenceDataset.load(datasets.Dataset.from_list(rows))
-    assert data.ranking_ids.tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3]
-    assert data.judgement_ids.tolist() == [0, 0, 0, 1, 0, 0, 0, 3, 3, 3]
-    assert data.weights.tolist() == [0.5, 1, 1, 1, 0.5, 1, 1, 1, 1, 1]
+    assert data.ranking_ids.tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert data.choice_offsets.tolist() == [0, 2, 3, 4, 6, 7, 9, 10, 12, 13]
+    assert data.judgement_ids.tolist() == [0, 0, 0, 1, 2, 2, 2, 0, 0, 0, 4, 4, 4]
+    assert data.weights.tolist() == [0.5, 0.5, 0.5, 1, 1, 1, 1, 0.5, 0.5, 0.5, 1, 1, 1]
+    assert data.distinct_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12]
+    assert data.judgements.num_repeats == 2
 
 
 def test_ids_that_are_stated_decide():

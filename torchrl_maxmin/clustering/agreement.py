@@ -10,12 +10,14 @@ import numpy as np
 from scipy.special import comb
 from torch import Tensor
 
-__all__ = ["Restarts", "adjusted_rand_index"]
+__all__ = ["LEAST_AGREEMENT", "Restarts", "adjusted_rand_index"]
 
 #: Starts that end within so many nats a choice of the best are as good as it.
 AS_GOOD = 1e-3
 #: Adjusted Rand index from which two starts are said to have found the same groups.
 SAME_GROUPS = 0.9
+#: Adjusted Rand index under which other users, or other starts, do not give these groups.
+LEAST_AGREEMENT = 0.5
 
 
 def adjusted_rand_index(first: Tensor, second: Tensor) -> float:

@@ -17,7 +17,7 @@ from scipy.stats import norm, qmc
 from scipy.stats import t as student
 from torch import Tensor
 
-from torchrl_maxmin.clustering.agreement import adjusted_rand_index
+from torchrl_maxmin.clustering.agreement import LEAST_AGREEMENT, adjusted_rand_index
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.left_out import (
     SHORT_ROUNDS,
@@ -37,8 +37,6 @@ from torchrl_maxmin.core.progress import progress_bar
 
 __all__ = ["Establishment", "GroupEvidence", "establish", "evidence_for"]
 
-#: Agreement of refits under which groups are not established.
-LEAST_AGREEMENT = 0.5
 #: Spreads of the even alternative, in those of the groups' own tastes.
 SPREADS = (0.5, 1.0, 1.5, 2.5)
 _HEADS = 256  # drawn of the even alternative
@@ -53,14 +51,14 @@ class Mean:
     high: float | None
 
     @classmethod
-    def of(cls, values: Any, confidence: float = 0.95) -> Mean:
-        """Compute it of values [n], n > 0."""
+    def of(cls, values: Any, confidence: float = 0.95, most: float = np.inf) -> Mean:
+        """Compute it of values [n], n > 0, that are ``most`` at most."""
         array = np.asarray(values, np.float64)
         mean = float(array.mean())
         if len(array) < 2:
             return cls(mean, None, None)
         half = student.ppf((1 + confidence) / 2, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5
-        return cls(mean, mean - float(half), mean + float(half))
+        return cls(mean, mean - float(half), min(mean + float(half), most))
 
     def above(self, value: float) -> bool:
         """Whether the whole interval lies above a value."""
@@ -249,8 +247,8 @@ def _refits(
         correlation.append((margins * _unit_margins(choices, found)[rows]).sum(-1).tolist())
         advance()
     by_group = (zip(*values, strict=True) for values in (jaccard, correlation))
-    similar, correlated = ([Mean.of(values) for values in columns] for columns in by_group)
-    return Mean.of(rand), similar, correlated
+    similar, correlated = ([Mean.of(values, most=1.0) for values in columns] for columns in by_group)
+    return Mean.of(rand, most=1.0), similar, correlated
 
 
 def _unit_margins(choices: PairChoices, mixture: LinearMixture) -> Tensor:

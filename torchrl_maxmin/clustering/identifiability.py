@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.clustering.agreement import LEAST_AGREEMENT, adjusted_rand_index
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.judged import judged_choices
 from torchrl_maxmin.clustering.left_out import choose_penalty, heldout_of, match_groups, user_folds
@@ -60,8 +61,10 @@ class IdentifiabilityReport:
         misassignment: expected share of left-out users whose likeliest group is not theirs.
         balanced_misassignment: the same averaged over groups, so that a small group counts as much.
         balanced_misassignment_high: what nine in ten resamples of the users stay under.
+        agreement: adjusted Rand index of the groups of left-out users with those of the fit to all.
         identifiable: whether ``balanced_misassignment_high`` is at most :data:`MISASSIGNMENT_BAR`: a
-            small group has few users to judge by, and the claim needs evidence.
+            small group has few users to judge by, and the claim needs evidence; and ``agreement`` at least
+            :data:`LEAST_AGREEMENT`: fits that are sure of different groups identify none.
         more_pairs_per_user: about so many more pairs a user would make it so; 0 where it is,
             None where :data:`_MOST_MORE_PAIRS` would not do.
         group_accuracy: by group.
@@ -80,6 +83,7 @@ class IdentifiabilityReport:
     misassignment: float
     balanced_misassignment: float
     balanced_misassignment_high: float
+    agreement: float
     identifiable: bool
     more_pairs_per_user: int | None
     group_accuracy: list[GroupAccuracy]
@@ -122,6 +126,11 @@ class IdentifiabilityReport:
     def _verdict(self) -> str:
         if self.identifiable:
             return f"{self.num_groups} groups are identifiable from this many pairs"
+        if self.agreement < LEAST_AGREEMENT:
+            return (
+                "not identifiable: users left out of the fit fall into other groups than in the fit to all "
+                f"(adjusted Rand index {self.agreement:.2f})"
+            )
         wanted, more = f"under {MISASSIGNMENT_BAR:.0%}", "more pairs per user"
         if self.more_pairs_per_user is None:
             return f"not identifiable: even {_MOST_MORE_PAIRS} {more} would not bring it {wanted}"
@@ -195,10 +204,18 @@ def identifiability_report(
     margins = differences @ mixture.weight.T
     wide = margins.double()
     unit = torch.nn.functional.normalize(wide, dim=0)  # uncentred: which side a difference is on is chance
-    identifiable = high <= MISASSIGNMENT_BAR
+    agreement = adjusted_rand_index(posterior.argmax(-1), mixture.assignments)
+    alike = agreement >= LEAST_AGREEMENT
+    identifiable = alike and high <= MISASSIGNMENT_BAR
     counts = choices.choices_by_user.round().long()  # the two orders of a tie are one choice
     asked = margins, counts, mixture.log_prior, seed
-    more = 0 if identifiable else more_pairs_needed(*asked, choice_offsets=choices.choice_offsets)
+    more = (
+        0
+        if identifiable
+        else None
+        if not alike
+        else more_pairs_needed(*asked, choice_offsets=choices.choice_offsets)
+    )
     held = heldout_of(choices, 0.2, seed)
     known = fit_choices(choices.keep_rows(~held), num_groups, seed, l2=best, **fit)
     known = known.ordered(match_groups(known.weight, mixture.weight))
@@ -213,6 +230,7 @@ def identifiability_report(
         misassignment=plain,
         balanced_misassignment=balanced,
         balanced_misassignment_high=high,
+        agreement=agreement,
         identifiable=identifiable,
         more_pairs_per_user=more,
         group_accuracy=group_accuracy(

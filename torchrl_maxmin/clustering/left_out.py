@@ -85,7 +85,7 @@ def leave_users_out(
         **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
     num_users = len(choices.user_offsets) - 1
-    short = {"short_rounds": SHORT_ROUNDS} if fit.get("m_step") == "exact" else {}
+    short: dict[str, Any] = {"short_rounds": SHORT_ROUNDS} if fit.get("m_step") == "exact" else {}
     posterior = torch.zeros(num_users, num_groups, dtype=torch.float64)
     log_likelihood, robust = torch.zeros(2, num_users, dtype=torch.float64)
     reference: Tensor | None = None

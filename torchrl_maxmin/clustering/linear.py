@@ -224,9 +224,8 @@ def fit_choices(
     shape, dtype = (num_groups, choices.features.shape[1]), choices.features.dtype
     fits: list[EMFit] = []
     num_starts = num_restarts if num_groups > 1 and start is None else 1
-    first = (
-        replace(em, num_rounds=min(short_rounds, em.num_rounds)) if short_rounds and num_starts > 1 else em
-    )
+    short = min(short_rounds, em.num_rounds) if num_starts > 1 else 0
+    first = replace(em, num_rounds=short) if short else em
     for _ in range(num_starts):
         drawn = torch.randn(shape, generator=generator) * shape[1] ** -0.5 if start is None else start
         weight = drawn.to(dtype)
@@ -237,10 +236,10 @@ def fit_choices(
         fits.append(run_em(choices, make_m_step(choices, weight, first), first))
     best = max(fits, key=attrgetter("score"))  # the first of equals
     assert best.weight is not None
-    if first.num_rounds < em.num_rounds and num_starts > 1:
-        fits = [run_em(choices, make_m_step(choices, best.weight.to(dtype), em), em)]
-        best = fits[0]
-        assert best.weight is not None
+    if 0 < short < em.num_rounds:
+        best = run_em(choices, make_m_step(choices, best.weight.to(dtype), em), em)
+        fits = [best]
+    assert best.weight is not None
     assert best.log_prior is not None
     weight, log_prior, responsibilities = (
         tensor.to(dtype) for tensor in (best.weight, best.log_prior, best.responsibilities)
