@@ -45,12 +45,16 @@ def test_data_check_takes_ties_and_caps(tmp_path, capsys):
         out = capsys.readouterr().out
         return {line[:17].strip(): line[17:].strip() for line in out.splitlines()}
 
-    plain = told()
+    blocks = told()
+    assert (blocks["pairs"], blocks["likelihood"]) == ("12", "Plackett-Luce over 2 rankings of 4")
+    assert blocks["judged at once"] == "quartiles 4 / 4 / 4 responses, from 4 to 4"
+    plain = told("--ratings", "pairs")
     assert (plain["pairs"], plain["ties"], plain["layout"]) == ("24", "4 dropped", "scores")
-    halved = told("--ties", "halve", "--tie_margin", "1", "--layout", "scores")
+    assert plain["likelihood"] == "Bradley-Terry over 24 pairs, as if they were independent"
+    halved = told("--ties", "halve", "--tie_margin", "1", "--layout", "scores", "--ratings", "pairs")
     assert (halved["pairs"], halved["ties"]) == (str(12 + 2 * 16), "16 halved")
-    capped = told("--max_pairs", "5")
-    assert capped["left out"] == "0 identical, 19 beyond the cap of pairs"
+    capped = told("--max_pairs", "5", "--ratings", "pairs")
+    assert capped["left out"] == "19 beyond the cap of pairs"
 
 
 def test_data_check_counts_equal_texts_that_training_refuses(tmp_path, capsys):

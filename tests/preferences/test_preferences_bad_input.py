@@ -246,8 +246,8 @@ FILES = [
     ),
     ("good.jsonl", lines(changed(SCORED, score="good")), "row 0: column 'score' holds 'good', not a number"),
     ("lists_s.jsonl", lines(changed(SCORED, score=[1])), "column 'score' holds list.*not numbers"),
-    ("lonely.jsonl", lines(SCORED), "no user compared or scored two responses"),
-    ("equal.jsonl", lines(SCORED, changed(SCORED, response="y")), "1 are ties"),
+    ("lonely.jsonl", lines(SCORED), "1 ratings have no other of another value"),
+    ("equal.jsonl", lines(SCORED, changed(SCORED, response="y")), "give no pair: 2 ratings have no other"),
     (
         "maybe.jsonl",
         lines(changed(RATED, Q_overall="Maybe")),

@@ -49,7 +49,7 @@ SCHEMAS = [
     ),
     (
         "prism_utterances.jsonl",
-        {},
+        {"ratings": "pairs"},
         "scores",
         6,
         {
@@ -67,7 +67,7 @@ SCHEMAS = [
     ),
     (
         "dices.csv",
-        {},
+        {"ratings": "pairs"},
         "ratings",
         6,
         {
@@ -193,9 +193,9 @@ SCHEMAS = [
         "rankings",
         9,
         {
-            0: ("11", "Pick a snack.", "apple", "crisps"),
-            1: ("11", "Pick a snack.", "nuts", "apple"),
-            2: ("11", "Pick a snack.", "nuts", "crisps"),
+            0: ("11", "Pick a snack.", "nuts", "apple"),
+            1: ("11", "Pick a snack.", "nuts", "crisps"),
+            2: ("11", "Pick a snack.", "apple", "crisps"),
             3: ("12", "Pick a snack.", "apple", "crisps"),
             8: ("12", "Pick a season.", "spring", "winter"),
         },

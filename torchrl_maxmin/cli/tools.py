@@ -46,7 +46,13 @@ def data(arguments: list[str]) -> int:
         "--tie_margin", type=float, default=0.0, help="scores no further apart are a tie (default: 0)"
     )
     parser.add_argument(
-        "--max_pairs", type=int, default=64, help="most pairs from one user's scores (default: 64)"
+        "--ratings", default="blocks", help="blocks or pairs of a user's ratings (default: blocks)"
+    )
+    parser.add_argument(
+        "--max_pairs",
+        type=int,
+        default=64,
+        help="most pairs of a block, or of one user's scores (default: 64)",
     )
     parser.add_argument(
         "--model_name_or_path", help="show the first pair as this model reads it, and what --max_length cuts"
@@ -73,6 +79,7 @@ def data(arguments: list[str]) -> int:
         ties=given.ties,
         tie_margin=given.tie_margin,
         max_pairs=given.max_pairs,
+        ratings=given.ratings,
         identical="drop",  # counted here, refused where it would train
     )
     report = load().check()

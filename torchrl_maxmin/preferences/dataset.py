@@ -25,7 +25,7 @@ from torchrl_maxmin.preferences.judgements import (
     codes_of_choices,
     count_once,
 )
-from torchrl_maxmin.preferences.report import DataReport, check_pairs
+from torchrl_maxmin.preferences.report import DataReport, check_pairs, rating_notes
 from torchrl_maxmin.preferences.schemas.layouts import find_layout
 from torchrl_maxmin.preferences.schemas.pairs import LoadOptions, Origin, PairTable, build_pairs
 from torchrl_maxmin.preferences.texts import TextEncoder, text_key
@@ -96,6 +96,7 @@ class PreferenceDataset:
         identical: str = "error",
         seed: int = 0,
         conversations: str = "transcript",
+        ratings: str = "blocks",
     ) -> PreferenceDataset:
         """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.schemas.layouts.LAYOUTS`.
 
@@ -109,18 +110,23 @@ class PreferenceDataset:
             layout: name of the layout; found by the columns when None.
             ties: ``"drop"``, or ``"halve"``: two pairs of each tie, one in either order, with weight 1/2.
             tie_margin: scores that differ by no more than this are a tie.
-            max_pairs: most pairs from one user's scores of one prompt, and from all ratings of one rater.
+            max_pairs: most pairs of one ranking that ratings make; of all ratings of one user (of one prompt)
+                where they are taken as pairs.
             identical: whether equal chosen and rejected texts are an ``"error"`` or ``"drop"`` the pair;
                 those of data that do not state pairs are always dropped.
-            seed: of the choice of ``max_pairs`` pairs where there are more.
+            seed: of the blocks of ratings, or of the choice of ``max_pairs`` pairs where there are more.
             conversations: whether lists of messages become ``"transcript"`` strings, or stay ``"messages"``
                 for a chat template.
+            ratings: how a user's ratings (of one prompt, where there are prompts) are compared: ``"blocks"``
+                deals them into random blocks of different values, each a ranking of its own and each rating
+                in one at most, so that what a rating errs by counts once; ``"pairs"`` takes all pairs up to
+                ``max_pairs`` as independent, which they are not.
 
         Raises:
             UserError: for a missing column, two candidate user columns, an empty table, an
                 empty user id, a row that does not fit the layout, or data that give no pair.
         """
-        options = LoadOptions(ties, tie_margin, max_pairs, identical, seed, conversations)
+        options = LoadOptions(ties, tie_margin, max_pairs, identical, seed, conversations, ratings)
         table = load_table(source, split)
         mixed = mixed_columns(table)
         named = {*USER_ALIASES, *PROMPT_ALIASES, "chosen", "rejected", user_column, group_column}
@@ -133,6 +139,7 @@ class PreferenceDataset:
             if not mixed:
                 raise
             raise UserError(f"{error} (left out: {'; '.join(mixed.values())})") from error
+        origin.notes += rating_notes(origin)
         origin.notes += [f"Left out: {reason}." for reason in mixed.values()]
         return cls._sorted(pairs, np.arange(len(pairs.users)), origin)
 

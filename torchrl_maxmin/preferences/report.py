@@ -14,7 +14,7 @@ from torchrl_maxmin.preferences.schemas.pairs import Origin
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["DataReport", "check_pairs"]
+__all__ = ["DataReport", "check_pairs", "rating_notes"]
 
 FEW_PAIRS = 5  # with fewer, most users cannot be placed in a group
 LONG_CHARACTERS = 4096  # about 1024 tokens, where the reward stage cuts by default
@@ -37,6 +37,9 @@ class DataReport:
         ties_kept: whether each tie became two pairs of weight 1/2.
         identical: pairs left out because both texts are equal.
         beyond_cap: pairs left out because a user had more than the cap.
+        alone: ratings left out because no other of their user was left to compare with.
+        likelihood: what the pairs are taken for: rankings, first choices, pairs.
+        judgement_sizes: responses of a judgement: smallest, quartiles, largest.
         rankings: judgements of three or more responses.
         duplicates: pairs that repeat an earlier pair of the same user word for word.
         repeats: pairs that repeat one either way round; with it they count as one judgement.
@@ -63,6 +66,9 @@ class DataReport:
     ties_kept: bool
     identical: int
     beyond_cap: int
+    alone: int
+    likelihood: str
+    judgement_sizes: tuple[float, float, float, float, float]
     rankings: int
     duplicates: int
     repeats: int
@@ -84,17 +90,24 @@ class DataReport:
         for path, role in self.columns.items():
             roles.setdefault(role, []).append(path)
         used = "; ".join(f"{role}: {', '.join(paths)}" for role, paths in roles.items())
-        left_out = f"{self.identical:,} identical, {self.beyond_cap:,} beyond the cap of pairs"
+        left_out = {
+            f"{self.identical:,} identical": self.identical,
+            f"{self.beyond_cap:,} beyond the cap of pairs": self.beyond_cap,
+            f"{self.alone:,} ratings without another value to compare": self.alone,
+        }
+        least, s1, s2, s3, most = self.judgement_sizes
         lines = [
             ("layout", self.layout),
             ("rows", f"{self.rows:,}"),
             ("pairs", f"{self.pairs:,}"),
             ("users", f"{self.users:,}"),
+            ("likelihood", self.likelihood),
+            ("judged at once", f"quartiles {s1:g} / {s2:g} / {s3:g} responses, from {least:g} to {most:g}"),
             ("pairs per user", f"quartiles {q1:g} / {median:g} / {q3:g}, from {low:g} to {high:g}"),
             ("prompts", f"{self.prompts:,} distinct, {self.shared_prompts:.0%} seen by two or more users"),
             ("ties", f"{self.ties:,} {'halved' if self.ties_kept else 'dropped'}"),
             ("rankings", f"{self.rankings:,} of three or more responses" if self.rankings else ""),
-            ("left out", left_out if self.identical + self.beyond_cap else ""),
+            ("left out", ", ".join(told for told, count in left_out.items() if count)),
             ("duplicates", f"{self.duplicates:,}{self._contradictions()}"),
             ("empty", f"{self.empty_responses:,} responses, {self.empty_prompts:,} prompts"),
             ("longest text", f"{self.longest_text:,} characters"),
@@ -135,6 +148,7 @@ def check_pairs(data: Any) -> DataReport:
     prompts, seen_by = np.unique(_distinct(texts.prompt[prompted], users[prompted])[:, 0], return_counts=True)
     given = data.pairs.weights[data.rows]
     comparisons = np.bincount(np.unique(data.ranking_ids, return_inverse=True)[1], weights=given)
+    likelihood, sizes = _likelihood(data)
     report = DataReport(
         layout=origin.layout,
         rows=origin.rows,
@@ -147,6 +161,9 @@ def check_pairs(data: Any) -> DataReport:
         ties_kept=origin.options.ties == "halve",
         identical=origin.identical,
         beyond_cap=origin.beyond_cap,
+        alone=origin.alone,
+        likelihood=likelihood,
+        judgement_sizes=tuple(np.quantile(sizes, (0, 0.25, 0.5, 0.75, 1)).tolist()),
         rankings=int((comparisons > 1).sum()),  # two responses have one comparison, or two halves
         duplicates=len(data) - len(_distinct(texts.pair, users)),
         repeats=data.judgements.num_repeats,
@@ -162,6 +179,54 @@ def check_pairs(data: Any) -> DataReport:
     )
     report.warnings.extend(_warnings(report, origin))
     return report
+
+
+def _likelihood(data: Any) -> tuple[str, np.ndarray]:
+    """Name the likelihood of every kind of judgement; and the responses of each judgement."""
+    starts = data.choice_offsets[:-1].numpy()
+    rows = data.choice_offsets.diff().numpy()
+    halves = data.pairs.weights[data.rows][starts] < 1
+    _, which = np.unique(data.ranking_ids[starts], return_inverse=True)
+    strict = np.bincount(which, ~halves)
+    least = np.full(len(strict), np.iinfo(np.int64).max)
+    np.minimum.at(least, which[~halves], rows[~halves])
+    sizes = np.where(strict > 0, strict + least, 2).astype(
+        np.int64
+    )  # the last choice is of all that are left
+    if data.origin.pair_by_pair:
+        return f"Bradley-Terry over {len(data):,} pairs, as if they were independent", sizes
+    ranked, best = strict > 1, (strict == 1) & (sizes > 2)
+    single, halved = ((strict == 1) & (sizes == 2)).sum(), halves.sum() // 2
+    kinds = {
+        f"Plackett-Luce over {_of(ranked, sizes, 'rankings')}": ranked.any(),
+        f"Luce over {_of(best, sizes, 'first choices')}": best.any(),
+        f"Bradley-Terry over {single:,} pairs": single,
+        f"half of either order of {halved:,} ties": halved,
+    }
+    return "; ".join(name for name, count in kinds.items() if count), sizes
+
+
+def _of(which: np.ndarray, sizes: np.ndarray, what: str) -> str:
+    """So many of these sizes, in words."""
+    if not which.any():
+        return what
+    low, high = sizes[which].min(), sizes[which].max()
+    return f"{which.sum():,} {what} of {low}" + (f" to {high}" if high > low else "")
+
+
+def rating_notes(origin: Origin) -> list[str]:
+    """Say what ratings were taken for, where their user has to know."""
+    options, left_out = origin.options, origin.beyond_cap
+    found = {
+        f"{left_out:,} pairs are left out: of one user's ratings (of one prompt) {options.max_pairs} pairs "
+        "at most are drawn at random; --max_pairs takes more.": left_out > 0,
+        "Pairs of one user's ratings share its noise and are not independent: taken pair by pair they can "
+        "carry groups that do not exist; --ratings blocks takes each rating once.": origin.pair_by_pair,
+        "Blocks of ratings have no ties, so that --ties halve changes nothing; --ratings pairs takes "
+        "them.": origin.layout in ("scores", "ratings")
+        and (options.ties, options.ratings) == ("halve", "blocks"),
+    }
+    return [note for note, holds in found.items() if holds]
 
 
 def _warnings(report: DataReport, origin: Origin) -> list[str]:

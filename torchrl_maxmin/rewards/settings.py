@@ -36,7 +36,9 @@ class MixtureSettings(ChatSettings):
         layout: how the rows hold pairs; told from the columns when left out (see data check).
         ties: drop, or halve: keep a tie as both orders, each counted one half.
         tie_margin: scores that differ by no more than this tie.
-        max_pairs: pairs at most that one user's scores of one prompt make.
+        ratings: blocks, or pairs: deal a user's ratings into random blocks, each a ranking and each rating in
+            one at most; or take all pairs of them as independent, which they are not.
+        max_pairs: pairs at most of one such block; with pairs, of one user's scores of one prompt.
         num_groups: groups K, or auto to choose by left-out users; 1 is single-reward RLHF.
         max_groups: largest K that auto tries.
         heldout_fraction: share of every user's pairs that accuracy is measured on.
@@ -57,6 +59,7 @@ class MixtureSettings(ChatSettings):
     layout: str | None = None
     ties: str = "drop"
     tie_margin: float = 0.0
+    ratings: str = "blocks"
     max_pairs: int = 64
     num_groups: int | str = "auto"
     max_groups: int = 3
@@ -83,7 +86,9 @@ class MixtureSettings(ChatSettings):
         self.require_at_least(1, "max_groups", "max_pairs", "max_length")
         self.require_at_least(0, "tie_margin")
         self.require_seed()
-        self.require_known(ties=("drop", "halve"), feature_dtype=("float32", "bfloat16"))
+        self.require_known(
+            ties=("drop", "halve"), ratings=("blocks", "pairs"), feature_dtype=("float32", "bfloat16")
+        )
         if not 0 <= self.heldout_fraction < 1:
             raise UserError("--heldout_fraction must be at least 0 and below 1")
         if self.pooling not in (None, *POOLINGS):
@@ -124,8 +129,11 @@ class MixtureSettings(ChatSettings):
             ties=self.ties,
             tie_margin=self.tie_margin,
             max_pairs=self.max_pairs,
+            ratings=self.ratings,
             conversations="messages",
         )
+        for note in data.origin.notes:
+            console.print(note, markup=False, highlight=False)
         if model is None:
             return data
         return drop_pairs_cut_alike(data, load_reader(model, **self.reading_options()), self.max_length)

@@ -25,7 +25,8 @@ from torchrl_maxmin.preferences.io.columns import (
 )
 from torchrl_maxmin.preferences.io.files import require_columns
 from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked
-from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values, ratings, scores
+from torchrl_maxmin.preferences.schemas.ratings import CHOSEN, ratings, scores
+from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +39,7 @@ _LISTS = ("responses", "completions", "answers", "outputs")
 _RANKED_LISTS = ("ranked_responses", "ranked_completions", "ranked_answers", "ranked_outputs")
 _VERDICTS = ("winner", "choice", "preferred_response", "preference", "preferred", "label", "y")
 _FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
-_SCORES = ("score", "rating", "if_chosen")
+_SCORES = ("score", "rating", CHOSEN)
 _SCORED = ("model_response", "response", "completion", "answer", "output")
 _PROMPT_KEYS = ("interaction_id", "prompt_id")
 

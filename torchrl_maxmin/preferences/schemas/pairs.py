@@ -53,12 +53,14 @@ class LoadOptions:
     identical: str = "error"
     seed: int = 0
     conversations: str = "transcript"
+    ratings: str = "blocks"
 
     def __post_init__(self) -> None:
         choices = {
             "ties": ("drop", "halve"),
             "identical": ("error", "drop"),
             "conversations": ("transcript", "messages"),
+            "ratings": ("blocks", "pairs"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -88,6 +90,8 @@ class Judgement(NamedTuple):
         comparisons: the pairs that train.
         ties_left_out: ties that are not among the comparisons.
         pairs_left_out: pairs beyond the cap that are not among the comparisons.
+        alone: ratings of the user that no other is left to be compared with.
+        pair_by_pair: whether each comparison counts as a choice of its own.
     """
 
     row: int
@@ -97,6 +101,8 @@ class Judgement(NamedTuple):
     comparisons: Sequence[Comparison]
     ties_left_out: int = 0
     pairs_left_out: int = 0
+    alone: int = 0
+    pair_by_pair: bool = False
 
 
 def best_of(count: int, best: int) -> tuple[list[int], list[Comparison]]:
@@ -189,7 +195,8 @@ class Origin:
         rows: rows of the table.
         users: users of the table, with or without a pair.
         options: how judgements became pairs.
-        ties, identical, beyond_cap: how many of each were met.
+        ties, identical, beyond_cap, alone: how many of each were met.
+        pair_by_pair: whether pairs of one user's ratings count as independent.
         states_pairs: whether the data state pairs, which training then takes as they are.
         notes: sentences about decisions taken.
     """
@@ -203,6 +210,8 @@ class Origin:
     ties: int = 0
     identical: int = 0
     beyond_cap: int = 0
+    alone: int = 0
+    pair_by_pair: bool = False
     states_pairs: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -345,9 +354,11 @@ def _pairs_of(judgements: Iterable[Judgement], origin: Origin) -> Iterator[Pair]
     numbers = count()
     refuse = origin.states_pairs and origin.options.identical == "error"
     for judgement in judgements:
-        row, prompt, responses, ranks, comparisons, ties, beyond_cap = judgement
-        origin.ties += ties
-        origin.beyond_cap += beyond_cap
+        row, prompt, responses, ranks, comparisons, *_ = judgement
+        origin.ties += judgement.ties_left_out
+        origin.beyond_cap += judgement.pairs_left_out
+        origin.alone += judgement.alone
+        origin.pair_by_pair |= judgement.pair_by_pair
         choice, best = 0, -1
         for better, worse, tie in comparisons:
             origin.ties += tie
@@ -364,7 +375,7 @@ def _pairs_of(judgements: Iterable[Judgement], origin: Origin) -> Iterator[Pair]
                 yield prompt, rejected, chosen, row, next(numbers), 0.5, ranks[worse], ranks[better]
                 best = -1
                 continue
-            if better != best:
+            if better != best or judgement.pair_by_pair:
                 choice, best = next(numbers), better
             yield prompt, chosen, rejected, row, choice, 1.0, ranks[better], ranks[worse]
 
@@ -373,6 +384,8 @@ def _nothing_left(origin: Origin) -> str:
     reasons = []
     if origin.ties:
         reasons.append(f"{origin.ties} are ties, which ties='halve' (--ties halve) keeps")
+    if origin.alone:
+        reasons.append(f"{origin.alone} ratings have no other of another value, of one user, beside them")
     if origin.identical:
         reasons.append(f"{origin.identical} have two equal responses")
     reason = "; ".join(reasons) or "no user compared or scored two responses to one prompt"
