@@ -10,7 +10,7 @@ from torchrl_maxmin.preferences import PreferenceDataset, encode
 from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.rewards.features import text_features
 from torchrl_maxmin.rewards.fine_tuning import Batches
-from torchrl_maxmin.rewards.pairs import PairTokens
+from torchrl_maxmin.rewards.pairs import PairTokens, each_once
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,21 @@ def test_rows_are_the_encoded_texts(data, tiny_model, monkeypatch):
         assert pairs.rows[i] == encode(mixture.tokenizer, p, c)
         assert pairs.rows[11 + i] == encode(mixture.tokenizer, p, r)
     assert pairs.rows.lengths.tolist() == [len(pairs.rows[i]) for i in range(22)]
+
+
+def test_repeats_are_tokenized_once():
+    asked = []
+
+    def encode(prompts, completions):
+        asked.extend(zip(prompts, completions, strict=True))
+        return [[len(str(p)), len(str(c))] for p, c in zip(prompts, completions, strict=True)]
+
+    turn = [{"role": "user", "content": "hello"}]
+    prompts, completions = ["a", turn, "a", "ab", turn], ["bc", "d", "bc", "c", "d"]
+    assert each_once(encode)(prompts, completions) == encode(prompts, completions)
+    assert sorted(map(str, asked[:3])) == sorted(map(str, [("a", "bc"), (turn, "d"), ("ab", "c")]))
+    assert len(asked) == 3 + 5
+    assert each_once(encode)([], []) == []
 
 
 def test_margins_are_those_of_single_texts(data, tiny_model):

@@ -22,6 +22,7 @@ from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.sequences import pad_right
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
+from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.features import feature_rows, gathered_differences
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE, load_reader
@@ -161,6 +162,19 @@ class PairTokens(UserRows):
         return log_likelihood_by_user(margins, own_offsets(self.user_offsets, own), weights)
 
 
+def each_once(encode: Encoder) -> Encoder:
+    """Make an encoder that is called with every prompt and completion once, however often they are given."""
+
+    def encoded(prompts: Sequence[Text], completions: Sequence[Text]) -> list[list[int]]:
+        keys = [(text_key(p), text_key(c)) for p, c in zip(prompts, completions, strict=True)]
+        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        rows = encode([prompts[i] for i in first.values()], [completions[i] for i in first.values()])
+        row_of = dict(zip(first, rows, strict=True))
+        return [row_of[key] for key in keys]
+
+    return encoded
+
+
 def own_rows(num_rows: int) -> slice:
     """Which rows are this process's, each with one process; none where there are fewer than processes."""
     index, real = share_of_rows(num_rows)
@@ -215,7 +229,7 @@ def raw_differences(
     """Features of chosen minus rejected texts [n, D] of some pairs, as the trunk gives them."""
     with torch.random.fork_rng(devices=[]):
         reader = load_reader(model, **reading_options)
-    pairs = PairTokens(data, lambda p, c: reader.encode(p, c, max_length), reader.pad_id)
+    pairs = PairTokens(data, each_once(lambda p, c: reader.encode(p, c, max_length)), reader.pad_id)
     places = np.fromiter(share, np.int64, len(share))
     first, which = pairs.rows.distinct(np.concatenate([places, len(pairs) + places]))
     how: dict[str, Any] = {"reader": reader, "cache": cache, "dtype": dtype, "deal": deal}
