@@ -211,7 +211,7 @@ def _seed_tasks(
 
     def reward(kind: str, num_groups: int | str) -> RewardConfig:
         fixed = {"eval_dataset_name": str(home / "preferences_test.jsonl"), "num_groups": num_groups}
-        fixed |= {"model_name_or_path": reference, "feature_cache": "false"}  # no run meets this model again
+        fixed |= {"model_name_or_path": reference, "feature_cache": False}  # no run meets this model again
         return stage(RewardConfig, "reward", f"reward_{kind}", "preferences.jsonl", **fixed)
 
     def ppo(kind: str, **rewards: Any) -> PPOConfig:

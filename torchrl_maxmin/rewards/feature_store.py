@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ __all__ = ["FeatureStore", "cache_folder", "row_key", "store_facts"]
 #: counts up when features of one key would come out otherwise, or lie otherwise in the files
 FORMAT = 1
 _READ_ROWS = 4096
+_WRITTEN_BYTES = 1 << 26  # at a time: what a run that is stopped has read in vain
 _HASHED_BYTES = 1 << 24
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _CONFIGS = ("config.json", "adapter_config.json")
 
 
-def cache_folder(setting: str) -> Path | None:
+def cache_folder(setting: bool | str) -> Path | None:
     """Find the folder that features are kept in.
 
     Args:
@@ -161,6 +162,25 @@ class FeatureStore:
         console.print(f"! {path} is damaged: its features are made again")
         with contextlib.suppress(OSError):
             path.unlink()
+
+    def kept(
+        self, keys: Sequence[bytes], blocks: Iterable[tuple[list[int], Tensor]]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Pass on what is read, places in ``keys`` and features, and write it, some blocks to a file."""
+        unwritten: list[tuple[list[int], Tensor]] = []
+
+        def write() -> None:
+            if unwritten:
+                places = [place for part, _ in unwritten for place in part]
+                self.add([keys[place] for place in places], torch.cat([values for _, values in unwritten]))
+                unwritten.clear()
+
+        for places, values in blocks:
+            yield places, values
+            unwritten.append((places, values))
+            if sum(values.nbytes for _, values in unwritten) >= _WRITTEN_BYTES:
+                write()
+        write()
 
     def add(self, keys: Sequence[bytes], features: Tensor) -> None:
         """Write features [n, D] of rows; where the disk is full or broken, say so, and go on without."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ __all__ = [
 
 #: Tokens at most that a frozen model reads at once, whatever the number of texts.
 TOKENS_AT_ONCE = 32_768
-_WRITTEN_BYTES = 1 << 26  # kept at a time: what a run that is stopped loses
 _BLOCK_ROWS = 8192
 MEMORY_SHARE = 0.25  # of what is free: rows that take more lie in a file
 
@@ -178,9 +178,10 @@ def feature_rows(
         The features; in a memory-mapped file where they do not fit (:func:`roomy_rows`).
     """
     if deal and world_size() > 1:
-        own = [rows[i] for i in share_of_rows(len(rows))[0].tolist()]
+        index = share_of_rows(len(rows))[0]
+        own = rows[int(index[0]) : int(index[-1]) + 1]
         part = _own_rows(own, model, device, batch_size, reader, cache, dtype, reading_options)
-        return gather_rows(part, len(rows))
+        return gather_rows(part[index - index[0]], len(rows))
     return _own_rows(rows, model, device, batch_size, reader, cache, dtype, reading_options)
 
 
@@ -200,37 +201,33 @@ def _own_rows(
         facts = store_facts(model, **reader.facts(), **where)
     store = None if cache is None or facts is None else FeatureStore(cache, facts)
     keys = [] if store is None else [row_key(row) for row in rows]
-    features, missing = None, dict.fromkeys(range(len(rows)))
-    for places, values in [] if store is None else store.held(keys):
+    missing = dict.fromkeys(range(len(rows)))
+
+    def load() -> tuple[Any, TextReader]:
+        with torch.random.fork_rng(devices=[]):  # what is drawn later must not tell that one was loaded
+            trunk, own_reader = load_feature_trunk(model, **reading_options)
+        return trunk.to(device), own_reader
+
+    def read() -> Iterator[tuple[list[int], Tensor]]:
+        left = list(missing)
+        if not left:
+            return
+        trunk, own_reader = load()
+        batches = feature_batches(
+            trunk, [rows[i] for i in left], own_reader.pad_id, batch_size, reader=own_reader
+        )
+        with progress_bar("encoding texts", len(left)) as advance:
+            for part, values in batches:
+                yield [left[i] for i in part], values.to(dtype)
+                advance(len(part))
+
+    features = None
+    for places, values in read() if store is None else chain(store.held(keys), store.kept(keys, read())):
         features = roomy_rows(len(rows), values.shape[1], dtype) if features is None else features
         features[places] = values
         for place in places:
             del missing[place]
-    if features is not None and not missing:
-        return features
-    with torch.random.fork_rng(devices=[]):  # whether a model is loaded must not show in what is drawn later
-        trunk, reading = load_feature_trunk(model, **reading_options)
-    trunk.to(device)
-    features = roomy_rows(len(rows), _width(trunk), dtype) if features is None else features
-    left = list(missing)
-    unwritten: list[int] = []
-
-    def write() -> None:
-        if store is not None and unwritten:
-            store.add([keys[place] for place in unwritten], features[unwritten])
-            unwritten.clear()
-
-    with progress_bar("encoding texts", len(left)) as advance:
-        batches = feature_batches(trunk, [rows[i] for i in left], reading.pad_id, batch_size, reader=reading)
-        for part, values in batches:
-            places = [left[i] for i in part]
-            features[places] = values.to(dtype)
-            unwritten += places
-            if len(unwritten) * features.shape[1] * dtype.itemsize >= _WRITTEN_BYTES:
-                write()
-            advance(len(part))
-    write()
-    return features
+    return torch.empty(0, _width(load()[0]), dtype=dtype) if features is None else features
 
 
 def gathered_differences(features: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:

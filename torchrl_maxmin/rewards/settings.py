@@ -69,7 +69,7 @@ class MixtureSettings(ChatSettings):
     text_layout: str | None = None
     seed: int = 0
     device: str = "auto"
-    feature_cache: str = "true"
+    feature_cache: bool | str = True
     feature_dtype: str = "float32"
 
     def groups(self) -> int | None:
