@@ -1,0 +1,161 @@
+"""The simulated people of reproductions/people: what they do is what the formulas say."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+from scripts import load_script
+
+from torchrl_maxmin.preferences import PreferenceDataset
+
+worlds = load_script("people/worlds.py")
+
+KINDS = ("rankings", "best_of", "pairs", "ratings")
+
+
+def test_shares_are_those_asked_for():
+    world = worlds.tastes(3, shares=(5, 3, 2), num_users=200)
+    assert world.shares.tolist() == [0.5, 0.3, 0.2]
+    assert worlds.six_tastes(1000).shares == pytest.approx(worlds.SIX_SHARES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_is_a_world(kind):
+    settings = {"kind": kind, "num_users": 20, "judgements": 5, "num_shown": 4, "features": "text"}
+    first, again, other = (worlds.tastes(2, **settings, seed=seed) for seed in (1, 1, 2))
+    assert (first.items == again.items).all()
+    assert (first.features == again.features).all()
+    assert not np.array_equal(first.items, other.items)
+
+
+def test_rankings_follow_plackett_and_luce():
+    world = worlds.tastes(1, num_users=20_000, num_items=3, num_shown=3)
+    utilities, orders = world.taste_utilities[0], world.items.reshape(-1, 3)
+    found, expected = [], []
+    for order in permutations(range(3)):
+        worth = np.exp(utilities[list(order)])
+        expected.append(worth[0] / worth.sum() * worth[1] / worth[1:].sum())
+        found.append((orders == order).all(1).sum())
+    assert chisquare(found, np.array(expected) * len(orders)).pvalue > 0.001
+
+
+def test_the_best_of_some_follows_luce():
+    world = worlds.tastes(1, kind="best_of", num_users=20_000, num_items=4, num_shown=4)
+    first = world.items[world.judgement_offsets[:-1]]
+    worth = np.exp(world.taste_utilities[0])
+    assert chisquare(np.bincount(first, minlength=4), worth / worth.sum() * 20_000).pvalue > 0.001
+
+
+def test_ratings_are_utilities_cut_at_the_users_own_thresholds():
+    world = worlds.tastes(2, kind="ratings", num_users=1500, num_items=40, judgements=40, noise=0.5)
+    assert (np.diff(world.thresholds, axis=1) > 0).all()
+    assert len(np.unique(world.thresholds[:, 0])) == world.num_users
+    users = world.judgement_users[world.item_judgements]
+    margins = world.thresholds[users] - world.utilities[users, world.items][:, None]
+    below = np.exp(-np.exp(-margins))  # the Gumbel distribution
+    rated_below = world.levels[:, None] > np.array([3, 2, 1, 0])  # level 0 is a rating of 5
+    for cut in range(4):
+        z = (rated_below[:, cut] - below[:, cut]).sum() / np.sqrt((below * (1 - below))[:, cut].sum())
+        assert abs(z) < 4
+
+
+def test_noisier_users_are_noisier():
+    world = worlds.unequal_noise(half_random=True, kind="pairs", judgements=50, num_users=400)
+    best = world.taste_utilities[0][world.items].reshape(-1, 2)
+    right = (best[:, 0] > best[:, 1]).reshape(400, 50).mean(1)
+    assert right[world.precision < 1].mean() < 0.56 < 0.7 < right[world.precision == 1].mean()
+
+
+def test_labels_without_a_taste_are_even():
+    world = worlds.random_labels(kind="best_of", num_shown=4, num_users=5000, num_items=4)
+    first = world.items[world.judgement_offsets[:-1]]
+    assert chisquare(np.bincount(first, minlength=4)).pvalue > 0.001
+
+
+def test_a_spectrum_has_no_groups():
+    world = worlds.spectrum(shape="line", num_users=500)
+    assert (world.true_groups == -1).all()
+    assert np.linalg.matrix_rank(world.utilities) == 2
+    assert np.linalg.matrix_rank(worlds.spectrum(num_users=500).utilities) == 4
+    with pytest.raises(ValueError, match="no groups"):
+        world.posterior()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_posterior_is_calibrated(kind):
+    world = worlds.tastes(3, kind=kind, judgements=3 if kind == "rankings" else 12, strength=0.7, num_shown=4)
+    posterior = world.posterior()
+    expected = 1 - posterior.max(1).mean()
+    wrong = (posterior.argmax(1) != world.true_groups).mean()
+    assert expected > 0.01
+    assert abs(wrong - expected) < 4 * np.sqrt(expected / world.num_users)
+
+
+def test_six_tastes_are_as_hard_to_tell_apart_as_the_notes_say():
+    world = worlds.six_tastes(4000)
+    assert (world.posterior().argmax(1) != world.true_groups).mean() == pytest.approx(0.15, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_choice_have_one_chosen_item(kind):
+    world = worlds.tastes(2, kind=kind, num_users=30, judgements=6, num_shown=4, num_items=12)
+    rows = world.rows()
+    assert (np.diff(rows.users) >= 0).all()
+    assert (np.diff(rows.choice_ids) >= 0).all()
+    chosen, other = rows.differences.argmax(1), rows.differences.argmin(1)
+    for choice in range(rows.choice_ids[-1] + 1):
+        mine = rows.choice_ids == choice
+        assert len(set(chosen[mine])) == len(set(rows.users[mine])) == len(set(rows.judgement_ids[mine])) == 1
+        assert len(set(other[mine])) == mine.sum()
+    sizes = np.bincount(rows.choice_ids)
+    expected = {"rankings": [3, 2, 1] * 180, "best_of": [3] * 180, "pairs": [1] * 180}
+    if kind in expected:
+        assert sizes.tolist() == expected[kind]
+    else:
+        for user in range(30):  # an item against all that were rated lower
+            levels = world.levels[world.judgement_offsets[user] : world.judgement_offsets[user + 1]]
+            below = [(levels > level).sum() for level in levels]
+            assert (
+                np.bincount(rows.choice_ids[rows.users == user]).tolist()[-1:] == [b for b in below if b][-1:]
+            )
+
+
+@pytest.mark.parametrize("kind", ["rankings", "best_of", "pairs"])
+def test_the_file_holds_the_same_judgements(kind, tmp_path):
+    world = worlds.tastes(2, kind=kind, num_users=12, judgements=5, num_shown=4, num_items=9)
+    data = PreferenceDataset.load(world.write(tmp_path / "people.jsonl"))
+    rows = world.rows()
+    read = {
+        (f"u{u}", *(world.names[i] for i in pair)) for u, pair in zip(rows.users, _pairs(rows), strict=True)
+    }
+    users = [data.user_ids[u] for u in data.row_users.tolist()]
+    assert set(zip(users, data.chosen, data.rejected, strict=True)) == read
+    assert len(data) == len(rows.users)
+
+
+def _pairs(rows):
+    return zip(rows.differences.argmax(1).tolist(), rows.differences.argmin(1).tolist(), strict=True)
+
+
+def test_ratings_are_a_table_and_arrays_have_names(tmp_path):
+    world = worlds.tastes(2, kind="ratings", num_users=3, judgements=None, num_items=9)
+    lines = world.write(tmp_path / "ratings.csv").read_text().splitlines()
+    assert lines[0] == "user_id,item,rating,region,handedness"
+    ratings = [line.split(",")[2] for line in lines[1:]]
+    assert len(ratings) == len(world.items)
+    assert set(ratings) <= set("12345")
+    with np.load(world.write_arrays(tmp_path / "people.npz")) as arrays:
+        assert arrays["feature_names"].tolist() == world.names
+        assert len(arrays["groups"]) == len(arrays["differences"]) == len(arrays["choice_ids"])
+    with pytest.raises(ValueError, match="not written as"):
+        world.write(tmp_path / "ratings.jsonl")
+
+
+def test_a_column_that_is_independent_and_one_that_is_not():
+    world = worlds.tastes(2, num_users=2000)
+    region = np.array(world.user_columns["region"]) == "region 0"
+    left = np.array(world.user_columns["handedness"]) == "left"
+    groups = world.true_groups == 0
+    assert region[groups].mean() > region[~groups].mean() + 0.4
+    assert abs(left[groups].mean() - left[~groups].mean()) < 0.1
