@@ -11,7 +11,7 @@ TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-portable test-slow lint aot bench rl frontier smollm install clean
+.PHONY: demo test test-portable test-slow lint aot bench rl frontier smollm people install clean
 
 install: $(VENV)/.installed
 
@@ -98,6 +98,10 @@ smollm: install
 ## max-min in environments, against exact answers; ARGS="fishwood" for some of them
 rl: install
 	$(BIN)/python reproductions/rl/run.py $(ARGS)
+
+## groups of simulated people against the truth; ARGS="--must_show --cells 'one-*'" for some of what must be right
+people: install
+	$(BIN)/python reproductions/people/run.py $(ARGS)
 
 # one package in a folder of its own, so that the environment stays as it is
 build/triton-%:

@@ -1,5 +1,7 @@
-"""The simulated people of reproductions/people: what they do is what the formulas say."""
+"""The simulated people of reproductions/people: they do what the formulas say, and are diagnosed."""
 
+import json
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -7,9 +9,12 @@ import pytest
 from scipy.stats import chisquare
 from scripts import load_script
 
+from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
 
 worlds = load_script("people/worlds.py")
+people = load_script("people/run.py")
+cells = people.sys.modules["people_cells"]
 
 KINDS = ("rankings", "best_of", "pairs", "ratings")
 
@@ -159,3 +164,103 @@ def test_a_column_that_is_independent_and_one_that_is_not():
     groups = world.true_groups == 0
     assert region[groups].mean() > region[~groups].mean() + 0.4
     assert abs(left[groups].mean() - left[~groups].mean()) < 0.1
+
+
+# -- run.py ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rankings", "pairs"])
+def test_a_seed_is_read_diagnosed_and_held_against_the_truth(kind, tmp_path, monkeypatch):
+    shown = {"num_shown": 6, "judgements": 3} if kind == "rankings" else {"judgements": 20}
+    tiny = cells.Cell(
+        "Tiny",
+        partial(worlds.tastes, 2, kind=kind, num_users=40, num_items=8, strength=2.0, **shown),
+        2,
+        (cells.Claim("K = 2", lambda row: row["num_groups"] == 2, 1),),
+        seeds=1,
+        max_groups=2,
+    )
+    monkeypatch.setitem(cells.CELLS, "tiny", tiny)
+    folder = tmp_path / "tiny" / "seed-0"
+    cells.measure(cells.Run("tiny", 0, folder, {"l2_candidates": (1e-2,), "num_folds": 2}))
+    row = json.loads((folder / "row.json").read_text())
+    assert (row["users"], row["num_groups"]) == (40, 2)
+    assert row["adjusted_rand_index"] > 0.8
+    assert row["balanced_accuracy"] > 0.95
+    assert row["least_misassignment"] <= row["true_misassignment"] + 0.05 < 0.15
+    assert [path.name for path in folder.iterdir()] == ["row.json"]
+
+
+def test_worlds_of_all_cells_can_be_drawn():
+    for name, cell in cells.CELLS.items():
+        if name.endswith("-1000") or name in ("two", "six"):
+            continue  # the same with more users
+        world = cell.world(seed=0)
+        assert {None: 1}.get(cell.truth, cell.truth) == len(set(world.true_groups.tolist())), name
+
+
+def row_of(cell, seed, **figures):
+    return {"cell": cell, "seed": seed, "users": 100, "pairs": 4500, "seconds": 1.5, **figures}
+
+
+def test_tables_count_what_is_right_and_keep_earlier_cells(tmp_path):
+    one = [row_of("one-pairs-items-100", seed, num_groups=1 + (seed == 3)) for seed in range(20)]
+    three = [row_of("three", 0, truth=3, num_groups=3, established=seed > 0) for seed in (0, 1)]
+    people.write_csv(tmp_path / "results.csv", one)
+    before = people.read_rows(tmp_path / "results.csv")
+    assert before == one
+    lines = people.merged([*before, three[0]], [three[1]])
+    assert lines == [*one, three[1]]
+    text = "\n".join(people.tables(lines))
+    assert "| K = 1 | 19 of 20 (19 of 20 needed) | 1 (19), 2 (1) |" in text
+    assert "| K = 3, established | 1 of 1 (10 of 10 needed) | 3 (1) | 1 of 1 |" in text
+
+
+@pytest.mark.parametrize(
+    ("figures", "right"),
+    [
+        ({"num_groups": 1, "established": None}, True),
+        ({"num_groups": 2, "established": False}, True),
+        ({"num_groups": 2, "established": True}, False),
+        ({"num_groups": 2, "established": None}, False),
+    ],
+)
+def test_nothing_is_claimed_without_truth(figures, right):
+    (claim,) = cells.CELLS["random-pairs"].claims
+    assert claim.right(figures) is right
+
+
+def test_expected_misassignment_is_held_against_the_true_one():
+    figures = {"num_groups": 7, "expected_misassignment": 0.15, "true_misassignment": 0.171}
+    assert [claim.right(figures) for claim in cells.CELLS["six"].claims] == [True, False]
+
+
+def test_cells_are_chosen_by_name_and_by_whether_they_must_show():
+    assert people.choose_cells(["three", "two"], False) == ["two", "three"]
+    assert all(name.startswith("stand-in-") for name in people.choose_cells(["*"], False))
+    shown = people.choose_cells(["*"], True)
+    assert len(shown) == 33
+    assert all(cells.CELLS[name].must_show for name in shown)
+    with pytest.raises(UserError, match="no cell on-"):
+        people.choose_cells(["on-*"], True)
+    with pytest.raises(UserError, match="leave --must_show out"):
+        people.choose_cells(["stand-in-pairs-1"], True)
+
+
+def test_a_cell_that_is_done_is_not_done_again(tmp_path, monkeypatch):
+    def done(run):
+        run.folder.mkdir(parents=True)
+        row = row_of(run.cell, run.seed, num_groups=2, established=True)
+        (run.folder / "row.json").write_text(json.dumps(row))
+
+    def here(tasks, workers, overall):
+        started.extend(tasks)
+        for task in tasks.values():
+            task.function(task.config)
+
+    started: list[str] = []
+    monkeypatch.setattr(people, "measure", done)
+    monkeypatch.setattr(people, "run_tasks", here)
+    assert [row["seed"] for row in people.run_cells(["three"], 2, tmp_path, 2)] == [0, 1]
+    assert len(people.run_cells(["three"], 3, tmp_path, 2)) == 3
+    assert started == ["three 0/run", "three 1/run", "three 2/run"]
