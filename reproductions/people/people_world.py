@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["NUM_RATINGS", "PROMPT", "Rows", "World"]
+__all__ = ["NUM_RATINGS", "PROMPT", "Rows", "World", "chosen_over"]
 
 NUM_RATINGS = 5
 PROMPT = "Which do you like?"
@@ -83,13 +83,8 @@ class World:
         return np.repeat(np.arange(len(self.judgement_users)), np.diff(self.judgement_offsets))
 
     def choices(self) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of ``items`` that were chosen and not [P], every entry against all of lower levels."""
-        keys = self.item_judgements * (int(self.levels.max()) + 1) + self.levels
-        below = np.searchsorted(keys, keys, side="right")
-        counts = self.judgement_offsets[self.item_judgements + 1] - below
-        chosen = np.repeat(np.arange(len(keys)), counts)
-        within = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return chosen, np.repeat(below, counts) + within
+        """Entries of ``items`` that were chosen and not [P]: see :func:`chosen_over`."""
+        return chosen_over(self.judgement_offsets, self.levels)
 
     def rows(self) -> Rows:
         """Make the rows of all choices: of n - 1, ..., 1 rows for a ranking, one of n - 1 for the best of n.
@@ -171,6 +166,26 @@ class World:
                 row["responses"] = [self.names[items[i]] for i in order]
                 row["winner"] = int(np.flatnonzero(order == 0)[0])
             yield row | {name: values[user] for name, values in self.user_columns.items()}
+
+
+def chosen_over(judgement_offsets: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Entries that were chosen and not [P]: each against all of its judgement that stand on a lower level.
+
+    Args:
+        judgement_offsets: [J + 1] int64.
+        levels: of the entries [N] int64, 0 for the best, rising within a judgement.
+
+    Example:
+        >>> chosen_over(np.array([0, 3, 5]), np.array([0, 1, 1, 0, 1]))  # the best of three, and a pair
+        (array([0, 0, 3]), array([1, 2, 4]))
+    """
+    judgements = np.repeat(np.arange(len(judgement_offsets) - 1), np.diff(judgement_offsets))
+    keys = judgements * (int(levels.max()) + 1) + levels
+    below = np.searchsorted(keys, keys, side="right")
+    counts = judgement_offsets[judgements + 1] - below
+    chosen = np.repeat(np.arange(len(keys)), counts)
+    within = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return chosen, np.repeat(below, counts) + within
 
 
 def _rating_probabilities(utilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

@@ -90,7 +90,8 @@ def run_cells(names: Sequence[str], seeds: int | None, folder: Path, workers: in
         for seed in range(CELLS[name].seeds if seeds is None else min(seeds, CELLS[name].seeds)):
             run = Run(name, seed, folder / name / f"seed-{seed}")
             wanted[plan.add(f"{name} {seed}/run", measure, run, run.folder)] = run
-    run_tasks(plan.needed(name for name in wanted if not plan.done(name)), workers, overall="people")
+    if left := plan.needed(name for name in wanted if not plan.done(name)):
+        run_tasks(left, workers, overall="people")
     return [json.loads((run.folder / "row.json").read_text()) for run in wanted.values()]
 
 
