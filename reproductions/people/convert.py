@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from people_world import chosen_over
+from people_world import chosen_over, strict_rankings
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
@@ -30,9 +30,6 @@ from common import make_parser, run_main
 
 #: what is written where somebody did not say
 UNKNOWN = "not said"
-#: features of films come from so many of a user's ratings, drawn at random: n ratings are up to n^2 / 2 rows
-MOST_RATED = 40
-
 SUSHI = (
     "ebi (shrimp)",
     "anago (sea eel)",
@@ -80,13 +77,14 @@ def sushi(source: Path, output: Path) -> list[Path]:
         }
         for user in users
     }
+    prompt = {"prompt": "Which sushi do you like?"}
     rows = (
-        {"user_id": user, "prompt": "Which sushi do you like?", "ranked_responses": [SUSHI[i] for i in order]}
+        {"user_id": user, **prompt, "ranked_responses": [SUSHI[i] for i in order], **about[user]}
         for user, order in zip(about, orders, strict=True)
     )
     judged = [(user, order, range(len(order))) for user, order in zip(about, orders, strict=True)]
     return [
-        _write_rows(output / "sushi.jsonl", (row | about[row["user_id"]] for row in rows)),
+        _write_rows(output / "sushi.jsonl", rows),
         _write_features(output / "sushi.npz", judged, np.eye(10), SUSHI, about),
     ]
 
@@ -110,13 +108,14 @@ class Films(NamedTuple):
 def movielens(source: Path, output: Path) -> list[Path]:
     """Films rated up to 5: ``u.data, u.item, u.genre, u.user`` of a folder, or ``ratings.csv, movies.csv``.
 
-    The table of ratings is whole; features (genres, year, popularity) are of :data:`MOST_RATED` films a user.
+    The features are genres, year and popularity.
     """
     found = _films_of_1998(source) if (source / "u.data").is_file() else _films_of_tables(source)
     titles = Counter(title for title, _ in found.films.values())
     names = {f: title if titles[title] == 1 else f"{title} ({f})" for f, (title, _) in found.films.items()}
     counts = Counter(film for _, film, _ in found.ratings)
-    features, places = [], {}
+    features: list[list[float]] = []
+    places: dict[str, int] = {}
     for film, (title, mine) in found.films.items():
         year = re.search(r"\((\d{4})\)", title)
         places[film] = len(features)
@@ -125,12 +124,11 @@ def movielens(source: Path, output: Path) -> list[Path]:
     by_user: dict[str, list[tuple[int, float]]] = {}
     for user, film, rating in found.ratings:
         by_user.setdefault(user, []).append((places[film], rating))
-    rng, judged = np.random.default_rng(0), []
+    judged = []
     for user, rated in by_user.items():
-        kept = [rated[i] for i in rng.permutation(len(rated))[:MOST_RATED]]
-        levels = np.unique([-rating for _, rating in kept], return_inverse=True)[1]
+        levels = np.unique([-rating for _, rating in rated], return_inverse=True)[1]
         order = np.argsort(levels, kind="stable")
-        judged.append((user, [kept[i][0] for i in order], levels[order].tolist()))
+        judged.append((user, [rated[i][0] for i in order], levels[order].tolist()))
     rows = [
         {"user_id": user, "item": names[film], "rating": rating} | found.about.get(user, {})
         for user, film, rating in found.ratings
@@ -285,7 +283,7 @@ def _write_features(
     names: Sequence[str],
     about: Mapping[str, Mapping[str, str]],
 ) -> Path:
-    """Write one judgement a user as features of pairs.
+    """Write one judgement a user as features of pairs, one with ties as rankings without.
 
     Args:
         path: an ``.npz`` file.
@@ -294,22 +292,22 @@ def _write_features(
         names: of the features.
         about: columns of the users; one that is missing there has none.
     """
-    offsets = np.cumsum([0, *(len(items) for _, items, _ in judged)])
+    sizes = [len(items) for _, items, _ in judged]
     items, levels = (np.concatenate([np.asarray(j[part], int) for j in judged]) for part in (1, 2))
-    chosen, other = chosen_over(offsets, levels)
-    features = features.astype(np.float32)
-    judgements = np.searchsorted(offsets, chosen, side="right") - 1
-    users = np.array([user for user, _, _ in judged])[judgements]
-    columns = next(iter(about.values()), {})
-    np.savez(
-        path,
-        differences=features[items[chosen]] - features[items[other]],
-        users=users,
-        judgement_ids=judgements,
-        choice_ids=np.unique(chosen, return_inverse=True)[1],
-        feature_names=np.array(names),
-        **{name: np.array([about[user][name] for user in users]) for name in columns},
-    )
+    entries, offsets = strict_rankings(np.cumsum([0, *sizes]), levels, np.random.default_rng(0))
+    chosen, other = chosen_over(offsets, levels[entries])
+    features, items = features.astype(np.float32), items[entries]
+    users = np.repeat([user for user, _, _ in judged], sizes)[entries[chosen]]
+    arrays: dict[str, Any] = {
+        "differences": features[items[chosen]] - features[items[other]],
+        "users": users,
+        "judgement_ids": np.searchsorted(offsets, chosen, side="right") - 1,
+        "choice_ids": np.unique(chosen, return_inverse=True)[1],
+        "feature_names": np.array(names),
+    }
+    for name in next(iter(about.values()), {}):
+        arrays[name] = np.array([about[user][name] for user in users])
+    np.savez(path, **arrays)
     return path
 
 

@@ -222,9 +222,8 @@ def _several_tastes() -> dict[str, Cell]:
 
 
 def _no_groups() -> dict[str, Cell]:
-    ranked = {"kind": "rankings", "judgements": 1, "num_shown": 10}
-    pairs, rankings = _TWENTY_PAIRS, ranked | {"features": "one-hot", "num_items": 10}
-    spectrum_rankings = ranked | {"num_items": 10}
+    pairs, rankings = _TWENTY_PAIRS, worlds.RANKINGS | {"features": "one-hot", "num_items": 10}
+    spectrum_rankings = worlds.RANKINGS | {"num_items": 10}
     made: dict[str, Callable[..., worlds.World]] = {
         "random-pairs": partial(worlds.random_labels, **pairs),
         "random-rankings": partial(worlds.random_labels, **rankings),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["NUM_RATINGS", "PROMPT", "Rows", "World", "chosen_over"]
+__all__ = ["NUM_RATINGS", "PROMPT", "Rows", "World", "chosen_over", "strict_rankings"]
 
 NUM_RATINGS = 5
 PROMPT = "Which do you like?"
@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     Attributes:
         differences: features(chosen) - features(other) [P, D] fp32.
         users: [P] int64.
-        judgement_ids: [P] int64, the ranking, choice or user's set of ratings that a row follows from.
+        judgement_ids: [P] int64, the ranking, choice or pair that a row follows from.
         choice_ids: [P] int64; rows of a choice have one chosen item, which was preferred to all the others.
     """
 
@@ -82,21 +82,23 @@ class World:
         """The judgement that every entry of ``items`` stands in [N]."""
         return np.repeat(np.arange(len(self.judgement_users)), np.diff(self.judgement_offsets))
 
-    def choices(self) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of ``items`` that were chosen and not [P]: see :func:`chosen_over`."""
-        return chosen_over(self.judgement_offsets, self.levels)
-
     def rows(self) -> Rows:
         """Make the rows of all choices: of n - 1, ..., 1 rows for a ranking, one of n - 1 for the best of n.
 
-        Of ratings, every item is a choice against all that the same user rated lower.
+        Of a user's ratings :func:`strict_rankings` are made, each a judgement.
         """
-        chosen, other = self.choices()
-        features = self.features.astype(np.float32)
-        differences = features[self.items[chosen]] - features[self.items[other]]
-        judgements = self.item_judgements[chosen]
-        choice_ids = np.unique(chosen, return_inverse=True)[1]
-        return Rows(differences, self.judgement_users[judgements], judgements, choice_ids)
+        entries, offsets = np.arange(len(self.items)), self.judgement_offsets
+        if self.kind == "ratings":
+            rng = np.random.default_rng(len(self.items))
+            entries, offsets = strict_rankings(offsets, self.levels, rng)
+        chosen, other = chosen_over(offsets, self.levels[entries])
+        items, features = self.items[entries], self.features.astype(np.float32)
+        return Rows(
+            differences=features[items[chosen]] - features[items[other]],
+            users=self.judgement_users[self.item_judgements[entries[chosen]]],
+            judgement_ids=np.searchsorted(offsets, chosen, side="right") - 1,
+            choice_ids=np.unique(chosen, return_inverse=True)[1],
+        )
 
     def posterior(self) -> np.ndarray:
         """Responsibilities [U, G] of who knows tastes, shares, precisions and thresholds: none are better.
@@ -115,7 +117,7 @@ class World:
                 log_p = log_p[np.arange(len(log_p)), NUM_RATINGS - 1 - self.levels]
                 found[:, g] += np.bincount(entry_users, log_p, minlength=self.num_users)
             else:
-                chosen, other = self.choices()
+                chosen, other = chosen_over(self.judgement_offsets, self.levels)
                 total = np.bincount(chosen, np.exp(mine[other] - mine[chosen]), minlength=len(mine))
                 found[:, g] -= np.bincount(entry_users, np.log1p(total), minlength=self.num_users)
         found = np.exp(found - found.max(1, keepdims=True))
@@ -186,6 +188,40 @@ def chosen_over(judgement_offsets: np.ndarray, levels: np.ndarray) -> tuple[np.n
     chosen = np.repeat(np.arange(len(keys)), counts)
     within = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
     return chosen, np.repeat(below, counts) + within
+
+
+def strict_rankings(
+    judgement_offsets: np.ndarray, levels: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deal ratings into rankings of one item of each level, so that each rating counts once.
+
+    A rating is one look at an item. Every item over all that are rated lower would count it many times: two or
+    three groups are then found among 100 people of one taste.
+
+    Args:
+        judgement_offsets: [J + 1] int64.
+        levels: of the entries [N] int64, rising within a judgement.
+        rng: deals.
+
+    Returns:
+        Entries [N'] that stand in some ranking, best first, and offsets of the rankings.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> entries, offsets = strict_rankings(np.array([0, 3]), np.array([0, 1, 1]), rng)
+        >>> entries.tolist(), offsets.tolist()  # one of the two that are equal is left over
+        ([0, 2], [0, 2])
+    """
+    judgements = np.repeat(np.arange(len(judgement_offsets) - 1), np.diff(judgement_offsets))
+    order = np.lexsort((rng.random(len(levels)), levels, judgements))
+    new = np.diff(judgements, prepend=-1).astype(bool) | np.diff(levels[order], prepend=-1).astype(bool)
+    first = np.flatnonzero(new)
+    turn = np.arange(len(levels)) - np.repeat(first, np.diff(first, append=len(levels)))
+    dealt = np.lexsort((levels[order], turn, judgements))
+    entries, keys = order[dealt], np.stack([judgements[dealt], turn[dealt]])
+    starts = np.flatnonzero(np.append(True, (np.diff(keys) != 0).any(0)))
+    sizes = np.diff(starts, append=len(entries))
+    return entries[np.repeat(sizes, sizes) > 1], np.cumsum([0, *sizes[sizes > 1]])
 
 
 def _rating_probabilities(utilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

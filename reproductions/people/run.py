@@ -170,7 +170,7 @@ def _lines(name: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         _mean(rows, "seconds", ".1f"),
     ]
     size = f"{rows[0]['users']:,}, {_mean(rows, 'pairs', ',.0f')}"
-    lines = []
+    lines: list[list[str]] = []
     for claim, text in zip(cell.claims, claims_of(cell, rows), strict=True):
         first = not lines
         count = text.removeprefix(f"{claim.text} in ")

@@ -11,9 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from people_world import Rows, World
+from people_world import Rows, World, strict_rankings
 
-__all__ = ["Rows", "World", "random_labels", "six_tastes", "spectrum", "tastes", "unequal_noise"]
+__all__ = [
+    "Rows",
+    "World",
+    "random_labels",
+    "six_tastes",
+    "spectrum",
+    "strict_rankings",
+    "tastes",
+    "unequal_noise",
+]
 
 KINDS = ("rankings", "best_of", "pairs", "ratings")
 #: dimensions of what items have and tastes weigh, where features are not one-hot
@@ -23,6 +32,9 @@ NEARLY_RANDOM = 0.05
 #: shares of :func:`six_tastes`, and how strong what they share and what is their own are
 SIX_SHARES = (0.26, 0.2, 0.17, 0.14, 0.13, 0.1)
 SIX_COMMON, SIX_OWN = 0.8, 1.0
+#: how people judge where nothing else is said
+PAIRS: dict[str, Any] = {"kind": "pairs", "judgements": 20, "num_shown": 2}
+RANKINGS: dict[str, Any] = {"kind": "rankings", "judgements": 1, "num_shown": 10}
 
 
 def tastes(
@@ -132,7 +144,7 @@ def spectrum(
         true_groups=np.full(num_users, -1),
         precision=_lognormal(0.0),
         utilities=utilities,
-        **({"kind": "pairs", "judgements": 20, "num_shown": 2} | settings),
+        **(PAIRS | settings),
     )
 
 
@@ -156,7 +168,7 @@ def six_tastes(num_users: int = 2000, seed: int = 0, **settings: Any) -> World:
         taste_utilities=utilities,
         true_groups=_groups(rng, num_users, 6, SIX_SHARES),
         precision=_lognormal(0.0),
-        **({"kind": "rankings", "judgements": 1, "num_shown": 10} | settings),
+        **(RANKINGS | settings),
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from functools import partial
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -115,15 +115,26 @@ def test_rows_of_a_choice_have_one_chosen_item(kind):
         assert len(set(other[mine])) == mine.sum()
     sizes = np.bincount(rows.choice_ids)
     expected = {"rankings": [3, 2, 1] * 180, "best_of": [3] * 180, "pairs": [1] * 180}
-    if kind in expected:
-        assert sizes.tolist() == expected[kind]
-    else:
-        for user in range(30):  # an item against all that were rated lower
-            levels = world.levels[world.judgement_offsets[user] : world.judgement_offsets[user + 1]]
-            below = [(levels > level).sum() for level in levels]
-            assert (
-                np.bincount(rows.choice_ids[rows.users == user]).tolist()[-1:] == [b for b in below if b][-1:]
-            )
+    assert kind not in expected or sizes.tolist() == expected[kind]
+
+
+def test_ratings_are_dealt_into_rankings_and_each_counts_once():
+    world = worlds.tastes(2, kind="ratings", num_users=30, judgements=None, num_items=60)
+    entries, offsets = worlds.strict_rankings(world.judgement_offsets, world.levels, np.random.default_rng(0))
+    assert len(set(entries)) == len(entries)
+    users = world.judgement_users[world.item_judgements[entries]]
+    for start, stop in pairwise(offsets):
+        assert len(set(users[start:stop])) == 1
+        levels = world.levels[entries[start:stop]]
+        assert (np.diff(levels) > 0).all()
+        assert 2 <= len(levels) <= 5
+    for user in range(30):  # what is left over has one level
+        mine = world.item_judgements == user
+        left = np.setdiff1d(np.flatnonzero(mine), entries)
+        assert len(set(world.levels[left])) <= 1
+    rows = world.rows()
+    assert len(np.unique(rows.choice_ids)) == len(entries) - (len(offsets) - 1)
+    assert rows.judgement_ids[-1] == len(offsets) - 2
 
 
 @pytest.mark.parametrize("kind", ["rankings", "best_of", "pairs"])
