@@ -195,8 +195,8 @@ def strict_rankings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Deal ratings into rankings of one item of each level, so that each rating counts once.
 
-    A rating is one look at an item. Every item over all that are rated lower would count it many times: two or
-    three groups are then found among 100 people of one taste.
+    A rating is one look at an item. Every item over all that are rated lower would count it many times: two
+    or three groups are then found among 100 people of one taste.
 
     Args:
         judgement_offsets: [J + 1] int64.

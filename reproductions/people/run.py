@@ -44,7 +44,7 @@ HEADER = (
     "adjusted Rand index",
     "balanced accuracy",
     "misassigned: expected, true, least possible",
-    "seconds",
+    "CPU seconds",
 )
 
 
@@ -150,8 +150,8 @@ LEGEND = """\
 *Established*: how often, where more than one group was chosen, the groups were found again. The adjusted Rand
 index is that of the groups at the K that was chosen; accuracy (averaged over tastes) and misassignment (over
 users) are those at the true number. *Least possible* is what is misassigned by who knows tastes, shares,
-noise and thresholds. Seconds are those of one `diagnose` on one core, without the intervals of costs. Means
-over seeds."""
+noise and thresholds. Seconds are CPU time of one `diagnose`, without the intervals of costs. Means over
+seeds."""
 
 
 def _lines(name: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
