@@ -194,7 +194,7 @@ def test_what_cannot_be_computed_says_why(reproduction):
     x, _, _, _ = reproduction.planted((80, 20), 2, users=60, pairs=4, features=3)
     dependent = torch.cat([x, x[:, :1]], 1)
     found = diagnose(dependent, torch.arange(241), num_groups=2, **BARE).summary
-    assert all("no user has two pairs" in g["accuracy"]["reason"] for g in found["groups"])
+    assert all("no user has two judgements" in g["accuracy"]["reason"] for g in found["groups"])
     assert all("linearly dependent" in g["theorem1"]["reason"] for g in found["groups"])
     assert found["diversity"]["low"] is None
     assert found["choice"] is None
@@ -280,10 +280,11 @@ def test_figures_stay_in_their_range():
     assert ends["epsilon"][0] < -0.2
 
 
-def test_wide_features_take_steps_instead_of_exact_solutions(reproduction, monkeypatch):
-    monkeypatch.setattr("torchrl_maxmin.diagnosis.analysis.WIDEST_EXACT", 4)
+def test_wide_features_are_read_through_their_components(reproduction, monkeypatch):
+    monkeypatch.setattr("torchrl_maxmin.clustering.selection.MOST_FEATURES", 5)
     x, offsets, _, probabilities = reproduction.planted((80, 20), 5, users=50, pairs=20, features=6)
     found = diagnose(x, offsets, num_groups=2, **BARE)
+    assert found.summary["num_features"] == 5
     assert [g["users"] for g in found.summary["groups"]] == [40, 10]
     assert abs(found.summary["diversity"]["largest"] - diversity(probabilities).max()) < 0.1
 
@@ -304,8 +305,9 @@ def test_what_was_not_asked_is_not_answered(reproduction, tmp_path):
     assert "2 groups (asked for, not chosen)" in verdict(diagnose(x, offsets, num_groups=2, **BARE).summary)
     coins = torch.from_numpy(np.random.default_rng(0).normal(size=(120, 3)))
     nothing = diagnose(coins, offsets, max_groups=2, **BARE).summary
-    assert nothing["one_reward_serves"] is True
-    assert "not seen to rank held-out pairs better than chance" in verdict(nothing)
+    assert nothing["one_reward_serves"] is None
+    assert nothing["choice"]["beats_coin"] is False
+    assert verdict(nothing).startswith("Nothing is learned")
     few = diagnose(x[:12], offsets[:3], **BARE).summary
     assert "too few users" in verdict(few)
 

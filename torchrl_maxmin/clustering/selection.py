@@ -254,7 +254,7 @@ def choose_num_groups(
     found = _one_standard_error(total, errors)
     coin = coin_log_likelihood(choices)
     above = user_ll[found] - coin
-    beats_coin = bool(above.sum() > above.std() * num_users**0.5) if num_users > 1 else None
+    beats_coin = bool(above.sum() > above.std() * num_users**0.5) if num_users > 2 else None
     if beats_coin is False:
         found = 1
     gains: dict[int, float] = {}

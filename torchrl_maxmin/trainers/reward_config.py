@@ -40,9 +40,9 @@ class RewardConfig(ModelSettings, MixtureSettings):
         reward_l2: penalty on squared rewards.
         weight_decay: AdamW weight decay.
         num_restarts: random starts of the linear warm start; the best likelihood wins.
-        warm_start_l2: penalty on its squared weights, in units of pairs. It chooses K too: a model with
-            hundreds of features and more overfits some hundred pairs, and finds one group, unless this is
-            some tenths.
+        warm_start_l2: penalty on its squared weights, in units of choices. A model with hundreds of features
+            and more overfits some hundred pairs unless this is some tenths. K is chosen by a search of its
+            own over penalties, as diagnose does.
         head: linear, mlp or low_rank (groups share a few features, for small minorities).
         head_rank: features of low_rank; as many as groups when left out.
         adapters: per_group (an adapter a group) or shared.
