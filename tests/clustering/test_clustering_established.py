@@ -97,7 +97,7 @@ def test_groups_that_are_not_there_are_not_established():
 
 
 def test_a_spectrum_is_no_two_groups():
-    """Tastes that lie evenly between two ends are cut at the same place by every fit, and still are no groups."""
+    """Tastes evenly between two ends are cut at the same place by every fit, and still are no groups."""
     ends = planted((1, 1), strength=4.0)
     place = np.random.default_rng(0).random((150, 1))
     choices = pairs_of((1 - place) * ends[0] + place * ends[1])
