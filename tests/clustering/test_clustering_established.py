@@ -91,9 +91,16 @@ def test_groups_that_are_not_there_are_not_established():
     evidence = evidence_for(choices, 2, {})
     assert not evidence.established
     assert not any(group.established for group in evidence.groups)
+    assert "left-out judgements of known users are not predicted better" in evidence.report()
+    assert evidence.groups[0].reason in evidence.reasons
+
+
+def test_groups_that_other_users_do_not_give_are_not_established():
+    choices = pairs_of(planted((80,)), num_pairs=6, seed=1)
+    evidence = evidence_for(choices, 2, {1: 1e-4, 2: 1e-4})
+    assert not evidence.established
     assert evidence.agreement.mean < 0.5
     assert "other users and starts give other groups" in evidence.report()
-    assert evidence.groups[0].reason in evidence.reasons
 
 
 def test_a_spectrum_is_no_two_groups():

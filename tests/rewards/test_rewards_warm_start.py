@@ -165,4 +165,4 @@ def test_the_penalty_reaches_the_start_and_not_the_choice(data, tiny_model):
     assert light.choice.heldout_log_likelihood == heavy.choice.heldout_log_likelihood
     assert max(light.choice.heldout_log_likelihood.values()) > -0.5
     assert light.responsibilities.max(1).values.mean() > 0.95
-    assert heavy.responsibilities.max(1).values.mean() < 0.7
+    assert heavy.responsibilities.max() < 0.8

@@ -170,6 +170,8 @@ def establish(
         over = _over_spectrum(choices, num_groups, fits[num_groups], num_folds, seed, advance)
     everyone = None if gains is None else Mean.of(gains)
     reasons = []
+    if len(mixture.assignments.unique()) < num_groups:
+        reasons.append("nobody's likeliest group is one of them")
     if agreement.mean < LEAST_AGREEMENT:
         reasons.append(
             f"other users and starts give other groups (adjusted Rand index {_text(agreement)}, "
