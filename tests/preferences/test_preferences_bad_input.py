@@ -58,7 +58,7 @@ FILES = [
     ("header.csv", b"prompt,chosen,rejected,user_id\n", "no rows"),
     ("rows.parquet", as_parquet([]), "no rows"),
     ("nothing.jsonl", lines({}, {}), "no rows"),
-    ("unknown.txt", b"x", r"unknown\.txt is none of \.json, \.jsonl, \.csv, \.parquet"),
+    ("unknown.txt", b"x", r"unknown\.txt is none of \.json, \.jsonl, \.csv, \.tsv, \.parquet, \.soc"),
     ("broken.jsonl", lines(PAIR, PAIR, '{"prompt": '), "line 3 is not JSON"),
     ("cut.jsonl", lines(PAIR, PAIR)[:-9], "line 2 is not JSON"),
     ("pretty.jsonl", json.dumps(PAIR, indent=1).encode(), "line 1 is not JSON.*one object a line"),
@@ -80,7 +80,19 @@ FILES = [
     ("head.csv", "é,chosen,rejected,user_id\na,b,c,d\n".encode("latin-1"), "is not UTF-8 text"),
     ("half.jsonl", lines('{"prompt": "\\ud800"}'), "half a character"),
     ("semicolon.csv", b"prompt;chosen;rejected;user_id\na;b;c;d\n", "separated by ';'; save it with commas"),
-    ("tabs.csv", b"prompt\tchosen\trejected\tuser_id\na\tb\tc\td\n", "separated by"),
+    ("tabs.csv", b"prompt\tchosen\trejected\tuser_id\na\tb\tc\td\n", "separated by .*; name it .tsv"),
+    ("commas.tsv", b"prompt,chosen,rejected,user_id\na,b,c,d\n", "separated by ','; name it .csv"),
+    ("ragged.tsv", b"prompt\tchosen\trejected\tuser_id\na\tb\n", "Expected 4 columns, got 2"),
+    ("nothing.soc", b"", "no rows"),
+    ("words.soc", b"prompt,chosen\n", "line 1 is no order; write its orders as"),
+    ("unnamed.soc", b"# ALTERNATIVE NAME 1: a\n2: 1,2\n", "line 2 orders 2, which no line names"),
+    ("again.soi", b"# ALTERNATIVE NAME 1: a\n2: 1,1\n", "line 2 orders an alternative twice"),
+    ("nobody.soi", b"# ALTERNATIVE NAME 1: a\n0: 1\n", "line 2 has no voter"),
+    ("tied.soc", b"# ALTERNATIVE NAME 1: a\n1: {1,2}\n", "line 2 holds a tie"),
+    ("many.soc", b"# ALTERNATIVE NAME 1: a\n9999999: 1\n", "line 2: there are more than 1,000,000 voters"),
+    ("lone.soi", b"# ALTERNATIVE NAME 1: a\n9: 1\n", "no rows"),
+    ("old.soc", b"2\n1,a\nb,2\n3,3,1\n3,1,2\n", "line 3 does not name an alternative"),
+    ("latin.soc", b"# ALTERNATIVE NAME 1: \xe9\n", "line 1 is not UTF-8 text"),
     ("ragged.csv", b"prompt,chosen,rejected,user_id\na,b,c,d\na,b\n", "Expected 4 columns, got 2"),
     ("wide.csv", b"prompt,chosen\n" + b"x" * 100_000 + b"\n", "Expected 2 columns, got 1"),
     ("twice.csv", b"prompt,prompt,rejected,user_id\na,b,c,d\n", "two columns of the same name"),
@@ -290,7 +302,7 @@ def test_malformed_files(tmp_path, refused, name, content, message):
 
 def test_places_without_data(tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    assert "holds no .json, .jsonl, .csv, .parquet file" in refused(tmp_path / "empty")
+    assert "holds no .json, .jsonl, .csv, .tsv, .parquet, .soc, .soi file" in refused(tmp_path / "empty")
     kinds = tmp_path / "kinds"
     kinds.mkdir()
     (kinds / "a.jsonl").write_bytes(lines(PAIR))

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.preferences.io import preflib
 
 SAMPLES = Path(__file__).parents[1] / "data"
-SUFFIXES = [".json", ".jsonl", ".csv", ".parquet"]
+SUFFIXES = [".json", ".jsonl", ".csv", ".tsv", ".parquet", ".soc", ".soi"]
 COLUMNS = [
     ["prompt", "chosen", "rejected", "user_id"],
     ["chosen", "rejected", "worker"],
@@ -27,7 +28,19 @@ COLUMNS = [
     ["info", "summaries", "choice", "worker"],
     ["prompt", "response", "score", "interaction_id", "user_id"],
     ["context", "response", "Q_overall", "rater_id"],
+    ["text", "rating", "userId"],
+    ["movieId", "score", "if_chosen", "userId"],
+    ["ranked_responses", "labeler"],
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_voters():
+    """A digit more in a count of voters makes a file of millions of rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflib, "_MOST_VOTERS", 1_000)
+        yield
+
 
 TURN = "\n\nHuman: x\n\nAssistant:"
 WORDS = [
@@ -71,13 +84,17 @@ FITTING = {
     "summaries": st.lists(st.fixed_dictionaries({"text": texts}), min_size=2, max_size=2),
     "info": st.fixed_dictionaries({"post": texts | st.none(), "article": texts}),
     "score": st.integers(0, 4),
+    "rating": st.integers(0, 4),
+    "movieId": st.integers(0, 9),
+    "if_chosen": st.booleans(),
     "Q_overall": st.sampled_from(["Yes", "No", "Unsure"]),
     "choice": st.integers(0, 2),
     "winner": st.sampled_from(["a", "b", "tie", "model_a"]),
     "y": st.sampled_from([-1, 1]),
     **dict.fromkeys(["winner_model_a", "winner_model_b", "winner_tie"], st.integers(0, 1)),
     **dict.fromkeys(
-        ["user_id", "worker", "judge", "rater_id", "interaction_id", "group"], st.sampled_from("uvw")
+        ["user_id", "worker", "judge", "rater_id", "interaction_id", "group", "userId", "labeler"],
+        st.sampled_from("uvw"),
     ),
 }
 
@@ -118,6 +135,10 @@ options = st.fixed_dictionaries(
         "identical": st.sampled_from(["error", "drop"]),
         "tie_margin": st.sampled_from([0.0, 1.5]),
         "max_pairs": st.sampled_from([1, 64]),
+        "ratings": st.sampled_from(["blocks", "pairs"]),
+        "lower_is_better": st.sampled_from([False, False, True]),
+        "prompt_column": st.sampled_from([None, None, "none", "text"]),
+        "response_column": st.sampled_from([None, None, None, "text", "responses"]),
     }
 )
 

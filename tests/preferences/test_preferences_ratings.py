@@ -209,7 +209,7 @@ def test_blocks_are_disjoint_and_of_different_values(values, margin, most, seed)
         assert 2 <= len(block) <= most
         assert (np.diff(np.sort(values[block])) > margin).all()
     if margin == 0 and most > 6:  # nothing stands alone but what is left of the most frequent value
-        counts = np.sort(np.bincount(values.astype(int) + 3))
+        counts = np.sort(np.bincount(values.astype(int) + 3, minlength=7))
         assert alone == max(0, counts[-1] - counts[-2])
         assert len(blocks) == counts[-2]
 

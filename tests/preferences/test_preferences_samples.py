@@ -201,6 +201,42 @@ SCHEMAS = [
         },
     ),
     (
+        "films.tsv",
+        {},
+        "scores",
+        4,
+        {
+            0: ("7", "", "m-alien", "m-birds"),
+            1: ("7", "", "m-alien", "m-casablanca"),
+            2: ("7", "", "m-birds", "m-casablanca"),
+            3: ("8", "", "m-birds", "m-alien"),
+        },
+    ),
+    (
+        "sushi.soc",
+        {},
+        "rankings",
+        9,
+        {
+            0: ("sushi:1", "", "maguro", "ebi (shrimp)"),
+            3: ("sushi:2", "", "maguro", "ebi (shrimp)"),
+            6: ("sushi:3", "", "anago, grilled", "maguro"),
+            8: ("sushi:3", "", "maguro", "ebi (shrimp)"),
+        },
+    ),
+    (
+        "ballots.soi",
+        {},
+        "rankings",
+        5,
+        {
+            0: ("ballots:1", "", "Dan", "Ada"),
+            1: ("ballots:2", "", "Dan", "Ada"),
+            2: ("ballots:6", "", "Ada", "Ben"),
+            4: ("ballots:6", "", "Ben", "Cyd"),
+        },
+    ),
+    (
         "pal.jsonl",
         {},
         "choices",

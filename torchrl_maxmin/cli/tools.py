@@ -29,15 +29,27 @@ PACKAGES = (
     "scipy",
 )
 
+_ROLES = {
+    "prompt": "prompts; none: there are none",
+    "response": "the responses or items that are scored, or of their lists",
+    "score": "scores",
+    "chosen": "preferred texts",
+    "rejected": "the others",
+}
+
 
 def data(arguments: list[str]) -> int:
     """``data check FILE``: one screen about a preference data set."""
     parser = OneLineParser(prog="torchrl-maxmin data", description="Look at preference data.")
     parser.add_argument("action", choices=["check"], help="the one thing that data does")
     parser.add_argument(
-        "dataset_name", help="json, jsonl, csv or parquet file, folder of these, saved dataset or hub name"
+        "dataset_name",
+        help="json, jsonl, csv, tsv, parquet, soc or soi file, folder of these, saved dataset or hub name",
     )
     parser.add_argument("--user_column", help="column that says who chose; none: every row is a user")
+    for role, what in _ROLES.items():
+        parser.add_argument(f"--{role}_column", help=f"column of {what} (default: found by its name)")
+    parser.add_argument("--lower_is_better", action="store_true", help="lower scores are better")
     parser.add_argument("--group_column", help="ground truth for evaluation")
     parser.add_argument("--dataset_split", default="train", help="split to look at (default: train)")
     parser.add_argument("--layout", help="how the data are laid out (default: found by the columns)")
@@ -80,6 +92,8 @@ def data(arguments: list[str]) -> int:
         tie_margin=given.tie_margin,
         max_pairs=given.max_pairs,
         ratings=given.ratings,
+        lower_is_better=given.lower_is_better,
+        **{f"{role}_column": getattr(given, f"{role}_column") for role in _ROLES},
         identical="drop",  # counted here, refused where it would train
     )
     report = load().check()

@@ -97,6 +97,12 @@ class PreferenceDataset:
         seed: int = 0,
         conversations: str = "transcript",
         ratings: str = "blocks",
+        prompt_column: str | None = None,
+        response_column: str | None = None,
+        score_column: str | None = None,
+        chosen_column: str | None = None,
+        rejected_column: str | None = None,
+        lower_is_better: bool = False,
     ) -> PreferenceDataset:
         """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.schemas.layouts.LAYOUTS`.
 
@@ -121,19 +127,44 @@ class PreferenceDataset:
                 deals them into random blocks of different values, each a ranking of its own and each rating
                 in one at most, so that what a rating errs by counts once; ``"pairs"`` takes all pairs up to
                 ``max_pairs`` as independent, which they are not.
+            prompt_column: the column of prompts, or ``column.field``; found by its usual names when None, and
+                ``"none"`` where there are none.
+            response_column: likewise the column of responses or items that are scored, or of their lists.
+            score_column: likewise the column of scores.
+            chosen_column: likewise the column of preferred texts.
+            rejected_column: likewise the column of the others.
+            lower_is_better: whether lower scores are better.
 
         Raises:
             UserError: for a missing column, two candidate user columns, an empty table, an
                 empty user id, a row that does not fit the layout, or data that give no pair.
         """
-        options = LoadOptions(ties, tie_margin, max_pairs, identical, seed, conversations, ratings)
+        options = LoadOptions(
+            ties, tie_margin, max_pairs, identical, seed, conversations, ratings, lower_is_better
+        )
+        asked = {
+            "prompt": prompt_column,
+            "response": response_column,
+            "score": score_column,
+            "chosen": chosen_column,
+            "rejected": rejected_column,
+        }
+        columns = {role: column for role, column in asked.items() if column is not None}
         table = load_table(source, split)
         mixed = mixed_columns(table)
-        named = {*USER_ALIASES, *PROMPT_ALIASES, "chosen", "rejected", user_column, group_column}
+        named = {
+            *USER_ALIASES,
+            *PROMPT_ALIASES,
+            "chosen",
+            "rejected",
+            user_column,
+            group_column,
+            *columns.values(),
+        }
         if read := [name for name in mixed if name in named]:
             raise UserError(mixed[read[0]])
         try:
-            found = find_layout(table, layout)
+            found = find_layout(table, layout, columns)
             pairs, origin = build_pairs(table, *found, user_column, group_column, options)
         except UserError as error:
             if not mixed:

@@ -38,6 +38,7 @@ class DataReport:
         identical: pairs left out because both texts are equal.
         beyond_cap: pairs left out because a user had more than the cap.
         alone: ratings left out because no other of their user was left to compare with.
+        better: which way scores point.
         likelihood: what the pairs are taken for: rankings, first choices, pairs.
         judgement_sizes: responses of a judgement: smallest, quartiles, largest.
         rankings: judgements of three or more responses.
@@ -67,6 +68,7 @@ class DataReport:
     identical: int
     beyond_cap: int
     alone: int
+    better: str
     likelihood: str
     judgement_sizes: tuple[float, float, float, float, float]
     rankings: int
@@ -101,6 +103,7 @@ class DataReport:
             ("rows", f"{self.rows:,}"),
             ("pairs", f"{self.pairs:,}"),
             ("users", f"{self.users:,}"),
+            ("better", self.better),
             ("likelihood", self.likelihood),
             ("judged at once", f"quartiles {s1:g} / {s2:g} / {s3:g} responses, from {least:g} to {most:g}"),
             ("pairs per user", f"quartiles {q1:g} / {median:g} / {q3:g}, from {low:g} to {high:g}"),
@@ -162,6 +165,7 @@ def check_pairs(data: Any) -> DataReport:
         identical=origin.identical,
         beyond_cap=origin.beyond_cap,
         alone=origin.alone,
+        better=_better(origin),
         likelihood=likelihood,
         judgement_sizes=tuple(np.quantile(sizes, (0, 0.25, 0.5, 0.75, 1)).tolist()),
         rankings=int((comparisons > 1).sum()),  # two responses have one comparison, or two halves
@@ -212,6 +216,16 @@ def _of(which: np.ndarray, sizes: np.ndarray, what: str) -> str:
         return what
     low, high = sizes[which].min(), sizes[which].max()
     return f"{which.sum():,} {what} of {low}" + (f" to {high}" if high > low else "")
+
+
+def _better(origin: Origin) -> str:
+    """Which way scores point; empty where there are none."""
+    column = next((path for path, role in origin.columns.items() if role == "verdict"), "")
+    return (
+        f"{'lower' if origin.options.lower_is_better else 'higher'} {column}"
+        if origin.layout == "scores"
+        else ""
+    )
 
 
 def rating_notes(origin: Origin) -> list[str]:

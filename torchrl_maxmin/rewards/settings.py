@@ -31,6 +31,12 @@ class MixtureSettings(ChatSettings):
     Args:
         user_column: column that says who chose, or column.field; found by its usual names when left
             out; none makes every row a user.
+        prompt_column: column of prompts, or none; found by its usual names when left out, like the next four.
+        response_column: column of the responses or items that are scored, or of their lists.
+        score_column: column of scores.
+        chosen_column: column of preferred texts.
+        rejected_column: column of the others.
+        lower_is_better: lower scores are better.
         group_column: ground truth for evaluation, never for training; "group" where it exists.
         dataset_split: split of the pairs.
         layout: how the rows hold pairs; told from the columns when left out (see data check).
@@ -54,6 +60,12 @@ class MixtureSettings(ChatSettings):
     """
 
     user_column: str | None = None
+    prompt_column: str | None = None
+    response_column: str | None = None
+    score_column: str | None = None
+    chosen_column: str | None = None
+    rejected_column: str | None = None
+    lower_is_better: bool = False
     group_column: str | None = None
     dataset_split: str = "train"
     layout: str | None = None
@@ -130,6 +142,12 @@ class MixtureSettings(ChatSettings):
             tie_margin=self.tie_margin,
             max_pairs=self.max_pairs,
             ratings=self.ratings,
+            prompt_column=self.prompt_column,
+            response_column=self.response_column,
+            score_column=self.score_column,
+            chosen_column=self.chosen_column,
+            rejected_column=self.rejected_column,
+            lower_is_better=self.lower_is_better,
             conversations="messages",
         )
         for note in data.origin.notes:

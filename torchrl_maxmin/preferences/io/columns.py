@@ -36,6 +36,11 @@ USER_ALIASES = (
     "uid",
     "respondent_id",
     "user",
+    "userId",
+    "worker_id",
+    "labeler",
+    "labeller",
+    "participant",
 )
 GROUP_ALIASES = ("group_id", "group", "data_subset")
 PROMPT_ALIASES = (
@@ -51,6 +56,8 @@ PROMPT_ALIASES = (
 )
 #: the ``user_column`` that makes every row a user of its own
 EACH_ROW = "none"
+#: the ``prompt_column`` of data without prompts
+NO_PROMPT = "none"
 
 
 def spill(tables: Iterable[pa.Table]) -> pa.Table:
@@ -291,12 +298,14 @@ class Roles:
         responses: one column a response, or one that lists them.
         verdict: columns that say which response is better, or how good one is.
         key: the column that tells prompts apart where their text does not have to.
+        promptless: whether texts that are no transcripts stand for themselves, to an empty prompt.
     """
 
     prompt: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     verdict: tuple[str, ...] = ()
     key: str | None = None
+    promptless: bool = False
 
     def columns(self) -> dict[str, str]:
         """Role of every column."""

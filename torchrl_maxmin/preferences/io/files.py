@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -17,6 +18,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.io.columns import in_batches, spill
+from torchrl_maxmin.preferences.io.preflib import read_preflib
 from torchrl_maxmin.preferences.texts import read_texts
 
 with suppress(ImportError):  # it comes with datasets, and load_table says where that is missing
@@ -37,7 +39,7 @@ _BATCH_BYTES = 16 << 20  # of text; a batch ends at whichever comes first
 _CHUNK = 4 << 20  # characters of a JSON list
 _GAP = re.compile(r"[\s,]*")
 _CSV_BLOCK = 64 << 20  # a row of a csv file must fit into a block
-_SEPARATORS = ";\t|"
+_SEPARATORS = "\t;|,"
 
 
 def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
@@ -48,8 +50,9 @@ def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
     (``HF_HOME``).
 
     Args:
-        source: ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a folder of such files, a
-            folder that ``save_to_disk`` wrote, a hub name, or a ``datasets.Dataset`` itself.
+        source: ``.json``, ``.jsonl``, ``.csv``, ``.tsv``, ``.parquet`` or PrefLib's ``.soc`` or ``.soi``
+            file, a folder of such files, a folder that ``save_to_disk`` wrote, a hub name, or a
+            ``datasets.Dataset`` itself.
         split: which split of a ``DatasetDict``, of a hub data set, or of a folder whose files
             are named after their split.
 
@@ -85,7 +88,7 @@ def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
     except Exception as error:
         raise UserError(
             f"cannot read data from {str(source)!r} ({type(error).__name__}: {_first_line(error)}); "
-            "give a json, jsonl, csv or parquet file, a saved dataset, or a hub name that can be reached"
+            "give a json, jsonl, csv, tsv or parquet file, a saved dataset, or a hub name that can be reached"
         ) from error
 
 
@@ -329,25 +332,26 @@ def _kind(value: Any) -> str:
 # -- csv and parquet -------------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[pa.Table]:
+def _read_csv(path: Path, reach: Reach, mixed: dict[str, str], separator: str = ",") -> Iterator[pa.Table]:
     """All columns as text: ids keep their zeros, and "NA" or "null" are words."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file), [])
+            names = next(csv.reader(file, delimiter=separator), [])
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
     if not names:
         return
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two columns of the same name in its first line")
-    other = [separator for separator in _SEPARATORS if separator in names[0]]
+    other = [mark for mark in _SEPARATORS if mark in names[0]]
     if len(names) == 1 and other:
-        raise UserError(f"{path} has its columns separated by {other[0]!r}; save it with commas")
+        cure = {"\t": "name it .tsv", ",": "name it .csv"}.get(other[0], "save it with commas, as .csv")
+        raise UserError(f"{path} has its columns separated by {other[0]!r}; {cure}")
     with pa.OSFile(str(path)) as file:
         reader = pa.csv.open_csv(
             file,
             read_options=pa.csv.ReadOptions(block_size=_CSV_BLOCK),
-            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+            parse_options=pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
         )
         for batch in reader:
@@ -380,5 +384,8 @@ READERS: dict[str, Callable[[Path, Reach, dict[str, str]], Iterator[pa.Table]]] 
     ".json": _read_json,
     ".jsonl": _read_json,
     ".csv": _read_csv,
+    ".tsv": partial(_read_csv, separator="\t"),
     ".parquet": _read_parquet,
+    ".soc": read_preflib,
+    ".soi": read_preflib,
 }

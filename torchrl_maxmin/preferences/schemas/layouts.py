@@ -6,7 +6,7 @@ A layout is a function that finds its columns, one that yields judgements, and a
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import Text, split_prompt
 from torchrl_maxmin.preferences.io.columns import (
+    NO_PROMPT,
     PROMPT_ALIASES,
     Roles,
     cell,
@@ -25,7 +26,7 @@ from torchrl_maxmin.preferences.io.columns import (
 )
 from torchrl_maxmin.preferences.io.files import require_columns
 from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked
-from torchrl_maxmin.preferences.schemas.ratings import CHOSEN, ratings, scores
+from torchrl_maxmin.preferences.schemas.ratings import CHOSEN, named, ratings, scores
 from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values
 
 if TYPE_CHECKING:
@@ -40,46 +41,66 @@ _RANKED_LISTS = ("ranked_responses", "ranked_completions", "ranked_answers", "ra
 _VERDICTS = ("winner", "choice", "preferred_response", "preference", "preferred", "label", "y")
 _FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
 _SCORES = ("score", "rating", CHOSEN)
-_SCORED = ("model_response", "response", "completion", "answer", "output")
+_SCORED = ("model_response", "response", "completion", "answer", "output", "text", "item", "movieId")
 _PROMPT_KEYS = ("interaction_id", "prompt_id")
 
 
-def find_layout(table: Dataset, name: str | None = None) -> tuple[Layout, Roles]:
+def find_layout(
+    table: Dataset, name: str | None = None, columns: Mapping[str, str] | None = None
+) -> tuple[Layout, Roles]:
     """Find the first layout that fits the columns of a table, or the one of this name.
 
+    Args:
+        table: the data.
+        name: of the layout.
+        columns: columns by their role (prompt, response, score, chosen, rejected), where they have other
+            names than usual.
+
     Raises:
-        UserError: if there is none, and for a table without rows.
+        UserError: if there is none, for a column that is not there, and for a table without rows.
     """
+    columns = columns or {}
     if len(table) == 0:  # first: a file without rows has no columns either
         raise UserError("the preference data has no rows")
     paths = column_paths(table)
-    wanted = [layout for layout in LAYOUTS if name in (None, layout.name)]
-    if not wanted:
+    for role, path in columns.items():
+        if path not in paths and (role, path) != ("prompt", NO_PROMPT):
+            raise UserError(f"--{role}_column {path!r} is not among the columns {', '.join(paths)}")
+    asked = [layout for layout in LAYOUTS if name in (None, layout.name)]
+    if not asked:
         raise UserError(f"no layout {name!r}; choose one of {', '.join(layout.name for layout in LAYOUTS)}")
+    wanted = [layout for layout in asked if layout.takes.issuperset(columns)]
+    if not wanted:
+        flags = ", ".join(f"--{role}_column" for role in columns)
+        raise UserError(f"{f'layout {name}' if name else 'no layout'} takes {flags} together; leave one out")
     for layout in wanted:
-        if (roles := layout.find(paths)) is not None:
+        if (roles := layout.find(paths, columns)) is not None:
             return layout, roles
     known = "; ".join(f"{layout.columns} ({layout.name})" for layout in wanted)
-    missing = [column for column in ("prompt", "chosen", "rejected") if column not in paths]
+    roles_needed = ("response", "score") if {"response", "score"} & set(columns) else ("chosen", "rejected")
+    missing = [role for role in ("prompt", *roles_needed) if role not in {*columns, *paths}]
     raise UserError(
         f"preference data needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
-        f"Rename your columns to match, or to one of: {known}"
+        "Say which is which (--prompt_column --response_column --score_column --chosen_column "
+        f"--rejected_column), or rename your columns to match, or to one of: {known}"
     )
 
 
 # -- chosen over rejected --------------------------------------------------------------------------
 
 
-def _find_pairs(paths: Sequence[str]) -> Roles | None:
-    if "chosen" not in paths or "rejected" not in paths:
+def _find_pairs(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | None:
+    sides = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
+    if not set(sides) <= set(paths):
         return None
-    return Roles(prompt=_prompt(paths), responses=("chosen", "rejected"))
+    return Roles(_prompt(paths, columns), sides, promptless=columns.get("prompt") == NO_PROMPT)
 
 
 def _pairs(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
     """Chosen over rejected; without a prompt column both are whole transcripts."""
-    first = table[0]["chosen"]
-    if not roles.prompt and isinstance(first, str) and "Assistant:" not in first:
+    first = next(rows_of(table, roles, [0]))
+    chosen = cell(first, roles.responses[0])
+    if not (roles.prompt or roles.promptless) and isinstance(chosen, str) and "Assistant:" not in chosen:
         require_columns(table, ["prompt"], "preference data")
     for row, cells in enumerate(rows_of(table, roles)):
         prompt, texts = _texts(row, cells, roles)
@@ -89,10 +110,10 @@ def _pairs(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions
 # -- responses and a verdict -----------------------------------------------------------------------
 
 
-def _find_summaries(paths: Sequence[str]) -> Roles | None:
+def _find_summaries(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | None:
     if "summaries" not in paths or "choice" not in paths:
         return None
-    prompt = _prompt(paths) + (("info.article",) if "info.article" in paths else ())
+    prompt = _prompt(paths, columns) + (("info.article",) if "info.article" in paths else ())
     return Roles(prompt=prompt, responses=("summaries",), verdict=("choice",)) if prompt else None
 
 
@@ -108,8 +129,15 @@ def _summaries(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOpt
         yield _judge(row, prompt, texts, verdicts.place(cells["choice"], 2, row))
 
 
-def _find_choices(paths: Sequence[str]) -> Roles | None:
-    responses = numbered_columns(paths, [*_STEMS, *(f"{_FIRST_TURN}{stem}" for stem in _STEMS)])
+def _find_choices(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | None:
+    listed = columns.get("response")
+    if listed and first_of(paths, _SCORES):
+        return None
+    responses = (
+        (listed,)
+        if listed
+        else numbered_columns(paths, [*_STEMS, *(f"{_FIRST_TURN}{stem}" for stem in _STEMS)])
+    )
     if not responses:
         listed = first_of(paths, _LISTS)
         responses = (listed,) if listed else ()
@@ -123,7 +151,8 @@ def _find_choices(paths: Sequence[str]) -> Roles | None:
         verdict = tuple(flag for flag in _FLAGS if flag in paths)
     if not responses or not verdict:
         return None
-    return Roles(prompt=_prompt(paths), responses=responses, verdict=verdict)
+    promptless = columns.get("prompt") == NO_PROMPT
+    return Roles(_prompt(paths, columns), responses, verdict, promptless=promptless)
 
 
 def _choices(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
@@ -164,12 +193,15 @@ def _flag(value: Any, name: str, row: int) -> bool:
 # -- rankings --------------------------------------------------------------------------------------
 
 
-def _find_rankings(paths: Sequence[str]) -> Roles | None:
-    listed, order = first_of(paths, _LISTS), first_of(paths, ("rank", "ranks", "ranking"))
+def _find_rankings(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | None:
+    prompt, given = _prompt(paths, columns), columns.get("response")
+    listed, order = given or first_of(paths, _LISTS), first_of(paths, ("rank", "ranks", "ranking"))
     if listed and order:
-        return Roles(prompt=_prompt(paths), responses=(listed,), verdict=(order,))
-    best_first = first_of(paths, _RANKED_LISTS)
-    return Roles(prompt=_prompt(paths), responses=(best_first,)) if best_first else None
+        return Roles(prompt, (listed,), (order,), promptless=not prompt)
+    best_first = given or first_of(paths, _RANKED_LISTS)
+    if not best_first or (given and first_of(paths, (*_VERDICTS, *_SCORES))):
+        return None
+    return Roles(prompt, (best_first,), promptless=not prompt)
 
 
 def _rankings(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
@@ -186,7 +218,9 @@ def _rankings(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOpti
 # -- what they share -------------------------------------------------------------------------------
 
 
-def _prompt(paths: Sequence[str]) -> tuple[str, ...]:
+def _prompt(paths: Sequence[str], columns: Mapping[str, str]) -> tuple[str, ...]:
+    if given := columns.get("prompt"):
+        return () if given == NO_PROMPT and NO_PROMPT not in paths else (given,)
     found = first_of(paths, (*PROMPT_ALIASES, f"{_FIRST_TURN}prompt"))
     return (found,) if found else ()
 
@@ -209,8 +243,11 @@ def _texts(row: int, cells: dict[str, Any], roles: Roles) -> tuple[Text, list[Te
         listed = responses[0]
         if not isinstance(listed, list) or len(listed) < 2:
             raise UserError(f"row {row}: column {columns[0]!r} does not hold a list of two or more responses")
-        responses, columns = listed, columns * len(listed)
-    return split_prompt(_prompt_of(row, cells, roles), responses, row, columns)
+        responses, columns = list(map(named, listed)), columns * len(listed)
+    prompt = _prompt_of(row, cells, roles)
+    if roles.promptless and all(isinstance(text, str) and "Assistant:" not in text for text in responses):
+        prompt = ""
+    return split_prompt(prompt, responses, row, columns)
 
 
 def _judge(row: int, prompt: Text, texts: list[Text], winner: int) -> Judgement:
@@ -221,35 +258,60 @@ def _judge(row: int, prompt: Text, texts: list[Text], winner: int) -> Judgement:
     raise UserError(f"row {row}: a tie of {len(texts)} responses does not say which of them are equal")
 
 
-def _find_ratings(paths: Sequence[str]) -> Roles | None:
+def _find_ratings(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | None:
     if "Q_overall" not in paths or "response" not in paths:
         return None
     responses = ("context", "response") if "context" in paths else ("response",)
     return Roles(responses=responses, verdict=("Q_overall",))
 
 
-def _find_scores(paths: Sequence[str]) -> Roles | None:
-    prompt, response, score = _prompt(paths), first_of(paths, _SCORED), first_of(paths, _SCORES)
-    if not prompt or response is None or score is None:
+def _find_scores(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | None:
+    prompt = _prompt(paths, columns)
+    response = columns.get("response") or first_of(paths, _SCORED)
+    score = columns.get("score") or first_of(paths, _SCORES)
+    if response is None or score is None:
         return None
-    return Roles(prompt=prompt, responses=(response,), verdict=(score,), key=first_of(paths, _PROMPT_KEYS))
+    keyed = columns.get("prompt") != NO_PROMPT
+    return Roles(prompt, (response,), (score,), first_of(paths, _PROMPT_KEYS) if keyed else None)
 
 
 #: the first that fits is taken
 LAYOUTS = (
     Layout(
-        "pairs", "chosen, rejected, prompt (or whole transcripts)", _find_pairs, _pairs, states_pairs=True
+        "pairs",
+        "chosen, rejected, prompt (or whole transcripts)",
+        _find_pairs,
+        _pairs,
+        frozenset({"prompt", "chosen", "rejected"}),
+        states_pairs=True,
     ),
-    Layout("summaries", "summaries, choice, info.post or prompt", _find_summaries, _summaries),
     Layout(
-        "rankings", "responses and ranks or ranking, or ranked_responses; prompt", _find_rankings, _rankings
+        "summaries",
+        "summaries, choice, info.post or prompt",
+        _find_summaries,
+        _summaries,
+        frozenset({"prompt"}),
+    ),
+    Layout(
+        "rankings",
+        "responses and ranks or ranking, or ranked_responses",
+        _find_rankings,
+        _rankings,
+        frozenset({"prompt", "response"}),
     ),
     Layout(
         "choices",
         "response_a, response_b ... (or responses) and winner or choice; prompt",
         _find_choices,
         _choices,
+        frozenset({"prompt", "response"}),
     ),
     Layout("ratings", "response, context, Q_overall", _find_ratings, ratings),
-    Layout("scores", "prompt, response, score", _find_scores, scores),
+    Layout(
+        "scores",
+        "response, score (and prompt, or all responses of a user are compared)",
+        _find_scores,
+        scores,
+        frozenset({"prompt", "response", "score"}),
+    ),
 )

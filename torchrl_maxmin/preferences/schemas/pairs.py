@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -54,6 +54,7 @@ class LoadOptions:
     seed: int = 0
     conversations: str = "transcript"
     ratings: str = "blocks"
+    lower_is_better: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -143,15 +144,18 @@ class Layout:
     Attributes:
         name: what reports call it.
         columns: the columns by which it is recognised, for people.
-        find: the role of every column among these paths, or None where the layout does not fit.
+        find: the role of every column among these paths, or None where the layout does not fit. Given are
+            the columns that the user named, by their role.
         judgements: the judgements in a table, from its roles, the user codes [N] of its rows and options.
+        takes: the roles of columns that can be named.
         states_pairs: whether rows state chosen and rejected texts (which should then differ).
     """
 
     name: str
     columns: str
-    find: Callable[[Sequence[str]], Roles | None]
+    find: Callable[[Sequence[str], Mapping[str, str]], Roles | None]
     judgements: Callable[[Dataset, Roles, np.ndarray, LoadOptions], Iterator[Judgement]]
+    takes: frozenset[str] = frozenset()
     states_pairs: bool = False
 
 
@@ -237,6 +241,10 @@ def build_pairs(
     Raises:
         UserError: for data without users or pairs, and for a row that cannot be read.
     """
+    if options.lower_is_better and layout.name != "scores":
+        raise UserError(
+            f"lower_is_better is about scores, and the layout {layout.name} has none; leave it out"
+        )
     table = table.with_format(None)
     paths = column_paths(table)
     user_column = user_column or find_user_column(paths)

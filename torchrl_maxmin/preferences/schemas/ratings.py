@@ -33,7 +33,7 @@ with suppress(ImportError):  # without it there are no tables
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["CHOSEN", "blocks_within", "pairs_within", "ratings", "scores"]
+__all__ = ["CHOSEN", "blocks_within", "named", "pairs_within", "ratings", "scores"]
 
 CHOSEN = "if_chosen"  # a column that marks the one response that was chosen, which is no score
 
@@ -45,17 +45,30 @@ Compose = Callable[[dict[str, Any]], tuple[Any, Any]]
 
 
 def scores(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
-    """One row a response: what a user scored higher over what they scored lower for the same prompt."""
+    """One row a response: what a user scored higher over what they scored lower for the same prompt.
+
+    Without prompts, all responses of one user are compared. Ids of items that are numbers are their names.
+    """
     values = _numbers(table, roles.verdict[0])
+    marked = roles.verdict[0].rpartition(".")[2] == CHOSEN
+    if options.lower_is_better:
+        if marked:
+            raise UserError(f"lower_is_better is about scores, and {CHOSEN} is none; leave it out")
+        values = -values
     prompts = labels_of(table, roles.key, "prompt")[0] if roles.key else _hashes(table, roles)
     keys = _in_order(np.stack([users, prompts]))
     (response,) = roles.responses
 
     def compose(row: dict[str, Any]) -> tuple[Any, Any]:
-        return cell(row, roles.prompt[0]), cell(row, response)
+        return cell(row, roles.prompt[0]) if roles.prompt else "", named(cell(row, response))
 
-    judge = _chosen if roles.verdict[0].rpartition(".")[2] == CHOSEN else _judge_of(options)
+    judge = _chosen if marked else _judge_of(options)
     return _within(table, roles, keys, values, options, compose, judge, options.tie_margin)
+
+
+def named(item: Any) -> Any:
+    """A number that stands for an item, as text; anything else as it is."""
+    return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
 
 
 def ratings(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
@@ -236,7 +249,9 @@ def _in_order(columns: np.ndarray) -> np.ndarray:
 
 
 def _hashes(table: Dataset, roles: Roles) -> np.ndarray:
-    """A number [N] for every prompt, equal for equal prompts."""
+    """A number [N] for every prompt, equal for equal prompts; the same for all where there is none."""
+    if not roles.prompt:
+        return np.zeros(len(table), np.int64)
     cells = rows_of(table, Roles(prompt=roles.prompt))
     return np.fromiter((hash(repr(cell(row, roles.prompt[0]))) for row in cells), np.int64, len(table))
 
