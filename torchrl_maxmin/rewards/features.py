@@ -291,7 +291,9 @@ def roomy_rows(count: int, width: int, dtype: torch.dtype = torch.float32) -> Te
         return torch.empty(count, width, dtype=dtype)
     try:
         with tempfile.TemporaryFile(prefix="torchrl_maxmin_") as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # now, and not at a write to a full disk
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)  # now, and not at a write to a full disk
+            file.truncate(size)
             mapped = np.memmap(file, np.uint8, "r+", shape=(size,))
     except OSError as error:
         raise UserError(
