@@ -266,6 +266,8 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, ValueError):  # the limit of a container; "max" is none
         group = Path("/sys/fs/cgroup")
         used = int((group / "memory.current").read_text())
+        kept = (group / "memory.stat").read_text().split()  # files are given up for what asks for memory
+        used -= int(kept[kept.index("inactive_file") + 1])
         free = min(free, int((group / "memory.max").read_text()) - used)
     return max(free, 0)
 
