@@ -78,6 +78,21 @@ def test_no_damage_is_trusted(tmp_path_factory, place, flip, cut):
         assert held(store) == dict(enumerate(VALUES.tolist()))
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(b'"F32"', b'"I32"'), (b"[4,3]", b"[3,4]"), (b"[4,3]", b"[ 12]"), (b"[4,32]", b"[8,16]")],
+)
+def test_numbers_are_not_read_as_others(store, written, read):
+    """The same bytes under another header."""
+    store.add([row_key(row) for row in ROWS], VALUES)
+    (path,) = store.folder.iterdir()
+    content = path.read_bytes()
+    assert content.count(written) == 1
+    path.write_bytes(content.replace(written, read))
+    assert held(store) == {}
+    assert files(store) == []
+
+
 def test_what_is_read_is_written_by_and_by(store, monkeypatch):
     """A run that is stopped loses no more than a file's worth."""
     monkeypatch.setattr(feature_store, "_WRITTEN_BYTES", 24)

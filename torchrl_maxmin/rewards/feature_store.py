@@ -147,6 +147,13 @@ class FeatureStore:
         except (SafetensorError, OSError):
             self._drop(path)
             return
+        if (
+            stored[0].numel() != 32
+            or not len(stored) == len(checksums) == len(features)
+            or features.ndim != 2
+        ):
+            self._drop(path)
+            return
         whole = stored.numpy().tobytes()
         found = [whole[start : start + 32] for start in range(0, len(whole), 32)]
         rows = [row for row, key in enumerate(found) if key in wanted]
@@ -207,5 +214,8 @@ class FeatureStore:
 
 
 def _checksums(keys: Sequence[bytes], features: Tensor) -> list[int]:
+    kind = zlib.crc32(
+        f"{features.dtype} {features.shape[1]}".encode()
+    )  # the same bytes may be read otherwise
     rows = features.contiguous().view(torch.uint8).numpy()
-    return [zlib.crc32(row, zlib.crc32(key)) for key, row in zip(keys, rows, strict=True)]
+    return [zlib.crc32(row, zlib.crc32(key, kind)) for key, row in zip(keys, rows, strict=True)]
