@@ -175,19 +175,18 @@ JUDGED: dict[str, dict[str, Any]] = {
     "pairs": {"kind": "pairs", "judgements": None},
 }
 #: what is judged
-JUDGED_ITEMS: dict[str, dict[str, Any]] = {
-    "items": {"features": "one-hot", "num_items": 10},
-    "texts": {"features": "text", "num_items": 200, "width": 64},
-}
-#: ratings of ten items alone would be no long tail
-RATED_ITEMS = {"features": "given", "num_items": 200}
+TEXTS: dict[str, Any] = {"features": "text", "num_items": 200, "width": 64}
+TEN_ITEMS: dict[str, Any] = {"features": "one-hot", "num_items": 10}
+#: enough that few choices of a user repeat one another, which would count as one
+FORTY_ITEMS: dict[str, Any] = {"features": "one-hot", "num_items": 40}
+RATED_ITEMS: dict[str, Any] = {"features": "given", "num_items": 200}
 
 _TWENTY_PAIRS: dict[str, Any] = {"kind": "pairs", "judgements": 20, "num_items": 60, "features": "given"}
 
 
 def _settings(kind: str, items: str) -> dict[str, Any]:
-    about = RATED_ITEMS if (kind, items) == ("ratings", "items") else JUDGED_ITEMS[items]
-    return JUDGED[kind] | about
+    own = {"ratings": RATED_ITEMS, "best-of-4": FORTY_ITEMS, "pairs": FORTY_ITEMS}
+    return JUDGED[kind] | (TEXTS if items == "texts" else own.get(kind, TEN_ITEMS))
 
 
 def _one_taste() -> dict[str, Cell]:
@@ -199,7 +198,7 @@ def _one_taste() -> dict[str, Cell]:
             (Claim("K = 1", _has(1), 19),),
         )
         for kind in JUDGED
-        for items in JUDGED_ITEMS
+        for items in ("items", "texts")
         for users in (100, 1000)
     }
 
@@ -222,7 +221,7 @@ def _several_tastes() -> dict[str, Cell]:
 
 
 def _no_groups() -> dict[str, Cell]:
-    pairs, rankings = _TWENTY_PAIRS, worlds.RANKINGS | {"features": "one-hot", "num_items": 10}
+    pairs, rankings = _TWENTY_PAIRS, worlds.RANKINGS | TEN_ITEMS
     spectrum_rankings = worlds.RANKINGS | {"num_items": 10}
     made: dict[str, Callable[..., worlds.World]] = {
         "random-pairs": partial(worlds.random_labels, **pairs),
