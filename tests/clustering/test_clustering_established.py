@@ -7,6 +7,7 @@ from scipy.special import logsumexp
 
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.established import Mean, establish, evidence_for
+from torchrl_maxmin.clustering.heads import principal_axes
 from torchrl_maxmin.clustering.left_out import gain_on_judgements
 from torchrl_maxmin.clustering.linear import fit_choices
 from torchrl_maxmin.clustering.scales import (
@@ -19,7 +20,6 @@ from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
     SEARCH,
     choose_num_groups,
-    principal_axes,
     searched_choices,
 )
 

@@ -281,7 +281,7 @@ def test_figures_stay_in_their_range():
 
 
 def test_wide_features_are_read_through_their_components(reproduction, monkeypatch):
-    monkeypatch.setattr("torchrl_maxmin.clustering.selection.MOST_FEATURES", 5)
+    monkeypatch.setattr("torchrl_maxmin.clustering.heads.MOST_FEATURES", 5)
     x, offsets, _, probabilities = reproduction.planted((80, 20), 5, users=50, pairs=20, features=6)
     found = diagnose(x, offsets, num_groups=2, **BARE)
     assert found.summary["num_features"] == 5

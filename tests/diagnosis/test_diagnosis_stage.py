@@ -51,7 +51,7 @@ def make(tmp_path):
 
 
 def test_arrays_to_a_report(make, arrays):
-    config = make(arrays)
+    config = make(arrays, show_user_ids=True)
     folder = run_diagnose(config)
     summary = read(folder)
     assert summary["num_groups"] == 2
@@ -198,7 +198,9 @@ def test_repeated_texts_are_one_judgement(make, tmp_path, tiny_model, minority):
             rows += [{**row, "group": str(user < minority)}] * 5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"num_groups": 2} if minority else {"max_groups": 3}
-    given = make(dataset_name=str(path), model_name_or_path=tiny_model, l2=[0.1], **settings)
+    given = make(
+        dataset_name=str(path), model_name_or_path=tiny_model, l2=[0.1], show_user_ids=True, **settings
+    )
     summary = read(run_diagnose(given))
     assert summary["repeated_pairs"] == 4 * 240
     assert summary["num_pairs"] == 240

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
 from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.heads import FeatureMap
 from torchrl_maxmin.clustering.judged import judged_choices
 from torchrl_maxmin.clustering.left_out import (
     choose_penalty,
@@ -23,7 +24,6 @@ from torchrl_maxmin.clustering.left_out import (
     user_folds,
 )
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
-from torchrl_maxmin.clustering.solvers import BLOCK_ROWS_COPIED
 from torchrl_maxmin.core.progress import progress_bar
 
 #: Penalties that are tried where one is chosen.
@@ -39,36 +39,20 @@ SEARCH: dict[str, Any] = {
     "num_rounds": 100,
     "num_restarts": 4,
 }
-#: Principal components that wide features are read through there: an exact M-step inverts a D x D matrix.
-MOST_FEATURES = 128
 
 
-def searched_choices(choices: PairChoices) -> PairChoices:
+def searched_choices(choices: PairChoices, features: FeatureMap | None = None) -> PairChoices:
     """The choices as the search sees them: features standardised, wide ones by components, repeats found.
 
     Args:
         choices: with features [P, D].
+        features: how, where it is known.
 
     Returns:
-        The same with at most :data:`MOST_FEATURES`; rewards linear in these are linear in the former.
+        The same with at most :data:`~.heads.MOST_FEATURES`; rewards linear in these are linear in the former.
     """
-    x = choices.differences
-    # A feature that hardly moves is divided by next to nothing: leave it small.
-    x = x / x.std(0).clamp_min(1e-6)
-    choices = replace(choices, differences=x)
-    if x.shape[1] > MOST_FEATURES:
-        axes = principal_axes(x, MOST_FEATURES).to(torch.promote_types(x.dtype, torch.float32))
-        parts = [part.to(axes.dtype) @ axes for part in x.split(BLOCK_ROWS_COPIED)]
-        choices = replace(choices, differences=torch.cat(parts))
-    return choices.find_distinct()
-
-
-def principal_axes(differences: Tensor, count: int) -> Tensor:
-    """Axes [D, count] along which differences [P, D] are largest, about zero, the largest first; float64."""
-    moment = torch.zeros(2 * (differences.shape[1],), dtype=torch.float64)
-    for part in differences.split(BLOCK_ROWS_COPIED):
-        moment.addmm_(part.double().T, part.double())
-    return torch.linalg.eigh(moment)[1][:, -count:].flip(1)
+    features = FeatureMap.of(choices.differences) if features is None else features
+    return replace(choices, differences=features(choices.differences)).find_distinct()
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import html
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown_table", "write_csv", "write_paragraphs"]
+__all__ = ["markdown_table", "markdown_text", "write_csv", "write_paragraphs"]
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], spec: str = "") -> Path:
@@ -38,6 +41,32 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: s
     """
     lines = ["| " + " | ".join(header) + " |", "|---" + rule * (len(header) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def markdown_text(text: str, most: int = 160) -> str:
+    """Make any text safe to show in a line or cell of Markdown: nothing in it is markup, HTML or a link.
+
+    Args:
+        text: What somebody wrote.
+        most: Characters that are shown, the middle of longer texts left out.
+
+    Example:
+        >>> markdown_text("a|b <b>*c*</b>\\n# d")
+        'a\\\\|b &lt;b&gt;\\\\*c\\\\*&lt;/b&gt; \\\\# d'
+        >>> markdown_text("abcdefgh", most=5)
+        'ab ... gh'
+    """
+    # Control characters, halves of pairs of UTF-16; and those that turn the direction of what follows around.
+    kept = (" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text if c not in _BIDI)
+    text = " ".join("".join(kept).split())
+    if len(text) > most:
+        text = f"{text[: most // 2].rstrip()} ... {text[len(text) - most // 2 :].lstrip()}"
+    text = re.sub(r"([\\\\`*_\[\]{}|~$#!])", r"\\\1", text)
+    text = html.escape(text, quote=False)
+    return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+_BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def write_paragraphs(path: Path, parts: Sequence[str]) -> Path:

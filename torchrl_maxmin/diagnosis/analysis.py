@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
+from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.established import establish
+from torchrl_maxmin.clustering.heads import FeatureMap
 from torchrl_maxmin.clustering.judged import judged_choices
 from torchrl_maxmin.clustering.left_out import choose_penalty, user_folds
 from torchrl_maxmin.clustering.linear import LinearMixture
@@ -28,6 +30,7 @@ from torchrl_maxmin.clustering.selection import (
 )
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.figures import (
+    Figures,
     Fitter,
     bias_of_fit,
     corrected,
@@ -47,6 +50,7 @@ from torchrl_maxmin.diagnosis.theorem import (
     lemma1_bound,
     theorem1_bound,
 )
+from torchrl_maxmin.diagnosis.wants import PairContents, feature_contrasts, what_groups_want
 
 __all__ = ["Diagnosis", "check_pairs", "diagnose"]
 
@@ -63,6 +67,7 @@ class Diagnosis:
         mixture: The fit to all users, the largest group first.
         single: The one reward for all.
         differences: Standardised feature differences that both were fitted on [P, D], repeats left out.
+        features: From features as given to those; ``features.heads(mixture.weight)`` are heads on the former.
         summary: All figures as plain JSON; what could not be computed is null, with a ``reason``.
     """
 
@@ -71,6 +76,7 @@ class Diagnosis:
     mixture: LinearMixture
     single: LinearMixture
     differences: Tensor
+    features: FeatureMap
     summary: dict[str, Any]
 
 
@@ -86,6 +92,7 @@ def diagnose(
     choice_offsets: Tensor | None = None,
     prompts: Sequence[Any] | None = None,
     true_groups: Sequence[Any] | None = None,
+    contents: PairContents | None = None,
     l2_candidates: Sequence[float] = L2_CANDIDATES,
     heldout_fraction: float = 0.2,
     num_folds: int = 4,
@@ -132,6 +139,7 @@ def diagnose(
             :mod:`~torchrl_maxmin.clustering.luce`.
         prompts: What each pair is about [P]; those that users share widen the intervals of accuracies.
         true_groups: Group of every user [U], if known; only compared with.
+        contents: What the pairs are for people to read; None shows features by number.
         l2_candidates: Penalties to choose among, by the likelihood of left-out users.
         heldout_fraction: Share of every user's pairs that accuracy is measured on.
         num_folds: Parts that the users are cut into for the choices.
@@ -162,7 +170,8 @@ def diagnose(
     x = differences.float() if differences.dtype == torch.float16 else differences
     choices, judged, rows = judged_choices(x, user_offsets, row_weights, judgements, choice_offsets)
     user_offsets = choices.user_offsets
-    choices, settings = searched_choices(choices), SEARCH | fit
+    given, features = choices.differences, FeatureMap.of(choices.differences)
+    choices, settings = searched_choices(choices, features), SEARCH | fit
     x = choices.differences
     choice = None
     folding: dict[str, Any] = {"num_folds": num_folds, "seed": seed}
@@ -185,9 +194,18 @@ def diagnose(
     refit = choices, mixture, fitter, lambda pairs, *fits: pair_figures(pairs, fits[0], fits[1], beta)[0]
     bias, bias_error = bias_of_fit(*refit, fitted, num_bootstrap) or (None, None)
     found = corrected(fitted, bias)
-    errors = jackknife_error(*refit, num_jackknife)
+
+    def measure(pairs: PairChoices, *fits: LinearMixture) -> Figures:
+        return refit[3](pairs, *fits) | {"contrast": feature_contrasts(fits[0], features)}
+
+    errors = jackknife_error(*refit[:3], measure, num_jackknife)
     num_users = len(user_offsets) - 1
     ends = interval_ends(found, errors, bias_error, min(num_jackknife, num_users), confidence)
+    if contents is None:
+        contents = PairContents(feature_names=[f"feature {j}" for j in range(given.shape[1])])
+    contrast_errors = None if errors is None else errors["contrast"]
+    num_parts = min(num_jackknife, num_users)
+    wants = what_groups_want(given, x, rows, mixture, features, contents, contrast_errors, num_parts)
     shown = None if prompts is None else [prompts[row] for row in rows.tolist()]
     accuracy = heldout_accuracy(choices, mixture, fitter, heldout_fraction, confidence, shown)
     misassigned = misassignment(choices, num_groups, fitter, num_folds)
@@ -206,10 +224,10 @@ def diagnose(
         "lipschitz": 1 / smallest if smallest > 0 else np.inf,
         "feature_bound": bound,
     }
-    given = found["epsilon"], found["share"]
-    lemma = lemma1_bound(*given, bound)
+    apart = found["epsilon"], found["share"]
+    lemma = lemma1_bound(*apart, bound)
     printed, squared = (
-        theorem1_bound(*given, beta=beta, squared=square, **constants) for square in (False, True)
+        theorem1_bound(*apart, beta=beta, squared=square, **constants) for square in (False, True)
     )
     away = (mixture.weight.double() - single.weight.double()).norm(dim=1)
     reference = distinctness(found["diversity"]).reference
@@ -249,6 +267,7 @@ def diagnose(
                 },
                 "accuracy": accuracy["groups"][k],
                 "alignment_gap": {name: entry(f"{name}_gap", k) for name in ("single", "maxmin")},
+                "wants": wants[k],
             }
             for k in range(num_groups)
         ],
@@ -270,7 +289,7 @@ def diagnose(
         ),
         "proof_gaps": list(PROOF_GAPS),
     }
-    return Diagnosis(num_groups, choice, mixture, single, x, summary)
+    return Diagnosis(num_groups, choice, mixture, single, x, features, summary)
 
 
 def _why_no_bound(epsilon: float, eigenvalue: float, num_groups: int) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchrl_maxmin.core.tables import markdown_table, write_csv, write_paragraphs
+from torchrl_maxmin.diagnosis.report_wants import wants_parts
 from torchrl_maxmin.evaluation.plots import (
     COLOURS,
     FONT,
@@ -121,6 +122,7 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
         "## Groups\n\n" + _group_table(summary),
         "## Diversity between groups\n\n" + _diversity_table(summary),
         "## Accuracy on held-out pairs\n\n" + _accuracy_table(summary),
+        *wants_parts(summary),
         "## Lemma 1 and Theorem 1\n\n" + _bounds(summary),
         "## Assumptions\n\n" + _assumptions(summary),
         "## Known gaps of the printed proof\n\n" + "\n".join(f"- {gap}" for gap in summary["proof_gaps"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_maxmin.clustering.heads import Heads
 from torchrl_maxmin.clustering.selection import L2_CANDIDATES
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
@@ -22,11 +24,14 @@ from torchrl_maxmin.core.run import (
     seed_everything,
     write_config,
 )
-from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.diagnosis.analysis import ONE_USER, check_pairs, diagnose
+from torchrl_maxmin.diagnosis.describing import describe_groups
+from torchrl_maxmin.diagnosis.people import write_users
 from torchrl_maxmin.diagnosis.report import repeats_text, verdict, verdict_table, write_diagnosis
+from torchrl_maxmin.diagnosis.wants import PairContents
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.models.loading import require_model
+from torchrl_maxmin.preferences.describing import values_by_user
 from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.settings import MixtureSettings
 
@@ -55,6 +60,10 @@ class DiagnoseConfig(MixtureSettings):
         num_folds: parts that the users are cut into for the choices.
         num_jackknife: parts that the users are cut into for the intervals; 0 gives none.
         num_bootstrap: simulated choices that the bias of the fit is measured on; 0 leaves it in.
+        describe_columns: columns of your own about the users, one value each, such as age, sex or region; a
+            table by group, and whether they are related.
+        show_user_ids: false names users by numbers (user 1, user 2, ...) in every file; true writes their
+            ids, and user_ids.csv with the number that each has in a run of the same data and seed.
     """
 
     dataset_name: str
@@ -66,6 +75,8 @@ class DiagnoseConfig(MixtureSettings):
     num_folds: int = 4
     num_jackknife: int = 10
     num_bootstrap: int = 20
+    describe_columns: list[str] | None = None
+    show_user_ids: bool = False
 
     @property
     def is_array_file(self) -> bool:
@@ -102,6 +113,8 @@ class _Pairs:
     groups: list[str] | None = None
     repeated: int = 0
     prompts: list[str] | None = None
+    contents: PairContents | None = None
+    described: dict[str, list[str | None]] = field(default_factory=dict)
 
 
 @leave_no_empty_output
@@ -109,35 +122,41 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     """Diagnose preference data; returns the folder.
 
     The folder holds ``summary.json``, ``report.md``, ``groups.csv`` (a line a group), ``users.csv``
-    (responsibilities by user), ``figures/diagnosis`` as .png, .svg and .csv, and ``config.yaml``.
+    (responsibilities by user), ``heads.safetensors`` (:func:`~torchrl_maxmin.clustering.heads.load_heads`),
+    ``figures/diagnosis`` as .png, .svg and .csv, and ``config.yaml``.
 
     Raises:
         UserError: before any work, for data, models or folders that cannot be used.
     """
     config.check()
-    num_groups = config.groups()
+    num_groups, columns = config.groups(), config.describe_columns or []
     if config.is_array_file:
-        pairs = _from_arrays(Path(config.dataset_name))
+        pairs = _from_arrays(Path(config.dataset_name), columns)
         check_pairs(pairs.differences, pairs.user_offsets, num_groups, config.beta, pairs.groups)
         folder = prepare_output_dir(config.output_dir)
     else:
         device = resolve_device(config.device)
         require_model(str(config.model_name_or_path))
-        data = config.load_pairs(config.dataset_name, config.model_name_or_path)
+        data = config.load_pairs(config.dataset_name, config.model_name_or_path, describe_columns=columns)
         if data.num_users < 2:
             raise UserError(ONE_USER)
         data.require_users(num_groups or 2)
         folder = prepare_output_dir(config.output_dir)
-        from torchrl_maxmin.rewards.pairs import feature_choices
+        from torchrl_maxmin.rewards.pairs import raw_feature_choices
 
         model, reading = str(config.model_name_or_path), config.reading_options() | config.feature_options()
-        choices = feature_choices(data, model, config.max_length, device, **reading)
+        choices = raw_feature_choices(data, model, config.max_length, device, **reading)
         known = choices.user_offsets, data.user_ids
         judged = choices.row_weights, choices.judgements, choices.choice_offsets
         every = [text_key(prompt) for prompt in data.prompts]
-        prompts = [every[row] for row in data.distinct_rows.tolist()]
+        distinct = data.distinct_rows
+        prompts = [every[row] for row in distinct.tolist()]
+        texts = data.select_rows(distinct)
+        contents = PairContents(texts=(texts.prompts, texts.chosen, texts.rejected))
+        described = {name: data.user_values(name) for name in columns}
         pairs = _Pairs(choices.differences, *known, *judged, data.groups)
         pairs = replace(pairs, repeated=data.judgements.num_repeats, prompts=prompts)
+        pairs = replace(pairs, contents=contents, described=described)
     seed_everything(config.seed)
     found = diagnose(
         pairs.differences,
@@ -148,21 +167,23 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         choice_offsets=pairs.choice_offsets,
         prompts=pairs.prompts,
         true_groups=pairs.groups,
+        contents=pairs.contents,
         l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
         **{name: getattr(config, name) for name in _OPTIONS},
     )
     summary = found.summary
     summary["repeated_pairs"] += pairs.repeated  # of texts, which are merged before
+    mixture = found.mixture
+    if pairs.described:
+        groups = mixture.assignments.tolist()
+        summary["describing"] = describe_groups(pairs.described, groups, found.num_groups, config.seed)
     write_summary(folder, {**summary, "verdict": verdict(summary)})
     write_diagnosis(folder, summary)
-    responsibilities = found.mixture.responsibilities
-    likeliest = responsibilities.argmax(-1).tolist()
-    users = [
-        {"user": user, "group": group}
-        | {f"responsibility_{k}": f"{value:.6f}" for k, value in enumerate(row)}
-        for user, group, row in zip(pairs.user_ids, likeliest, responsibilities.tolist(), strict=True)
-    ]
-    write_csv(folder / "users.csv", users)
+    names = None if pairs.contents is None else pairs.contents.feature_names
+    origin = {"model": str(config.model_name_or_path)} if names is None else {"file": config.dataset_name}
+    weight, scale = found.features.heads(mixture.weight), found.features.scale
+    Heads(weight, scale, mixture.log_prior, names, origin).save(folder / "heads.safetensors")
+    write_users(folder, pairs.user_ids, mixture.responsibilities, config.seed, config.show_user_ids)
     write_config(folder, config)
     if summary["repeated_pairs"]:
         console.print(f"! {repeats_text(summary['repeated_pairs'])}")
@@ -170,7 +191,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     return folder
 
 
-def _from_arrays(path: Path) -> _Pairs:
+def _from_arrays(path: Path, columns: Sequence[str] = ()) -> _Pairs:
     """Read features from an npz file, rows sorted by user in order of first appearance."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -215,6 +236,12 @@ def _from_arrays(path: Path) -> _Pairs:
         if len(owners) > len(codes):
             raise UserError(f"{path}: some user has two groups; give each user one")
         groups = [str(arrays["groups"][i]) for i in first[appearance]]
+    names = [f"feature {j}" for j in range(differences.shape[1])]
+    if "feature_names" in arrays:
+        names = [str(name) for name in arrays["feature_names"].tolist()]
+        if len(names) != differences.shape[1]:
+            raise UserError(f"{path}: {len(names)} feature_names for {differences.shape[1]} features")
+    described = {name: _values(path, arrays, name, row_user, len(codes)) for name in columns}
     weights = torch.from_numpy(arrays["weights"][order]).float() if "weights" in arrays else None
     if weights is not None and not bool((weights > 0).all()):
         raise UserError(f"{path}: weights must be positive; leave out pairs that do not count")
@@ -226,7 +253,25 @@ def _from_arrays(path: Path) -> _Pairs:
         arrays["judgement_ids"][order] if "judgement_ids" in arrays else None,
         _choice_offsets(arrays["choice_ids"][order], row_user[order]) if "choice_ids" in arrays else None,
         groups,
+        contents=PairContents(feature_names=names, file_rows=order),
+        described=described,
     )
+
+
+def _values(
+    path: Path, arrays: dict[str, Any], name: str, row_user: np.ndarray, num_users: int
+) -> list[str | None]:
+    """Values of the users [U] in an array of that name, [P], or [U] in order of first appearance."""
+    values = arrays.get(name)
+    if values is None:
+        raise UserError(f"{path} has no array {name!r} to describe users by; it holds {', '.join(arrays)}")
+    if values.shape not in ((len(row_user),), (num_users,)):
+        raise UserError(f"{path}: {name} must be [{len(row_user)}], one a pair, or [{num_users}], one a user")
+    users = row_user if len(values) == len(row_user) else np.arange(num_users)
+    found, note = values_by_user(values.tolist(), users, num_users, name)
+    if note:
+        console.print(note, markup=False, highlight=False)
+    return found
 
 
 def _choice_offsets(ids: np.ndarray, users: np.ndarray) -> Tensor:

@@ -103,6 +103,7 @@ class PreferenceDataset:
         chosen_column: str | None = None,
         rejected_column: str | None = None,
         lower_is_better: bool = False,
+        describe_columns: Sequence[str] = (),
     ) -> PreferenceDataset:
         """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.schemas.layouts.LAYOUTS`.
 
@@ -134,13 +135,22 @@ class PreferenceDataset:
             chosen_column: likewise the column of preferred texts.
             rejected_column: likewise the column of the others.
             lower_is_better: whether lower scores are better.
+            describe_columns: columns that describe users, for :meth:`user_values`.
 
         Raises:
             UserError: for a missing column, two candidate user columns, an empty table, an
                 empty user id, a row that does not fit the layout, or data that give no pair.
         """
         options = LoadOptions(
-            ties, tie_margin, max_pairs, identical, seed, conversations, ratings, lower_is_better
+            ties,
+            tie_margin,
+            max_pairs,
+            identical,
+            seed,
+            conversations,
+            ratings,
+            lower_is_better,
+            describe_columns,
         )
         asked = {
             "prompt": prompt_column,
@@ -292,6 +302,11 @@ class PreferenceDataset:
     def row_users(self) -> Tensor:
         """User index [P] of every pair."""
         return torch.repeat_interleave(torch.arange(self.num_users), self.user_offsets.diff())
+
+    def user_values(self, column: str) -> list[str | None]:
+        """The users' values [U] in one of ``describe_columns``; None where a user has none."""
+        values = dict(zip(self.pairs.user_ids, self.pairs.described[column], strict=True))
+        return [values[user] for user in self.user_ids]
 
     def rankings(self) -> Iterator[Ranking]:
         """Every judgement as one ranking, by user, as a Plackett-Luce likelihood takes it.

@@ -243,6 +243,11 @@ def feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -> PairC
     return _merged(data, feature_differences(data, *args, **kwargs))
 
 
+def raw_feature_choices(data: PreferenceDataset, *args: Any, **kwargs: Any) -> PairChoices:
+    """Those of :func:`feature_choices` with features as the trunk gives them, see :func:`raw_differences`."""
+    return _merged(data, raw_differences(data, range(len(data)), *args, deal=True, **kwargs))
+
+
 def _merged(data: PreferenceDataset, differences: Tensor) -> PairChoices:
     ids, rows = torch.from_numpy(data.judgement_ids), row_weights_of(data)
     choices = PairChoices(differences, data.user_offsets, rows, ids, choice_offsets_of(data))

@@ -121,13 +121,14 @@ class MixtureSettings(ChatSettings):
         """Arguments of :func:`~torchrl_maxmin.rewards.features.feature_rows` beside those."""
         return {"cache": cache_folder(self.feature_cache), "dtype": getattr(torch, self.feature_dtype)}
 
-    def load_pairs(self, name: str, model: str | None = None) -> PreferenceDataset:
+    def load_pairs(self, name: str, model: str | None = None, **options: Any) -> PreferenceDataset:
         """Load pairs as these settings say, conversations as messages.
 
         Args:
             name: what :meth:`PreferenceDataset.load` takes.
             model: the model that reads them; pairs of which ``max_length`` leaves nothing different are left
                 out, and named.
+            **options: further arguments of :meth:`PreferenceDataset.load`.
 
         Raises:
             UserError: for data that cannot be used.
@@ -149,6 +150,7 @@ class MixtureSettings(ChatSettings):
             rejected_column=self.rejected_column,
             lower_is_better=self.lower_is_better,
             conversations="messages",
+            **options,
         )
         for note in data.origin.notes:
             console.print(note, markup=False, highlight=False)

@@ -15,6 +15,7 @@ import numpy as np
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.preferences.chat import Text, as_transcript
+from torchrl_maxmin.preferences.describing import values_by_user
 from torchrl_maxmin.preferences.io.columns import (
     EACH_ROW,
     GROUP_ALIASES,
@@ -24,6 +25,7 @@ from torchrl_maxmin.preferences.io.columns import (
     in_batches,
     labels_of,
     outer_column,
+    read_column,
     shown,
     spill,
 )
@@ -55,6 +57,7 @@ class LoadOptions:
     conversations: str = "transcript"
     ratings: str = "blocks"
     lower_is_better: bool = False
+    describe_columns: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         choices = {
@@ -174,6 +177,7 @@ class PairTable:
         ranks: [P, 2] int32, ranks of the chosen and the rejected response in that judgement, the best 0.
         user_ids: id of every user code.
         groups: true group of every user code, or None.
+        described: value of every user code by column that describes users; None where a user has none.
     """
 
     texts: pa.Table
@@ -186,6 +190,7 @@ class PairTable:
     user_ids: list[str]
     groups: list[str] | None
     as_json: bool = False
+    described: dict[str, list[str | None]] = field(default_factory=dict)
 
 
 @dataclass
@@ -259,6 +264,13 @@ def build_pairs(
     if user_column not in paths:
         origin.notes.append("No column says who chose: every row counts as a user of its own.")
     groups = _user_groups(table, paths, group_column, users, len(user_ids), origin)
+    described = {}
+    for name in options.describe_columns:
+        _require(table, paths, name, "describe")
+        values = read_column(table, name).to_pylist()
+        described[name], note = values_by_user(values, users, len(user_ids), name)
+        origin.notes += [note] if note else []
+        origin.columns.setdefault(name, "describes users")
     used = {outer_column(table, path) for path in origin.columns}
     origin.ignored = [name for name in table.column_names if name not in used]
     render = _renderer(table, roles, options)
@@ -269,7 +281,7 @@ def build_pairs(
         raise UserError(_nothing_left(origin))
     as_json = render is _as_json
     numbers = (users[rows], weights, rows, choices, codes, ranks)
-    return PairTable(texts, *numbers, user_ids, groups, as_json), origin
+    return PairTable(texts, *numbers, user_ids, groups, as_json, described), origin
 
 
 def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[Judgement], Judgement]:

@@ -1,0 +1,446 @@
+"""What does each group want, beside the others? Features, pairs and items that it weighs otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import lsqr
+from scipy.special import expit
+from torch import Tensor
+
+from torchrl_maxmin.clustering.heads import FeatureMap
+from torchrl_maxmin.clustering.linear import LinearMixture
+
+__all__ = [
+    "ItemPairs",
+    "PairContents",
+    "against_others",
+    "disagreements",
+    "feature_contrasts",
+    "item_pairs_of_features",
+    "item_pairs_of_texts",
+    "item_ranks",
+    "ordered_features",
+    "what_groups_want",
+]
+
+#: Features, pairs and items of a group that summary.json holds.
+MOST_LISTED = 20
+#: An item that stands in fewer pairs has no rank.
+FEWEST_PAIRS = 10
+#: Characters of a text that summary.json holds.
+MOST_CHARACTERS = 2000
+#: Items that get a rank, those of the most pairs.
+MOST_ITEMS = 500
+
+
+def against_others(values: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
+    """Subtract from each group's values the mean of the other groups', weighted by their shares.
+
+    Args:
+        values: [K, ...].
+        log_prior: Log shares [K].
+
+    Returns:
+        [K, ...]; zeros for one group.
+
+    Example:
+        >>> against_others(np.array([1.0, 2.0, 4.0]), np.log([0.5, 0.25, 0.25])).round(3).tolist()
+        [-2.0, 0.0, 2.667]
+    """
+    return values - others_mean(values, log_prior)
+
+
+def others_mean(values: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
+    """Average [K, ...] the values of the other groups, weighted by their shares; of one group, its own."""
+    count = len(log_prior)
+    if count == 1:
+        return values.copy()
+    shares = np.exp(log_prior - log_prior.max())
+    weights = np.tile(shares, (count, 1))
+    np.fill_diagonal(weights, 0)
+    return np.tensordot(weights / weights.sum(1, keepdims=True), values, 1)
+
+
+def feature_contrasts(mixture: LinearMixture, features: FeatureMap) -> np.ndarray:
+    """Compute standardised weights of each group less the others' mean [K, D]."""
+    heads = features.heads(mixture.weight).double().numpy()
+    return against_others(heads, mixture.log_prior.double().numpy())
+
+
+def ordered_features(
+    weight: np.ndarray,
+    contrast: np.ndarray,
+    error: np.ndarray | None,
+    names: Sequence[str],
+    num_parts: int,
+    confidence: float = 0.95,
+) -> list[list[dict[str, Any]]]:
+    """List by group the features that it weighs otherwise than the others, the surest first.
+
+    Sure is |difference| / error, where errors of few parts of the users, which are noisy, are drawn half way
+    to the median feature's. Without errors, the largest difference is first. Intervals hold for all features
+    of a group at once (Bonferroni).
+
+    Args:
+        weight: Of the groups [K, D], on standardised features.
+        contrast: Less the others' mean [K, D].
+        error: Standard errors of it [K, D].
+        names: Of the features.
+        num_parts: Parts of the users behind the errors.
+        confidence: Coverage of the intervals.
+
+    Returns:
+        By group, at most :data:`MOST_LISTED` of ``feature``, ``weight``, ``others``, ``difference``, ``low``,
+        ``high`` (null without errors), ``told_apart``: whether the interval leaves out 0.
+    """
+    num_features = len(names)
+    quantile = stats.t.ppf(1 - (1 - confidence) / 2 / num_features, num_parts - 1) if num_parts > 1 else 0.0
+    found = []
+    for k, differences in enumerate(contrast):
+        pooled = None
+        if error is not None:
+            pooled = np.sqrt((error[k] ** 2 + np.median(error[k]) ** 2) / 2)
+        sure = np.abs(differences) / (1.0 if pooled is None else np.maximum(pooled, 1e-12))
+        entries = []
+        for j in np.argsort(-sure, kind="stable")[:MOST_LISTED]:
+            difference = float(differences[j])
+            low = high = told = None
+            if pooled is not None:
+                half = float(quantile * pooled[j])
+                low, high = difference - half, difference + half
+                told = not low <= 0 <= high
+            entries.append(
+                {
+                    "feature": names[j],
+                    "weight": float(weight[k, j]),
+                    "others": float(weight[k, j]) - difference,
+                    "difference": difference,
+                    "low": low,
+                    "high": high,
+                    "told_apart": told,
+                }
+            )
+        found.append(entries)
+    return found
+
+
+class Disagreement(NamedTuple):
+    """A pair on which a group thinks otherwise than the others.
+
+    Attributes:
+        row: The pair.
+        flipped: Whether the group is for its rejected side, more than the others are.
+        group: Probability that the group prefers that side.
+        others: That the others do.
+    """
+
+    row: int
+    flipped: bool
+    group: float
+    others: float
+
+
+def disagreements(
+    margins: np.ndarray,
+    log_prior: np.ndarray,
+    keys: Callable[[int], tuple[Any, Any]],
+    most: int = 5,
+) -> list[list[Disagreement]]:
+    """Find by group the pairs on which it differs most from the others, sides repeated only at need.
+
+    Args:
+        margins: Of every pair by every head [P, K].
+        log_prior: Log shares [K].
+        keys: What tells the two sides of a pair apart from those of other pairs.
+        most: Pairs of a group.
+
+    Example:
+        >>> margins = np.array([[2.0, -2.0], [0.1, 0.0], [-3.0, 3.0]])
+        >>> found = disagreements(margins, np.log([0.5, 0.5]), lambda row: (row, -row - 1), most=2)
+        >>> [(d.row, d.flipped, round(d.group, 2)) for d in found[0]]
+        [(2, True, 0.95), (0, False, 0.88)]
+    """
+    if margins.shape[1] == 1:
+        return [[]]
+    p = expit(margins).T
+    others = others_mean(p, log_prior)
+    found = []
+    for mine, theirs in zip(p, others, strict=True):
+        apart = np.abs(mine - theirs)
+        count = min(len(apart), 200 * most)  # repeats of one text are passed over
+        near = np.argpartition(-apart, count - 1)[:count]
+        near = near[np.argsort(-apart[near], kind="stable")]
+        seen: set[Any] = set()
+        fresh: list[int] = []
+        again: list[int] = []
+        pairs: set[frozenset[Any]] = set()
+        for row in near.tolist():
+            sides = keys(row)
+            if frozenset(sides) in pairs:
+                continue
+            pairs.add(frozenset(sides))
+            (again if seen & set(sides) else fresh).append(row)
+            if len(fresh) == most:
+                break
+            seen |= set(sides)
+        chosen = sorted((fresh + again)[:most], key=lambda row: -apart[row])
+        entries = []
+        for row in chosen:
+            flipped = bool(mine[row] < theirs[row])
+            ends = (float(1 - side[row] if flipped else side[row]) for side in (mine, theirs))
+            entries.append(Disagreement(row, flipped, *ends))
+        found.append(entries)
+    return found
+
+
+class ItemPairs(NamedTuple):
+    """Pairs between items that repeat.
+
+    Attributes:
+        items: What each item is shown as, or where it stands.
+        chosen: Item of each pair's chosen side [P], int64.
+        rejected: Of its rejected side [P].
+        rows: The pairs [P] that these are.
+    """
+
+    items: Sequence[Any]
+    chosen: np.ndarray
+    rejected: np.ndarray
+    rows: np.ndarray
+
+
+def item_pairs_of_features(differences: np.ndarray, names: Sequence[str]) -> ItemPairs | None:
+    """Read the features as items where all pairs are between two of them, one-hot; else None.
+
+    Args:
+        differences: features(chosen) - features(rejected) [P, D].
+        names: Of the D features.
+
+    Example:
+        >>> found = item_pairs_of_features(np.array([[1.0, 0, -1], [-1, 1, 0]]), ["tuna", "eel", "egg"])
+        >>> found.chosen.tolist(), found.rejected.tolist()
+        ([0, 1], [2, 0])
+        >>> item_pairs_of_features(np.array([[1.0, 0.5, -1]]), "abc") is None
+        True
+    """
+    chosen = (differences > 0).sum(1) == 1
+    rejected = (differences < 0).sum(1) == 1
+    if not (chosen & rejected & (differences.max(1) == -differences.min(1))).all():
+        return None
+    return ItemPairs(names, differences.argmax(1), differences.argmin(1), np.arange(len(differences)))
+
+
+def item_pairs_of_texts(chosen: Iterable[str], rejected: Iterable[str], rows: np.ndarray) -> ItemPairs | None:
+    """Number the texts of pairs; None where no three of them repeat.
+
+    Args:
+        chosen: Preferred text of every pair [P].
+        rejected: The other one.
+        rows: The pairs that count [P'].
+
+    Returns:
+        ``items`` are places where each stands first: 2 * pair, and one more for the rejected side.
+    """
+    numbers: dict[int, int] = {}
+    first: list[int] = []
+    kept: list[tuple[int, int]] = []
+    wanted = np.zeros(int(rows.max()) + 1, bool)
+    wanted[rows] = True
+    for row, texts in enumerate(zip(chosen, rejected, strict=True)):
+        if row >= len(wanted) or not wanted[row]:
+            continue
+        pair = []
+        for side, text in enumerate(texts):
+            number = numbers.setdefault(hash(text), len(numbers))
+            if number == len(first):
+                first.append(2 * row + side)
+            pair.append(number)
+        kept.append((pair[0], pair[1]))
+    sides = np.array(kept)[np.argsort(np.argsort(rows))]
+    if (np.bincount(sides.ravel()) >= FEWEST_PAIRS).sum() < 3:
+        return None
+    return ItemPairs(first, sides[:, 0], sides[:, 1], np.arange(len(rows)))
+
+
+def item_ranks(margins: np.ndarray, log_prior: np.ndarray, pairs: ItemPairs) -> list[list[dict[str, Any]]]:
+    """Rank items by group: scores whose differences fit the margins best (HodgeRank, least squares).
+
+    Items are ranked that are linked by comparisons, and stand in :data:`FEWEST_PAIRS` pairs.
+
+    Args:
+        margins: Of every pair by every head [P, K].
+        log_prior: Log shares [K].
+        pairs: The items of the pairs.
+
+    Returns:
+        By group, all its items by rank: ``item``, ``score`` (mean 0), ``rank`` (1 is what it wants most),
+        ``rank_by_others`` and ``difference`` (of ranks: positive where the group puts it higher).
+
+    Example:
+        >>> pairs = ItemPairs(["a", "b", "c"], np.array([0, 1] * 10), np.array([1, 2] * 10), np.arange(20))
+        >>> found = item_ranks(np.array([[1.0, -2.0], [1.0, -2.0]] * 10), np.log([0.5, 0.5]), pairs)
+        >>> [(entry["item"], round(entry["score"], 2), entry["difference"]) for entry in found[1]]
+        [('c', 2.0, 2), ('b', 0.0, 0), ('a', -2.0, -2)]
+    """
+    num_items = len(pairs.items)
+    counts = np.bincount(np.concatenate([pairs.chosen, pairs.rejected]), minlength=num_items)
+    kept = counts >= FEWEST_PAIRS
+    if kept.sum() > MOST_ITEMS:
+        kept[np.argsort(-counts, kind="stable")[MOST_ITEMS:]] = False
+    between = kept[pairs.chosen] & kept[pairs.rejected]
+    chosen, rejected = pairs.chosen[between], pairs.rejected[between]
+    size = (num_items, num_items)
+    _, part = connected_components(coo_array((np.ones(len(chosen)), (chosen, rejected)), shape=size))
+    if not len(chosen):
+        return [[] for _ in log_prior]
+    largest = part == np.bincount(part[chosen]).argmax()
+    there = np.unique(chosen[largest[chosen]].tolist() + rejected[largest[chosen]].tolist())
+    index = np.full(num_items, -1)
+    index[there] = np.arange(len(there))
+    inside = largest[chosen]
+    sides = index[chosen[inside]], index[rejected[inside]]
+    rows, num_pairs = pairs.rows[between][inside], int(inside.sum())
+    signs = np.concatenate([np.ones(num_pairs), -np.ones(num_pairs)])
+    places = np.tile(np.arange(num_pairs), 2), np.concatenate(sides)
+    graph = coo_array((signs, places), shape=(num_pairs, len(there))).tocsr()
+    scores = np.stack(
+        [lsqr(graph, margins[rows, k], atol=1e-10, btol=1e-10)[0] for k in range(len(log_prior))]
+    )
+    scores -= scores.mean(1, keepdims=True)
+    ranks, others = (_ranks(each) for each in (scores, others_mean(scores, log_prior)))
+    return [
+        [
+            {
+                "item": pairs.items[there[j]],
+                "score": float(scores[k, j]),
+                "rank": int(ranks[k, j]),
+                "rank_by_others": int(others[k, j]),
+                "difference": int(others[k, j] - ranks[k, j]),
+            }
+            for j in np.argsort(ranks[k], kind="stable")
+        ]
+        for k in range(len(log_prior))
+    ]
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    return stats.rankdata(-scores.round(9), method="min", axis=1)
+
+
+@dataclass(frozen=True)
+class PairContents:
+    """What pairs are, for people to read; either texts, or names of features.
+
+    Attributes:
+        texts: Prompt, chosen and rejected text of every pair, each [P].
+        feature_names: Names [D], where features mean something by themselves.
+        file_rows: Row of the file that each pair stands in [P].
+    """
+
+    texts: tuple[Sequence[Any], Sequence[Any], Sequence[Any]] | None = None
+    feature_names: Sequence[str] | None = None
+    file_rows: Sequence[int] | np.ndarray | None = None
+
+
+def what_groups_want(
+    differences: Tensor,
+    searched: Tensor,
+    rows: np.ndarray,
+    mixture: LinearMixture,
+    features: FeatureMap,
+    contents: PairContents,
+    errors: np.ndarray | None,
+    num_parts: int,
+) -> list[dict[str, Any]]:
+    """Say by group which features it weighs otherwise, which pairs it sees otherwise, and how it ranks items.
+
+    Args:
+        differences: Of the pairs, as they were given [P, D].
+        searched: The same as the heads take them [P, C].
+        rows: Which of the pairs of ``contents`` these are [P].
+        mixture: The fit.
+        features: Between the two.
+        contents: What there is to show.
+        errors: Of :func:`feature_contrasts` [K, D].
+        num_parts: Parts of the users behind them.
+
+    Returns:
+        By group ``features``, ``pairs`` and ``items``; null where the data have none to show.
+    """
+    log_prior = mixture.log_prior.double().numpy()
+    margins = (searched @ mixture.weight.T.to(searched.dtype)).double().numpy()
+    names = contents.feature_names
+    by_group: list[dict[str, Any]] = [{"features": None, "pairs": None, "items": None} for _ in log_prior]
+    if len(log_prior) == 1:
+        return by_group
+    items = None
+    if names is not None:
+        weight = features.heads(mixture.weight).double().numpy()
+        contrast = feature_contrasts(mixture, features)
+        for entry, listed in zip(
+            by_group, ordered_features(weight, contrast, errors, names, num_parts), strict=True
+        ):
+            entry["features"] = listed
+        items = item_pairs_of_features(differences.float().numpy(), names)
+    elif contents.texts is not None:
+        _, chosen, rejected = contents.texts
+        items = item_pairs_of_texts(map(_shown, chosen), map(_shown, rejected), rows)
+    sides = _sides(rows, items, contents)
+
+    def keys(row: int) -> tuple[Any, Any]:
+        found = sides(row)
+        return found["chosen"], found["rejected"]
+
+    for entry, found in zip(by_group, disagreements(margins, log_prior, keys), strict=True):
+        entry["pairs"] = [_pair_entry(sides(pair.row), pair) for pair in found]
+    if items is not None:
+        for entry, ranked in zip(by_group, item_ranks(margins, log_prior, items), strict=True):
+            entry["items"] = [each | {"item": _item_text(each["item"], contents)} for each in ranked] or None
+    return by_group
+
+
+def _sides(
+    rows: np.ndarray, items: ItemPairs | None, contents: PairContents
+) -> Callable[[int], dict[str, Any]]:
+    """What to show of the two sides of a pair."""
+
+    def of(row: int) -> dict[str, Any]:
+        source = int(rows[row])
+        place = source if contents.file_rows is None else int(contents.file_rows[source])
+        if contents.texts is not None:
+            prompt, chosen, rejected = (_shown(column[source]) for column in contents.texts)
+            return {"row": place, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        if items is not None:
+            chosen, rejected = (items.items[side[row]] for side in (items.chosen, items.rejected))
+            return {"row": place, "prompt": None, "chosen": str(chosen), "rejected": str(rejected)}
+        ends = {name: f"{name} of row {place} of the file" for name in ("chosen", "rejected")}
+        return {"row": place, "prompt": None, **ends}
+
+    return of
+
+
+def _pair_entry(sides: dict[str, Any], pair: Disagreement) -> dict[str, Any]:
+    preferred, other = ("rejected", "chosen") if pair.flipped else ("chosen", "rejected")
+    texts = {"prompt": sides["prompt"], "preferred": sides[preferred], "other": sides[other]}
+    cut = {name: None if text is None else text[:MOST_CHARACTERS] for name, text in texts.items()}
+    return {**cut, "row": sides["row"], "group": pair.group, "others": pair.others}
+
+
+def _item_text(item: Any, contents: PairContents) -> str:
+    if contents.texts is None:
+        return str(item)
+    return _shown(contents.texts[1 + item % 2][item // 2])[:MOST_CHARACTERS]
+
+
+def _shown(text: Any) -> str:
+    """A text as it is, a conversation as lines."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in text)
