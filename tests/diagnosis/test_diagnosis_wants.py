@@ -83,7 +83,7 @@ def run(tmp_path, arrays, name="out", **settings):
 
 
 def test_heads_assign_new_users(tmp_path, arrays):
-    content, groups = arrays
+    content, _ = arrays
     folder = run(tmp_path, content)
     heads = load_heads(folder)
     assert heads.feature_names == content["feature_names"].tolist()
@@ -161,11 +161,11 @@ def test_items_of_some_pairs_keep_the_order_of_these():
     chosen, rejected = ["a", "b", "c", "x"] * 15, ["b", "c", "a", "y"] * 15
     rows = np.array([row for row in range(60) if row % 4 != 3])
     found = item_pairs_of_texts(chosen, rejected, rows)
-    assert found.items == [0, 1, 5]  # a and b of pair 0, c of pair 1
+    assert found.items == [0, 1, 3]  # both sides of pair 0, the rejected one of pair 1
     margins = np.tile([[1.0, -1.0], [1.0, -1.0], [-2.0, 2.0]], (15, 1))
     ranked = item_ranks(margins, np.log([0.5, 0.5]), found)
-    assert [entry["item"] for entry in ranked[0]] == [0, 1, 5]
-    assert [entry["item"] for entry in ranked[1]] == [5, 1, 0]
+    assert [entry["item"] for entry in ranked[0]] == [0, 1, 3]
+    assert [entry["item"] for entry in ranked[1]] == [3, 1, 0]
 
 
 def test_texts_are_shown_escaped(tmp_path, tiny_model):
