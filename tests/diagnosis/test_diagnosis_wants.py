@@ -13,13 +13,9 @@ from torchrl_maxmin.clustering.assignment import assign_users
 from torchrl_maxmin.clustering.heads import load_heads
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.analysis import diagnose
+from torchrl_maxmin.diagnosis.items import item_pairs_of_texts, item_ranks
 from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
-from torchrl_maxmin.diagnosis.wants import (
-    PairContents,
-    item_pairs_of_texts,
-    item_ranks,
-    ordered_features,
-)
+from torchrl_maxmin.diagnosis.wants import PairContents, ordered_features
 
 QUICK = {"l2": [1e-3], "num_jackknife": 3, "num_bootstrap": 0, "num_groups": 2, "device": "cpu"}
 
