@@ -191,10 +191,9 @@ def identifiability_report(
     choices = choices.find_distinct()
     differences, user_offsets = choices.differences, choices.user_offsets
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
-    with progress_bar("leaving users out", len(folds) * len(l2_candidates)) as advance:
-        best, left_out = choose_penalty(
-            choices, num_groups, folds, l2_candidates, seed=seed, advance=advance, **fit
-        )
+    with progress_bar("leaving users out", 1) as advance:
+        best, left_out = choose_penalty(choices, num_groups, folds, l2_candidates, seed=seed, **fit)
+        advance()
     mixture = fit_choices(choices, num_groups, seed, l2=best, **fit)
     mixture = mixture.ordered(mixture.responsibilities.sum(0).argsort(descending=True))
     matched = match_groups(left_out.posterior.T, mixture.responsibilities.T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,6 @@ def leave_users_out(
     *,
     seed: int = 0,
     starts: Sequence[Tensor] | None = None,
-    advance: Callable[[], None] = lambda: None,
     **fit: Any,
 ) -> LeftOutUsers:
     """Fit a mixture without each fold, and score the fold's users with it.
@@ -81,7 +80,6 @@ def leave_users_out(
         folds: indices of the users left out each time; together all users.
         seed: of the starts, the same in every fold.
         starts: heads [K, D] to begin each fold's fit from, in the place of random ones.
-        advance: called after every fit.
         **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
     num_users = len(choices.user_offsets) - 1
@@ -104,7 +102,6 @@ def leave_users_out(
         log_likelihood[fold] = seen.log_likelihood.double()
         prior = log_prior_of_scales(scaled_log_likelihood(rest, mixture.weight), mixture.log_prior)
         robust[fold] = log_likelihood_with(scaled_log_likelihood(outside, mixture.weight), prior)
-        advance()
     return LeftOutUsers(posterior, log_likelihood, robust, weights)
 
 
@@ -140,7 +137,8 @@ def choose_penalty(
         near = min(tried, key=lambda other: abs(math.log(other / l2)), default=None)
         starts = None if near is None else tried[near].weight
         tried[l2] = leave_users_out(choices, num_groups, folds, l2=l2, starts=starts, **settings)
-        reached[l2] = tried[l2].robust.sum().item()
+        # not the robust one: heads of any length would do for it, and posteriors would be too unsure
+        reached[l2] = tried[l2].log_likelihood.sum().item()
         best = max(reached, key=lambda l2: reached[l2])
         others = [value for l2, value in reached.items() if l2 != best]
         outside = best in (min(tried), max(tried)) and not grid[0] < best < grid[-1]

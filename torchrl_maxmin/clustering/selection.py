@@ -217,14 +217,13 @@ def choose_num_groups(
     num_users = len(choices.user_offsets) - 1
     folds = user_folds(num_users, num_folds, seed)
     candidates = range(1, min(max_groups, num_users - max(map(len, folds))) + 1)
-    fits = len(folds) * max(1, len(l2_candidates)) + (2 + num_refits if diagnostics else 0)
     user_ll: dict[int, Tensor] = {}
     penalty: dict[int, float] = {}
     edges: list[str] = []
     criteria = _Diagnostics(choices, seed, num_refits)
-    with progress_bar("choosing the number of groups", fits * len(candidates)) as advance:
+    with progress_bar("choosing the number of groups", len(candidates)) as advance:
         for k in candidates:
-            settings = {"seed": seed, "advance": advance, **fit}
+            settings = {"seed": seed, **fit}
             if l2_candidates:
                 settings["first"] = penalty.get(k - 1)
                 penalty[k], left_out = choose_penalty(choices, k, folds, l2_candidates, **settings)
@@ -233,7 +232,7 @@ def choose_num_groups(
             user_ll[k] = left_out.robust
             if diagnostics:
                 criteria.add(k, fit | ({"l2": penalty[k]} if l2_candidates else {}))
-                advance(2 + num_refits)
+            advance()
     total, errors = _compare(user_ll)
     found = _one_standard_error(total, errors)
     coin = coin_log_likelihood(choices)
