@@ -10,12 +10,20 @@ from scipy.special import expit
 
 from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.clustering.assignment import assign_users
-from torchrl_maxmin.clustering.heads import load_heads
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.heads import FeatureMap, load_heads
+from torchrl_maxmin.clustering.selection import SEARCH, searched_choices
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.analysis import diagnose
+from torchrl_maxmin.diagnosis.figures import Fitter, jackknife_error
 from torchrl_maxmin.diagnosis.items import item_pairs_of_texts, item_ranks
 from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
-from torchrl_maxmin.diagnosis.wants import PairContents, ordered_features
+from torchrl_maxmin.diagnosis.wants import (
+    PairContents,
+    feature_contrasts,
+    ordered_features,
+    what_groups_want,
+)
 
 QUICK = {"l2": [1e-3], "num_jackknife": 3, "num_bootstrap": 0, "num_groups": 2, "device": "cpu"}
 
@@ -35,12 +43,20 @@ def test_planted_features_are_named_first(seed):
     """Each group weighs its own feature more, and the other's less; nothing else is told apart as surely."""
     tastes = np.random.default_rng(100 + seed).choice(64, 2, replace=False).tolist()
     x, groups = planted(seed, 300, 20, 64, tastes)
-    offsets = torch.arange(301) * 20
-    settings = {"l2_candidates": (1e-3,), "num_bootstrap": 0, "num_groups": 2, "seed": seed}
-    found = diagnose(torch.from_numpy(x), offsets, **settings)
-    assert np.mean(found.mixture.assignments.numpy() == groups) > 0.95
-    for k, group in enumerate(found.summary["groups"]):
-        first = group["wants"]["features"][:2]
+    x, features = torch.from_numpy(x), FeatureMap.of(torch.from_numpy(x))
+    choices = searched_choices(PairChoices(x, torch.arange(301) * 20), features)
+    fitter = Fitter({1: 1e-3, 2: 1e-3}, seed, SEARCH)
+    mixture = fitter(choices, 2)
+    assert np.mean(mixture.assignments.numpy() == groups) > 0.95
+
+    def measure(pairs, *fits):
+        return {"contrast": feature_contrasts(fits[0], features)}
+
+    errors = jackknife_error(choices, mixture, fitter, measure, 10)
+    shown = PairContents(feature_names=[f"feature {j}" for j in range(64)])
+    given = x, choices.differences, np.arange(len(x)), mixture, features, shown
+    for k, wants in enumerate(what_groups_want(*given, errors["contrast"], 10)):
+        first = wants["features"][:2]
         assert {entry["feature"] for entry in first} == {f"feature {j}" for j in tastes}
         assert all(entry["told_apart"] for entry in first)
         signs = {entry["feature"]: np.sign(entry["difference"]) for entry in first}
