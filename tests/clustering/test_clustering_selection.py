@@ -156,7 +156,9 @@ def test_l2_is_chosen_by_left_out_users():
     candidates = (1e-5, 1e-2, 10.0)
     chosen = select_l2(x, offsets, 2, candidates=candidates, num_folds=3, **fit)
     choices, folds = PairChoices(x, offsets), user_folds(25, 3, 0)
-    totals = {l2: leave_users_out(choices, 2, folds, l2=l2, **fit).log_likelihood.sum().item() for l2 in candidates}
+    totals = {
+        l2: leave_users_out(choices, 2, folds, l2=l2, **fit).log_likelihood.sum().item() for l2 in candidates
+    }
     assert chosen == max(totals, key=totals.get) == 1e-2
 
 
