@@ -7,6 +7,8 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from torchrl_maxmin.clustering import expectation, fit_linear_mixture, mixing_weights, select_num_groups
+from torchrl_maxmin.clustering.choices import PairChoices
+from torchrl_maxmin.clustering.left_out import leave_users_out, user_folds
 
 D = 6
 
@@ -163,7 +165,7 @@ def test_select_num_groups(shares, expected):
 
 def test_left_out_users_are_scored_by_a_fit_without_them():
     x, offsets, _ = planted((6, 6), pairs=5)
-    choice = select_num_groups(x, offsets, max_groups=1, num_folds=3, seed=4)
+    left_out = leave_users_out(PairChoices(x, offsets), 1, user_folds(12, 3, 4), seed=4)
     order = np.random.default_rng(4).permutation(12)
     total = 0.0
     for fold in np.array_split(order, 3):
@@ -172,4 +174,5 @@ def test_left_out_users_are_scored_by_a_fit_without_them():
         fitted = fit_linear_mixture(rows, torch.arange(len(inside) + 1) * 5, 1, generator=generator(4))
         outside = torch.cat([x[u * 5 : u * 5 + 5] for u in sorted(fold)])
         total += user_log_likelihood(outside, torch.arange(5) * 5, fitted.weight, fitted.log_prior).sum()
-    assert choice.heldout_log_likelihood[1] == pytest.approx(total / 60, rel=1e-4)
+    assert left_out.log_likelihood.sum().item() == pytest.approx(total, rel=1e-4)
+    assert len(left_out.weight) == 3

@@ -98,6 +98,25 @@ def test_held_out_rows_of_every_user(counts, seed):
 
 
 @given(
+    sizes=st.lists(st.lists(st.integers(1, 4), max_size=9), min_size=1, max_size=5), seed=st.integers(0, 99)
+)
+@settings(max_examples=60, deadline=None)
+def test_parts_of_judgements_hold_each_once_and_cut_none(sizes, seed):
+    """Users with judgements of so many rows each; a lone one stays."""
+    rows = torch.tensor([0, *itertools.accumulate(map(sum, sizes))])
+    ids = torch.arange(sum(map(len, sizes))).repeat_interleave(
+        torch.tensor([size for user in sizes for size in user], dtype=torch.int64)
+    )
+    choices = PairChoices(torch.zeros(int(rows[-1]), 1), rows, None, ids)
+    folds = judgement_folds(choices, 3, seed)
+    times = sum((fold.long() for fold in folds), torch.zeros(int(rows[-1]), dtype=torch.int64))
+    expected = [int(len(user) > 1) for user in sizes for size in user for _ in range(size)]
+    assert times.tolist() == expected
+    for fold in folds:
+        assert all(len(set(fold[ids == one].tolist())) == 1 for one in ids.unique())
+
+
+@given(
     labels=st.integers(2, 12).flatmap(
         lambda n: st.tuples(*(st.lists(st.integers(0, 3), min_size=n, max_size=n) for _ in range(2)))
     )

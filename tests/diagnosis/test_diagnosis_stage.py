@@ -199,10 +199,8 @@ def test_repeated_texts_are_one_judgement(make, tmp_path, tiny_model, minority):
             row = {"prompt": f"film {pair}", "chosen": chosen, "rejected": rejected, "user_id": f"u{user}"}
             rows += [{**row, "group": str(user < minority)}] * 5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"num_groups": 2} if minority else {"max_groups": 3}
-    given = make(
-        dataset_name=str(path), model_name_or_path=tiny_model, l2=[0.1], show_user_ids=True, **settings
-    )
+    settings = {"num_groups": 2, "l2": [0.1]} if minority else {"max_groups": 3, "l2": None}
+    given = make(dataset_name=str(path), model_name_or_path=tiny_model, show_user_ids=True, **settings)
     summary = read(run_diagnose(given))
     assert summary["repeated_pairs"] == 4 * 240
     assert summary["num_pairs"] == 240

@@ -22,7 +22,7 @@ from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.left_out import (
     SHORT_ROUNDS,
     choose_penalty,
-    heldout_of,
+    gain_on_judgements,
     match_groups,
     user_folds,
 )
@@ -140,7 +140,6 @@ def establish(
     *,
     num_refits: int = 6,
     num_folds: int = 4,
-    heldout_fraction: float = 0.2,
     seed: int = 0,
 ) -> Establishment:
     """Ask whether the groups of a fit are there.
@@ -151,7 +150,6 @@ def establish(
         fits: arguments of :func:`~torchrl_maxmin.clustering.fit_choices` by number of groups, 1 and K.
         num_refits: fits to users drawn with replacement, each from starts of its own.
         num_folds: parts of the users, each left out once.
-        heldout_fraction: of each user's judgements.
         seed: of everything drawn.
 
     Returns:
@@ -162,13 +160,14 @@ def establish(
     num_groups = len(mixture.log_prior)
     short = {"short_rounds": SHORT_ROUNDS}
     fits = {k: short | fit if fit.get("m_step") == "exact" else fit for k, fit in fits.items()}
-    with progress_bar("are the groups there", num_refits + 2 + num_folds) as advance:
+    with progress_bar("are the groups there", num_refits + 1 + num_folds) as advance:
         agreement, jaccard, correlation = _refits(
             choices, mixture, fits[num_groups], num_refits, seed, advance
         )
-        gains, groups_known = _gains(choices, mixture, fits, heldout_fraction, seed, advance)
+        gained = gain_on_judgements(choices, num_groups, fits, seed, reference=mixture.weight)
+        advance()
         over = _over_spectrum(choices, num_groups, fits[num_groups], num_folds, seed, advance)
-    everyone = None if gains is None else Mean.of(gains)
+    everyone = None if gained is None else _gain_a_choice(gained[0].sum(1), gained[1].sum(1))
     reasons = []
     if len(mixture.assignments.unique()) < num_groups:
         reasons.append("nobody's likeliest group is one of them")
@@ -190,11 +189,11 @@ def establish(
     order = mixture.log_prior.argsort(descending=True).tolist()
     evidence = []
     for k in range(num_groups):
-        gain = None if gains is None or not (groups_known == k).any() else Mean.of(gains[groups_known == k])
+        gain = None if gained is None else _gain_a_choice(gained[0][:, k], gained[1][:, k])
         reason = reasons[0] if reasons else None
         if reason is None and jaccard[k].mean < LEAST_AGREEMENT:
             reason = f"refits hold other people in it (Jaccard index {_text(jaccard[k])})"
-        if reason is None and gains is not None and k != order[0] and (gain is None or not gain.above(0)):
+        if reason is None and gained is not None and k != order[0] and (gain is None or not gain.above(0)):
             reason = "its own reward is not seen to predict its users' left-out judgements better"
         evidence.append(GroupEvidence(reason is None, reason, jaccard[k], correlation[k], gain))
     if not reasons and sum(group.established for group in evidence) < 2:
@@ -219,6 +218,12 @@ def evidence_for(
         l2 = penalties.get(k) or choose_penalty(choices, k, folds, L2_CANDIDATES, seed=seed, **SEARCH)[0]
         fits[k] = SEARCH | {"l2": l2}
     return establish(choices, fit_choices(choices, num_groups, seed, **fits[num_groups]), fits, seed=seed)
+
+
+def _gain_a_choice(gain: Tensor, held: Tensor) -> Mean | None:
+    """Nats a choice of users with left-out choices, mean over them."""
+    there = held > 0
+    return Mean.of((gain[there] / held[there]).numpy()) if bool(there.any()) else None
 
 
 def _refits(
@@ -257,36 +262,6 @@ def _unit_margins(choices: PairChoices, mixture: LinearMixture) -> Tensor:
     """Margins [K, P] of unit length; uncentred, as which side a difference is on is chance."""
     margins = (choices.differences.to(mixture.weight.dtype) @ mixture.weight.T).double()
     return torch.nn.functional.normalize(margins, dim=0).T
-
-
-def _gains(
-    choices: PairChoices,
-    mixture: LinearMixture,
-    fits: dict[int, dict[str, Any]],
-    fraction: float,
-    seed: int,
-    advance: Callable[[], None],
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """Nats a choice [U'] that left-out judgements gain by groups, and the group that each user was put in."""
-    held = heldout_of(choices, fraction, seed)
-    if not held.any():
-        advance()
-        advance()
-        return None, np.zeros(0)
-    known, later = choices.keep_rows(~held), choices.keep_rows(held)
-    found, groups = [], None
-    for k, fit in sorted(fits.items()):
-        fitted = fit_choices(known, k, seed, **fit)
-        if k > 1:
-            fitted = fitted.ordered(match_groups(fitted.weight, mixture.weight))
-            groups = fitted.assignments
-        before, after = (scaled_log_likelihood(part, fitted.weight) for part in (known, later))
-        found.append(log_likelihood_with(after, log_prior_of_scales(before, fitted.log_prior), before))
-        advance()
-    assert groups is not None
-    there = later.choices_by_user > 0
-    gain = (found[1] - found[0])[there] / later.choices_by_user[there]
-    return gain.numpy(), groups[there].numpy()
 
 
 def _over_spectrum(

@@ -27,6 +27,7 @@ __all__ = [
     "gain_on_judgements",
     "heldout_of",
     "heldout_rows",
+    "judgement_folds",
     "leave_users_out",
     "match_groups",
     "user_folds",
@@ -36,7 +37,7 @@ __all__ = [
 WIDER = 4.0
 #: Rounds of every start before the best goes on alone, where M-steps converge.
 SHORT_ROUNDS = 10
-_MOST_WIDER = 4
+_MOST_WIDER = 6
 _WORTHWHILE = 0.5  # nats over all users
 
 
@@ -159,10 +160,15 @@ def match_groups(weight: Tensor, reference: Tensor) -> Tensor:
 
 def heldout_of(choices: PairChoices, fraction: float, seed: int) -> Tensor:
     """Mark the rows [P] of a random ``fraction`` of each user's judgements, never a part of one."""
-    ids = choices.judgements
-    if ids is None and choices.choice_offsets is not None:
-        ids = choices.at_rows(torch.arange(len(choices.choice_users)))
-    return heldout_rows(choices.user_offsets, fraction, seed, ids)
+    alone = choices.judgements is None and choices.choice_offsets is None
+    return heldout_rows(choices.user_offsets, fraction, seed, None if alone else _row_judgements(choices))
+
+
+def _row_judgements(choices: PairChoices) -> Tensor:
+    """What each row follows from [P]; its choice where nothing is said."""
+    if choices.judgements is not None:
+        return choices.judgements
+    return choices.at_rows(torch.arange(len(choices.choice_users)))
 
 
 def heldout_rows(
@@ -192,28 +198,60 @@ def heldout_rows(
     return rank < wanted[row_users]
 
 
+def judgement_folds(choices: PairChoices, num_folds: int, seed: int) -> list[Tensor]:
+    """Deal every user's judgements into parts at random: rows of each part, bool [P]; none is cut.
+
+    A user's only judgement is in no part.
+    """
+    users = choices.row_users.numpy()
+    pairs = np.stack([users, _row_judgements(choices).numpy()], axis=1)
+    unique, which = np.unique(pairs, axis=0, return_inverse=True)
+    order = np.lexsort((np.random.default_rng(seed).random(len(unique)), unique[:, 0]))
+    counts = np.bincount(unique[:, 0], minlength=len(choices.user_offsets) - 1)
+    place = np.empty(len(unique), np.int64)
+    place[order] = np.arange(len(unique)) - np.repeat(np.cumsum(counts) - counts, counts)
+    part = np.where(counts[unique[:, 0]] > 1, place % num_folds, -1)[which.reshape(-1)]
+    return [torch.from_numpy(part == fold) for fold in range(num_folds) if (part == fold).any()]
+
+
 def gain_on_judgements(
-    choices: PairChoices, num_groups: int, fits: dict[int, dict[str, Any]], seed: int, fraction: float = 0.2
-) -> Tensor | None:
-    """Nats [U'] by which K groups predict left-out judgements of known users better than one reward does.
+    choices: PairChoices,
+    num_groups: int,
+    fits: dict[int, dict[str, Any]],
+    seed: int,
+    *,
+    num_folds: int = 5,
+    reference: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Nats by which K groups predict left-out judgements of known users better than one reward does.
 
     Args:
         choices: all users.
         num_groups: K.
         fits: arguments of :func:`~torchrl_maxmin.clustering.fit_choices` by number of groups, 1 and K.
-        seed: of the draws and the starts.
-        fraction: of each user's judgements that is left out.
+        seed: of the parts and the starts.
+        num_folds: parts of each user's judgements, each left out once.
+        reference: heads [K, D] in whose order the groups are to be.
 
     Returns:
-        For every user who has some; None where nobody has two judgements.
+        Nats and left-out choices of every user, by the group that the other judgements put them in [U, K];
+        None where nobody has two judgements.
     """
-    held = heldout_of(choices, fraction, seed)
-    if not held.any():
-        return None
-    known, later = choices.keep_rows(~held), choices.keep_rows(held)
-    found = []
-    for k in (1, num_groups):
-        mixture = fit_choices(known, k, seed, **fits[k])
-        before, after = (scaled_log_likelihood(part, mixture.weight) for part in (known, later))
-        found.append(log_likelihood_with(after, log_prior_of_scales(before, mixture.log_prior), before))
-    return (found[1] - found[0])[later.choices_by_user > 0]
+    gain, held = torch.zeros(2, len(choices.user_offsets) - 1, num_groups, dtype=torch.float64)
+    start: dict[int, Tensor] = {}
+    for fold in judgement_folds(choices, num_folds, seed):
+        known, later = choices.keep_rows(~fold), choices.keep_rows(fold)
+        found = []
+        for k in (1, num_groups):
+            mixture = fit_choices(known, k, seed, start=start.get(k), **fits[k])
+            if k > 1:
+                reference = mixture.weight if reference is None else reference
+                mixture = mixture.ordered(match_groups(mixture.weight, reference))
+                start[k] = mixture.weight
+            before, after = (scaled_log_likelihood(part, mixture.weight) for part in (known, later))
+            found.append(log_likelihood_with(after, log_prior_of_scales(before, mixture.log_prior), before))
+        there = (later.choices_by_user > 0).nonzero().flatten()
+        where = there, mixture.assignments[there]
+        gain[where] += (found[1] - found[0])[there]
+        held[where] += later.choices_by_user[there]
+    return None if held.sum() == 0 else (gain, held)

@@ -244,11 +244,13 @@ def choose_num_groups(
     gain_errors: dict[int, float] = {}
     while found > 1:
         by_l2 = {k: fit | ({"l2": penalty[k]} if l2_candidates else {}) for k in (1, found)}
-        gain = gain_on_judgements(choices, found, by_l2, seed)
-        if gain is None:  # nobody has two judgements: left-out users alone decide
+        gained = gain_on_judgements(choices, found, by_l2, seed)
+        if gained is None:  # nobody has two judgements: left-out users alone decide
             break
-        num_held = criteria.heldout.num_choices
-        gains[found], gain_errors[found] = (gain.sum() / num_held).item(), _error(gain) / num_held
+        gain, held = (values.sum(1) for values in gained)
+        num_held = held.sum().item()
+        gains[found] = gain.sum().item() / num_held
+        gain_errors[found] = _error(gain[held > 0]) / num_held
         if gains[found] > ONE_SIDED * gain_errors[found]:
             break
         found -= 1

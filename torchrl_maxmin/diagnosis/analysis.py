@@ -189,7 +189,7 @@ def diagnose(
     evidence = None
     if num_groups > 1:
         fits = {k: {**settings, "l2": l2[k]} for k in (1, num_groups)}
-        evidence = establish(choices, mixture, fits, heldout_fraction=heldout_fraction, **folding)
+        evidence = establish(choices, mixture, fits, **folding)
     fitted, outcome = pair_figures(choices, mixture, single, beta)
     refit = choices, mixture, fitter, lambda pairs, *fits: pair_figures(pairs, fits[0], fits[1], beta)[0]
     bias, bias_error = bias_of_fit(*refit, fitted, num_bootstrap) or (None, None)
