@@ -11,7 +11,13 @@ from scipy.special import expit, log_expit, logsumexp
 
 from torchrl_maxmin.clustering import fit_linear_mixture
 from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.clustering.left_out import heldout_rows, leave_users_out, match_groups, user_folds
+from torchrl_maxmin.clustering.left_out import (
+    heldout_rows,
+    judgement_folds,
+    leave_users_out,
+    match_groups,
+    user_folds,
+)
 from torchrl_maxmin.clustering.selection import (
     NumGroupsChoice,
     adjusted_rand_index,
