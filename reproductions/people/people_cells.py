@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import people_worlds as worlds
 import torch
-import worlds
 from scipy.optimize import linear_sum_assignment
 
 from torchrl_maxmin.core.run import write_json

@@ -4,12 +4,13 @@
     python reproductions/people/run.py --must_show [--cells 'one-*' ...]
     python reproductions/people/run.py --tables_only      # results.md anew from the CSV file
 
-People of known tastes (``worlds.py``) rank, choose, rate and compare; the files that they leave are read and
-diagnosed as anybody's are. A cell is one kind of world in several seeds, each a step of its own in
+People of known tastes (``people_worlds.py``) rank, choose, rate and compare; the files that they leave are
+read and diagnosed as anybody's are. A cell is one kind of world in several seeds, each a step of its own in
 ``--runs``: what is there is not done again, so that a run that was cut off goes on; after a change of the
 program name another folder. ``--cells`` takes names and patterns, ``--must_show`` the cells of which it is
-said how often the answer has to be right; without either, the stand-ins of one to six tastes are run. Writes
-``results.csv``, a line a seed, and ``results.md``; figures of cells that were not run again stay in both.
+said how often the answer has to be right; without either, the stand-ins of one to six tastes are run.
+Writes ``results.csv``, a line a seed, and ``results.md``; figures of cells that were not run again stay in
+both.
 """
 
 import csv

@@ -13,6 +13,9 @@ from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.cli.parsing import parse_config
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
+from torchrl_maxmin.preferences import PreferenceDataset
+from torchrl_maxmin.rewards.fit import linear_warm_start
+from torchrl_maxmin.rewards.pairs import feature_choices
 
 QUICK = {"l2": [1e-3], "num_jackknife": 2, "num_bootstrap": 2, "max_groups": 2, "device": "cpu"}
 
@@ -217,6 +220,15 @@ def test_texts_by_a_frozen_model(make, texts, tiny_model):
     assert summary["num_groups"] == 2
     assert summary["recovery"]["adjusted_rand_index"] > 0.9
     assert summary["groups"][1]["accuracy"]["mixture"]["mean"] > 0.9
+
+
+def test_reward_chooses_the_same_number_of_groups(make, texts, tiny_model):
+    summary = read(run_diagnose(make(dataset_name=texts, model_name_or_path=tiny_model, l2=None)))
+    data = PreferenceDataset.load(texts, conversations="messages")
+    choice = linear_warm_start(feature_choices(data, tiny_model, 1024, "cpu"), "auto", 2, 0).choice
+    assert choice.num_groups == summary["num_groups"] == 2
+    for k, found in choice.heldout_log_likelihood.items():
+        assert found == pytest.approx(summary["choice"]["heldout_log_likelihood"][str(k)], abs=1e-3)
 
 
 def test_the_config_is_what_flags_say():

@@ -12,7 +12,7 @@ from scripts import load_script
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences import PreferenceDataset
 
-worlds = load_script("people/worlds.py")
+worlds = load_script("people/people_worlds.py")
 people = load_script("people/run.py")
 cells = people.sys.modules["people_cells"]
 

@@ -308,7 +308,7 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on(make_shared_confi
     assert run.returncode == 0, run.stderr
     ours = [line for line in run.stderr.splitlines() if line.startswith("torchrl-maxmin")]
     assert ours == [line for line in ours if "rank 0 ends since another process" in line]
-    assert len(ours) == 1
+    assert len(ours) <= 1  # torchrun may end it before it can say so
     assert run.stdout.count("ppo done") == 1
     killed_folder = Path(killed.output_dir)
     assert (killed_folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
