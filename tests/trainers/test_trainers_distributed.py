@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -287,23 +288,49 @@ def test_a_run_that_failed_at_either_end_is_started_again(make_shared_config):
     assert len(metrics.splitlines()) == 2
 
 
+def deadly_run(make_shared_config, name, settings):
+    """The config, flags and environment of a run whose second process dies at its seventh call."""
+    functions = ["trainers_rewards:brevity", "trainers_rewards:deadly"]
+    killed = make_shared_config(name, distributed="ddp", **settings, reward_funcs=functions)
+    given = dataclasses.asdict(killed).items()
+    flags = [f"--{name}={value}" for name, value in given if _is_given(name, value)]
+    here = str(Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
+    return killed, [*flags, f"--reward_funcs={json.dumps(functions)}"], environment
+
+
+def test_a_process_whose_other_is_killed_says_so_in_one_line(make_shared_config):
+    """Without a launcher, which may end it before it can."""
+    settings = {"num_iterations": 5, "num_ppo_epochs": 1, "save_steps": 2}
+    _, flags, environment = deadly_run(make_shared_config, "left", settings)
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "torchrl_maxmin", "ppo", *flags]
+    first, second = (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": "0"},
+        )
+        for rank in ("0", "1")
+    )  # fmt: skip
+    second.communicate(timeout=WAIT_S)
+    assert second.returncode == -signal.SIGKILL
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 1
+    ours = [line for line in errors.splitlines() if line.startswith("torchrl-maxmin")]
+    assert len(ours) == 1
+    assert "rank 0 ends since another process" in ours[0]
+
+
 def test_a_killed_process_ends_the_others_and_torchrun_goes_on(make_shared_config):
     """The others say so in one line; the run started again ends as one that nobody killed."""
     settings = {"num_iterations": 5, "num_ppo_epochs": 1, "save_steps": 2}
-    functions = ["trainers_rewards:brevity", "trainers_rewards:deadly"]
-    killed = make_shared_config("killed", distributed="ddp", **settings, reward_funcs=functions)
+    killed, flags, environment = deadly_run(make_shared_config, "killed", settings)
     (whole,) = run_on_ranks(2, "ddp", make_shared_config, {"unkilled": settings}).values()
-    flags = [
-        f"--{name}={value}" for name, value in dataclasses.asdict(killed).items() if _is_given(name, value)
-    ]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"),
         *(f"--master_port={free_port()}", "-m", "torchrl_maxmin", "ppo"),
         *flags,
-        f"--reward_funcs={json.dumps(functions)}",
     ]
-    here = str(Path(__file__).parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=WAIT_S)
     assert run.returncode == 0, run.stderr
     ours = [line for line in run.stderr.splitlines() if line.startswith("torchrl-maxmin")]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import norm, qmc
-from scipy.stats import t as student
 from torch import Tensor
 
 from torchrl_maxmin.clustering.agreement import LEAST_AGREEMENT, adjusted_rand_index
@@ -34,6 +33,7 @@ from torchrl_maxmin.clustering.scales import (
 )
 from torchrl_maxmin.clustering.selection import L2_CANDIDATES, SEARCH
 from torchrl_maxmin.core.progress import progress_bar
+from torchrl_maxmin.stats import interval_over_users
 
 __all__ = ["Establishment", "GroupEvidence", "establish", "evidence_for"]
 
@@ -53,12 +53,11 @@ class Mean:
     @classmethod
     def of(cls, values: Any, confidence: float = 0.95, most: float = np.inf) -> Mean:
         """Compute it of values [n], n > 0, that are ``most`` at most."""
-        array = np.asarray(values, np.float64)
-        mean = float(array.mean())
-        if len(array) < 2:
-            return cls(mean, None, None)
-        half = student.ppf((1 + confidence) / 2, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5
-        return cls(mean, mean - float(half), min(mean + float(half), most))
+        found = interval_over_users(
+            values, scale="identity", confidence=confidence, num_resamples=0, warn=False
+        )
+        low, high = float(found.low), min(float(found.high), most)
+        return cls(float(found.estimate), *((None, None) if np.isnan(low) else (low, high)))
 
     def above(self, value: float) -> bool:
         """Whether the whole interval lies above a value."""

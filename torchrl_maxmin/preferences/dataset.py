@@ -270,7 +270,7 @@ class PreferenceDataset:
         """Row [P] int64 of the source that every pair follows from; the pairs of a ranking share one."""
         return self.pairs.rankings[self.rows]
 
-    @property
+    @cached_property
     def choice_offsets(self) -> Tensor:
         """Where each choice begins, int64 [C + 1]: choice c is rows ``offsets[c]:offsets[c + 1]``.
 
