@@ -61,7 +61,8 @@ class NumGroupsChoice:
 
     Attributes:
         num_groups: the smallest K within one standard error of the best by left-out users, lowered until it
-            beats one reward on left-out judgements, too; 1 where no reward beats a coin.
+            is seen to beat one reward on them (95%, one-sided) and on left-out judgements, too; 1 where no
+            reward beats a coin.
         heldout_log_likelihood: nats a choice of users left out of the fit, by K, scales of users summed out.
         standard_error: of the difference to the best K, by K.
         coin: nats a choice of a coin; None where it was not asked.
@@ -163,8 +164,8 @@ def select_num_groups(
     Every user is left out once; the smallest K whose likelihood is within one standard
     error (paired over users) of the best is taken. K = 1 is always a candidate, so the
     answer may be that the users do not differ. Likelihoods have each user's scale summed out, so that
-    users who choose with more noise are no group. The K that is found must beat one reward on left-out
-    judgements of known users as well, and a coin.
+    users who choose with more noise are no group. The K that is found must be seen to beat one reward on
+    left-out users, and on left-out judgements of known users as well, and a coin.
 
     Args:
         differences: standardised feature differences [P, D], rows sorted by user.
@@ -243,6 +244,10 @@ def choose_num_groups(
     gains: dict[int, float] = {}
     gain_errors: dict[int, float] = {}
     while found > 1:
+        over_one = user_ll[found] - user_ll[1]
+        if over_one.sum().item() <= ONE_SIDED * _error(over_one):
+            found -= 1
+            continue
         by_l2 = {k: fit | ({"l2": penalty[k]} if l2_candidates else {}) for k in (1, found)}
         gained = gain_on_judgements(choices, found, by_l2, seed)
         if gained is None:  # nobody has two judgements: left-out users alone decide
