@@ -45,7 +45,7 @@ def visits(env: EnvBase, policy: Any, seed: int) -> dict[str, float]:
 
 def draw_gridworld(output: Path, runs: Path) -> None:
     """Draw 40 episodes of seed 0 of each policy; writes ``gridworld`` as .png, .svg and .csv."""
-    present = [panel for panel in PANELS if (runs / panel[0] / "seed-0/policy.pt").exists()]
+    present = [panel for panel in PANELS if (runs / panel[0] / "seed-0/policy.safetensors").exists()]
     if not present:
         return
     figure, rows = new_figure(3.8 * len(present), 4.9), []

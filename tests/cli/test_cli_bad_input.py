@@ -170,18 +170,19 @@ def test_output_folder_that_is_a_file(refused, stage, here):
 
 def test_a_checkpoint_that_is_damaged(refused, stage, here):
     (here / "out" / "checkpoint-1").mkdir(parents=True)
-    for content in (b"", b"PK\x03\x04half", b"\x80garbage"):
-        (here / "out" / "checkpoint-1" / "state.pt").write_bytes(content)
-        line = refused(*stage("ppo", resume_from_checkpoint="last"))
-        assert "checkpoint-1/state.pt is damaged and cannot be read" in line
+    (here / "out" / "run.json").write_text("[1]")
+    for content in (b"", b"PK\x03\x04half", b"{}"):
+        (here / "out" / "run.json").write_bytes(content)
+        assert "out/run.json is damaged" in refused(*stage("ppo", resume_from_checkpoint="last"))
 
 
 def test_no_checkpoint_to_resume(refused, stage, here):
     line = refused(*stage("ppo", resume_from_checkpoint="last"))
-    assert "no checkpoint in out" in line
+    assert "there is no run in out to go on with" in line
     assert "without --resume_from_checkpoint" in line
-    assert "no checkpoint at" in refused(*stage("ppo", resume_from_checkpoint="checkpoint-7"))
-    assert "no checkpoint in out" in refused(*stage("ppo in an environment", resume_from_checkpoint="last"))
+    for verb in ("sft", "reward", "ppo in an environment", "evaluate", "diagnose", "demo"):
+        assert "there is no run in out" in refused(*stage(verb, resume_from_checkpoint="last"))
+    assert not (here / "out").exists()
 
 
 def test_cuda_without_a_gpu(refused, stage, monkeypatch):

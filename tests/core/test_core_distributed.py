@@ -34,6 +34,7 @@ from torchrl_maxmin.core.distributed import (
     world_size,
 )
 from torchrl_maxmin.core.errors import LostRankError, UserError
+from torchrl_maxmin.core.serial import load_state
 
 
 @given(num_rows=st.integers(1, 40), world=st.integers(1, 9))
@@ -146,13 +147,13 @@ def keep(folder):
         path = save_checkpoint(folder, 1, {"random": random_state()})
         drawn = torch.rand(1).item()
         torch.manual_seed(99)
-        restore_random_state(torch.load(path / "state.pt", weights_only=False)["random"])
+        restore_random_state(load_state(path)["random"])
         return drawn, torch.rand(1).item()
 
 
 def go_on(folder):
     with process_group("ddp"):
-        restore_random_state(torch.load(folder / "checkpoint-1" / "state.pt", weights_only=False)["random"])
+        restore_random_state(load_state(folder / "checkpoint-1")["random"])
         return torch.rand(1).item()
 
 

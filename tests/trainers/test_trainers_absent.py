@@ -3,6 +3,7 @@
 import pytest
 import torch
 import trainers_rewards
+from safetensors.torch import load_file
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
@@ -51,7 +52,7 @@ def test_a_group_without_a_reward_counts_as_the_references_mean(make_config, pri
     folder = run_ppo(config)
     rows = read_metrics(folder)
     assert len(rows) == 4
-    raw = torch.load(folder / "reference_rewards.pt")[..., 1].double()
+    raw = load_file(folder / "reference_rewards.safetensors")["rewards"][..., 1].double()
     mean = raw.mean()
     expected = {"sft_std": 0.0, "win_rate": torch.sigmoid(mean - raw).mean(), "none": mean}
     neutral = float(expected[config.calibration]) if config.objective == "min_of_means" else 0.0

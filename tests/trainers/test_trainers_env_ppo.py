@@ -213,14 +213,14 @@ def test_a_loaded_policy_is_the_one_that_was_trained(make_env_config):
     assert torch.equal(*actions)
     assert env.batch_size == (8,)
     assert "episode_group_reward" in env.rollout(3)["next"]
-    with pytest.raises(UserError, match=r"no policy.pt in .*nowhere"):
+    with pytest.raises(UserError, match=r"no policy.safetensors in .*nowhere"):
         load_env_policy(trainer.folder / "nowhere")
 
 
 def test_only_whole_files_stay(finished):
     _, folder = finished
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "policy.pt", "summary.json",
+        "config.yaml", "metrics.jsonl", "policy.safetensors", "summary.json",
     }  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_env_config, monkey
     assert batch["action"].shape == (8, 8)
     assert batch["next", "reward"][1, :, 0].isnan().any()
     assert len(read_metrics(trainer.folder)) == calls
-    assert not (trainer.folder / "policy.pt").exists()
+    assert not (trainer.folder / "policy.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_a_policy_that_learns_never_to_end_is_told_after_it_is_saved(make_env_co
     monkeypatch.setattr(trainer.config, "env_id", "trainers_envs:endless")
     with pytest.raises(UserError, match="an episode did not end in 80 steps"):
         trainer.train()
-    assert (trainer.folder / "policy.pt").is_file()
+    assert (trainer.folder / "policy.safetensors").is_file()
 
 
 def test_utilities_that_leave_where_nash_is_defined_are_told_in_a_line(make_env_config):

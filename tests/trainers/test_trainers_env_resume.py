@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors.torch import load_file
 from trainers_runs import EnvPPORun
 
 from torchrl_maxmin.core.checkpoint import find_checkpoint
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
+from torchrl_maxmin.trainers import env_ppo
 
 GYM = {
     "env_id": "fishwood-v0",
@@ -44,7 +47,7 @@ def trained(config):
 
 def everything(trainer):
     """All that a run leaves behind, as comparable values; the clock apart."""
-    tensors = {f"file/{n}": v for n, v in torch.load(trainer.folder / "policy.pt").items()}
+    tensors = {f"file/{n}": v for n, v in load_file(trainer.folder / "policy.safetensors").items()}
     tensors |= {f"critic/{n}": v for n, v in trainer.critic.state_dict().items()}
     tensors |= {f"adversary/{n}": v for n, v in trainer.adversary.state_dict().items()}
     for i, state in trainer.learner.optimizer.state_dict()["state"].items():
@@ -88,7 +91,7 @@ def test_four_iterations_equal_two_and_two(make_env_config, settings):
     whole = trained(make_env_config("whole", **settings, save_steps=2))
     stopped = trained(make_env_config("parts", **settings, save_steps=2, stop_at_iteration=2))
     assert [p.name for p in stopped.folder.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert not (stopped.folder / "policy.pt").exists()
+    assert not (stopped.folder / "policy.safetensors").exists()
     assert not (stopped.folder / "summary.json").exists()
     assert len(read_metrics(stopped.folder)) == 2
     torch.manual_seed(4321)  # what happens in between must not matter
@@ -125,16 +128,17 @@ def test_metrics_past_the_checkpoint_are_dropped_on_resume(make_env_config):
 
 
 def crash_on(monkeypatch, name):
-    """``torch.save`` dies half way in the file of this name."""
-    save = torch.save
+    """``save_file`` dies half way in the file of this name."""
+    save = safetensors.torch.save_file
 
-    def crashing(state, path):
+    def crashing(tensors, path):
         if name in str(path):
             path.write_bytes(b"half a fi")
             raise OSError("No space left on device")
-        save(state, path)
+        save(tensors, path)
 
-    monkeypatch.setattr(torch, "save", crashing)
+    monkeypatch.setattr(safetensors.torch, "save_file", crashing)
+    monkeypatch.setattr(env_ppo, "save_file", crashing)
 
 
 def test_a_crash_while_writing_a_checkpoint_leaves_the_older_ones(make_env_config, monkeypatch):
@@ -151,11 +155,11 @@ def test_a_crash_while_writing_a_checkpoint_leaves_the_older_ones(make_env_confi
 
 def test_a_crash_while_writing_the_policy_leaves_none(make_env_config, monkeypatch):
     trainer = EnvPPORun(make_env_config("run", save_steps=3))
-    crash_on(monkeypatch, "policy.pt")
+    crash_on(monkeypatch, "policy.safetensors")
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
     monkeypatch.undo()
-    assert not (trainer.folder / "policy.pt").exists()
+    assert not (trainer.folder / "policy.safetensors").exists()
     resumed = trained(make_env_config("run", save_steps=3, resume_from_checkpoint="last"))
     assert_same(trained(make_env_config("whole", save_steps=3)), resumed)
     assert not list(resumed.folder.glob(".*"))
@@ -168,6 +172,5 @@ def test_checkpoints_that_do_not_fit(make_env_config):
             UserError, match=r"checkpoint is of other settings.*resume with those of .*config"
         ):
             EnvPPORun(make_env_config("run", resume_from_checkpoint="last", **changes))
-    trained(make_env_config("done", total_frames=64, stop_at_iteration=1))
-    with pytest.raises(UserError, match="at iteration 1 already; raise --total_frames"):
-        EnvPPORun(make_env_config("done", total_frames=64, resume_from_checkpoint="last"))
+    with pytest.raises(UserError, match="at iteration 1 already; raise --stop_at_iteration, or give 0"):
+        EnvPPORun(make_env_config("run", stop_at_iteration=1, resume_from_checkpoint="last"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import trainers_rewards
 from rounding import SAMPLER, TINY_MODEL, float32_bound, log_prob_bar
+from safetensors.torch import load_file
 from trainers_runs import PPORun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -247,7 +248,7 @@ def test_rewards_are_the_mixtures_calibrated_on_the_reference(make_config, rewar
     trainer, batch = first_batch(
         make_config(reward_funcs=[], reward_model_path=reward_folder, missing_eos_penalty=0.0)
     )
-    raw = torch.load(trainer.folder / "reference_rewards.pt")
+    raw = load_file(trainer.folder / "reference_rewards.safetensors")["rewards"]
     assert raw.shape == (12, 2, 2)
     calibration = Calibration.fit(raw)
     mixture = RewardMixture.from_pretrained(reward_folder)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
+from torchrl_maxmin.core.serial import load_state
 from torchrl_maxmin.models import TokenPolicy
 from torchrl_maxmin.models.full import FullCopies
 from torchrl_maxmin.trainers.learner import Learner
@@ -239,7 +240,7 @@ def test_no_critic_is_built(make_free, monkeypatch):
     monkeypatch.setattr("torchrl_maxmin.models.full.TokenCritic", refuse)
     run = PPORun(make_free(num_iterations=1, save_steps=1)).train()
     assert run.critic is None
-    state = torch.load(run.folder / "checkpoint-1" / "state.pt", weights_only=False)
+    state = load_state(run.folder / "checkpoint-1")
     assert "policy" in state
     assert "critic" not in state
     trained = sum(p.numel() for p in run.policy.parameters())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from trainers_runs import PPORun
 
+from torchrl_maxmin.core import checkpoint as checkpoint_module
 from torchrl_maxmin.core import run as run_module
 from torchrl_maxmin.core.checkpoint import find_checkpoint, save_checkpoint
 from torchrl_maxmin.core.errors import UserError
@@ -77,16 +78,16 @@ def test_metrics_past_the_checkpoint_are_dropped_on_resume(make_config):
 def test_a_crash_while_writing_leaves_older_checkpoints(make_config, monkeypatch):
     config = make_config("run", save_steps=1)
     trainer = PPORun(config)
-    whole_save, done = torch.save, []
+    whole_save, done = checkpoint_module.save_state, []
 
-    def crash_on_third(state, path):
+    def crash_on_third(folder, state):
         if len(done) == 2:
-            path.write_bytes(b"half a checkp")
+            (folder / "state.json").write_bytes(b"half a checkp")
             raise OSError("No space left on device")
-        done.append(path)
-        whole_save(state, path)
+        done.append(folder)
+        whole_save(folder, state)
 
-    monkeypatch.setattr(torch, "save", crash_on_third)
+    monkeypatch.setattr(checkpoint_module, "save_state", crash_on_third)
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
     monkeypatch.undo()
@@ -118,13 +119,12 @@ def test_another_calibration_is_not_resumed_with(make_config):
 
 
 def test_missing_checkpoints(make_config, tmp_path):
-    with pytest.raises(UserError, match="start the run without --resume_from_checkpoint"):
-        find_checkpoint(tmp_path, "last")
+    assert find_checkpoint(tmp_path, "last") is None
     with pytest.raises(UserError, match=r"no checkpoint at .*checkpoint-7"):
         find_checkpoint(tmp_path, "checkpoint-7")
-    trained(make_config("run", num_iterations=1, stop_at_iteration=1))
-    with pytest.raises(UserError, match="at iteration 1 already; raise --num_iterations"):
-        PPORun(make_config("run", num_iterations=1, resume_from_checkpoint="last"))
+    trained(make_config("run", num_iterations=2, stop_at_iteration=1))
+    with pytest.raises(UserError, match="at iteration 1 already; raise --stop_at_iteration, or give 0"):
+        PPORun(make_config("run", num_iterations=2, stop_at_iteration=1, resume_from_checkpoint="last"))
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

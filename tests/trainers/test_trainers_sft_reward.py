@@ -79,11 +79,11 @@ def test_epochs_are_rounded_up_to_steps(tiny_model, texts, tmp_path, monkeypatch
     """40 rows, 20 a step; transformers would read 0 steps as 3 epochs."""
     totals = []
 
-    def keep(arguments, **settings):
-        totals.append(settings["max_steps"])
+    def keep(name, optimizer, warmup_steps, total):
+        totals.append(total)
         raise InterruptedError
 
-    monkeypatch.setattr("transformers.TrainingArguments.__init__", keep)
+    monkeypatch.setattr("transformers.get_scheduler", keep)
     with pytest.raises(InterruptedError):
         run_sft(sft_config(tiny_model, texts, tmp_path, max_steps=-1, num_train_epochs=epochs))
     assert totals == [steps]
@@ -111,11 +111,11 @@ def test_which_tokens_are_learned(
     path = write(tmp_path / "one.jsonl", [{"prompt": "the film", "completion": "was great"}] * 2)
     seen = {}
 
-    def keep(config, model, rows, collate, folder, device):
+    def keep(config, model, rows, collate, device):
         longer = {"input_ids": [5] * 9, "skip": 0}
         seen.update(collate([rows[0], longer]))
 
-    monkeypatch.setattr(sft_module, "_train", keep)
+    monkeypatch.setattr(sft_module, "train_language_model", keep)
     run_sft(
         sft_config(tiny_model, path, tmp_path, max_length=max_length, completion_only_loss=completion_only)
     )

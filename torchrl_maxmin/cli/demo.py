@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +17,8 @@ from torchrl_maxmin.cli.parsing import config_from_mapping
 from torchrl_maxmin.cli.tools import training_histories
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
-from torchrl_maxmin.core.run import prepare_output_dir, resolve_device, write_config
+from torchrl_maxmin.core.run import resolve_device
+from torchrl_maxmin.core.run_folder import continued, how_to_go_on, is_unfinished, stage
 from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
@@ -29,6 +32,8 @@ from torchrl_maxmin.world.world import write_preferences, write_world
 
 __all__ = ["DemoConfig", "run_demo"]
 
+#: marks what comes before the reward models as whole
+_PREPARED = ".prepared"
 POLICIES = ("single", "maxmin", "oracle")
 
 
@@ -48,6 +53,7 @@ class DemoConfig:
         num_workers: processes; 0 takes two on a CPU and one on a GPU.
         recipe: YAML with the sections world, sft, reward, ppo and evaluate, each with flags of its stage;
             what it leaves out is as shipped.
+        resume_from_checkpoint: last goes on with the demo in output_dir; what is finished stays.
         device: cpu, cuda or auto.
     """
 
@@ -60,11 +66,14 @@ class DemoConfig:
     policies: list[str] = field(default_factory=lambda: list(POLICIES))
     num_workers: int = 0
     recipe: str | None = None
+    resume_from_checkpoint: str | None = None
     device: str = "auto"
 
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
         World.preset(self.world)
+        if self.resume_from_checkpoint and not (self.resume_from_checkpoint == "last" and self.output_dir):
+            raise UserError("--resume_from_checkpoint of the demo is last, of the run in --output_dir")
         unknown = [name for name in self.policies if name not in POLICIES]
         if unknown:
             raise UserError(f"--policies knows {', '.join(POLICIES)}, not {unknown[0]!r}")
@@ -127,17 +136,21 @@ def run_demo(config: DemoConfig) -> Path:
     Raises:
         UserError: before any work, for settings, a recipe or a folder that cannot be used.
     """
-    start = time.perf_counter()
     config.check()
+    folder = config.output_dir or str(_first_free(Path("runs/demo")))
+    return _run(replace(config, output_dir=folder))
+
+
+@stage("demo", inputs=("recipe",), may_change=("num_workers",))
+def _run(config: DemoConfig) -> Path:
+    start = time.perf_counter()
     device = resolve_device(config.device)
     recipe = _read_recipe(config.recipe)
-    folder = Path(config.output_dir) if config.output_dir else _first_free(Path("runs/demo"))
+    folder = Path(str(config.output_dir))
     tasks: dict[str, Task] = {}
     for seed in config.seeds:
         tasks.update(_seed_tasks(config, recipe, folder, seed, str(device)))
-    prepare_output_dir(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    write_config(folder, replace(config, output_dir=str(folder), recipe=str(folder / "recipe.yaml")))
     seconds = run_tasks(tasks, config.num_workers or (1 if device.type == "cuda" else 2))
     results = [SeedResult.load(folder / f"seed-{seed}" / "evaluation" / "result") for seed in config.seeds]
     for result in results:
@@ -145,8 +158,8 @@ def run_demo(config: DemoConfig) -> Path:
         timings = {name.removeprefix(own): s for name, s in seconds.items() if name.startswith(own)}
         result.extra["timings"] = timings
     summary = summarise(results, wall_seconds=time.perf_counter() - start)
-    write_summary(folder, summary)
     write_report(folder, summary, histories=training_histories(folder, summary))
+    write_summary(folder, summary)
     console.print(rich_table(summary))
     return folder
 
@@ -170,7 +183,7 @@ def _read_recipe(path: str | None) -> dict[str, dict[str, Any]]:
     return {name: {**section, **given.get(name, {})} for name, section in shipped.items()}
 
 
-def _stage(config_class: type, recipe: dict[str, dict[str, Any]], section: str, **fixed: Any) -> Any:
+def _stage_config(config_class: type, recipe: dict[str, dict[str, Any]], section: str, **fixed: Any) -> Any:
     """Build a stage's config from its section of the recipe and what the demo itself sets."""
     taken = [name for name in recipe[section] if name in fixed]
     if taken:
@@ -181,6 +194,8 @@ def _stage(config_class: type, recipe: dict[str, dict[str, Any]], section: str, 
 def _first_free(folder: Path) -> Path:
     candidate, number = folder, 1
     while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+        if is_unfinished(candidate):
+            console.print(f"{candidate} holds a demo that was broken off; {how_to_go_on(candidate, 'demo')}")
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
@@ -188,13 +203,23 @@ def _first_free(folder: Path) -> Path:
 
 def _prepare(task: _Prepare) -> None:
     """Write the world's files, the reference policy, and people's preferences over its responses."""
-    task.folder.mkdir(parents=True)
+    task.folder.mkdir(parents=True, exist_ok=True)
+    if (task.folder / _PREPARED).is_file():
+        return
     sizes = task.sizes
     write_world(task.folder, task.seed, sizes.num_texts, sizes.num_prompts, sizes.num_test_prompts)
-    run_sft(task.sft)
+    _go_on(run_sft, task.sft)
     counts = task.num_users, task.pairs_per_user, sizes.test_pairs_per_user
     world, policy = World.preset(task.world), task.sft.output_dir
     write_preferences(task.folder, world, policy, task.seed, *counts, device=task.sft.device)
+    (task.folder / _PREPARED).touch()
+
+
+def _go_on(function: Callable[[Any], Path], config: Any) -> Path:
+    """Run a stage, from where it was broken off if it was."""
+    if continued(Path(config.output_dir)):
+        config = replace(config, resume_from_checkpoint="last")
+    return function(config)
 
 
 def _seed_tasks(
@@ -203,39 +228,42 @@ def _seed_tasks(
     home, name = folder / f"seed-{seed}", f"seed {seed}"
     reference, world = str(home / "sft"), str(home / "world.json")
 
-    def stage(config_class: type, section: str, output: str, dataset: str, **fixed: Any) -> Any:
+    def settings_of(config_class: type, section: str, output: str, dataset: str, **fixed: Any) -> Any:
         fixed |= {"output_dir": str(home / output), "dataset_name": str(home / dataset)}
-        settings = _stage(config_class, recipe, section, seed=seed, device=device, **fixed)
+        settings = _stage_config(config_class, recipe, section, seed=seed, device=device, **fixed)
         settings.check()
         return settings
+
+    def task(function: Callable[[Any], Path], settings: Any, after: tuple[str, ...]) -> Task:
+        return Task(partial(_go_on, function), settings, after)
 
     def reward(kind: str, num_groups: int | str) -> RewardConfig:
         fixed = {"eval_dataset_name": str(home / "preferences_test.jsonl"), "num_groups": num_groups}
         fixed |= {"model_name_or_path": reference, "feature_cache": False}  # no run meets this model again
-        return stage(RewardConfig, "reward", f"reward_{kind}", "preferences.jsonl", **fixed)
+        return settings_of(RewardConfig, "reward", f"reward_{kind}", "preferences.jsonl", **fixed)
 
     def ppo(kind: str, **rewards: Any) -> PPOConfig:
         fixed = {"model_name_or_path": reference, "monitor_funcs": [world], **rewards}
-        return stage(PPOConfig, "ppo", kind, "prompts.jsonl", **fixed)
+        return settings_of(PPOConfig, "ppo", kind, "prompts.jsonl", **fixed)
 
-    sft = stage(SFTConfig, "sft", "sft", "sft.jsonl", model_name_or_path=str(home / "base_model"))
-    sizes = _stage(WorldSizes, recipe, "world")
+    sft = settings_of(SFTConfig, "sft", "sft", "sft.jsonl", model_name_or_path=str(home / "base_model"))
+    sizes = _stage_config(WorldSizes, recipe, "world")
     sizes.check()
     prepared = _Prepare(home, config.world, seed, config.num_users, config.pairs_per_user, sizes, sft)
     tasks = {f"{name}/prepare": Task(_prepare, prepared)}
     ready = (f"{name}/prepare",)
     if "maxmin" in config.policies:
-        tasks[f"{name}/reward_maxmin"] = Task(run_reward, reward("maxmin", config.num_groups), ready)
+        tasks[f"{name}/reward_maxmin"] = task(run_reward, reward("maxmin", config.num_groups), ready)
     if "single" in config.policies:
-        tasks[f"{name}/reward_single"] = Task(run_reward, reward("single", 1), ready)
+        tasks[f"{name}/reward_single"] = task(run_reward, reward("single", 1), ready)
     for kind in config.policies:
         if kind == "oracle":
-            tasks[f"{name}/oracle"] = Task(run_ppo, ppo("oracle", reward_funcs=[world]), ready)
+            tasks[f"{name}/oracle"] = task(run_ppo, ppo("oracle", reward_funcs=[world]), ready)
         else:
             trained = ppo(kind, reward_model_path=str(home / f"reward_{kind}"))
-            tasks[f"{name}/{kind}"] = Task(run_ppo, trained, (f"{name}/reward_{kind}",))
+            tasks[f"{name}/{kind}"] = task(run_ppo, trained, (f"{name}/reward_{kind}",))
     paths = {"sft": reference, **{kind: str(home / kind) for kind in config.policies}}
-    evaluation = stage(
+    evaluation = settings_of(
         EvaluateConfig,
         "evaluate",
         "evaluation",
@@ -245,5 +273,5 @@ def _seed_tasks(
         reward_model_path=str(home / "reward_maxmin") if "maxmin" in config.policies else None,
     )
     needed = ready + tuple(f"{name}/{kind}" for kind in config.policies)
-    tasks[f"{name}/evaluate"] = Task(measure_policies, evaluation, needed)
+    tasks[f"{name}/evaluate"] = task(measure_policies, evaluation, needed)
     return tasks

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torchrl_maxmin.cli.parsing import mentions, parse_config
 from torchrl_maxmin.core.errors import EngineError, LostRankError, UserError
+from torchrl_maxmin.core.interruption import Interrupted
 from torchrl_maxmin.core.progress import quiet
 
 __all__ = ["main"]
@@ -83,8 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LostRankError, EngineError) as error:
         _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
         return 1
+    except Interrupted as error:
+        _say(f"torchrl-maxmin {error or f'{verb} ends after {error.name}'}", error=True)
+        return 128 + error.signum
     except KeyboardInterrupt:
-        _say("interrupted", error=True)
+        _say(f"torchrl-maxmin {verb} ends after Ctrl-C", error=True)
         return 130
 
 

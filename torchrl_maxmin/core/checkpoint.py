@@ -1,4 +1,4 @@
-"""Everything a policy run needs to go on as if it had never stopped, written whole or not at all."""
+"""Everything a run needs to go on as if it had never stopped, written whole or not at all, without pickle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,20 @@ from torchrl_maxmin.core.distributed import (
     device_mesh,
     gather_objects,
     is_main_process,
-    of_main_process,
     rank,
     restarted,
     shares_rows,
     wait_for_all,
 )
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.run import prepare_output_dir, replace_folder
+from torchrl_maxmin.core.manifest import MANIFEST, DamagedError, require_whole, write_manifest
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run import replace_folder
+from torchrl_maxmin.core.serial import STRUCTURE, Elsewhere, load_state, save_state, sync_folder
 
 __all__ = ["find_checkpoint", "random_state", "restore_random_state", "save_checkpoint", "saved_state"]
 
-_FILE, _SHARDS = "state.pt", "shards"
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Stands in a checkpoint for a tensor of which every process wrote its part.
-
-    Attributes:
-        name: of the tensor among these.
-    """
-
-    name: str
+_SHARDS = "shards"
 
 
 def random_state() -> dict[str, Any]:
@@ -71,11 +61,18 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save_checkpoint(folder: Path, iteration: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, iteration: int, state: dict[str, Any], keep: int | None = None) -> Path:
     """Write ``checkpoint-N``; a crash on the way leaves older checkpoints as they were.
 
     All processes that work as one call it. The main one writes, and each its parts of sharded tensors, by
-    ``torch.distributed.checkpoint``.
+    ``torch.distributed.checkpoint``; every file is safetensors or JSON, and ``manifest.json`` holds their
+    checksums.
+
+    Args:
+        folder: of the run.
+        iteration: N.
+        state: what :func:`~torchrl_maxmin.core.serial.save_state` takes.
+        keep: how many checkpoints stay, the latest ones; all, if None.
     """
     partial = folder / f".checkpoint-{iteration}.partial"
     final = folder / f"checkpoint-{iteration}"
@@ -85,14 +82,22 @@ def save_checkpoint(folder: Path, iteration: int, state: dict[str, Any]) -> Path
     if is_main_process():
         shutil.rmtree(partial, ignore_errors=True)  # with shards of other processes
         partial.mkdir(parents=True)
-        torch.save(state, partial / _FILE)
+        save_state(partial, state)
     wait_for_all()
     if shards:
-        from torch.distributed.checkpoint import save
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
-        save(shards, checkpoint_id=partial / _SHARDS)
+        save(shards, storage_writer=HuggingFaceStorageWriter(str(partial / _SHARDS), save_distributed=True))
     if is_main_process():
+        write_manifest(partial, [path for path in partial.rglob("*") if path.is_file()])
+        sync_folder(partial)
         replace_folder(partial, final)
+        sync_folder(folder)
+        if keep is not None:
+            places = _checkpoints(folder)
+            for other in sorted(places)[:-keep]:
+                if other != iteration:
+                    shutil.rmtree(places[other])
     wait_for_all()
     return final
 
@@ -103,7 +108,7 @@ def _set_aside(name: str, value: Any, shards: dict[str, Any]) -> Any:
     if not isinstance(value, DTensor):
         return value
     shards[name] = value
-    return Shards(name)
+    return Elsewhere(name)
 
 
 def _map_leaves(value: Any, function: Callable[[str, Any], Any], name: str = "") -> Any:
@@ -126,10 +131,10 @@ def _load_shards(folder: Path) -> dict[str, Any]:
             f"{folder.parent} was written by --distributed fsdp2; resume with it, under torchrun, with any "
             "number of processes"
         )
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.tensor import Shard, empty
 
-    reader, mesh = FileSystemReader(folder), device_mesh()
+    reader, mesh = HuggingFaceStorageReader(str(folder)), device_mesh()
     shards = {
         name: empty(of.size, dtype=of.properties.dtype, device_mesh=mesh, placements=[Shard(0)])
         for name, of in reader.read_metadata().state_dict_metadata.items()
@@ -138,54 +143,70 @@ def _load_shards(folder: Path) -> dict[str, Any]:
     return shards
 
 
-def find_checkpoint(folder: Path, name: str) -> dict[str, Any]:
-    """Load a checkpoint by its folder, or the ``last`` one of ``folder``.
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by iteration."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    return {int(match[1]): path for match, path in found if match}
+
+
+def find_checkpoint(folder: Path, name: str) -> dict[str, Any] | None:
+    """Load a checkpoint by its folder, or the ``last`` one of ``folder`` that is whole.
+
+    Returns:
+        The state; None for ``last`` where there is no checkpoint yet, or none that is whole.
 
     Raises:
-        UserError: if there is none, or it cannot be read.
+        UserError: if the one that is named is not there, or damaged.
     """
-    chosen = Path(name)
-    if name == "last":
-        steps = {
-            int(m[1]): p
-            for p in folder.glob("checkpoint-*")
-            if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-        }
-        if not steps:
-            raise UserError(f"no checkpoint in {folder}; start the run without --resume_from_checkpoint")
-        chosen = steps[max(steps)]
-    elif not chosen.exists() and (folder / name).exists():
-        chosen = folder / name
-    if not (chosen / _FILE).is_file():
-        raise UserError(f"no checkpoint at {chosen}; give a folder that holds {_FILE}")
-    try:
-        # our own file, and it holds the states of Python's and numpy's generators
-        state = torch.load(chosen / _FILE, weights_only=False)
-        if not (chosen / _SHARDS).is_dir():
-            return state
-        shards = _load_shards(chosen / _SHARDS)
-        return _map_leaves(state, lambda _, value: shards[value.name] if isinstance(value, Shards) else value)
-    except UserError:
-        raise
-    except Exception as error:  # half a pickle may end in any
-        raise UserError(f"{chosen / _FILE} is damaged and cannot be read; resume from another one") from error
+    if name != "last":
+        chosen = folder / name if not Path(name).exists() and (folder / name).exists() else Path(name)
+        if not (chosen / STRUCTURE).is_file():
+            raise UserError(f"no checkpoint at {chosen}; give a folder that holds {STRUCTURE}, or last")
+        return _load(chosen)
+    places = _checkpoints(folder)
+    for iteration in sorted(places, reverse=True):
+        try:
+            return _load(places[iteration])
+        except DamagedError as error:
+            before = [f"checkpoint-{other}" for other in sorted(places) if other < iteration]
+            instead = f"going on from {before[-1]}" if before else "the run begins anew"
+            console.print(f"! {error}; {instead}", markup=False, soft_wrap=True)
+    return None
 
 
 def saved_state(config: Any) -> dict[str, Any] | None:
     """The checkpoint that a stage goes on from; None, with its output folder made, where it begins.
 
-    A run that torchrun started again goes on from its last checkpoint, whatever it was told at first.
+    A run that torchrun started again goes on from its last checkpoint, whatever it was given at first.
 
     Args:
         config: with ``output_dir`` and ``resume_from_checkpoint``.
 
     Raises:
-        UserError: where there is no such checkpoint, or the folder is in use.
+        UserError: where the checkpoint that is named is not there, or damaged.
     """
-    folder, name = Path(config.output_dir), config.resume_from_checkpoint
-    if restarted() and of_main_process(lambda: bool([*folder.glob("checkpoint-*")])):
-        name = "last"
-    if name:
-        return find_checkpoint(folder, name)
-    prepare_output_dir(folder)
-    return None
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "last" if restarted() else config.resume_from_checkpoint
+    return find_checkpoint(folder, name) if name else None
+
+
+def _load(chosen: Path) -> dict[str, Any]:
+    """The state in a checkpoint.
+
+    Raises:
+        DamagedError: for one that is not whole.
+    """
+    if not (chosen / MANIFEST).is_file():
+        raise DamagedError(f"{chosen / MANIFEST} is missing")
+    require_whole(chosen)
+    try:
+        state = load_state(chosen)
+        if not (chosen / _SHARDS).is_dir():
+            return state
+        shards = _load_shards(chosen / _SHARDS)
+    except UserError:
+        raise
+    except Exception as error:  # the manifest itself may be of another folder
+        raise DamagedError(f"{chosen} cannot be read ({type(error).__name__}: {error})") from error
+    return _map_leaves(state, lambda _, value: shards[value.name] if isinstance(value, Elsewhere) else value)

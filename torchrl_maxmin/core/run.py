@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
-from torchrl_maxmin.core.distributed import is_main_process, of_main_process, rank, restarted
+from torchrl_maxmin.core.distributed import is_main_process, of_main_process, rank
 from torchrl_maxmin.core.errors import UserError
-
-Stage = TypeVar("Stage", bound=Callable[[Any], Any])
 
 __all__ = [
     "MetricsLog",
-    "leave_no_empty_output",
     "nonfinite_batch",
     "prepare_output_dir",
     "require_finite",
@@ -61,34 +56,12 @@ def prepare_output_dir(path: str | Path) -> Path:
     folder = Path(path)
 
     def prepare() -> None:
-        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if used and not restarted():  # by the same run, which failed before its first checkpoint
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"output folder {folder} is not empty; choose another --output_dir or remove it")
         folder.mkdir(parents=True, exist_ok=True)
 
     of_main_process(prepare)
     return folder
-
-
-def leave_no_empty_output(stage: Stage) -> Stage:
-    """Wrap a stage: where it ends in :class:`UserError`, no empty folder that it made stays behind.
-
-    Some checks need a loaded model, or samples of it; whether the folder can be had must be known before.
-    """
-
-    @functools.wraps(stage)
-    def run(config: Any) -> Any:
-        folder = Path(config.output_dir)
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            return stage(config)
-        except UserError:
-            with contextlib.suppress(OSError):  # the first that holds something ends it
-                for path in new:
-                    path.rmdir()
-            raise
-
-    return run  # type: ignore[return-value]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -101,10 +74,20 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_config(folder: Path, config: Any) -> None:
-    """Write the resolved config of a stage; the file is what ``--config`` takes."""
+    """Write the resolved config of a stage; the file is what ``--config`` takes, to begin or to go on."""
     if not is_main_process():
         return
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    partial = folder / ".config.yaml.partial"
+    partial.write_text(config_text(config))
+    os.replace(partial, folder / "config.yaml")
+
+
+def config_text(config: Any) -> str:
+    """A config as YAML, without where a run went on."""
+    settings = asdict(config)
+    if settings.get("resume_from_checkpoint"):
+        settings["resume_from_checkpoint"] = None
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 class MetricsLog:

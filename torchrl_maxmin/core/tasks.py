@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torchrl_maxmin.core.interruption import Interrupted
 from torchrl_maxmin.core.progress import bars, forward_to, prefixed, quiet
 
 __all__ = ["Task", "run_tasks"]
@@ -50,7 +53,8 @@ def run_tasks(tasks: Mapping[str, Task], num_workers: int, overall: str = "") ->
     seconds: dict[str, float] = {}
     waiting = dict(tasks)
     running: dict[Future, str] = {}
-    with _Drawing(queue, overall), ProcessPoolExecutor(num_workers, context, _start_worker, (queue,)) as pool:
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (queue,))
+    with _Drawing(queue, overall), pool, _ended_together():
         while waiting or running:
             if overall:
                 queue.put((overall, overall, len(seconds), len(tasks), ""))
@@ -64,6 +68,18 @@ def run_tasks(tasks: Mapping[str, Task], num_workers: int, overall: str = "") ->
         if overall:
             queue.put((overall, overall, len(tasks), len(tasks), ""))
     return seconds
+
+
+@contextmanager
+def _ended_together() -> Iterator[None]:
+    """Hand SIGTERM, which this process alone gets, to the workers: they write their checkpoints."""
+    try:
+        yield
+    except Interrupted as error:
+        if error.signum == signal.SIGTERM:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+        raise
 
 
 def _result(future: Future, pool: ProcessPoolExecutor) -> float:

@@ -17,13 +17,8 @@ from torchrl_maxmin.clustering.heads import Heads
 from torchrl_maxmin.clustering.selection import L2_CANDIDATES
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
-from torchrl_maxmin.core.run import (
-    leave_no_empty_output,
-    prepare_output_dir,
-    resolve_device,
-    seed_everything,
-    write_config,
-)
+from torchrl_maxmin.core.run import resolve_device, seed_everything
+from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.diagnosis.analysis import ONE_USER, check_pairs, diagnose
 from torchrl_maxmin.diagnosis.describing import describe_groups
 from torchrl_maxmin.diagnosis.people import write_users
@@ -64,6 +59,7 @@ class DiagnoseConfig(MixtureSettings):
             table by group, and whether they are related.
         show_user_ids: false names users by numbers (user 1, user 2, ...) in every file; true writes their
             ids, and user_ids.csv with the number that each has in a run of the same data and seed.
+        resume_from_checkpoint: last finishes the diagnosis in output_dir.
     """
 
     dataset_name: str
@@ -77,6 +73,7 @@ class DiagnoseConfig(MixtureSettings):
     num_bootstrap: int = 20
     describe_columns: list[str] | None = None
     show_user_ids: bool = False
+    resume_from_checkpoint: str | None = None
 
     @property
     def is_array_file(self) -> bool:
@@ -117,7 +114,7 @@ class _Pairs:
     described: dict[str, list[str | None]] = field(default_factory=dict)
 
 
-@leave_no_empty_output
+@stage("diagnose", inputs=("dataset_name", "model_name_or_path"))
 def run_diagnose(config: DiagnoseConfig) -> Path:
     """Diagnose preference data; returns the folder.
 
@@ -129,11 +126,10 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         UserError: before any work, for data, models or folders that cannot be used.
     """
     config.check()
-    num_groups, columns = config.groups(), config.describe_columns or []
+    num_groups, columns, folder = config.groups(), config.describe_columns or [], Path(config.output_dir)
     if config.is_array_file:
         pairs = _from_arrays(Path(config.dataset_name), columns)
         check_pairs(pairs.differences, pairs.user_offsets, num_groups, config.beta, pairs.groups)
-        folder = prepare_output_dir(config.output_dir)
     else:
         device = resolve_device(config.device)
         require_model(str(config.model_name_or_path))
@@ -141,7 +137,6 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         if data.num_users < 2:
             raise UserError(ONE_USER)
         data.require_users(num_groups or 2)
-        folder = prepare_output_dir(config.output_dir)
         from torchrl_maxmin.rewards.pairs import raw_feature_choices
 
         model, reading = str(config.model_name_or_path), config.reading_options() | config.feature_options()
@@ -177,14 +172,13 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     if pairs.described:
         groups = mixture.assignments.tolist()
         summary["describing"] = describe_groups(pairs.described, groups, found.num_groups, config.seed)
-    write_summary(folder, {**summary, "verdict": verdict(summary)})
     write_diagnosis(folder, summary)
     names = None if pairs.contents is None else pairs.contents.feature_names
     origin = {"model": str(config.model_name_or_path)} if names is None else {"file": config.dataset_name}
     weight, scale = found.features.heads(mixture.weight), found.features.scale
     Heads(weight, scale, mixture.log_prior, names, origin).save(folder / "heads.safetensors")
     write_users(folder, pairs.user_ids, mixture.responsibilities, config.seed, config.show_user_ids)
-    write_config(folder, config)
+    write_summary(folder, {**summary, "verdict": verdict(summary)})
     if summary["repeated_pairs"]:
         console.print(f"! {repeats_text(summary['repeated_pairs'])}")
     console.print(verdict_table(summary))

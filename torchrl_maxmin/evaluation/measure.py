@@ -18,12 +18,10 @@ from torchrl_maxmin.core.distributed import MODES, across_ranks, is_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console, progress_bar
 from torchrl_maxmin.core.run import (
-    leave_no_empty_output,
-    prepare_output_dir,
     resolve_device,
     seed_everything,
-    write_config,
 )
+from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
@@ -49,6 +47,10 @@ from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
 from torchrl_maxmin.rollouts.certificate import policy_certificate, score_responses
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
+
+#: what an evaluation is of
+INPUTS = ("policies", "dataset_name", "judge", "reward_model_path")
+MAY_CHANGE = ("judge_retries", "judge_timeout")
 
 
 @dataclass
@@ -82,6 +84,7 @@ class EvaluateConfig(SamplingSettings, ChatSettings):
         response_length: most tokens of a response.
         max_prompt_length: longest prompt in tokens.
         dataset_split: split of the prompts.
+        resume_from_checkpoint: last goes on with the evaluation in output_dir.
         seed: seed of the sampling, and the number that the results are filed under.
         device: cpu, cuda or auto.
         distributed: none, or what each of the processes holds that torchrun starts (torchrun --nproc_per_node
@@ -106,6 +109,7 @@ class EvaluateConfig(SamplingSettings, ChatSettings):
     response_length: int = 53
     max_prompt_length: int = 512
     dataset_split: str = "test"
+    resume_from_checkpoint: str | None = None
     seed: int = 0
     device: str = "auto"
     distributed: str = "none"
@@ -146,24 +150,25 @@ class EvaluateConfig(SamplingSettings, ChatSettings):
 
 
 @across_ranks
+@stage("evaluate", inputs=INPUTS, may_change=MAY_CHANGE)
 def run_evaluate(config: EvaluateConfig) -> Path:
     """Measure policies and write ``summary.json``, ``report.md`` and plots; returns the folder."""
     result, folder = _measure(config)
     if is_main_process():
         summary = summarise([result])
-        write_summary(folder, summary)
         write_report(folder, summary)
+        write_summary(folder, summary)
         console.print(rich_table(summary))
     return folder
 
 
 @across_ranks
+@stage("evaluate", inputs=INPUTS, may_change=MAY_CHANGE, result="result/result.json")
 def measure_policies(config: EvaluateConfig) -> Path:
     """Measure policies and save the raw result alone; seeds are summarised together later."""
     return _measure(config)[1]
 
 
-@leave_no_empty_output
 def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     folders = config.folders()
     device = resolve_device(config.device)
@@ -177,7 +182,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         mixture = load_reward_model(config.reward_model_path).to(device)
         reward = _read_summary(config.reward_model_path)
         trained = _trained_with(folders[config.certify]) if config.certify in folders else {}
-    folder = prepare_output_dir(config.output_dir)
+    folder = Path(config.output_dir)
     columns: dict[str, Any] = {}
     if isinstance(judge, UtilityJudge) and judge.function is not None:
         columns = extra_columns([judge.function], table, range(len(texts)))
@@ -224,7 +229,6 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     result = SeedResult(config.seed, *groups, utilities, kl, length, extra, wins, judge.shares_are)
     if is_main_process():
         result.save(folder / "result")
-    write_config(folder, config)
     return result, folder
 
 

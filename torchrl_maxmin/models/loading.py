@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run_folder import require_finished
 from torchrl_maxmin.models.sequences import text_config
 
 __all__ = [
@@ -94,6 +95,7 @@ def load_config(name_or_path: str) -> Any:
     Raises:
         UserError: unless ``name_or_path`` holds, or can fetch, one.
     """
+    require_finished(name_or_path)
     name_or_path = adapted_model(name_or_path) or name_or_path
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():

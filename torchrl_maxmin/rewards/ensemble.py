@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.run_folder import require_finished
 from torchrl_maxmin.models.loading import load_classifier, load_tokenizer, reading, require_model
 from torchrl_maxmin.models.lora import import_peft, quiet_peft
 from torchrl_maxmin.models.sequences import backbone_of, pad_right
@@ -255,6 +256,7 @@ def load_reward_model(name_or_path: str | Path) -> RewardMixture | RewardEnsembl
         UserError: for what is none of these, and for models without a trained head.
     """
     path = Path(name_or_path)
+    require_finished(path)
     if path.suffix == ".json" or (path / _FILE).is_file():
         return RewardEnsemble.from_pretrained(path)
     if (path / "mixture.json").is_file():

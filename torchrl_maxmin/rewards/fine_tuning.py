@@ -110,7 +110,7 @@ class FineTuning(MStep):
         mixture: the reward model, which it trains.
         pairs: training pairs as tokens.
         settings: of the optimizer.
-        advance: moves a progress bar by a step.
+        on_step: called after every optimizer step with the responsibilities of its round.
     """
 
     max_repairs = 1
@@ -120,9 +120,10 @@ class FineTuning(MStep):
         mixture: RewardMixture,
         pairs: PairTokens,
         settings: FineTuningSettings,
-        advance: Callable[..., None] = lambda note: None,
+        on_step: Callable[[Tensor], None] = lambda responsibilities: None,
     ):
-        self.mixture, self.pairs, self.settings, self.advance = mixture, pairs, settings, advance
+        self.mixture, self.pairs, self.settings, self.on_step = mixture, pairs, settings, on_step
+        self.num_steps, self.loss = 0, 0.0  # of the round in hand, and of its last step
         start_alike(mixture.parameters())
         groups = [
             {"params": mixture.trunk_parameters(), "lr": settings.learning_rate},
@@ -157,17 +158,18 @@ class FineTuning(MStep):
 
     def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
         """Take the optimizer steps of a round; returns the last step's loss."""
-        loss = 0.0
         self.mixture.train()  # adapters' dropout alone: the trunk has none
-        for _ in range(self.settings.steps_per_round):
+        while self.num_steps < self.settings.steps_per_round:
             self.optimizer.zero_grad()
-            loss = self.backward(next(self.batches), responsibilities)
+            self.loss = self.backward(next(self.batches), responsibilities)
             clip_gradients(list(self.mixture.parameters()), 1.0)
             self.optimizer.step()
             self.schedule.step()
-            self.advance(note=f"loss {loss:.3f}")
+            self.num_steps += 1
+            self.on_step(responsibilities)
+        self.num_steps = 0
         self.mixture.eval()
-        return {"loss": loss}
+        return {"loss": self.loss}
 
     def backward(self, choices: list[int], responsibilities: Tensor) -> float:
         """Add the gradient of the loss on these choices to the parameters', a micro-batch at a time.
@@ -221,8 +223,10 @@ class FineTuning(MStep):
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the last round."""
+        """The state after the last step."""
         return {
+            "num_steps": self.num_steps,
+            "loss": self.loss,
             "model": self.mixture.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -236,4 +240,5 @@ class FineTuning(MStep):
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.batches.load_state_dict(state["batches"])
+        self.num_steps, self.loss = state["num_steps"], state["loss"]
         torch.set_rng_state(state["random"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torchrl_maxmin.clustering.selection import (
 from torchrl_maxmin.clustering.shares import AdamStepOfShares
 from torchrl_maxmin.core.distributed import of_main_process, shares_rows
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.interruption import Interrupted, signals_held
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.sequences import backbone_of
 from torchrl_maxmin.models.sharding import shard
@@ -141,6 +143,7 @@ def fit_mixture(
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_round: Callable[[dict[str, Any]], None] | None = None,
+    on_interruption: Callable[[dict[str, Any]], Path] | None = None,
     resume: dict[str, Any] | None = None,
     sharded: bool = False,
     **optimizer: Any,
@@ -170,6 +173,8 @@ def fit_mixture(
         seed: of starts, batches and new heads.
         device: where the reward model trains.
         on_round: called after every round with the state that ``resume`` takes.
+        on_interruption: called after the step in hand with such a state, where Ctrl-C or SIGTERM ends the
+            run; returns where it is written.
         resume: go on from such a state; the result is bit-equal to a run that never stopped.
         sharded: whether each of the processes that work as one holds a part of the trunk.
         **optimizer: rounds, steps, rates and batch sizes: fields of
@@ -214,18 +219,29 @@ def fit_mixture(
     if sharded:
         shard(backbone_of(mixture.model))
     pairs = PairTokens(data, mixture.encoder(max_length), mixture.reader.pad_id)
-    with progress_bar(f"reward model, K={mixture.num_groups}", tuning.total_steps) as advance:
-        m_step = FineTuning(mixture, pairs, tuning, advance)
-        history: list[dict[str, Any]] = []
+    bar = progress_bar(f"reward model, K={mixture.num_groups}", tuning.total_steps)
+    with bar as advance, signals_held() as waiting:
+        history: list[dict[str, Any]] = [] if resume is None else resume["history"]
+
+        def state_at(responsibilities: Tensor) -> dict[str, Any]:
+            own = {"responsibilities": responsibilities, "history": history, "warm_start": warm}
+            return m_step.state_dict() | own
+
+        def on_step(responsibilities: Tensor) -> None:
+            advance(note=f"loss {m_step.loss:.3f}")
+            if on_interruption is not None and (signum := waiting()):
+                raise Interrupted.at_checkpoint(signum, on_interruption(state_at(responsibilities)))
+
+        def keep(responsibilities: Tensor, records: list[dict[str, Any]]) -> None:
+            history[:] = records
+            if on_round is not None:
+                on_round(state_at(responsibilities))
+
+        m_step = FineTuning(mixture, pairs, tuning, on_step)
         if resume is not None:
             m_step.load_state_dict(resume)
-            start, history = resume["responsibilities"], resume["history"]
-        advance(len(history) * tuning.steps_per_round)
-
-        def keep(responsibilities: Tensor, history: list[dict[str, Any]]) -> None:
-            if on_round is not None:
-                state = {"responsibilities": responsibilities, "history": history, "warm_start": warm}
-                on_round(m_step.state_dict() | state)
+            start = resume["responsibilities"]
+        advance(len(history) * tuning.steps_per_round + m_step.num_steps)
 
         settings = EMSettings(
             assignment="known" if use_true_groups else assignment,

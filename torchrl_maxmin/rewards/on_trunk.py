@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run_folder import require_finished
 from torchrl_maxmin.models.loading import OWN_PAD, load_config, load_tokenizer, reading
 from torchrl_maxmin.models.sequences import backbone_of, states_width, text_config
 from torchrl_maxmin.models.weights import config_difference, read_weight, saved_weights, weights_difference
@@ -54,6 +55,7 @@ class SavedMixture:
             UserError: for one that lacks its heads or adapters.
         """
         folder = Path(name_or_path)
+        require_finished(folder)
         path = folder / "mixture.json"
         if not path.is_file():
             return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -94,7 +95,7 @@ class CalibratedRewards:
         dtype = None if mixture is None else next(mixture.parameters()).dtype
         self.calibration = Calibration.fit(raw, method, dtype=dtype)
         if is_main_process():
-            torch.save(raw, self.folder / "reference_rewards.pt")
+            save_file({"rewards": raw.contiguous()}, self.folder / "reference_rewards.safetensors")
         if by_prompt or self.calibration.by_prompt:
             together = math.lcm(rows_at_once(reference), baseline_samples)  # whole batches sample alike
             parts = prompts.split(together // baseline_samples)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
@@ -29,13 +30,8 @@ from torchrl_maxmin.core.distributed import (
     world_size,
 )
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.run import (
-    leave_no_empty_output,
-    resolve_device,
-    seed_everything,
-    write_config,
-    write_json,
-)
+from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
+from torchrl_maxmin.core.run_folder import require_finished, stage
 from torchrl_maxmin.envs import GroupReward, make_env
 from torchrl_maxmin.masks import whiten
 from torchrl_maxmin.models.mlp import make_actor, make_critic
@@ -48,7 +44,7 @@ from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
-from torchrl_maxmin.trainers.ppo_settings import adversary_of
+from torchrl_maxmin.trainers.ppo_settings import WORKERS_MAY_CHANGE, adversary_of
 
 __all__ = [
     "EnvParts",
@@ -60,7 +56,7 @@ __all__ = [
     "train_env_policy",
 ]
 
-POLICY_FILE = "policy.pt"
+POLICY_FILE = "policy.safetensors"
 
 
 def load_env_policy(folder: str | Path) -> tuple[TensorDictModule, EnvBase]:
@@ -76,12 +72,13 @@ def load_env_policy(folder: str | Path) -> tuple[TensorDictModule, EnvBase]:
         UserError: if the folder holds no such policy.
     """
     folder = Path(folder)
+    require_finished(folder)
     if not (folder / POLICY_FILE).is_file():
         raise UserError(f"no {POLICY_FILE} in {folder}; give the output folder of ppo --env_id")
     config = EnvPPOConfig(**yaml.safe_load((folder / "config.yaml").read_text()))
     env = make_group_env(config, config.seed)
     actor = make_actor(env, config.hidden_sizes)
-    actor.load_state_dict(torch.load(folder / POLICY_FILE, weights_only=True, map_location="cpu"))
+    actor.load_state_dict(load_file(folder / POLICY_FILE))
     return actor, env
 
 
@@ -140,7 +137,7 @@ class EnvParts(PPOParts):
 
 
 @across_ranks
-@leave_no_empty_output
+@stage("ppo", may_change=WORKERS_MAY_CHANGE, length="total_frames")
 def run_env_ppo(config: EnvPPOConfig) -> Path:
     """Train a policy in an environment and save it; returns its folder.
 
@@ -168,7 +165,7 @@ def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
     actor = make_actor(env, config.hidden_sizes).to(device)
     columns = 1 if config.objective == "mean_of_mins" else num_groups
     models = Networks(actor, make_critic(env, columns, config.hidden_sizes).to(device))
-    state = find_state(config, config.num_iterations, "--total_frames")
+    state = find_state(config, config.num_iterations)
     workers = start_workers(config)
     if rank():
         torch.manual_seed(seed_of_rank(config.seed))  # actions of other copies are others
@@ -201,7 +198,6 @@ def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
         start=start,
     )
     restore(state, parts, folder)
-    write_config(folder, config)
     return parts
 
 
@@ -218,7 +214,7 @@ def train_env_policy(config: EnvPPOConfig, parts: EnvParts, started: float | Non
         actor = parts.models.policy
         if is_main_process():
             partial = folder / f".{POLICY_FILE}.partial"
-            torch.save(actor.state_dict(), partial)
+            save_file({name: value.contiguous() for name, value in actor.state_dict().items()}, partial)
             os.replace(partial, folder / POLICY_FILE)
         seconds = time.perf_counter() - started
         env = make_group_env(config, config.seed + 1).to(next(actor.parameters()).device)

@@ -14,12 +14,8 @@ from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 from torchrl_maxmin.collectors import GroupStatistics
 from torchrl_maxmin.core.distributed import across_ranks, over_ranks, rank, shares_rows
 from torchrl_maxmin.core.progress import console
-from torchrl_maxmin.core.run import (
-    leave_no_empty_output,
-    resolve_device,
-    write_config,
-    write_json,
-)
+from torchrl_maxmin.core.run import resolve_device, write_json
+from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.models.full import LanguageNetworks
 from torchrl_maxmin.models.loading import load_tokenizer, require_causal_lm
 from torchrl_maxmin.models.making import make_networks
@@ -48,7 +44,7 @@ from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.lm_workers import load_reference, start_workers
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
-from torchrl_maxmin.trainers.ppo_settings import adversary_of
+from torchrl_maxmin.trainers.ppo_settings import WORKERS_MAY_CHANGE, adversary_of
 from torchrl_maxmin.trainers.token_advantages import LanguageAdvantages, make_advantages
 from torchrl_maxmin.welfare import Egalitarian
 
@@ -65,7 +61,12 @@ class LanguageParts(PPOParts):
 
 
 @across_ranks
-@leave_no_empty_output
+@stage(
+    "ppo",
+    inputs=("model_name_or_path", "dataset_name", "reward_model_path", "reward_funcs", "monitor_funcs"),
+    may_change=WORKERS_MAY_CHANGE,
+    length="num_iterations",
+)
 def run_ppo(config: PPOConfig) -> Path:
     """Train a policy and save it; returns its folder.
 
@@ -118,7 +119,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     monitors: list[Monitor] = []
     if monitor_functions:
         monitors.append(monitor_rewards(FunctionRewards(monitor_functions, tokenizer, texts, columns)))
-    state = find_state(config, config.num_iterations, "--num_iterations")
+    state = find_state(config, config.num_iterations)
 
     workers = start_workers(config)
     reference = load_reference(config, tokenizer, device)
@@ -216,7 +217,6 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     if rank():
         torch.manual_seed(config.seed + rank())  # dropout of other rows is another
     restore(state, parts, folder)
-    write_config(folder, config)
     return parts
 
 

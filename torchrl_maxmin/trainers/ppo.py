@@ -20,8 +20,8 @@ from torchrl_maxmin.core.checkpoint import (
     save_checkpoint,
     saved_state,
 )
-from torchrl_maxmin.core.distributed import restarted
 from torchrl_maxmin.core.errors import EngineError, UserError
+from torchrl_maxmin.core.interruption import Interrupted, signals_held
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import MetricsLog
 from torchrl_maxmin.models.networks import Networks
@@ -109,7 +109,7 @@ def train(
     """
     folder, stop = Path(config.output_dir), config.stop_at_iteration or learner.num_iterations
     log = MetricsLog(folder, config.report_to, keep=start)
-    finished = start == learner.num_iterations  # where torchrun goes on with a run that had only to be saved
+    finished = start == learner.num_iterations  # a run that had only to be saved
     done = start
 
     def checkpoint() -> Path:
@@ -118,11 +118,12 @@ def train(
             state |= part.state_dict()
         state |= rollouts.checkpoint(done)
         # the random numbers last, since new episodes draw some
-        return save_checkpoint(folder, done, state | {"random": random_state()})
+        state |= {"random": random_state()}
+        return save_checkpoint(folder, done, state, config.save_total_limit or None)
 
     bar = progress_bar(f"ppo ({folder.name})", stop - start)
     lost = saved_on_failure(lambda: checkpoint() if done > start else None)
-    with closing(rollouts), lost, bar as advance:
+    with signals_held() as waiting, closing(rollouts), lost, bar as advance:
         for done, rollout in zip(range(start + 1, stop + 1), rollouts, strict=False):
             # 1. Utilities of the groups under the policy; the adversary moves their weights.
             batch = statistics(rollout)
@@ -139,6 +140,8 @@ def train(
             # 5. Checkpoint.
             if (config.save_steps and done % config.save_steps == 0) or done == config.stop_at_iteration:
                 checkpoint()
+            if signum := waiting():
+                raise Interrupted.at_checkpoint(signum, checkpoint())
             worst, kl = (metrics.get(f"objective/{name}") for name in ("welfare", "kl"))
             note = "no episode ended" if worst is None else f"worst group {worst:+.2f}"
             advance(note=note if kl is None else f"{note}  kl {kl:z.1f}")
@@ -191,22 +194,25 @@ def update_metrics(losses: Mapping[str, Tensor], group_weights: Tensor) -> Metri
     return {name: float(value) for name, value in metrics.items()}
 
 
-def find_state(config: PPOSettings, num_iterations: int, flag: str) -> dict[str, Any] | None:
+def find_state(config: PPOSettings, num_iterations: int) -> dict[str, Any] | None:
     """The checkpoint to go on from; None, with the output folder made, where a run begins.
+
+    One that is at the end has only to be saved.
 
     Args:
         config: the stage's settings.
         num_iterations: rollouts of the whole run.
-        flag: what makes a run longer, for the message.
 
     Raises:
-        UserError: where there is no such checkpoint, it is at the end already, or the folder is in use.
+        UserError: where there is no such checkpoint, or it is where the run is to stop.
     """
     state = saved_state(config)
-    if state is None:
-        return None
-    if state["iteration"] >= (config.stop_at_iteration or num_iterations) and not restarted():
-        raise UserError(f"the checkpoint is at iteration {state['iteration']} already; raise {flag}")
+    stop = config.stop_at_iteration
+    if state is not None and 0 < stop <= state["iteration"] < num_iterations:
+        raise UserError(
+            f"the checkpoint is at iteration {state['iteration']} already; raise --stop_at_iteration, or "
+            "give 0 to run to the end"
+        )
     return state
 
 

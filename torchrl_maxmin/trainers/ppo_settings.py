@@ -24,9 +24,17 @@ from torchrl_maxmin.welfare import (
     make_welfare,
 )
 
-__all__ = ["OBJECTIVES", "PPOSettings", "adversary_of"]
+__all__ = ["OBJECTIVES", "WORKERS_MAY_CHANGE", "PPOSettings", "adversary_of"]
 
 OBJECTIVES = ("min_of_means", "mean_of_prompt_mins", "mean_of_mins")
+#: where rollouts come from, which may change where a run goes on
+WORKERS_MAY_CHANGE = (
+    "ray_address",
+    "rollout_worker_gpus",
+    "rollout_workers",
+    "vllm_gpu_memory_utilization",
+    "vllm_server_base_url",
+)
 #: loggers of TorchRL, and the packages that each needs
 LOGGERS = {"csv": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
@@ -61,9 +69,12 @@ class PPOSettings(CheckedSettings):
         gamma: discount.
         entropy_coeff: weight of an entropy bonus.
         max_grad_norm: gradient clipping, for policy and critic apart; .inf turns it off.
-        save_steps: write a checkpoint every so many iterations; 0 writes none.
+        save_steps: write a checkpoint every so many iterations; 0 writes none, but where Ctrl-C or SIGTERM
+            ends the run.
+        save_total_limit: checkpoints that stay, the latest ones; 0 keeps all.
         stop_at_iteration: stop there with a checkpoint, as if interrupted; 0 runs to the end.
-        resume_from_checkpoint: checkpoint folder of output_dir, or last.
+        resume_from_checkpoint: go on with the run in output_dir, from its last checkpoint that is whole (or
+            from the start where there is none) by last, or from the one whose folder is named.
         rollout_workers: processes of Ray that sample the rollouts, one trainer beside them; 0 samples in the
             trainer. What they sample does not depend on how many they are. A worker that dies is replaced; in
             an environment they move blocks of 8 copies, and those of one that died start new episodes.
@@ -101,6 +112,7 @@ class PPOSettings(CheckedSettings):
     entropy_coeff: float = 0.0
     max_grad_norm: float = 1.0
     save_steps: int = 0
+    save_total_limit: int = 0
     stop_at_iteration: int = 0
     resume_from_checkpoint: str | None = None
     rollout_workers: int = 0
@@ -122,8 +134,8 @@ class PPOSettings(CheckedSettings):
         self.require_at_least(
             0,
             "learning_rate", "critic_learning_rate", "warmup_iterations", "cliprange_value", "entropy_coeff",
-            "adversary_step_size", "adversary_step_decay", "save_steps", "stop_at_iteration",
-            "per_device_train_batch_size", "rollout_workers", "rollout_worker_gpus",
+            "adversary_step_size", "adversary_step_decay", "save_steps", "save_total_limit",
+            "stop_at_iteration", "per_device_train_batch_size", "rollout_workers", "rollout_worker_gpus",
         )  # fmt: skip
         self.require_in_range(0, 1, "gamma", "lam", "max_staleness")
         self._check_workers()

@@ -13,13 +13,8 @@ from torchrl_maxmin.core.checkpoint import save_checkpoint, saved_state
 from torchrl_maxmin.core.distributed import across_ranks, is_main_process, world_size
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
 from torchrl_maxmin.core.progress import progress_bar
-from torchrl_maxmin.core.run import (
-    leave_no_empty_output,
-    resolve_device,
-    seed_everything,
-    write_config,
-    write_json,
-)
+from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
+from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import is_encoder, load_tokenizer, require_trunk
@@ -58,7 +53,7 @@ _OPTIONS = (
 
 
 @across_ranks
-@leave_no_empty_output
+@stage("reward", inputs=("model_name_or_path", "dataset_name", "eval_dataset_name"), length="num_rounds")
 def run_reward(config: RewardConfig) -> Path:
     """Fit a reward mixture and save it with what was learned about the users; returns its folder.
 
@@ -94,9 +89,12 @@ def run_reward(config: RewardConfig) -> Path:
     if config.calibration != "none" and not is_encoder(model_config):
         reference = _Reference(config, data, device)
 
+    def save(state: dict[str, Any]) -> Path:
+        return save_checkpoint(folder, len(state["history"]), state, config.save_total_limit or None)
+
     def on_round(state: dict[str, Any]) -> None:
         if config.save_rounds and len(state["history"]) % config.save_rounds == 0:
-            save_checkpoint(folder, len(state["history"]), state)
+            save(state)
 
     fit = fit_mixture(
         data,
@@ -110,6 +108,7 @@ def run_reward(config: RewardConfig) -> Path:
         feature_options=config.feature_options(),
         device=device,
         on_round=on_round,
+        on_interruption=save,
         resume=saved,
         sharded=config.distributed == "fsdp2",
         **{name: getattr(config, name) for name in _OPTIONS},
@@ -133,7 +132,6 @@ def run_reward(config: RewardConfig) -> Path:
     if is_main_process():
         write_csv(folder / "groups.csv", users, ".6g")
     write_json(folder / "summary.json", figures)
-    write_config(folder, config)
     return folder
 
 

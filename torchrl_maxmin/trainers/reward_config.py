@@ -55,8 +55,11 @@ class RewardConfig(ModelSettings, MixtureSettings):
         calibration_samples: samples a prompt.
         response_length: most tokens of a sample.
         stop_strings: strings that end a sample, beside the end tokens.
-        save_rounds: write a checkpoint every so many EM rounds; 0 writes none.
-        resume_from_checkpoint: checkpoint folder of output_dir, or last.
+        save_rounds: write a checkpoint every so many EM rounds; 0 writes none, but where Ctrl-C or SIGTERM
+            ends the run.
+        save_total_limit: checkpoints that stay, the latest ones; 0 keeps all.
+        resume_from_checkpoint: go on with the run in output_dir, from its last checkpoint that is whole (or
+            from the start where there is none) by last, or from the one whose folder is named.
     """
 
     model_name_or_path: str
@@ -87,6 +90,7 @@ class RewardConfig(ModelSettings, MixtureSettings):
     response_length: int = 53
     stop_strings: list[str] = field(default_factory=list)
     save_rounds: int = 0
+    save_total_limit: int = 0
     resume_from_checkpoint: str | None = None
 
     def check(self) -> None:
@@ -103,7 +107,7 @@ class RewardConfig(ModelSettings, MixtureSettings):
         self.require_at_least(
             0,
             "learning_rate", "head_learning_rate", "reward_l2", "weight_decay", "convergence_tolerance",
-            "save_rounds", "warm_start_l2",
+            "save_rounds", "save_total_limit", "warm_start_l2",
         )  # fmt: skip
         self.require_known(
             assignment=("soft", "hard"),

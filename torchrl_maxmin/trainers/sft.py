@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the reference policy, by the Hugging Face Trainer."""
+"""Supervised fine-tuning: the reference policy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from typing import Any
 
 import torch
 
-from torchrl_maxmin.core.allocator import map_large_blocks
-from torchrl_maxmin.core.distributed import across_ranks, is_main_process, shares_rows
+from torchrl_maxmin.core.distributed import across_ranks, is_main_process
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.progress import progress_bar
-from torchrl_maxmin.core.run import (
-    leave_no_empty_output,
-    prepare_output_dir,
-    resolve_device,
-    seed_everything,
-    write_config,
-    write_json,
-)
+from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
+from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.loading import (
     ensure_pad_token,
@@ -37,7 +29,7 @@ from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversationa
 from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns
 from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, read_texts
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
-from torchrl_maxmin.trainers.sft_ranks import mean_over_tokens, num_steps, train_over_ranks
+from torchrl_maxmin.trainers.sft_steps import train_language_model
 
 __all__ = ["SFTConfig", "run_sft"]
 
@@ -76,6 +68,11 @@ class SFTConfig(ModelSettings, ChatSettings):
         weight_decay: AdamW weight decay.
         max_length: longest text in tokens; longer ones lose their start, but for BOS.
         completion_only_loss: leave the prompt's tokens out of the loss.
+        save_steps: write a checkpoint every so many optimizer steps; 0 writes none, but where Ctrl-C or
+            SIGTERM ends the run.
+        save_total_limit: checkpoints that stay, the latest ones; 0 keeps all.
+        resume_from_checkpoint: go on with the run in output_dir, from its last checkpoint that is whole (or
+            from the start where there is none) by last, or from the one whose folder is named.
         merge_adapter: save a plain model, its adapter added to the weights; false saves the adapter alone.
         seed: seed of everything random.
         device: cpu, cuda or auto.
@@ -96,6 +93,9 @@ class SFTConfig(ModelSettings, ChatSettings):
     max_length: int = 1024
     completion_only_loss: bool = False
     optim: str = field(default="adamw_torch_fused", kw_only=True)  # as of the Trainer
+    save_steps: int = 0
+    save_total_limit: int = 0
+    resume_from_checkpoint: str | None = None
     merge_adapter: bool = True
     seed: int = 0
     device: str = "auto"
@@ -106,7 +106,9 @@ class SFTConfig(ModelSettings, ChatSettings):
         self.require_seed()
         self.require_known(lr_scheduler_type=SCHEDULES)
         self.require_at_least(1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
-        self.require_at_least(0, "learning_rate", "warmup_steps", "weight_decay")
+        self.require_at_least(
+            0, "learning_rate", "warmup_steps", "weight_decay", "save_steps", "save_total_limit"
+        )
         self.require_positive("num_train_epochs")
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError("--max_steps must be at least 1, or -1 to train --num_train_epochs")
@@ -173,7 +175,7 @@ def _encode(
 
 
 @across_ranks
-@leave_no_empty_output
+@stage("sft", inputs=("model_name_or_path", "dataset_name"), may_change=("merge_adapter",))
 def run_sft(config: SFTConfig) -> Path:
     """Fine-tune a model and save it with its tokenizer; returns the folder.
 
@@ -185,7 +187,7 @@ def run_sft(config: SFTConfig) -> Path:
     require_causal_lm(config.model_name_or_path)
     tokenizer = config.apply_chat(load_tokenizer(config.model_name_or_path))
     prompts, completions = _read_texts(config)
-    folder = prepare_output_dir(config.output_dir)
+    folder = Path(config.output_dir)
     seed_everything(config.seed)
     model = load_causal_lm(config.model_name_or_path, **config.load_options())
     if model.dtype.itemsize < 4 and not config.use_peft:
@@ -219,73 +221,11 @@ def run_sft(config: SFTConfig) -> Path:
         adapted = add_adapters(model, ["default"], config.lora_settings(), task_type="CAUSAL_LM")
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    # the Trainer refuses 4-bit weights unless it sees the adapters on them
-    trained = model if adapted is None else adapted
-    if shares_rows():
-        loss = train_over_ranks(config, trained, rows, collate, device)
-    else:
-        loss = _train(config, trained, rows, collate, folder, device)
-    write_json(
-        folder / "summary.json", {"schema_version": SCHEMA_VERSION, "rows": len(rows), "train_loss": loss}
-    )
+    loss = train_language_model(config, model if adapted is None else adapted, rows, collate, device)
     save_policy(model, adapted, folder, merge=config.merge_adapter)
     if is_main_process():
         tokenizer.save_pretrained(folder)
-    write_config(folder, config)
-    return folder
-
-
-def _train(
-    config: SFTConfig, model: Any, rows: Any, collate: Any, folder: Path, device: torch.device
-) -> float:
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    accumulate, total = config.gradient_accumulation_steps, num_steps(config, len(rows))
-    memory = map_large_blocks(model)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=total,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=1.0,
-        optim=config.optim,
-        bf16=config.bf16,
-        seed=config.seed,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=device.type != "cpu",
+    write_json(
+        folder / "summary.json", {"schema_version": SCHEMA_VERSION, "rows": len(rows), "train_loss": loss}
     )
-    with progress_bar("fine-tuning the reference", total) as advance:
-
-        class Bar(TrainerCallback):
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                advance()
-
-        class Mapped(Trainer):
-            def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-                with memory:
-                    return super().compute_loss(*args, **kwargs)
-
-        trainer = Mapped(
-            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Bar()]
-        )
-        if accumulate > 1 and not trainer.model_accepts_loss_kwargs:  # it takes each part's own mean
-
-            def without_first(batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-                part = collate(batch)
-                part["labels"][:, 0] = -100  # predicted by nothing, and not to be counted
-                return part
-
-            trainer.compute_loss_func, trainer.data_collator = mean_over_tokens, without_first
-        trainer.remove_callback(PrinterCallback)
-        loss = trainer.train().training_loss
-    model.eval()
-    return loss
+    return folder

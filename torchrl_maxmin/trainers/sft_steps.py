@@ -1,20 +1,28 @@
-"""Supervised fine-tuning by processes that work as one: the steps of the Trainer, on shares of the rows.
+"""Supervised fine-tuning, step by step: alone or by processes that work as one, from a checkpoint if need be.
 
-The Trainer's own data parallelism counts rows twice where an epoch does not go round, and shards nothing on
-a CPU.
+The steps are those of the Hugging Face Trainer, to rounding. Its own data parallelism counts rows twice where
+an epoch does not go round, and its checkpoints hold pickles.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchrl_maxmin.core.allocator import map_large_blocks
+from torchrl_maxmin.core.checkpoint import (
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    saved_state,
+)
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
+    gather_objects,
     rank,
     share_of_rows,
     start_alike,
@@ -22,12 +30,13 @@ from torchrl_maxmin.core.distributed import (
     sum_over_ranks,
     world_size,
 )
+from torchrl_maxmin.core.interruption import Interrupted, signals_held
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.models.sequences import takes
 from torchrl_maxmin.models.sharding import shard
 
-__all__ = ["mean_over_tokens", "num_steps", "train_over_ranks"]
+__all__ = ["mean_over_tokens", "num_steps", "train_language_model"]
 
 Row = dict[str, Any]
 
@@ -50,7 +59,7 @@ def _rows_a_step(config: Any) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
-def train_over_ranks(
+def train_language_model(
     config: Any,
     model: Any,
     rows: Sequence[Row],
@@ -58,6 +67,8 @@ def train_over_ranks(
     device: torch.device,
 ) -> float:
     """Train a causal language model in place, every token of a step counted alike; returns the mean loss.
+
+    Goes on from the checkpoint that the settings name, and leaves one where Ctrl-C or SIGTERM ends it.
 
     Args:
         config: an :class:`~torchrl_maxmin.trainers.sft.SFTConfig`; with ``fsdp2`` each process keeps a part.
@@ -87,9 +98,28 @@ def train_over_ranks(
     total, batches = num_steps(config, len(rows)), _batches(len(rows), _rows_a_step(config), config.seed)
     schedule = get_scheduler(config.lr_scheduler_type, optimizer.optimizer, config.warmup_steps, total)
     torch.manual_seed(config.seed + rank())  # dropout of other rows is another
-    loss = torch.zeros((), device=device)
-    with progress_bar("fine-tuning the reference", total) as advance:
-        for _ in range(total):
+    loss, done = torch.zeros((), device=device), 0
+    weights, folder = dict(named), Path(config.output_dir)
+    if (state := saved_state(config)) is not None:
+        done = state["step"]
+        loss.copy_(state["loss"][rank()] if rank() < len(state["loss"]) else torch.zeros(()))
+        for name, value in state["weights"].items():
+            with torch.no_grad():
+                weights[name].copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        for _ in range(done):
+            next(batches)
+        restore_random_state(state["random"])
+
+    def checkpoint() -> Path:
+        state = {"step": done, "loss": gather_objects(loss), "weights": weights, "random": random_state()}
+        state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        return save_checkpoint(folder, done, state, config.save_total_limit or None)
+
+    with signals_held() as waiting, progress_bar("fine-tuning the reference", total) as advance:
+        advance(done)
+        while done < total:
             batch = [rows[place] for place in next(batches)]
             optimizer.zero_grad()
             for part in _parts(batch, config.per_device_train_batch_size, collate):
@@ -105,7 +135,12 @@ def train_over_ranks(
             clip_gradients(parameters, 1.0)
             optimizer.step()
             schedule.step()
+            done += 1
             advance()
+            if config.save_steps and done % config.save_steps == 0:
+                checkpoint()
+            if signum := waiting():
+                raise Interrupted.at_checkpoint(signum, checkpoint())
     model.eval()
     return float(sum_over_ranks(loss)) / total
 

@@ -1,0 +1,65 @@
+"""Checksums of a folder's files: damage is found, and named, before anything is made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from torchrl_maxmin.core.errors import UserError
+
+__all__ = ["MANIFEST", "DamagedError", "file_digest", "require_whole", "write_manifest"]
+
+MANIFEST = "manifest.json"
+
+
+class DamagedError(UserError):
+    """A file is not what was written."""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, files: Iterable[Path]) -> None:
+    """Write SHA-256 and size of files of a folder into its ``manifest.json``, whole or not at all."""
+    listed = {
+        path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        for path in sorted(files)
+    }
+    partial = folder / f".{MANIFEST}.partial"
+    with partial.open("w") as file:
+        file.write(json.dumps({"files": listed}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / MANIFEST)
+
+
+def require_whole(folder: str | Path) -> None:
+    """Read all files of a folder's manifest once; a folder without one is taken as it is.
+
+    Raises:
+        DamagedError: naming the first file that is missing or other than it was written.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        listed = {
+            str(name): str(facts["sha256"]) for name, facts in json.loads(path.read_text())["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path} is damaged: it lists no files; {_REMEDY}") from error
+    for name, digest in listed.items():
+        if not (folder / name).is_file():
+            raise DamagedError(f"{folder / name} is missing, which {path} lists; {_REMEDY}")
+        if file_digest(folder / name) != digest:
+            raise DamagedError(f"{folder / name} is damaged: not what was written (SHA-256); {_REMEDY}")
+
+
+_REMEDY = "take a copy of the folder that is whole, or make it again"

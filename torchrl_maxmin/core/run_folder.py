@@ -1,0 +1,398 @@
+"""One run, one folder, one owner: its lock, what it was started with, and how it goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import socket
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torchrl_maxmin.core.distributed import of_main_process, restarted
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.interruption import Interrupted, signals_as_interruptions
+from torchrl_maxmin.core.manifest import MANIFEST, file_digest, require_whole, write_manifest
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.run import config_text, write_config, write_json
+
+Stage = TypeVar("Stage", bound=Callable[[Any], Any])
+
+__all__ = ["RUN", "continued", "how_to_go_on", "is_unfinished", "own_folder", "require_finished", "stage"]
+
+RUN, LOCK = "run.json", ".lock"
+_NEW, _BEGUN, _FINISHED = "new", "begun", "finished"
+#: of a config, and no part of what a run is
+_PLACE = ("output_dir", "resume_from_checkpoint")
+#: where and how a stage runs, how it fits into memory, and what it says of itself: no other result but by
+#: rounding
+_MAY_CHANGE = (
+    "device",
+    "distributed",
+    "generation_batch_size",
+    "per_device_train_batch_size",
+    "report_to",
+    "save_rounds",
+    "save_steps",
+    "save_total_limit",
+    "scoring_batch_size",
+    "stop_at_iteration",
+)
+_FIELDS = ("schema_version", "verb", "settings", "inputs", "versions", "started", "resumed", "finished")
+#: packages whose versions a run notes
+_PACKAGES = ("torchrl-maxmin", "torch", "torchrl", "tensordict", "triton", "transformers", "numpy")
+
+
+def stage(
+    verb: str,
+    *,
+    inputs: Sequence[str] = (),
+    may_change: Collection[str] = (),
+    length: str = "",
+    result: str = "summary.json",
+) -> Callable[[Stage], Stage]:
+    """Wrap the function of a verb: it owns its output folder, and what was broken off goes on.
+
+    The folder is locked before any work and until the end. ``run.json`` there says what the run was started
+    with: its settings, the content of its inputs, versions. A second start without ``resume_from_checkpoint``
+    is told how to go on; one with it is compared to the first, and does nothing where the run is finished.
+    Where a new run ends in :class:`UserError` before it wrote anything, no folder stays behind.
+
+    Args:
+        verb: on the command line.
+        inputs: fields that name files, folders or functions, whose content must stay.
+        may_change: further fields that may change from one part of a run to the next.
+        length: the field that says how long the run is; with another value a finished run goes on.
+        result: the file that the function writes last of all.
+    """
+
+    def wrap(function: Stage) -> Stage:
+        @functools.wraps(function)
+        def run(config: Any) -> Any:
+            config.check()
+            folder = Path(config.output_dir)
+            with own_folder(folder, verb), signals_as_interruptions():
+                may = {*may_change, length, *_MAY_CHANGE}
+                begun = of_main_process(lambda: _open(folder, verb, config, inputs, may, length, result))
+                if begun == _FINISHED:
+                    return folder
+                try:
+                    outcome = function(config)
+                except UserError:
+                    if begun == _NEW:
+                        of_main_process(lambda: _remove_if_empty(folder))
+                    raise
+                except Interrupted as error:
+                    kept = f": {error}" if str(error) else ""
+                    text = f"{verb} ends after {error.name}{kept}; {how_to_go_on(folder, verb)}"
+                    raise Interrupted(error.signum, text) from None
+                of_main_process(lambda: _close(folder, result))
+                return outcome
+
+        return run  # type: ignore[return-value]
+
+    return wrap
+
+
+def how_to_go_on(folder: Path, verb: str) -> str:
+    """The command that finishes a run, ready to paste."""
+    path = shlex.quote(str(folder / "config.yaml"))
+    return f"go on with: torchrl-maxmin {verb} --config {path} --resume_from_checkpoint last"
+
+
+def continued(folder: Path) -> bool:
+    """Whether a folder holds a run that was begun."""
+    return (folder / RUN).is_file()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds a run that has not come to its end."""
+    return continued(folder) and not _read(folder)["finished"]
+
+
+def require_finished(folder: str | Path) -> None:
+    """Refuse what a run left that has not come to its end, and what is not as it was written.
+
+    Raises:
+        UserError: with the command that finishes the run.
+        DamagedError: naming the file.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        require_whole(folder)
+    elif continued(folder):
+        verb = _read(folder)["verb"]
+        raise UserError(f"{folder} holds a run of {verb} that is not finished; {how_to_go_on(folder, verb)}")
+
+
+# -- one owner -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def own_folder(folder: Path, verb: str) -> Iterator[None]:
+    """Hold the lock of a folder, which is made; of processes that work as one, the main one holds it.
+
+    What was made is removed again if the block leaves nothing there.
+
+    Raises:
+        UserError: where another process holds it, or the path is a file.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    held: list[int] = []
+    of_main_process(lambda: held.append(_lock(folder, verb)))
+    try:
+        yield
+    finally:
+        for handle in held:
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(handle)
+            with suppress(OSError):  # the first that holds something ends it
+                for path in new:
+                    path.rmdir()
+
+
+def _lock(folder: Path, verb: str) -> int:
+    """Lock a folder; returns the open file that holds it."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output folder {folder} is a file; choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _owner(handle)
+            os.close(handle)
+            if _is_dead(owner):  # a child of it holds the file open
+                path.unlink(missing_ok=True)
+                continue
+            who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+            raise UserError(
+                f"{folder} is in use: {who} runs {owner.get('verb', 'something')} in it since "
+                f"{owner.get('since', '?')}; wait for it, or choose another --output_dir"
+            ) from None
+        with suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                break
+        os.close(handle)  # its owner removed it in between
+    content = {"pid": os.getpid(), "host": socket.gethostname(), "verb": verb, "since": _now()}
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(content).encode(), 0)
+    return handle
+
+
+def _owner(handle: int) -> dict[str, Any]:
+    try:
+        content = json.loads(os.pread(handle, 4096, 0))
+    except ValueError:  # it is about to write its name
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove what only says that a run began, where there is nothing else."""
+    own = {RUN, LOCK, "config.yaml"}
+    if {path.name for path in folder.iterdir()} <= own:
+        for name in (RUN, "config.yaml"):
+            (folder / name).unlink(missing_ok=True)
+
+
+# -- one identity ----------------------------------------------------------------------------------
+
+
+def _open(
+    folder: Path,
+    verb: str,
+    config: Any,
+    inputs: Sequence[str],
+    may_change: Collection[str],
+    length: str,
+    result: str,
+) -> str:
+    """Begin a run, or compare it to the one that is there; returns which of the two it is."""
+    resumes = bool(getattr(config, "resume_from_checkpoint", None)) or restarted()
+    used = not _only_begun(folder, config)
+    if not continued(folder):
+        if resumes and not restarted():
+            raise UserError(
+                f"there is no run in {folder} to go on with; start one without --resume_from_checkpoint"
+            )
+        if used and not restarted():
+            raise UserError(f"output folder {folder} is not empty; choose another --output_dir or remove it")
+        before = None
+    else:
+        before = _read(folder)
+        if before["verb"] != verb:
+            raise UserError(
+                f"{folder} holds a run of {before['verb']}; choose another --output_dir for {verb}"
+            )
+        if not resumes:
+            state = "finished" if before["finished"] else "broken-off"
+            remedy = "choose another --output_dir" if before["finished"] else how_to_go_on(folder, verb)
+            raise UserError(f"{folder} holds a {state} run of {verb}, begun {before['started']}; {remedy}")
+    now = _identity(verb, config, inputs)
+    if before is not None:
+        _compare(folder, before, now, may_change)
+        longer = bool(length) and now["settings"][length] != before["settings"].get(length)
+        if before["finished"] and not longer:
+            console.print(
+                f"{folder} is finished already, since {before['finished']}", markup=False, soft_wrap=True
+            )
+            return _FINISHED
+        now |= {"started": before["started"], "resumed": [*before["resumed"], _now()]}
+    for name in (MANIFEST, result):  # of a shorter run
+        (folder / name).unlink(missing_ok=True)
+    write_config(folder, config)
+    write_json(folder / RUN, now)
+    return _NEW if before is None else _BEGUN
+
+
+def _only_begun(folder: Path, config: Any) -> bool:
+    """Whether a folder without a run holds nothing, or what one that died as it began had written."""
+    own = {LOCK, ".config.yaml.partial", "run.partial"}
+    others = [path for path in folder.iterdir() if path.name not in own]
+    return all(path.name == "config.yaml" and path.read_text() == config_text(config) for path in others)
+
+
+def _close(folder: Path, result: str) -> None:
+    """Note that a run is at its end, with checksums of what it wrote; nothing where it stopped before."""
+    if not (folder / result).is_file():
+        return
+    own = (RUN, MANIFEST, "config.yaml")
+    write_manifest(
+        folder,
+        (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in own),
+    )
+    write_json(folder / RUN, _read(folder) | {"finished": _now()})
+
+
+def _identity(verb: str, config: Any, inputs: Sequence[str]) -> dict[str, Any]:
+    settings = {name: value for name, value in asdict(config).items() if name not in _PLACE}
+    return {
+        "schema_version": 1,
+        "verb": verb,
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "inputs": {name: _contents(getattr(config, name)) for name in inputs},
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "started": _now(),
+        "resumed": [],
+        "finished": None,
+    }
+
+
+def _compare(folder: Path, before: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> None:
+    """Refuse a run of other settings or inputs; say what differs and may."""
+    same_content = {name for name in now["inputs"] if now["inputs"][name] == before["inputs"].get(name)}
+    for name, value in now["settings"].items():
+        old = before["settings"].get(name)
+        if value == old:
+            continue
+        if name in may_change or (name in same_content and now["inputs"][name]):
+            console.print(f"! --{name} is {value!r}, before {old!r}", markup=False, soft_wrap=True)
+            continue
+        raise UserError(
+            f"the run in {folder} has --{name} {old!r}, not {value!r}; resume with its own settings "
+            f"(--config {folder / 'config.yaml'}), or choose another --output_dir"
+        )
+    for name, contents in now["inputs"].items():
+        old = before["inputs"].get(name, [])
+        if contents == old:
+            continue
+        raise UserError(
+            f"--{name} {now['settings'][name]} has other content than when the run in {folder} began "
+            f"(SHA-256 {_short(contents)}, then {_short(old)}); restore it, or choose another --output_dir"
+        )
+    for package, version in now["versions"].items():
+        if version != (old := before["versions"].get(package)):
+            console.print(f"! {package} is {version}, before {old}", markup=False, soft_wrap=True)
+
+
+def _short(contents: list[str]) -> str:
+    return ", ".join(digest[:12] for digest in contents) or "none"
+
+
+def _contents(value: Any) -> list[str]:
+    """SHA-256 of what a field names: files and folders, alone or after ``name=``, and functions' modules."""
+    texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return [digest for text in map(str, texts) if (digest := _content(text.partition("=")[2] or text))]
+
+
+def _content(text: str) -> str | None:
+    path = Path(text)
+    if path.is_dir():
+        if (path / MANIFEST).is_file():
+            return file_digest(path / MANIFEST)
+        listed = sorted(p for p in path.rglob("*") if p.is_file() and not _is_passing(p.relative_to(path)))
+        names = "".join(f"{file_digest(p)} {p.relative_to(path).as_posix()}\n" for p in listed)
+        return sha256(names.encode()).hexdigest()
+    if path.is_file():
+        return file_digest(path)
+    module = text.partition(":")[0]
+    with suppress(ImportError, ValueError):
+        found = importlib.util.find_spec(module) if ":" in text else None
+        if found is not None and found.origin and Path(found.origin).is_file():
+            return file_digest(Path(found.origin))
+    return None
+
+
+def _is_passing(path: Path) -> bool:
+    """Whether a file in a folder is none of its content: logs, checkpoints, hidden files."""
+    return any(part.startswith((".", "checkpoint-")) or part == "logs" for part in path.parts)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What a folder says of its run.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        content = json.loads((folder / RUN).read_text())
+        return {
+            name: content[name]
+            for name in (
+                "schema_version",
+                "verb",
+                "settings",
+                "inputs",
+                "versions",
+                "started",
+                "resumed",
+                "finished",
+            )
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / RUN} is damaged; choose another --output_dir") from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
