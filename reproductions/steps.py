@@ -5,10 +5,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torchrl_maxmin.core.run_folder import continued
 from torchrl_maxmin.core.tasks import Task
 
 
@@ -17,9 +18,9 @@ class Step:
     """A task that writes one folder, and the mark that it leaves there.
 
     Attributes:
-        function: called with ``config``; may find ``folder`` absent or empty.
+        function: called with ``config``; may find ``folder`` absent or empty, or its own run in it.
         config: a dataclass.
-        folder: what it writes; removed before it runs.
+        folder: what it writes; removed before it runs, but for a run of the same step that can go on.
         digest: of the function, its config and everything before it.
     """
 
@@ -34,6 +35,17 @@ class Step:
         return self.folder / "done.json"
 
     @property
+    def beginning(self) -> Path:
+        """Where a step that has begun leaves its digest."""
+        return self.folder.with_name(f".{self.folder.name}.begun")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the same step was broken off, and can go on."""
+        begun = self.beginning.is_file() and self.beginning.read_text() == self.digest
+        return begun and hasattr(self.config, "resume_from_checkpoint") and continued(self.folder)
+
+    @property
     def done(self) -> bool:
         """Whether it was finished before with the same settings and the same steps before it."""
         return self.mark.is_file() and json.loads(self.mark.read_text())["digest"] == self.digest
@@ -43,11 +55,18 @@ def run_step(step: Step) -> None:
     """Run a step, unless it is done."""
     if step.done:
         return
-    shutil.rmtree(step.folder, ignore_errors=True)
+    config = step.config
+    if step.goes_on:
+        config = replace(config, resume_from_checkpoint="last")
+    else:
+        shutil.rmtree(step.folder, ignore_errors=True)
+        step.folder.parent.mkdir(parents=True, exist_ok=True)
+        step.beginning.write_text(step.digest)
     start = time.perf_counter()
-    step.function(step.config)
+    step.function(config)
     done = {"digest": step.digest, "seconds": time.perf_counter() - start}
     step.mark.write_text(json.dumps(done) + "\n")
+    step.beginning.unlink(missing_ok=True)
 
 
 @dataclass
