@@ -22,6 +22,7 @@ from torchrl_maxmin.clustering.identifiability import (
     identifiability_report,
     more_pairs_needed,
 )
+from torchrl_maxmin.clustering.left_out import leave_users_out, match_groups, user_folds
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,19 @@ def test_the_reproduction_writes_its_tables(reproduction, tmp_path):
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 4 + 8
     assert "80:20,20,0,K by BIC,2" in lines
+
+
+def test_left_out_users_are_seen_by_fits_that_no_other_penalty_began(reproduction):
+    """Of few choices a user, a fold that fell into a bad optimum would hand it on (60:25:15, 5 pairs)."""
+    x, offsets, _ = small(reproduction, (60, 25, 15), 4)
+    report = identifiability_report(x, offsets, 3, num_restarts=3, l2_candidates=(1e-3, 4e-3, 1.6e-2))
+    assert report.l2 != 4e-3  # where the search begins
+    choices = PairChoices(x, offsets).find_distinct()
+    fit = {"m_step": "exact", "num_rounds": 100, "convergence_tolerance": 1e-4, "num_restarts": 3}
+    folds = user_folds(100, 5, 0)
+    alone = leave_users_out(choices, 3, folds, seed=0, l2=report.l2, thorough=True, **fit)
+    order = match_groups(alone.posterior.T, report.posterior.T)
+    torch.testing.assert_close(report.posterior, alone.posterior[:, order], atol=0, rtol=0)
 
 
 @pytest.mark.slow

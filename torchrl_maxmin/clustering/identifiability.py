@@ -192,7 +192,8 @@ def identifiability_report(
     differences, user_offsets = choices.differences, choices.user_offsets
     folds = user_folds(len(user_offsets) - 1, num_folds, seed)
     with progress_bar("leaving users out", 1) as advance:
-        best, left_out = choose_penalty(choices, num_groups, folds, l2_candidates, seed=seed, **fit)
+        search = {"seed": seed, "thorough": True, **fit}
+        best, left_out = choose_penalty(choices, num_groups, folds, l2_candidates, **search)
         advance()
     mixture = fit_choices(choices, num_groups, seed, l2=best, **fit)
     mixture = mixture.ordered(mixture.responsibilities.sum(0).argsort(descending=True))

@@ -22,12 +22,15 @@ from torchrl_maxmin.clustering.scales import (
 )
 
 __all__ = [
+    "NUM_JUDGEMENT_FOLDS",
+    "NUM_USER_FOLDS",
     "LeftOutUsers",
     "choose_penalty",
     "gain_on_judgements",
     "heldout_of",
     "heldout_rows",
     "judgement_folds",
+    "judgement_numbers",
     "leave_users_out",
     "match_groups",
     "user_folds",
@@ -37,6 +40,10 @@ __all__ = [
 WIDER = 4.0
 #: Rounds of every start before the best goes on alone, where M-steps converge.
 SHORT_ROUNDS = 10
+#: Parts of the users, each left out once.
+NUM_USER_FOLDS = 4
+#: Parts of each user's judgements, each left out once.
+NUM_JUDGEMENT_FOLDS = 5
 _MOST_WIDER = 6
 _WORTHWHILE = 0.5  # nats over all users
 
@@ -71,6 +78,7 @@ def leave_users_out(
     *,
     seed: int = 0,
     starts: Sequence[Tensor] | None = None,
+    thorough: bool = False,
     **fit: Any,
 ) -> LeftOutUsers:
     """Fit a mixture without each fold, and score the fold's users with it.
@@ -81,10 +89,12 @@ def leave_users_out(
         folds: indices of the users left out each time; together all users.
         seed: of the starts, the same in every fold.
         starts: heads [K, D] to begin each fold's fit from, in the place of random ones.
+        thorough: whether every random start runs to its end, and not the one that is best after some rounds.
         **fit: passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
     """
     num_users = len(choices.user_offsets) - 1
-    short: dict[str, Any] = {"short_rounds": SHORT_ROUNDS} if fit.get("m_step") == "exact" else {}
+    exact = fit.get("m_step") == "exact"
+    short: dict[str, Any] = {"short_rounds": SHORT_ROUNDS} if exact and not thorough else {}
     posterior = torch.zeros(num_users, num_groups, dtype=torch.float64)
     log_likelihood, robust = torch.zeros(2, num_users, dtype=torch.float64)
     reference: Tensor | None = None
@@ -113,6 +123,7 @@ def choose_penalty(
     candidates: Sequence[float],
     *,
     first: float | None = None,
+    thorough: bool = False,
     **settings: Any,
 ) -> tuple[float, LeftOutUsers]:
     """The penalty under which left-out users are likeliest, and these users as it sees them.
@@ -126,6 +137,8 @@ def choose_penalty(
         folds: as in :func:`leave_users_out`.
         candidates: penalties to try, in the units of the fit; a single one is taken.
         first: where the search begins; the middle of the candidates by default.
+        thorough: whether each fit takes random starts, each to its end: of few choices a user a fold's fit
+            that fell into a bad optimum would hand it on from candidate to candidate.
         **settings: passed to :func:`leave_users_out`.
     """
     grid = sorted(candidates)
@@ -136,8 +149,9 @@ def choose_penalty(
     while waiting:
         l2 = waiting.pop()
         near = min(tried, key=lambda other: abs(math.log(other / l2)), default=None)
-        starts = None if near is None else tried[near].weight
-        tried[l2] = leave_users_out(choices, num_groups, folds, l2=l2, starts=starts, **settings)
+        starts = None if near is None or thorough else tried[near].weight
+        begin: dict[str, Any] = {"starts": starts, "thorough": thorough}
+        tried[l2] = leave_users_out(choices, num_groups, folds, l2=l2, **begin, **settings)
         # not the robust one: heads of any length would do for it, and posteriors would be too unsure
         reached[l2] = tried[l2].log_likelihood.sum().item()
         best = max(reached, key=lambda l2: reached[l2])
@@ -198,19 +212,24 @@ def heldout_rows(
     return rank < wanted[row_users]
 
 
+def judgement_numbers(choices: PairChoices) -> tuple[np.ndarray, np.ndarray]:
+    """Number the judgements: user and name of each [J, 2], and which each row follows from [P]."""
+    pairs = np.stack([choices.row_users.numpy(), _row_judgements(choices).numpy()], axis=1)
+    unique, which = np.unique(pairs, axis=0, return_inverse=True)
+    return unique, which.reshape(-1)
+
+
 def judgement_folds(choices: PairChoices, num_folds: int, seed: int) -> list[Tensor]:
     """Deal every user's judgements into parts at random: rows of each part, bool [P]; none is cut.
 
     A user's only judgement is in no part.
     """
-    users = choices.row_users.numpy()
-    pairs = np.stack([users, _row_judgements(choices).numpy()], axis=1)
-    unique, which = np.unique(pairs, axis=0, return_inverse=True)
+    unique, which = judgement_numbers(choices)
     order = np.lexsort((np.random.default_rng(seed).random(len(unique)), unique[:, 0]))
     counts = np.bincount(unique[:, 0], minlength=len(choices.user_offsets) - 1)
     place = np.empty(len(unique), np.int64)
     place[order] = np.arange(len(unique)) - np.repeat(np.cumsum(counts) - counts, counts)
-    part = np.where(counts[unique[:, 0]] > 1, place % num_folds, -1)[which.reshape(-1)]
+    part = np.where(counts[unique[:, 0]] > 1, place % num_folds, -1)[which]
     return [torch.from_numpy(part == fold) for fold in range(num_folds) if (part == fold).any()]
 
 
@@ -220,7 +239,7 @@ def gain_on_judgements(
     fits: dict[int, dict[str, Any]],
     seed: int,
     *,
-    num_folds: int = 5,
+    num_folds: int = NUM_JUDGEMENT_FOLDS,
     reference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Nats by which K groups predict left-out judgements of known users better than one reward does.

@@ -17,6 +17,7 @@ from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.heads import FeatureMap
 from torchrl_maxmin.clustering.judged import judged_choices
 from torchrl_maxmin.clustering.left_out import (
+    NUM_USER_FOLDS,
     choose_penalty,
     gain_on_judgements,
     heldout_of,
@@ -194,7 +195,7 @@ def choose_num_groups(
     choices: PairChoices,
     max_groups: int = 3,
     *,
-    num_folds: int = 4,
+    num_folds: int = NUM_USER_FOLDS,
     seed: int = 0,
     l2_candidates: Sequence[float] = (),
     diagnostics: bool = False,
