@@ -12,18 +12,18 @@ from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.clustering.assignment import assign_users
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.heads import FeatureMap, load_heads
+from torchrl_maxmin.clustering.items import item_pairs_of_texts, item_ranks
 from torchrl_maxmin.clustering.selection import SEARCH, searched_choices
-from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.diagnosis.analysis import diagnose
-from torchrl_maxmin.diagnosis.figures import Fitter, jackknife_error
-from torchrl_maxmin.diagnosis.items import item_pairs_of_texts, item_ranks
-from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
-from torchrl_maxmin.diagnosis.wants import (
+from torchrl_maxmin.clustering.wants import (
     PairContents,
     feature_contrasts,
     ordered_features,
     what_groups_want,
 )
+from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.diagnosis.analysis import diagnose
+from torchrl_maxmin.diagnosis.figures import Fitter, jackknife_error
+from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
 
 QUICK = {"l2": [1e-3], "num_jackknife": 3, "num_bootstrap": 0, "num_groups": 2, "device": "cpu"}
 
@@ -54,7 +54,7 @@ def test_planted_features_are_named_first(seed):
 
     errors = jackknife_error(choices, mixture, fitter, measure, 10)
     shown = PairContents(feature_names=[f"feature {j}" for j in range(64)])
-    given = x, choices.differences, np.arange(len(x)), mixture, features, shown
+    given = choices.differences, np.arange(len(x)), mixture, features, shown, None
     for k, wants in enumerate(what_groups_want(*given, errors["contrast"], 10)):
         first = wants["features"][:2]
         assert {entry["feature"] for entry in first} == {f"feature {j}" for j in tastes}

@@ -222,7 +222,28 @@ def test_reward_stage_writes_a_model_groups_and_figures(tiny_model, pairs, tmp_p
     assert figures["mixing_weights"][0] >= figures["mixing_weights"][1]
     assert set(figures["head_of_group"]) == {"long", "short"}
     assert "choice" not in figures
+    assert_left_out_and_wants_are_told(figures)
     assert RewardConfig(**yaml.safe_load((folder / "config.yaml").read_text())).num_groups == 2
+
+
+def assert_left_out_and_wants_are_told(figures):
+    """Ten users gave twelve judgements each, a quarter of which was held out before anything else."""
+    left_out = figures["left_out"]
+    assert left_out["users"] == {"count": 10, "parts": 4}
+    assert left_out["judgements"] == {"count": 90, "users": 10, "parts": 5, "reason": None}
+    pairs = {"count": 30, "judgements": 30, "users": 10, "reason": None}
+    assert left_out["pairs"] == pairs | {"origin": "25% of each user's, rounded down"}
+    assert left_out["prompts"] == {"reason": "there are no prompts"}
+    assert "repeat" in left_out["items"]["reason"]
+    assert all(line in figures["report"] for line in left_out["report"])
+    longer = figures["head_of_group"]["long"]
+    for k, group in enumerate(figures["wants"]):
+        for pair in group["pairs"]:
+            assert pair["group"] > pair["others"]
+            more = len(pair["preferred"].split()) - len(pair["other"].split())
+            assert (more > 0) == (k == longer)
+    assert "what each group wants beside the others, by these rewards" in figures["report"]
+    assert f"group {longer} prefers '" in figures["report"]
 
 
 def test_reward_stage_by_one_group_and_an_evaluation_file(tiny_model, pairs, tmp_path):
@@ -232,6 +253,8 @@ def test_reward_stage_by_one_group_and_an_evaluation_file(tiny_model, pairs, tmp
     figures = json.loads((run_reward(config) / "summary.json").read_text())
     assert figures["mixing_weights"] == [pytest.approx(1.0)]
     assert figures["heldout"]["pairs"] == 120
+    assert figures["left_out"]["pairs"]["origin"] == pairs
+    assert figures["wants"] is None
 
 
 def test_accumulated_batches_train_as_one_and_scoring_batches_change_nothing(tiny_model, pairs, tmp_path):

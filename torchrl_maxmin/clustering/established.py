@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrl_maxmin.clustering.agreement import LEAST_AGREEMENT, adjusted_rand_index
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.left_out import (
+    NUM_USER_FOLDS,
     SHORT_ROUNDS,
     choose_penalty,
     gain_on_judgements,
@@ -35,7 +36,7 @@ from torchrl_maxmin.clustering.selection import L2_CANDIDATES, SEARCH
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.stats import interval_over_users
 
-__all__ = ["Establishment", "GroupEvidence", "establish", "evidence_for"]
+__all__ = ["Establishment", "GroupEvidence", "establish", "evidence_for", "searched_penalties"]
 
 #: Spreads of the even alternative, in those of the groups' own tastes.
 SPREADS = (0.5, 1.0, 1.5, 2.5)
@@ -138,7 +139,7 @@ def establish(
     fits: dict[int, dict[str, Any]],
     *,
     num_refits: int = 6,
-    num_folds: int = 4,
+    num_folds: int = NUM_USER_FOLDS,
     seed: int = 0,
 ) -> Establishment:
     """Ask whether the groups of a fit are there.
@@ -211,12 +212,28 @@ def evidence_for(
         penalties: by number of groups; those of 1 and K are searched for where they are missing.
         seed: of everything drawn.
     """
-    folds = user_folds(len(choices.user_offsets) - 1, 4, seed)
-    fits = {}
-    for k in (1, num_groups):
-        l2 = penalties.get(k) or choose_penalty(choices, k, folds, L2_CANDIDATES, seed=seed, **SEARCH)[0]
-        fits[k] = SEARCH | {"l2": l2}
+    found = searched_penalties(choices, num_groups, penalties, seed)
+    fits = {k: SEARCH | {"l2": found[k]} for k in (1, num_groups)}
     return establish(choices, fit_choices(choices, num_groups, seed, **fits[num_groups]), fits, seed=seed)
+
+
+def searched_penalties(
+    choices: PairChoices, num_groups: int, penalties: Mapping[int, float], seed: int = 0
+) -> dict[int, float]:
+    """Return penalties with those of 1 and K, searched for by left-out users where they are missing.
+
+    Args:
+        choices: of all users, of :func:`~torchrl_maxmin.clustering.selection.searched_choices`.
+        num_groups: K.
+        penalties: by number of groups.
+        seed: of parts and starts.
+    """
+    folds = user_folds(len(choices.user_offsets) - 1, NUM_USER_FOLDS, seed)
+    found = dict(penalties)
+    for k in (1, num_groups):
+        if not found.get(k):
+            found[k] = choose_penalty(choices, k, folds, L2_CANDIDATES, seed=seed, **SEARCH)[0]
+    return found
 
 
 def _gain_a_choice(gain: Tensor, held: Tensor) -> Mean | None:

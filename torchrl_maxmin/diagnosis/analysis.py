@@ -28,6 +28,8 @@ from torchrl_maxmin.clustering.selection import (
     choose_num_groups,
     searched_choices,
 )
+from torchrl_maxmin.clustering.unseen import accuracy_on_unseen, left_out_text, parts_left_out
+from torchrl_maxmin.clustering.wants import PairContents, feature_contrasts, items_of, what_groups_want
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.figures import (
     Figures,
@@ -50,7 +52,6 @@ from torchrl_maxmin.diagnosis.theorem import (
     lemma1_bound,
     theorem1_bound,
 )
-from torchrl_maxmin.diagnosis.wants import PairContents, feature_contrasts, what_groups_want
 
 __all__ = ["Diagnosis", "check_pairs", "diagnose"]
 
@@ -205,9 +206,16 @@ def diagnose(
         contents = PairContents(feature_names=[f"feature {j}" for j in range(given.shape[1])])
     contrast_errors = None if errors is None else errors["contrast"]
     num_parts = min(num_jackknife, num_users)
-    wants = what_groups_want(given, x, rows, mixture, features, contents, contrast_errors, num_parts)
+    items = items_of(contents, given, rows)
+    wants = what_groups_want(x, rows, mixture, features, contents, items, contrast_errors, num_parts)
     shown = None if prompts is None else [prompts[row] for row in rows.tolist()]
     accuracy = heldout_accuracy(choices, mixture, fitter, heldout_fraction, confidence, shown)
+    left_out = parts_left_out(choices, num_folds, num_groups > 1 or bool(choice and choice.judgement_gain))
+    left_out["pairs"] = accuracy["left_out"]
+    left_out |= accuracy_on_unseen(
+        choices, num_groups, settings | {"l2": l2[num_groups]},
+        prompts=shown, items=items, one_hot=contents.texts is None and items is not None, seed=seed,
+    )  # fmt: skip
     misassigned = misassignment(choices, num_groups, fitter, num_folds)
     bound, eigenvalue = feature_constants(x)
     # Theorem 1 has rewards in log odds, not calibrated.
@@ -278,6 +286,7 @@ def diagnose(
             "single_utilities": outcome.single.tolist(),
             "dual_value": outcome.dual_value,
         },
+        "left_out": left_out | {"report": left_out_text(left_out)},
         "intervals": "none" if ends is None else "grouped jackknife over users, at this number of groups",
         "choice": None if choice is None else choice.to_dict(),
         "l2": {str(k): value for k, value in l2.items()},

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.identifiability import balanced_misassignment_bound, expected_misassignment
-from torchrl_maxmin.clustering.left_out import heldout_of, leave_users_out, match_groups, user_folds
+from torchrl_maxmin.clustering.left_out import (
+    heldout_of,
+    judgement_numbers,
+    leave_users_out,
+    match_groups,
+    user_folds,
+)
 from torchrl_maxmin.clustering.linear import LinearMixture, fit_choices
 from torchrl_maxmin.clustering.luce import log_choices, redraw
 from torchrl_maxmin.core.progress import progress_bar
@@ -277,15 +283,15 @@ def heldout_accuracy(
 
     Returns:
         ``groups``: by group single, mixture and difference with intervals over users, or a ``reason``;
-        ``calibration``: accuracy less what the mixture expected, or None.
+        ``calibration``: accuracy less what the mixture expected, or None; ``left_out``: of how many pairs.
     """
     num_groups = len(mixture.log_prior)
     held = heldout_of(choices, fraction, fitter.seed)
+    left_out = _held_pairs(choices, held, fraction)
     empty = dict.fromkeys(("single", "mixture", "difference"))
     if not held.any():
-        none = "no user has two judgements, so that none can be held out"
-        reason = none if fraction else "no pairs were held out"
-        return {"groups": [{**empty, "reason": reason}] * num_groups, "calibration": None}
+        groups = [{**empty, "reason": left_out["reason"]}] * num_groups
+        return {"groups": groups, "calibration": None, "left_out": left_out}
     known, later = choices.keep_rows(~held), choices.keep_rows(held)
     alone, both = fitter(known, 1), fitter(known, num_groups, like=mixture)
     groups = both.assignments
@@ -310,7 +316,19 @@ def heldout_accuracy(
     off = interval_over_users(
         _user_means(_off(torch.from_numpy(margins[:, 1:]), later), later, everyone), **settings
     )
-    return {"groups": out, "calibration": off.to_dict()}
+    return {"groups": out, "calibration": off.to_dict(), "left_out": left_out}
+
+
+def _held_pairs(choices: PairChoices, held: Tensor, fraction: float) -> dict[str, Any]:
+    """How many pairs, judgements and users a held-out part has, and why none."""
+    unique, which = judgement_numbers(choices)
+    there = np.unique(which[held.numpy()])
+    none = "no user has two judgements, so that none can be held out"
+    reason = None if len(there) else none if fraction else "no pairs were held out"
+    origin = f"{fraction:.0%} of each user's, one at least of two"
+    users = len(np.unique(unique[there, 0]))
+    pairs = {"count": int(held.sum()), "judgements": len(there), "users": users}
+    return pairs | {"origin": origin, "reason": reason}
 
 
 def _off(margins: Tensor, choices: PairChoices) -> np.ndarray:

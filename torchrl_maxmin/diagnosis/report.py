@@ -119,6 +119,7 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
         _data(summary),
         *figure_parts(draw, figures, "figure"),
         *_evidence(summary),
+        *_left_out(summary),
         "## Groups\n\n" + _group_table(summary),
         "## Diversity between groups\n\n" + _diversity_table(summary),
         "## Accuracy on held-out pairs\n\n" + _accuracy_table(summary),
@@ -230,6 +231,12 @@ def _evidence(summary: Mapping[str, Any]) -> list[str]:
         "than one reward, and explain left-out users better than tastes spread evenly between them."
     )
     return ["## Are the groups there?", f"```\n{found['report']}\n```", table, about]
+
+
+def _left_out(summary: Mapping[str, Any]) -> list[str]:
+    """What was left out; nothing for a summary of before."""
+    lines = summary.get("left_out", {}).get("report")
+    return ["## What was left out\n\n" + "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def _group_table(summary: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.heads import Heads
 from torchrl_maxmin.clustering.selection import L2_CANDIDATES
+from torchrl_maxmin.clustering.wants import PairContents
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import resolve_device, seed_everything
@@ -23,7 +24,6 @@ from torchrl_maxmin.diagnosis.analysis import ONE_USER, check_pairs, diagnose
 from torchrl_maxmin.diagnosis.describing import describe_groups
 from torchrl_maxmin.diagnosis.people import write_users
 from torchrl_maxmin.diagnosis.report import repeats_text, verdict, verdict_table, write_diagnosis
-from torchrl_maxmin.diagnosis.wants import PairContents
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.models.loading import require_model
 from torchrl_maxmin.preferences.describing import values_by_user

@@ -3,8 +3,9 @@
 from torchrl_maxmin.clustering.selection import select_num_groups
 from torchrl_maxmin.rewards.calibration import Calibration
 from torchrl_maxmin.rewards.ensemble import RewardEnsemble, load_reward_model
-from torchrl_maxmin.rewards.fit import MixtureFit, fit_mixture
+from torchrl_maxmin.rewards.fit import fit_mixture
 from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.mixture_fit import MixtureFit
 from torchrl_maxmin.rewards.source import RewardModule
 
 __all__ = [

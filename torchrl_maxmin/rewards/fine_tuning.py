@@ -18,6 +18,7 @@ from torchrl_maxmin.clustering.luce import at_rows, log_choices
 from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
+    gather_rows,
     of_main_process,
     share_of_rows,
     shares_rows,
@@ -132,6 +133,7 @@ class FineTuning(MStep):
         self.optimizer = make_optimizer(groups, settings.optim, settings.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, self._warmup_cosine)
         self.batches = Batches(pairs.num_units, settings.batch_size, settings.seed)
+        self._own_margins: Tensor | None = None
 
     def expectation(self, log_prior: Tensor) -> Expectation:
         """The E-step at the model as it is.
@@ -139,17 +141,23 @@ class FineTuning(MStep):
         Raises:
             FloatingPointError: if the likelihood is not finite.
         """
-        pairs, size = self.pairs, self.settings.scoring_batch_size
+        pairs = self.pairs
+        self._own_margins = margins = pairs.own_margins(self.mixture, self.settings.scoring_batch_size)
         if shares_rows() and pairs.choice_offsets is None:
-            margins = pairs.own_margins(self.mixture, size)
             by_user = sum_over_ranks(pairs.own_log_likelihood(margins))
             soft, log_likelihood, _ = posterior(by_user, log_prior)
             step = Expectation(soft.to(margins), log_likelihood.to(margins))
         else:  # a choice of several rows may lie with two processes: its margins are gathered
-            step = pairs.expectation_of(pairs.margins(self.mixture, size), log_prior)
+            step = pairs.expectation_of(gather_rows(margins, len(pairs)), log_prior)
         if not bool(step.log_likelihood.isfinite().all()):
             raise FloatingPointError("the log-likelihood is not finite; lower the rates")
         return step
+
+    def margins(self) -> Tensor:
+        """Margins [P, K] of all pairs by the model as it is, kept from the last E-step."""
+        if self._own_margins is None:
+            self._own_margins = self.pairs.own_margins(self.mixture, self.settings.scoring_batch_size)
+        return gather_rows(self._own_margins, len(self.pairs))
 
     @cached_property
     def memory(self) -> AbstractContextManager[None]:
@@ -158,6 +166,7 @@ class FineTuning(MStep):
 
     def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
         """Take the optimizer steps of a round; returns the last step's loss."""
+        self._own_margins = None
         self.mixture.train()  # adapters' dropout alone: the trunk has none
         while self.num_steps < self.settings.steps_per_round:
             self.optimizer.zero_grad()
@@ -214,6 +223,7 @@ class FineTuning(MStep):
         if shares_rows():  # the same in all processes
             torch.manual_seed(of_main_process(lambda: int(torch.randint(2**62, ()))))
         self.mixture.reset_head_(k, donor)
+        self._own_margins = None
 
     def _warmup_cosine(self, step: int) -> float:
         total = self.settings.total_steps

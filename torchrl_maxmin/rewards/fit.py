@@ -8,19 +8,21 @@ the shared trunk and all heads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, posterior, run_em
-from torchrl_maxmin.clustering.established import Establishment, evidence_for
+from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, run_em
+from torchrl_maxmin.clustering.established import Establishment, evidence_for, searched_penalties
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
+from torchrl_maxmin.clustering.left_out import NUM_USER_FOLDS
 from torchrl_maxmin.clustering.linear import fit_choices
 from torchrl_maxmin.clustering.selection import (
     L2_CANDIDATES,
@@ -30,6 +32,8 @@ from torchrl_maxmin.clustering.selection import (
     searched_choices,
 )
 from torchrl_maxmin.clustering.shares import AdamStepOfShares
+from torchrl_maxmin.clustering.unseen import accuracy_on_unseen, parts_left_out
+from torchrl_maxmin.clustering.wants import PairContents, items_of, wants_by_margins
 from torchrl_maxmin.core.distributed import of_main_process, shares_rows
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.interruption import Interrupted, signals_held
@@ -40,11 +44,10 @@ from torchrl_maxmin.preferences.dataset import PreferenceDataset
 from torchrl_maxmin.preferences.texts import text_key
 from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
+from torchrl_maxmin.rewards.mixture_fit import MixtureFit, heldout_figures
 from torchrl_maxmin.rewards.pairs import PairTokens, feature_choices, shared_feature_choices
-from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
-from torchrl_maxmin.stats import accuracy_by_group
 
-__all__ = ["REPORT_USERS", "MixtureFit", "WarmStart", "fit_mixture", "heldout_figures"]
+__all__ = ["REPORT_USERS", "WarmStart", "fit_mixture"]
 
 #: The identifiability report looks at no more users than this: it fits fifteen mixtures.
 REPORT_USERS = 2000
@@ -57,71 +60,6 @@ _REPORT: dict[str, Any] = {
     "l2_candidates": (3e-4, 1e-3, 2e-3),
 }
 _READING = ("pooling", "layout", "chat_template", "system_prompt")
-
-
-@dataclass
-class MixtureFit:
-    """A fitted reward mixture and what was learned about the users.
-
-    Attributes:
-        model: the K-head reward model, groups sorted by size, largest first.
-        user_ids: users in the order of the rows of ``responsibilities_matrix``.
-        responsibilities_matrix: [U, K].
-        log_prior: log mixing weights [K].
-        history: one record an EM round.
-        heldout: figures on pairs that were not trained on, empty without such pairs.
-        choice: how K was chosen, when it was.
-        group_names: names of the true groups that the heads were trained on, when they were.
-        identifiability: whether these pairs tell the users apart, when it was asked for.
-        restarts: whether the starts of the linear mixture agree; None where there was one at most.
-        establishment: whether the groups are there at all, when that was asked for.
-    """
-
-    model: RewardMixture
-    user_ids: list[str]
-    responsibilities_matrix: Tensor
-    log_prior: Tensor
-    history: list[dict[str, Any]]
-    heldout: dict[str, Any]
-    choice: NumGroupsChoice | None = None
-    group_names: list[str] | None = None
-    identifiability: IdentifiabilityReport | None = None
-    restarts: Restarts | None = None
-    establishment: Establishment | None = None
-
-    @property
-    def responsibilities(self) -> dict[str, list[float]]:
-        """Responsibilities of every user by user id."""
-        return dict(zip(self.user_ids, self.responsibilities_matrix.tolist(), strict=True))
-
-    def report(self) -> str:
-        """A few lines: groups with size, held-out accuracy of each head, likelihood, choice of K."""
-        shares = self.log_prior.exp().tolist()
-        users = self.responsibilities_matrix.argmax(-1).bincount(minlength=len(shares)).tolist()
-        lines = [f"{len(self.user_ids)} users in {len(shares)} group(s)"]
-        accuracies = self.heldout.get("head_accuracy", [None] * len(shares))
-        intervals = self.heldout.get("head_accuracy_interval", [None] * len(shares))
-        for k, (share, count, accuracy) in enumerate(zip(shares, users, accuracies, strict=True)):
-            line = f"  group {k}: {count} users, mixing weight {share:.3f}"
-            if accuracy is not None:
-                line += f", held-out accuracy {accuracy:.3f}"
-                line += "" if None in intervals[k] else " [{:.3f}, {:.3f}]".format(*intervals[k])
-            lines.append(line)
-        if "log_likelihood" in self.heldout:
-            lines.append(f"held-out log-likelihood {self.heldout['log_likelihood']:.4f} nats a pair")
-        if self.choice is not None:
-            tried = ", ".join(f"K={k}: {v:.4f}" for k, v in self.choice.heldout_log_likelihood.items())
-            lines.append(f"K={self.choice.num_groups} by the likelihood of left-out users ({tried})")
-            if self.choice.beats_coin is False:
-                lines.append("no reward predicts left-out users better than a coin")
-        if self.establishment is not None:
-            lines += self.establishment.report().splitlines()
-        if self.restarts is not None:
-            lines.append(f"the groups that EM began with were {self.restarts.text()}")
-        if self.identifiability is not None:
-            lines.append("on frozen features, linear heads:")
-            lines += [f"  {line}" for line in self.identifiability.report().splitlines()]
-        return "\n".join(lines)
 
 
 def fit_mixture(
@@ -210,7 +148,8 @@ def fit_mixture(
             fit["m_step"] = AdamStepOfShares
         else:
             choices = feature_choices(data, model, max_length, device, size, **reading)
-        warm = linear_warm_start(choices, num_groups, max_groups, seed, evidence=identifiability, **fit)
+        asked = {"evidence": identifiability, "data": data}
+        warm = linear_warm_start(choices, num_groups, max_groups, seed, **asked, **fit)
         if identifiability:
             warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))
         warm = of_main_process(lambda: warm)  # other processors may round otherwise
@@ -250,11 +189,16 @@ def fit_mixture(
         )
         em = run_em(pairs, m_step, settings, start=start, history=history, on_round=keep)
     responsibilities = em.responsibilities
+    order = torch.arange(mixture.num_groups)
     if not use_true_groups:
         order = responsibilities.sum(0).argsort(descending=True, stable=True)
         mixture.permute_groups_(order)
         responsibilities = responsibilities[:, order]
-    mixture.log_prior.copy_(mixing_weights(responsibilities))
+    log_prior = mixing_weights(responsibilities)
+    mixture.log_prior.copy_(log_prior)
+    wants = None
+    if identifiability and mixture.num_groups > 1:
+        wants = _wants(data, m_step.margins()[:, order], log_prior)
     figures = {}
     if heldout is not None:
         later = PairTokens(heldout, mixture.encoder(max_length), mixture.reader.pad_id)
@@ -274,43 +218,9 @@ def fit_mixture(
         warm.identifiability,
         warm.restarts,
         warm.establishment,
+        dict(warm.left_out),
+        wants,
     )
-
-
-@torch.no_grad()
-def heldout_figures(
-    mixture: RewardMixture,
-    pairs: PairTokens,
-    user_ids: list[str],
-    responsibilities: Mapping[str, Tensor],
-    batch_size: int = SCORED_AT_ONCE,
-    *,
-    prompts: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Predictive log-likelihood a pair, and each head's accuracy on the users it was given.
-
-    Each user counts once; the intervals are t over those users and, with ``prompts`` [P], over the prompts
-    that they share, 95%, and null with one user. ``notes`` say why they may be too narrow.
-    """
-    unknown = mixture.log_prior.exp().cpu()
-    known = torch.stack([responsibilities.get(user, unknown) for user in user_ids])
-    margins = pairs.margins(mixture, batch_size)
-    by_user = pairs.log_likelihood_by_user(margins)
-    predictive = posterior(by_user, known.double().log()).log_likelihood.sum().item() / pairs.num_choices
-    groups = known.argmax(-1)
-    right = (margins.gather(1, groups[pairs.row_users].unsqueeze(1)) > 0).double()
-    found = accuracy_by_group(
-        right.squeeze(1), pairs.row_users, groups, mixture.num_groups,
-        row_weights=pairs.row_weights, prompts=prompts, num_resamples=0, warn=False,
-    )  # fmt: skip
-    accuracy = [[None] * 3 if interval is None else interval.to_list() for interval in found]
-    return {
-        "log_likelihood": predictive,
-        "head_accuracy": [estimate for estimate, *_ in accuracy],
-        "head_accuracy_interval": [ends for _, *ends in accuracy],
-        "head_accuracy_notes": [[] if interval is None else list(interval.notes) for interval in found],
-        "pairs": len(pairs),
-    }
 
 
 # -- where EM starts -------------------------------------------------------------------------------
@@ -327,6 +237,7 @@ class WarmStart:
         group_names: names of the true groups, when these are the responsibilities.
         restarts: whether the starts of the linear mixture agree.
         establishment: whether the groups are there, when that was asked for.
+        left_out: what was left out on the way, plain numbers; see :mod:`torchrl_maxmin.clustering.unseen`.
     """
 
     responsibilities: Tensor
@@ -335,6 +246,7 @@ class WarmStart:
     group_names: list[str] | None = None
     restarts: Restarts | None = None
     establishment: Establishment | None = None
+    left_out: dict[str, Any] = field(default_factory=dict)
 
 
 def from_true_groups(data: PreferenceDataset) -> WarmStart:
@@ -352,6 +264,7 @@ def linear_warm_start(
     seed: int,
     *,
     evidence: bool = False,
+    data: PreferenceDataset | None = None,
     **fit: Any,
 ) -> WarmStart:
     """Fit the linear mixture; with ``"auto"`` choose K first, as ``diagnose`` does.
@@ -362,27 +275,65 @@ def linear_warm_start(
         max_groups: largest K that ``"auto"`` tries.
         seed: of folds and starts.
         evidence: whether to ask if the groups are there.
+        data: the pairs, whose prompts and items are left out, too, where K is asked for.
         **fit: of the mixture that EM begins with.
     """
     choice, establishment, searched = None, None, choices
+    penalties: dict[int, float] = {}
+    left_out: dict[str, Any] = {}
     if num_groups == "auto" or evidence:
         searched = searched_choices(choices)
     if num_groups == "auto":
         choice = choose_num_groups(searched, max_groups, seed=seed, l2_candidates=L2_CANDIDATES, **SEARCH)
-        num_groups = choice.num_groups
-    if evidence and int(num_groups) > 1:
-        penalties = {} if choice is None else choice.l2
-        establishment = evidence_for(searched, int(num_groups), penalties, seed)
-    found = fit_choices(choices, int(num_groups), seed, **fit)
-    return WarmStart(found.responsibilities, choice, restarts=found.restarts, establishment=establishment)
+        num_groups, penalties = choice.num_groups, choice.l2
+    k = int(num_groups)
+    if evidence and k > 1:
+        penalties = searched_penalties(searched, k, penalties, seed)
+        establishment = evidence_for(searched, k, penalties, seed)
+    if data is not None and k in penalties:
+        asked = establishment is not None or bool(choice and choice.judgement_gain)
+        left_out = parts_left_out(searched, NUM_USER_FOLDS, asked)
+        contents = _contents(data)
+        rows = np.arange(len(searched.differences))
+        left_out |= accuracy_on_unseen(
+            searched, k, SEARCH | {"l2": penalties[k]},
+            prompts=_prompts(data), items=items_of(contents, searched.differences, rows), seed=seed,
+        )  # fmt: skip
+    found = fit_choices(choices, k, seed, **fit)
+    return WarmStart(
+        found.responsibilities,
+        choice,
+        restarts=found.restarts,
+        establishment=establishment,
+        left_out=left_out,
+    )
+
+
+def _prompts(data: PreferenceDataset) -> list[str]:
+    """What tells the prompts of the distinct pairs apart."""
+    every = [text_key(prompt) for prompt in data.prompts]
+    return [every[row] for row in data.distinct_rows.tolist()]
+
+
+def _contents(data: PreferenceDataset) -> PairContents:
+    """Texts of the distinct pairs."""
+    texts = data.select_rows(data.distinct_rows)
+    return PairContents(texts=(texts.prompts, texts.chosen, texts.rejected))
+
+
+def _wants(data: PreferenceDataset, margins: Tensor, log_prior: Tensor) -> list[dict[str, Any]]:
+    """What each group wants, by margins [P, K] of all pairs."""
+    contents, kept = _contents(data), margins[torch.from_numpy(data.distinct_rows)]
+    rows = np.arange(len(kept))
+    asked = kept.double().numpy(), log_prior.double().cpu().numpy(), rows, contents
+    return wants_by_margins(*asked, items_of(contents, kept, rows))
 
 
 def _identifiability(
     data: PreferenceDataset, choices: PairChoices, warm: WarmStart, seed: int
 ) -> IdentifiabilityReport:
     """The report on all users, or on :data:`REPORT_USERS` of them drawn at random."""
-    every = [text_key(prompt) for prompt in data.prompts]
-    prompts: Sequence[Any] = [every[row] for row in data.distinct_rows.tolist()]
+    prompts: Sequence[Any] = _prompts(data)
     if data.num_users > REPORT_USERS:
         drawn = torch.randperm(data.num_users, generator=torch.Generator().manual_seed(seed))
         kept = torch.zeros(data.num_users, dtype=torch.bool)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrl_maxmin.clustering.unseen import left_out_text
 from torchrl_maxmin.core.checkpoint import save_checkpoint, saved_state
 from torchrl_maxmin.core.distributed import across_ranks, is_main_process, world_size
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
@@ -25,6 +26,7 @@ from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import TextEncoder, text_key
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
+from torchrl_maxmin.rewards.mixture_fit import held_pairs
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.reward_config import RewardConfig
@@ -113,6 +115,7 @@ def run_reward(config: RewardConfig) -> Path:
         sharded=config.distributed == "fsdp2",
         **{name: getattr(config, name) for name in _OPTIONS},
     )
+    fit.left_out["pairs"] = held_pairs(data, heldout, config.heldout_fraction, config.eval_dataset_name)
     figures = _figures(fit, data)
     if config.calibration != "none":
         raw = _pair_rewards(fit.model, data, config) if reference is None else reference.rewards(fit.model)
@@ -222,6 +225,8 @@ def _figures(fit: MixtureFit, data: PreferenceDataset) -> dict[str, Any]:
         "heldout": fit.heldout,
         "repeated_pairs": data.judgements.num_repeats,
         "restarts": None if fit.restarts is None else fit.restarts.to_dict(),
+        "left_out": fit.left_out | {"report": left_out_text(fit.left_out)},
+        "wants": fit.wants,
         "history": fit.history,
         "report": fit.report(),
     }

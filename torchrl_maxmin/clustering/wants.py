@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,15 +12,18 @@ from scipy.special import expit
 from torch import Tensor
 
 from torchrl_maxmin.clustering.heads import FeatureMap
+from torchrl_maxmin.clustering.items import ItemPairs, item_pairs_of_features, item_pairs_of_texts, item_ranks
 from torchrl_maxmin.clustering.linear import LinearMixture
-from torchrl_maxmin.diagnosis.items import ItemPairs, item_pairs_of_features, item_pairs_of_texts, item_ranks
-from torchrl_maxmin.diagnosis.others import against_others, others_mean
+from torchrl_maxmin.clustering.others import against_others, others_mean
 
 __all__ = [
     "PairContents",
     "disagreements",
     "feature_contrasts",
+    "items_of",
     "ordered_features",
+    "wants_by_margins",
+    "wants_text",
     "what_groups_want",
 ]
 
@@ -28,6 +31,8 @@ __all__ = [
 MOST_LISTED = 20
 #: Characters of a text that summary.json holds.
 MOST_CHARACTERS = 2000
+_TOLD_PAIRS = 3
+_TOLD_CHARACTERS = 80
 
 
 def feature_contrasts(mixture: LinearMixture, features: FeatureMap) -> np.ndarray:
@@ -177,25 +182,41 @@ class PairContents:
     file_rows: Sequence[int] | np.ndarray | None = None
 
 
+def items_of(contents: PairContents, differences: Tensor, rows: np.ndarray) -> ItemPairs | None:
+    """Find the items that pairs are between; None where they hardly repeat.
+
+    Args:
+        contents: What there is to show.
+        differences: Of the pairs, as they were given [P, D]; only asked where features have names.
+        rows: Which of the pairs of ``contents`` these are [P].
+    """
+    if contents.feature_names is not None:
+        return item_pairs_of_features(differences.float().numpy(), contents.feature_names)
+    if contents.texts is None:
+        return None
+    _, chosen, rejected = contents.texts
+    return item_pairs_of_texts(map(_shown, chosen), map(_shown, rejected), rows)
+
+
 def what_groups_want(
-    differences: Tensor,
     searched: Tensor,
     rows: np.ndarray,
     mixture: LinearMixture,
     features: FeatureMap,
     contents: PairContents,
+    items: ItemPairs | None,
     errors: np.ndarray | None,
     num_parts: int,
 ) -> list[dict[str, Any]]:
     """Say by group which features it weighs otherwise, which pairs it sees otherwise, and how it ranks items.
 
     Args:
-        differences: Of the pairs, as they were given [P, D].
-        searched: The same as the heads take them [P, C].
+        searched: Differences of the pairs as the heads take them [P, C].
         rows: Which of the pairs of ``contents`` these are [P].
         mixture: The fit.
-        features: Between the two.
+        features: From features as they were given to those.
         contents: What there is to show.
+        items: Of :func:`items_of`.
         errors: Of :func:`feature_contrasts` [K, D].
         num_parts: Parts of the users behind them.
 
@@ -204,22 +225,38 @@ def what_groups_want(
     """
     log_prior = mixture.log_prior.double().numpy()
     margins = (searched @ mixture.weight.T.to(searched.dtype)).double().numpy()
-    names = contents.feature_names
+    by_group = wants_by_margins(margins, log_prior, rows, contents, items)
+    if len(log_prior) > 1 and (names := contents.feature_names) is not None:
+        weight = features.heads(mixture.weight).double().numpy()
+        contrast = feature_contrasts(mixture, features)
+        listed = ordered_features(weight, contrast, errors, names, num_parts)
+        for entry, mine in zip(by_group, listed, strict=True):
+            entry["features"] = mine
+    return by_group
+
+
+def wants_by_margins(
+    margins: np.ndarray,
+    log_prior: np.ndarray,
+    rows: np.ndarray,
+    contents: PairContents,
+    items: ItemPairs | None,
+) -> list[dict[str, Any]]:
+    """Say by group which pairs it sees otherwise and how it ranks items, whatever gave the rewards.
+
+    Args:
+        margins: Of the pairs by the groups' rewards [P, K].
+        log_prior: Log shares of the groups [K].
+        rows: Which of the pairs of ``contents`` these are [P].
+        contents: What there is to show.
+        items: Of :func:`items_of`.
+
+    Returns:
+        As :func:`what_groups_want`, without ``features``.
+    """
     by_group: list[dict[str, Any]] = [{"features": None, "pairs": None, "items": None} for _ in log_prior]
     if len(log_prior) == 1:
         return by_group
-    items = None
-    if names is not None:
-        weight = features.heads(mixture.weight).double().numpy()
-        contrast = feature_contrasts(mixture, features)
-        for entry, listed in zip(
-            by_group, ordered_features(weight, contrast, errors, names, num_parts), strict=True
-        ):
-            entry["features"] = listed
-        items = item_pairs_of_features(differences.float().numpy(), names)
-    elif contents.texts is not None:
-        _, chosen, rejected = contents.texts
-        items = item_pairs_of_texts(map(_shown, chosen), map(_shown, rejected), rows)
     sides = _sides(rows, items, contents)
 
     def keys(row: int) -> tuple[Any, Any]:
@@ -232,6 +269,39 @@ def what_groups_want(
         for entry, ranked in zip(by_group, item_ranks(margins, log_prior, items), strict=True):
             entry["items"] = [each | {"item": _item_text(each["item"], contents)} for each in ranked] or None
     return by_group
+
+
+def wants_text(wants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tell in a few lines what groups want.
+
+    Args:
+        wants: By group, of :func:`what_groups_want`.
+
+    Example:
+        >>> pair = {"prompt": None, "preferred": "tea", "other": "milk", "group": 0.9, "others": 0.2}
+        >>> print(*wants_text([{"items": None, "pairs": [pair]}, {"items": None, "pairs": []}]), sep=chr(10))
+        group 0 prefers 'tea' to 'milk' (probability 0.90; the others 0.20)
+    """
+    lines = []
+    for k, group in enumerate(wants):
+        if items := group["items"]:
+            first = ", ".join(_in_a_line(entry["item"]) for entry in items[:3])
+            lines.append(f"group {k} ranks {len(items)} items; first come {first}")
+            apart = max(items, key=lambda entry: abs(entry["difference"]))
+            if apart["difference"]:
+                ranks = f"rank {apart['rank']}; to the others {apart['rank_by_others']}"
+                lines.append(f"group {k} differs most on {_in_a_line(apart['item'])} ({ranks})")
+        for pair in (group["pairs"] or [])[:_TOLD_PAIRS]:
+            preferred, other = (_in_a_line(pair[side]) for side in ("preferred", "other"))
+            odds = f"probability {pair['group']:.2f}; the others {pair['others']:.2f}"
+            about = "" if not pair["prompt"] else f", asked {_in_a_line(pair['prompt'])}"
+            lines.append(f"group {k} prefers {preferred} to {other} ({odds}{about})")
+    return lines
+
+
+def _in_a_line(text: str) -> str:
+    """A text as a quoted line, and not much of it."""
+    return repr(text if len(text) <= _TOLD_CHARACTERS else f"{text[: _TOLD_CHARACTERS - 3]}...")
 
 
 def _sides(

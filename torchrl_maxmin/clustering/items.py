@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import lsqr
 
-from torchrl_maxmin.diagnosis.others import others_mean
+from torchrl_maxmin.clustering.others import others_mean
 
 __all__ = ["ItemPairs", "item_pairs_of_features", "item_pairs_of_texts", "item_ranks"]
 
