@@ -1,5 +1,6 @@
 """Groups described by columns of the user's own."""
 
+import csv
 import json
 
 import numpy as np
@@ -107,6 +108,30 @@ def test_arrays_of_users_and_of_pairs(tmp_path, arrays, capsys):
     report = (folder / "report.md").read_text()
     assert "This describes the groups and does not explain them" in report
     assert "- sex: related to the groups" in report
+
+
+def test_columns_are_not_tested_against_groups_that_are_not_established(tmp_path, arrays):
+    """Everybody answers at random, and the column is made to follow the groups that are found."""
+    arrays["differences"] = np.random.default_rng(1).normal(size=arrays["differences"].shape)
+    settings = {**SETTINGS, "show_user_ids": True}
+    np.savez(tmp_path / "pairs.npz", **arrays)
+    first = run_diagnose(DiagnoseConfig(str(tmp_path / "pairs.npz"), str(tmp_path / "first"), **settings))
+    with (first / "users.csv").open() as file:
+        group = {int(row["user"]): row["group"] for row in csv.DictReader(file)}
+    told = np.array([f"in {group[user]}" for user in arrays["users"].tolist()])
+    np.savez(tmp_path / "told.npz", **arrays | {"told": told})
+    config = DiagnoseConfig(
+        str(tmp_path / "told.npz"), str(tmp_path / "out"), describe_columns=["told"], **settings
+    )
+    folder = run_diagnose(config)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["established"] is False
+    found = summary["describing"]["columns"]["told"]
+    assert (found["p"], found["related"]) == (None, None)
+    assert [entry["levels"]["in 0"]["mean"] for entry in found["groups"]] == [1.0, 0.0]
+    report = (folder / "report.md").read_text()
+    assert "- told: not tested, as the groups are not established" in report
+    assert "related to the groups (p" not in report
 
 
 def test_an_array_that_is_not_there_is_one_line(tmp_path, arrays):

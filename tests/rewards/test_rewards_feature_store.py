@@ -51,6 +51,43 @@ def test_what_was_added_is_found(store):
     assert len(files(store)) == 2
 
 
+def test_what_was_used_the_longest_ago_is_pruned_first(store, tmp_path, capsys, monkeypatch):
+    other = FeatureStore(tmp_path, {"model": "b"})
+    keys = [row_key(row) for row in ROWS]
+    for age, (owner, row) in enumerate(((store, 0), (other, 1), (store, 2), (other, 3))):
+        owner.add(keys[row : row + 1], VALUES[row : row + 1])
+        (path,) = (p for p in owner.folder.iterdir() if p.stat().st_mtime > 1e9)
+        os.utime(path, (1000 + age, 1000 + age))
+    size = path.stat().st_size
+    assert list(held(store, ROWS[:1])) == [0]  # the oldest, but it was read just now
+    assert feature_store.prune(tmp_path, 4 * size) == 0
+    assert feature_store.prune(tmp_path, 3 * size) == size
+    assert held(other).keys() == {3}
+    monkeypatch.setenv("TORCHRL_MAXMIN_CACHE_BYTES", str(2 * size))
+    assert [places for places, _ in store.kept([row_key([9])], [([0], VALUES[:1])])] == [[0]]
+    kept = set(tmp_path.glob("*/*.safetensors"))
+    assert sum(path.stat().st_size for path in kept) <= 2 * size
+    assert held(store, [[9]]) == {0: VALUES[0].tolist()}  # what this run made is the newest
+    assert "kept features are removed" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_limit_of_the_cache_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("TORCHRL_MAXMIN_CACHE_BYTES", "5 GB")
+    with pytest.raises(UserError, match="TORCHRL_MAXMIN_CACHE_BYTES is a whole number of bytes, not '5 GB'"):
+        cache_folder("true")
+    assert cache_folder("false") is None
+
+
+def test_only_old_leftovers_of_other_processes_go(store, tmp_path):
+    store.add([row_key(ROWS[0])], VALUES[:1])
+    for name, age in (("a.7.partial", 0.0), ("b.7.partial", 1000.0)):
+        (store.folder / name).write_bytes(b"half")
+        if age:
+            os.utime(store.folder / name, (age, age))
+    assert feature_store.prune(tmp_path, 1 << 30) == 0
+    assert [name for name in files(store) if name.endswith("partial")] == ["a.7.partial"]
+
+
 def test_bfloat16_comes_back(store):
     store.add([row_key(ROWS[0])], VALUES[:1].bfloat16())
     ((_, values),) = store.held([row_key(ROWS[0])])

@@ -25,7 +25,12 @@ _OTHER = "other"
 
 
 def describe_groups(
-    columns: Mapping[str, Sequence[str | None]], groups: Sequence[int], num_groups: int, seed: int = 0
+    columns: Mapping[str, Sequence[str | None]],
+    groups: Sequence[int],
+    num_groups: int,
+    seed: int = 0,
+    *,
+    established: bool = True,
 ) -> dict[str, Any]:
     """Describe the groups by columns, each user in its likeliest group, and test whether they are related.
 
@@ -37,6 +42,7 @@ def describe_groups(
         groups: Likeliest group of every user [U].
         num_groups: K.
         seed: Of the permutations.
+        established: Whether the groups are; a test of others is no finding, and none is made.
 
     Returns:
         ``columns``: by name ``kind`` (``levels`` or ``numbers``), ``test``, ``p``, ``p_holm`` (over the
@@ -51,7 +57,7 @@ def describe_groups(
     """
     group = np.asarray(groups)
     found = {
-        name: _describe(values, group, num_groups, np.random.default_rng([seed, place]))
+        name: _describe(values, group, num_groups, np.random.default_rng([seed, place]), established)
         for place, (name, values) in enumerate(columns.items())
     }
     tested = [entry for entry in found.values() if entry["p"] is not None]
@@ -77,7 +83,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _describe(
-    values: Sequence[str | None], groups: np.ndarray, num_groups: int, rng: np.random.Generator
+    values: Sequence[str | None],
+    groups: np.ndarray,
+    num_groups: int,
+    rng: np.random.Generator,
+    established: bool,
 ) -> dict[str, Any]:
     there = np.array([value is not None for value in values], bool)
     mine, group = [value for value in values if value is not None], groups[there]
@@ -100,6 +110,8 @@ def _describe(
         distinct = len(levels)
     if len(np.unique(group)) < 2 or distinct < 2:
         return entry | {"reason": "the users with a value have one group, or all the same value"}
+    if not established:
+        return entry | {"reason": "the groups are not established, and nothing is claimed on them"}
     if numbers is None:
         table = table[:, table.sum(0) > 0]
         entry["p"], exact = permutation_p(table, rng)

@@ -171,7 +171,10 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     mixture = found.mixture
     if pairs.described:
         groups = mixture.assignments.tolist()
-        summary["describing"] = describe_groups(pairs.described, groups, found.num_groups, config.seed)
+        summary["describing"] = describe_groups(
+            pairs.described, groups, found.num_groups, config.seed,
+            established=summary["established"] is not False,
+        )  # fmt: skip
     write_diagnosis(folder, summary)
     names = None if pairs.contents is None else pairs.contents.feature_names
     origin = {"model": str(config.model_name_or_path)} if names is None else {"file": config.dataset_name}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,11 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console, late_bar
 from torchrl_maxmin.models.loading import adapted_model, import_transformers, load_config
 
-__all__ = ["FeatureStore", "cache_folder", "row_key", "store_facts"]
+__all__ = ["FeatureStore", "cache_folder", "cache_limit", "prune", "row_key", "store_facts"]
+
+#: Bytes of all kept features, where the environment's TORCHRL_MAXMIN_CACHE_BYTES says nothing.
+MOST_BYTES = 20 << 30
+_LEFTOVER_SECONDS = 86_400  # an unfinished file of a process that is long gone
 
 #: counts up when features of one key would come out otherwise, or lie otherwise in the files
 FORMAT = 1
@@ -42,10 +47,11 @@ def cache_folder(setting: bool | str) -> Path | None:
         The folder, made and writable; None for ``false``, and where there is no home to write to.
 
     Raises:
-        UserError: if a folder that was named cannot be written to.
+        UserError: if a folder that was named cannot be written to, or the limit of bytes is no number.
     """
     if str(setting).lower() == "false":
         return None
+    cache_limit()
     own = str(setting) if str(setting).lower() != "true" else os.environ.get("TORCHRL_MAXMIN_CACHE")
     try:
         folder = Path(own or "~/.cache/torchrl_maxmin/features").expanduser()
@@ -58,6 +64,52 @@ def cache_folder(setting: bool | str) -> Path | None:
                 f"features cannot be kept in {own!r}: {error}; give --feature_cache another folder, or false"
             ) from error
         return None
+
+
+def cache_limit() -> int:
+    """Bytes that kept features may take together, from ``TORCHRL_MAXMIN_CACHE_BYTES``.
+
+    Raises:
+        UserError: if it is no whole number of bytes.
+    """
+    setting = os.environ.get("TORCHRL_MAXMIN_CACHE_BYTES", "").strip()
+    if not setting:
+        return MOST_BYTES
+    if not setting.isdecimal():
+        raise UserError(f"TORCHRL_MAXMIN_CACHE_BYTES is a whole number of bytes, not {setting!r}; unset it")
+    return int(setting)
+
+
+def prune(folder: Path, most: int) -> int:
+    """Remove the files of kept features that were used the longest ago, until the others take ``most`` bytes.
+
+    Any number of processes may prune at once, and read: what is read is copied, and what is missing is made
+    again.
+
+    Args:
+        folder: of all stores.
+        most: bytes that may stay.
+
+    Returns:
+        Bytes that were removed.
+    """
+    found = []
+    for path in folder.glob("*/*"):
+        with contextlib.suppress(OSError):  # another process was first
+            facts = path.stat()
+            age = time.time() - facts.st_mtime
+            if path.suffix == ".partial" and age > _LEFTOVER_SECONDS:
+                path.unlink()
+            elif path.suffix == ".safetensors":
+                found.append((facts.st_mtime_ns, str(path), facts.st_size))
+    total, removed = sum(size for *_, size in found), 0
+    for _, path, size in sorted(found):
+        if total - removed <= most:
+            break
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            removed += size
+    return removed
 
 
 def row_key(row: Sequence[int]) -> bytes:
@@ -160,6 +212,9 @@ class FeatureStore:
             if _checksums([found[row] for row in part], values) != checksums[part].tolist():
                 self._drop(path)
                 return
+            if start == 0:
+                with contextlib.suppress(OSError):  # used now: pruned later than others
+                    os.utime(path)
             yield [wanted.pop(found[row]) for row in part], values
 
     def _drop(self, path: Path) -> None:
@@ -185,6 +240,11 @@ class FeatureStore:
             if sum(values.nbytes for _, values in unwritten) >= _WRITTEN_BYTES:
                 write()
         write()
+        if removed := prune(self.folder.parent, cache_limit()):
+            console.print(
+                f"{removed / 1e6:,.0f} MB of kept features are removed, those used longest ago: more than "
+                "TORCHRL_MAXMIN_CACHE_BYTES were there"
+            )
 
     def add(self, keys: Sequence[bytes], features: Tensor) -> None:
         """Write features [n, D] of rows; where the disk is full or broken, say so, and go on without."""

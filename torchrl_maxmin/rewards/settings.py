@@ -55,7 +55,8 @@ class MixtureSettings(ChatSettings):
         seed: seed of everything random.
         device: cpu, cuda or auto.
         feature_cache: whether features of texts on the frozen model are kept for the next run: true, in
-            $TORCHRL_MAXMIN_CACHE or ~/.cache/torchrl_maxmin/features; false; or a folder.
+            $TORCHRL_MAXMIN_CACHE or ~/.cache/torchrl_maxmin/features; false; or a folder. Above
+            $TORCHRL_MAXMIN_CACHE_BYTES (20 GiB when left out) the least recently used files go.
         feature_dtype: how they are kept: float32, or bfloat16 for half the room.
     """
 
@@ -164,6 +165,9 @@ def drop_pairs_cut_alike(
 ) -> PreferenceDataset:
     """Leave out pairs whose two texts differ in nothing but what is cut off, and say which.
 
+    A choice among several texts goes as a whole: without one of its pairs it would say that the best of fewer
+    was chosen.
+
     Args:
         data: the pairs.
         reader: what turns texts into tokens.
@@ -176,18 +180,27 @@ def drop_pairs_cut_alike(
     alike = [] if limit is None else _cut_alike(data, reader, limit)
     if not alike:
         return data
+    named = data.ranking_ids[alike].tolist()
+    alike, found = _whole_choices(data, alike), len(alike)
     if len(alike) == len(data):
         raise UserError(
             f"--max_length {limit} cuts the chosen and the rejected text of every pair to the same tokens; "
             "raise it"
         )
-    rows = data.ranking_ids[alike].tolist()
-    shown = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
+    shown = ", ".join(map(str, named[:5])) + (" ..." if len(named) > 5 else "")
+    others = f", and {len(alike) - found} with the rest of their choices" if len(alike) > found else ""
     console.print(
-        f"{len(alike)} of {len(data)} pairs left out: --max_length {limit} leaves chosen and rejected the "
+        f"{found} of {len(data)} pairs left out{others}: --max_length {limit} leaves chosen and rejected the "
         f"same tokens (rows {shown})"
     )
     return data.select_rows(np.setdiff1d(np.arange(len(data)), alike))
+
+
+def _whole_choices(data: PreferenceDataset, rows: list[int]) -> list[int]:
+    """Add the other pairs of the choices that these are part of."""
+    offsets = data.choice_offsets.numpy()
+    choices = np.unique(np.searchsorted(offsets, rows, side="right") - 1)
+    return [row for choice in choices for row in range(offsets[choice], offsets[choice + 1])]
 
 
 def _cut_alike(data: PreferenceDataset, reader: TextReader, limit: int) -> list[int]:
@@ -251,7 +264,8 @@ def tokens_report(data: PreferenceDataset, reader: TextReader, max_length: int) 
     ]
     if alike := len(_cut_alike(data, reader, limit)):
         lines.append(
-            f"! it leaves chosen and rejected the same tokens in {alike:,} pairs; these are left out"
+            f"! it leaves chosen and rejected the same tokens in {alike:,} pairs; these are left out, with "
+            "the rest of their choices"
         )
     return "\n".join(lines)
 
