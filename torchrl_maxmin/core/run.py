@@ -18,6 +18,7 @@ import yaml
 
 from torchrl_maxmin.core.distributed import is_main_process, of_main_process, rank
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.json_text import write_json_text
 
 __all__ = [
     "MetricsLog",
@@ -69,7 +70,7 @@ def write_json(path: Path, content: Any) -> None:
     if not is_main_process():
         return
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, default=float) + "\n")
+    write_json_text(partial, content)
     os.replace(partial, path)
 
 
@@ -116,17 +117,19 @@ class MetricsLog:
         """Append the metrics of one step."""
         if not self.writes:
             return
-        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        numbers = ((name, float(value)) for name, value in metrics.items())
+        row = {"step": step, **{name: n if math.isfinite(n) else None for name, n in numbers}}
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.logger is not None:
             for name, value in metrics.items():
                 self.logger.log_scalar(name, float(value), step=step)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
-    """Read what :class:`MetricsLog` wrote."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """Read what :class:`MetricsLog` wrote; null, which stands for what is not finite, comes back as NaN."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: math.nan if n is None else n for name, n in row.items()} for row in rows]
 
 
 def require_finite(value: float, batch: Any, folder: Path, what: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_maxmin.core.json_text import write_json_text
 from torchrl_maxmin.stats.rates import win_matrix
 
 __all__ = ["REFERENCE", "SeedResult"]
@@ -148,7 +149,7 @@ class SeedResult:
             "policies": self.policies,
             "extra": self.extra,
         }
-        (folder / _JSON_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json_text(folder / _JSON_FILE, record)
         return folder
 
     @classmethod

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.json_text import plain, write_json_text
 from torchrl_maxmin.evaluation.comparison import MAXMIN, ORACLE, comparison_summary
 from torchrl_maxmin.evaluation.policies import BASELINE, NO_INTERVAL, pairs_summary, policy_summary
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.stats.clustered import NUM_RESAMPLES
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 
-__all__ = ["BASELINE", "MAXMIN", "ORACLE", "load_summary", "plain", "summarise", "write_summary"]
+__all__ = ["BASELINE", "MAXMIN", "ORACLE", "load_summary", "summarise", "write_summary"]
 
 
 def summarise(
@@ -130,9 +131,8 @@ def write_summary(folder: str | Path, summary: dict[str, Any]) -> Path:
     """Write ``summary.json`` into ``folder`` (made if missing) and return its path."""
     path = Path(folder) / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema_version": SCHEMA_VERSION} | plain(summary)
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    content = {"schema_version": SCHEMA_VERSION} | summary
+    write_json_text(path, content)
     return path
 
 
@@ -327,14 +327,3 @@ def _mean_tree(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     keys = dict.fromkeys(key for entry in entries for key in entry)
     return {key: mean([entry[key] for entry in entries if key in entry]) for key in keys}
-
-
-def plain(value: Any) -> Any:
-    """Make plain JSON: numpy to Python, NaN and infinity to null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        return plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.json_text import write_json_text
 from torchrl_maxmin.core.run_folder import require_finished
 from torchrl_maxmin.models.loading import load_classifier, load_tokenizer, reading, require_model
 from torchrl_maxmin.models.lora import import_peft, quiet_peft
@@ -225,7 +226,7 @@ class RewardEnsemble(RewardModel):
             "prior": self.log_prior.exp().tolist(),
             "calibration": self.calibration.to_dict(),
         }
-        (Path(folder) / _FILE).write_text(json.dumps(state, indent=2) + "\n")
+        write_json_text(Path(folder) / _FILE, state)
 
     def forward(
         self, prompts: Sequence[Text], completions: Sequence[Text], *, calibrated: bool = False

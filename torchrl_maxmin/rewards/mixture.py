@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import is_main_process
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.json_text import write_json_text
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.loading import (
     ensure_pad_token,
@@ -297,7 +298,7 @@ class RewardMixture(RewardModel):
                 else:
                     base.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (folder / "mixture.json").write_text(json.dumps(state, indent=2) + "\n")
+        write_json_text(folder / "mixture.json", state)
 
     # -- scores -----------------------------------------------------------------------------------
 
