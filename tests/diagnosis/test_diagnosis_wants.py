@@ -21,9 +21,11 @@ from torchrl_maxmin.clustering.wants import (
     what_groups_want,
 )
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.tables import read_csv
 from torchrl_maxmin.diagnosis.analysis import diagnose
 from torchrl_maxmin.diagnosis.figures import Fitter, jackknife_error
 from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
+from torchrl_maxmin.rewards import read_groups
 
 QUICK = {"l2": [1e-3], "num_jackknife": 3, "num_bootstrap": 0, "num_groups": 2, "device": "cpu"}
 
@@ -132,10 +134,10 @@ def test_pseudonyms_are_undone_by_the_flag_alone(tmp_path, arrays):
     content, _ = arrays
     hidden, shown = run(tmp_path, content), run(tmp_path, content, "shown", show_user_ids=True)
     assert not (hidden / "user_ids.csv").exists()
-    ids = {row["user"]: row["pseudonym"] for row in csv.DictReader((shown / "user_ids.csv").open())}
-    there = {row.pop("user"): row for row in csv.DictReader((hidden / "users.csv").open())}
+    ids = {row["user"]: row["pseudonym"] for row in read_csv(shown / "user_ids.csv")}
+    there = read_groups(hidden / "users.csv")
     assert list(there) == [f"user {n + 1}" for n in range(40)]
-    named = {row.pop("user"): row for row in csv.DictReader((shown / "users.csv").open())}
+    named = read_groups(shown / "users.csv")
     assert set(named) == set(content["users"])
     assert {ids[user]: row for user, row in named.items()} == there
     assert [ids[user] for user in named] != list(there)  # not the order of the data

@@ -12,6 +12,7 @@ from torchrl_maxmin.cli.parsing import mentions, parse_config
 from torchrl_maxmin.core.errors import EngineError, LostRankError, UserError
 from torchrl_maxmin.core.interruption import Interrupted
 from torchrl_maxmin.core.progress import quiet
+from torchrl_maxmin.core.text_escape import terminal, terminal_lines
 
 __all__ = ["main"]
 
@@ -73,10 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return getattr(importlib.import_module(module), function)(arguments)
         raise UserError(f"no verb {verb!r}; choose one of {', '.join([*STAGES, *OTHERS])}")
     except UserError as error:
-        line = " ".join(str(error).split())
         if _rank():
             time.sleep(_PATIENCE_S)
-        _say(f"torchrl-maxmin {verb}: error: {line}", error=True)
+        _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
         return 2
     except FloatingPointError as error:  # it names the batch that was saved
         _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
@@ -116,7 +116,7 @@ def _usage() -> str:
 
 def _say(text: str, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
-    stream.write(text + "\n")
+    stream.write((terminal(text, most=2000) if error else terminal_lines(text)) + "\n")
     stream.flush()
 
 

@@ -9,11 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from torchrl_maxmin.cli.parsing import OneLineParser, parse_config
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import PlainConsole
 
 __all__ = ["data", "env", "plan", "report", "training_histories"]
 
@@ -99,7 +99,7 @@ def data(arguments: list[str]) -> int:
     report = load().check()
     if report.pairs > 1 and report.distinct_pairs == 1:
         raise UserError(f"all {report.pairs} pairs are copies of one pair; nothing can be learned from them")
-    Console().print(report)
+    PlainConsole().print(report)
     if given.model_name_or_path:
         from torchrl_maxmin.rewards.reader import load_reader
         from torchrl_maxmin.rewards.settings import tokens_report
@@ -127,7 +127,7 @@ def report(arguments: list[str]) -> int:
         table = rich_table(summary)
     else:
         raise UserError(f"{folder} holds no results by group; give the folder of demo, evaluate or diagnose")
-    Console().print(table)
+    PlainConsole().print(table)
     _write(f"report: {path}")
     return 0
 
@@ -198,7 +198,7 @@ def plan(arguments: list[str]) -> int:
     table.add_section()
     table.add_row("all", *(f"{phase.total / GB:.3f}" for phase in found.phases), style="bold")
     table.add_row("time", *(_duration(phase.seconds) for phase in found.phases))
-    Console().print(table)
+    PlainConsole().print(table)
     flops = ", ".join(f"{value / 1e9:,.0f} GFLOP/s {name}" for name, value in found.rates["flops"].items())
     _write(
         f"time of an iteration, by rates measured here just now on {found.rates['device']} ({flops}, "
@@ -227,4 +227,4 @@ def _duration(seconds: float | None) -> str:
 
 
 def _write(text: str) -> None:
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    PlainConsole().print(text, soft_wrap=True)

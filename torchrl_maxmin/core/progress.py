@@ -11,11 +11,36 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
-__all__ = ["bars", "console", "forward_to", "late_bar", "prefixed", "progress_bar", "quiet"]
+from torchrl_maxmin.core.text_escape import terminal, terminal_lines
 
-console = Console(stderr=True)
+__all__ = [
+    "PlainConsole",
+    "bars",
+    "console",
+    "forward_to",
+    "late_bar",
+    "prefixed",
+    "progress_bar",
+    "quiet",
+]
+
+
+class PlainConsole(Console):
+    """A console to which text is data: nothing in a string is markup, an emoji or a control sequence."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of a string, also one in a table, with what is hidden written out."""
+        return super().render_str(terminal_lines(text), **options)
+
+
+console = PlainConsole(stderr=True)
 _PATIENCE_S = 2.0  # work that takes no longer gets no late bar
 _INTERVAL_S = 0.2  # a bar that moves more often than this only costs time
 
@@ -41,14 +66,25 @@ def prefixed(prefix: str) -> Iterator[None]:
 def bars() -> Progress:
     """Make bars in the one look that they have."""
     return Progress(
-        TextColumn("{task.description:<34}"),
+        _Words(lambda task: task.description, width=34),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        _Words(lambda task: task.fields["note"]),
         console=console,
         disable=bool(os.environ.get("TORCHRL_MAXMIN_QUIET")),
     )
+
+
+class _Words(ProgressColumn):
+    """Words of a task, which may hold names."""
+
+    def __init__(self, words: Callable[[Task], str], width: int = 0):
+        super().__init__(Column(no_wrap=True))
+        self.words, self.width = words, width
+
+    def render(self, task: Task) -> Text:
+        return Text(terminal(self.words(task), most=60).ljust(self.width))
 
 
 @contextmanager

@@ -3,31 +3,73 @@
 from __future__ import annotations
 
 import csv
-import html
-import re
-import unicodedata
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown_table", "markdown_text", "write_csv", "write_paragraphs"]
+from torchrl_maxmin.core.text_escape import cell, uncell
+
+__all__ = ["markdown_table", "read_csv", "write_csv", "write_paragraphs"]
+
+_EXACT = "_json"
 
 
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], spec: str = "") -> Path:
+def write_csv(
+    path: str | Path, rows: Sequence[Mapping[str, Any]], spec: str = "", exact: Sequence[str] = ()
+) -> Path:
     """Write rows as CSV, a column for every key in order of first appearance; returns the path.
+
+    A text that a spreadsheet would compute gets an apostrophe before it, see
+    :func:`~torchrl_maxmin.core.text_escape.cell`; :func:`read_csv` takes it off.
 
     Args:
         path: Where to write.
         rows: One mapping a line; None and keys that a row lacks become empty cells.
         spec: Format of floats, such as ``.6g``; in full if empty.
+        exact: Columns of texts that any reader must give back as they are, such as ids of users. Each gets
+            another, ``<name>_json``, with the text as a JSON string in ASCII: between its quotes ``null`` is
+            no missing value and ``007`` no number, as they are to pandas.
     """
+    if exact:
+        rows = [row | {name + _EXACT: json.dumps(row[name]) for name in exact} for row in map(dict, rows)]
     columns = dict.fromkeys(key for row in rows for key in row)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(columns), restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: format(v, spec) if isinstance(v, float) else v for k, v in row.items()})
+    line = csv.writer(_Echo()).writerow
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        for texts in (map(cell, columns), *([_text(row.get(key), spec) for key in columns] for row in rows)):
+            # lines end in both marks while they are made, so that a cell with one of them is quoted
+            file.write(line(texts).removesuffix("\r\n") + "\n")
     return Path(path)
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """Read the texts of a table that :func:`write_csv` wrote, as they were.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     read_csv(write_csv(folder + "/a.csv", [{"user": "=null", "share": 0.5}], exact=["user"]))
+        [{'user': '=null', 'share': '0.5'}]
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [{uncell(key): uncell(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    for row in rows:
+        for name in [name for name in row if name + _EXACT in row]:
+            row[name] = json.loads(row.pop(name + _EXACT))
+    return rows
+
+
+class _Echo:
+    """A file that returns what is written to it."""
+
+    def write(self, line: str) -> str:
+        return line
+
+
+def _text(value: Any, spec: str) -> str:
+    if isinstance(value, float):
+        return format(value, spec)
+    return cell(value) if isinstance(value, str) else "" if value is None else str(value)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "|---:") -> str:
@@ -41,32 +83,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: s
     """
     lines = ["| " + " | ".join(header) + " |", "|---" + rule * (len(header) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def markdown_text(text: str, most: int = 160) -> str:
-    """Make any text safe to show in a line or cell of Markdown: nothing in it is markup, HTML or a link.
-
-    Args:
-        text: What somebody wrote.
-        most: Characters that are shown, the middle of longer texts left out.
-
-    Example:
-        >>> markdown_text("a|b <b>*c*</b>\\n# d")
-        'a\\\\|b &lt;b&gt;\\\\*c\\\\*&lt;/b&gt; \\\\# d'
-        >>> markdown_text("abcdefgh", most=5)
-        'ab ... gh'
-    """
-    # Control characters, halves of pairs of UTF-16; and those that turn the direction of what follows around.
-    kept = (" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text if c not in _BIDI)
-    text = " ".join("".join(kept).split())
-    if len(text) > most:
-        text = f"{text[: most // 2].rstrip()} ... {text[len(text) - most // 2 :].lstrip()}"
-    text = re.sub(r"([\\\\`*_\[\]{}|~$#!])", r"\\\1", text)
-    text = html.escape(text, quote=False)
-    return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
-
-
-_BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def write_paragraphs(path: Path, parts: Sequence[str]) -> Path:

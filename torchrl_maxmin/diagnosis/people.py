@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.rewards.user_groups import write_groups
 
 __all__ = ["pseudonyms", "write_users"]
 
@@ -43,17 +43,10 @@ def write_users(
         show_ids: Whether to write ids.
     """
     names = pseudonyms(len(user_ids), seed)
-    likeliest = responsibilities.argmax(-1).tolist()
-    users: list[dict[str, Any]] = [
-        {"user": user, "group": group}
-        | {f"responsibility_{k}": f"{value:.6f}" for k, value in enumerate(row)}
-        for user, group, row in zip(
-            user_ids if show_ids else names, likeliest, responsibilities.tolist(), strict=True
-        )
-    ]
     if show_ids:
         rows = [{"pseudonym": name, "user": user} for name, user in zip(names, user_ids, strict=True)]
-        write_csv(folder / "user_ids.csv", rows)
-    else:
-        users.sort(key=lambda row: int(row["user"].removeprefix("user ")))
-    write_csv(folder / "users.csv", users)
+        write_csv(folder / "user_ids.csv", rows, exact=["user"])
+        write_groups(folder / "users.csv", user_ids, responsibilities)
+        return
+    order = sorted(range(len(names)), key=lambda u: int(names[u].removeprefix("user ")))
+    write_groups(folder / "users.csv", [names[u] for u in order], responsibilities[order], exact=False)

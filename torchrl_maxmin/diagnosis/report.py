@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchrl_maxmin.core.tables import markdown_table, write_csv, write_paragraphs
+from torchrl_maxmin.core.text_escape import fenced, markdown, plot, terminal
 from torchrl_maxmin.diagnosis.report_wants import wants_parts
 from torchrl_maxmin.evaluation.plots import (
     COLOURS,
@@ -31,13 +32,22 @@ __all__ = ["plot_diagnosis", "repeats_text", "verdict", "verdict_table", "write_
 _HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
 
 
+def _sentence(text: str) -> str:
+    return markdown(text, most=2000)
+
+
 def repeats_text(count: int) -> str:
     """Say what became of pairs that repeat one another."""
     return f"{count:,} pairs repeat an earlier pair of the same user and count with it as one judgement."
 
 
-def verdict(summary: Mapping[str, Any]) -> str:
-    """Answer in one sentence: does one reward serve?"""
+def verdict(summary: Mapping[str, Any], show: Callable[[str], str] = str) -> str:
+    """Answer in one sentence: does one reward serve?
+
+    Args:
+        summary: What ``diagnose`` found.
+        show: Makes names safe for where the sentence is shown.
+    """
     if summary["one_reward_serves"]:
         sentence = (
             "One reward serves: the users do not differ as far as these data can tell, and diversity, "
@@ -49,7 +59,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
         return sentence
     given = " (asked for, not chosen)" if summary["choice"] is None else ""
     if summary["num_groups"] > 1 and not summary["established"]:
-        why = "; ".join(summary["evidence"]["reasons"])
+        why = "; ".join(map(show, summary["evidence"]["reasons"]))
         not_there = "are NOT established, and nothing is claimed on them"
         return f"{summary['num_groups']} groups{given} {not_there}: {why}."
     if summary["one_reward_serves"] is None:
@@ -62,7 +72,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     share = f"{worst['share']['mean']:.0%}"
     return (
         f"{summary['num_groups']} groups{given}, diversity up to {summary['diversity']['largest']:.3f}. One "
-        f"reward for all costs {worst['name']} ({share} of the users) {single} of utility "
+        f"reward for all costs {show(worst['name'])} ({share} of the users) {single} of utility "
         f"against its own best policy, in deviations of its reward; MaxMin costs it {maxmin}."
     )
 
@@ -77,12 +87,14 @@ def verdict_table(summary: Mapping[str, Any]) -> Table:
         A ``rich.table.Table``.
     """
     from rich.table import Table
+    from rich.text import Text
 
     groups = summary["groups"]
-    table = Table(title=verdict(summary), title_justify="left", title_style="bold")
+    table = Table(title=Text(verdict(summary, terminal), "bold"), title_justify="left")
     table.add_column("")
     for group in groups:
-        table.add_column(f"{group['name']}\n{group['users']} users", justify="right", no_wrap=True)
+        name = Text(f"{terminal(group['name'], 40)}\n{group['users']} users")
+        table.add_column(name, justify="right", no_wrap=True)
     rows = {
         "share": [group["share"] for group in groups],
         "accuracy, one reward": [group["accuracy"]["single"] for group in groups],
@@ -115,7 +127,7 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
 
     parts = [
         "# What one reward costs these users",
-        verdict(summary),
+        verdict(summary, _sentence),
         _data(summary),
         *figure_parts(draw, figures, "figure"),
         *_evidence(summary),
@@ -126,7 +138,8 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
         *wants_parts(summary),
         "## Lemma 1 and Theorem 1\n\n" + _bounds(summary),
         "## Assumptions\n\n" + _assumptions(summary),
-        "## Known gaps of the printed proof\n\n" + "\n".join(f"- {gap}" for gap in summary["proof_gaps"]),
+        "## Known gaps of the printed proof\n\n"
+        + "\n".join(f"- {_sentence(gap)}" for gap in summary["proof_gaps"]),
         "## How to read this\n\n" + _caveats(summary),
     ]
     report = write_paragraphs(folder / "report.md", parts)
@@ -176,7 +189,7 @@ def plot_diagnosis(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
                 for k, point in points
             ]  # fmt: skip
         axis.set_xticks(
-            range(len(groups)), [f"{group['name']}\n({group['share']['mean']:.0%})" for group in groups]
+            range(len(groups)), [f"{plot(group['name'])}\n({group['share']['mean']:.0%})" for group in groups]
         )
         axis.set_xlim(-0.6, len(groups) - 0.4)
         axis.set_title(title, fontsize=FONT + 1)
@@ -207,10 +220,10 @@ def _data(summary: Mapping[str, Any]) -> str:
     if summary.get("repeated_pairs"):
         text += repeats_text(summary["repeated_pairs"]) + " "
     if (starts := summary.get("restarts")) is not None:
-        text += f"The groups were {starts['text']}. "
+        text += f"The groups were {_sentence(starts['text'])}. "
     if summary["choice"] is None:
         return text + "The number of groups was given."
-    return text + "The number of groups was chosen:\n\n```\n" + summary["choice"]["report"] + "\n```"
+    return text + "The number of groups was chosen:\n\n" + fenced(summary["choice"]["report"])
 
 
 def _evidence(summary: Mapping[str, Any]) -> list[str]:
@@ -222,7 +235,7 @@ def _evidence(summary: Mapping[str, Any]) -> list[str]:
     for group, own in zip(summary["groups"], found["groups"], strict=True):
         gain = "n/a" if own["gain"] is None else interval_text(own["gain"])
         shown = [interval_text(own[name]) for name in ("jaccard", "correlation")]
-        rows.append([group["name"], own["reason"] or "yes", *shown, gain])
+        rows.append([markdown(group["name"]), _sentence(own["reason"] or "yes"), *shown, gain])
     header = ["group", "established", "same users in refits (Jaccard)", "heads' correlation in refits"]
     table = markdown_table([*header, "gain on left-out judgements, nats a choice"], rows)
     about = (
@@ -230,7 +243,7 @@ def _evidence(summary: Mapping[str, Any]) -> list[str]:
         "refits, or over users. Established groups are found again, predict left-out judgements better "
         "than one reward, and explain left-out users better than tastes spread evenly between them."
     )
-    return ["## Are the groups there?", f"```\n{found['report']}\n```", table, about]
+    return ["## Are the groups there?", fenced(found["report"]), table, about]
 
 
 def _left_out(summary: Mapping[str, Any]) -> list[str]:
@@ -244,7 +257,7 @@ def _group_table(summary: Mapping[str, Any]) -> str:
     for group in summary["groups"]:
         figures = [group[key] for key in ("share", "epsilon", "distance_to_mixture")]
         figures += [group["alignment_gap"][name] for name in ("single", "maxmin")]
-        rows.append([group["name"], str(group["users"]), *map(interval_text, figures)])
+        rows.append([markdown(group["name"]), str(group["users"]), *map(interval_text, figures)])
     header = ["group", "users", "share", "epsilon", "distance to the mixture", "alignment gap, one reward"]
     text = markdown_table([*header, "alignment gap, MaxMin"], rows)
     maxmin = summary["maxmin"]
@@ -252,12 +265,12 @@ def _group_table(summary: Mapping[str, Any]) -> str:
         f"\n\nThe worst-off group's utility is {min(maxmin['single_utilities']):.4f} under one reward and "
         f"{min(maxmin['utilities']):.4f} under MaxMin, whose optimum by the dual is "
         f"{maxmin['dual_value']:.4f} (weights {', '.join(f'{w:.3f}' for w in maxmin['weights'])}). "
-        f"Intervals: {summary['intervals']}."
+        f"Intervals: {_sentence(summary['intervals'])}."
     )
 
 
 def _diversity_table(summary: Mapping[str, Any]) -> str:
-    names = [group["name"] for group in summary["groups"]]
+    names = [markdown(group["name"]) for group in summary["groups"]]
     if len(names) == 1:
         return "0: there is one group."
     found = summary["diversity"]
@@ -276,13 +289,13 @@ def _diversity_table(summary: Mapping[str, Any]) -> str:
 def _accuracy_table(summary: Mapping[str, Any]) -> str:
     rows, notes = [], set()
     for group in summary["groups"]:
-        found = group["accuracy"]
+        name, found = markdown(group["name"]), group["accuracy"]
         if found["single"] is None:
-            rows.append([group["name"], found["reason"], "", "", ""])
+            rows.append([name, _sentence(found["reason"]), "", "", ""])
             continue
         cells = [interval_text(found[name]) for name in ("single", "mixture", "difference")]
-        rows.append([group["name"], str(found["users"]), *cells])
-        notes |= {f"- {group['name']}: {note}." for note in found.get("notes", [])}
+        rows.append([name, str(found["users"]), *cells])
+        notes |= {f"- {name}: {_sentence(note)}." for note in found.get("notes", [])}
     text = markdown_table(["group", "users", "one reward", "a reward a group", "difference"], rows)
     return text + ("\n\n" + "\n".join(sorted(notes)) if notes else "")
 
@@ -294,7 +307,8 @@ def _bounds(summary: Mapping[str, Any]) -> str:
         lemma, theorem = group["lemma1"], group["theorem1"]
         numbers = [lemma["bound"], lemma["measured"]]
         numbers += [theorem[name] for name in ("printed", "squared", "measured")]
-        rows.append([group["name"], *(f"{number:.3g}" for number in numbers), theorem["reason"] or ""])
+        shown = [markdown(group["name"]), *(f"{number:.3g}" for number in numbers)]
+        rows.append([*shown, _sentence(theorem["reason"] or "")])
     header = ["group", "Lemma 1, bound", "parameters apart, measured", "Theorem 1, printed"]
     header += ["Theorem 1, squared", "alignment gap in log odds, measured", "note"]
     return (
@@ -306,7 +320,10 @@ def _bounds(summary: Mapping[str, Any]) -> str:
 
 
 def _assumptions(summary: Mapping[str, Any]) -> str:
-    rows = [[item["assumption"], _HOLDS[item["holds"]], item["told"]] for item in summary["assumptions"]]
+    rows = [
+        [_sentence(item["assumption"]), _HOLDS[item["holds"]], _sentence(item["told"])]
+        for item in summary["assumptions"]
+    ]
     return markdown_table(["assumption", "here", "because"], rows, rule="|---")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torchrl_maxmin.core.tables import markdown_table, markdown_text
+from torchrl_maxmin.core.tables import markdown_table
+from torchrl_maxmin.core.text_escape import markdown
 from torchrl_maxmin.evaluation.tables import interval_text
 
 __all__ = ["wants_parts"]
@@ -34,7 +35,7 @@ def wants_parts(summary: Mapping[str, Any]) -> list[str]:
         parts.append("## What each group wants\n\n" + doubt + _HOW_TO_READ)
         for group in groups:
             texts = [render(group["wants"]) for render in (_features, _items, _pairs)]
-            parts.append(f"### {group['name']}\n\n" + "\n\n".join(text for text in texts if text))
+            parts.append(f"### {markdown(group['name'])}\n\n" + "\n\n".join(text for text in texts if text))
     if "describing" in summary:
         parts.append("## Who is in each group\n\n" + doubt + _describing(summary))
     return parts
@@ -51,7 +52,7 @@ def _features(wants: Mapping[str, Any]) -> str:
         point = {"mean": entry["difference"], "low": entry["low"], "high": entry["high"]}
         told = {True: "yes", False: "no", None: "not known"}[entry["told_apart"]]
         cells = [f"{entry['weight']:.3f}", f"{entry['others']:.3f}", interval_text(point), told]
-        rows.append([markdown_text(entry["feature"]), *cells])
+        rows.append([markdown(entry["feature"]), *cells])
     header = ["feature", "weight", "of the others", "difference", "told apart"]
     return (
         "Features that it weighs otherwise, the surest first (weights on standardised features, shrunk by "
@@ -67,14 +68,14 @@ def _items(wants: Mapping[str, Any]) -> str:
     apart = sorted(items, key=lambda entry: -abs(entry["difference"]))[:_SHOWN_ITEMS]
     rows = [
         [
-            markdown_text(entry["item"]),
+            markdown(entry["item"]),
             *(str(entry[name]) for name in ("rank", "rank_by_others")),
             f"{entry['difference']:+d}",
             f"{entry['score']:.3f}",
         ]
         for entry in sorted(apart, key=lambda entry: entry["rank"])
     ]
-    first = ", ".join(markdown_text(entry["item"], 60) for entry in items[:3])
+    first = ", ".join(markdown(entry["item"], 60) for entry in items[:3])
     return (
         f"It ranks {len(items)} items; first come {first}. Those that the others rank most otherwise:"
         "\n\n" + markdown_table(["item", "rank", "rank by the others", "higher by", "score"], rows)
@@ -86,8 +87,8 @@ def _pairs(wants: Mapping[str, Any]) -> str:
         return ""
     rows = []
     for entry in wants["pairs"]:
-        prompt = [] if entry["prompt"] is None else [markdown_text(entry["prompt"], _SHOWN_CHARACTERS)]
-        texts = [markdown_text(entry[name], _SHOWN_CHARACTERS) for name in ("preferred", "other")]
+        prompt = [] if entry["prompt"] is None else [markdown(entry["prompt"], _SHOWN_CHARACTERS)]
+        texts = [markdown(entry[name], _SHOWN_CHARACTERS) for name in ("preferred", "other")]
         rows.append([f"{entry['group']:.2f}", f"{entry['others']:.2f}", *texts, *prompt])
     header = ["this group", "others", "is preferred", "to"]
     header += ["prompt"] if len(rows[0]) > len(header) else []
@@ -98,10 +99,10 @@ def _pairs(wants: Mapping[str, Any]) -> str:
 
 
 def _describing(summary: Mapping[str, Any]) -> str:
-    names = [group["name"] for group in summary["groups"]]
+    names = [markdown(group["name"]) for group in summary["groups"]]
     header, rows, tests = ["column", *names], [], []
     for column, found in summary["describing"]["columns"].items():
-        name = markdown_text(column, 60)
+        name = markdown(column, 60)
         if found["kind"] == "numbers":
             means = ["n/a" if g["mean"] is None else interval_text(g["mean"], ".2f") for g in found["groups"]]
             rows.append([f"{name}, mean", *means])
@@ -110,15 +111,15 @@ def _describing(summary: Mapping[str, Any]) -> str:
             for level in found["groups"][0]["levels"]:
                 points = [g["levels"][level] for g in found["groups"]]
                 cells = ["n/a" if p["mean"] is None else interval_text(p, ".2f") for p in points]
-                rows.append([f"{name}: {markdown_text(level, 60)}", *cells])
+                rows.append([f"{name}: {markdown(level, 60)}", *cells])
         missing = f"; {found['missing']:,} users have no value" if found["missing"] else ""
         if found["p"] is None:
-            tests.append(f"- {name}: not tested, as {found['reason']}{missing}.")
+            tests.append(f"- {name}: not tested, as {markdown(found['reason'])}{missing}.")
             continue
         verdict = "related to the groups" if found["related"] else "not seen to be related to the groups"
         tests.append(
             f"- {name}: {verdict} (p = {found['p']:.4g}, {found['p_holm']:.4g} by Holm over the columns; "
-            f"{found['test']}{missing})."
+            f"{markdown(found['test'])}{missing})."
         )
     misassigned = summary["misassignment"]["balanced"]
     return (

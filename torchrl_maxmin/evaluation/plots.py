@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_maxmin.core.tables import write_csv
+from torchrl_maxmin.core.text_escape import plot
 
 __all__ = [
     "COLOURS",
@@ -154,7 +155,7 @@ def plot_training(
                 if not curves:
                     continue
                 drawn = drawn or row == 1
-                _draw_curves(axis, curves, k, name)
+                _draw_curves(axis, curves, k, plot(name))
                 rows += [
                     {"policy": policy, "seed_index": s, "iteration": i, "metric": key.format(k),
                      "group": name, "value": value}
@@ -163,7 +164,7 @@ def plot_training(
                     if np.isfinite(value)
                 ]  # fmt: skip
             tidy(axis)
-        axes[0][column].set_title(policy, fontsize=FONT + 1)
+        axes[0][column].set_title(plot(policy), fontsize=FONT + 1)
         axes[-1][column].set_xlabel("iteration", fontsize=FONT)
         if weighted:
             axes[1][column].set_ylim(-0.03, 1.03)
@@ -221,7 +222,7 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
         where = np.arange(len(policies)) + offset
         axis.errorbar(
             where, means, yerr=errors, fmt=marker, color=colour, markersize=6, capsize=7, capthick=2,
-            elinewidth=2.2, label=f"{group['name']} ({group['share']:.0%})",
+            elinewidth=2.2, label=f"{plot(group['name'])} ({group['share']:.0%})",
         )  # fmt: skip
         for policy, x, rate, low, high in zip(policies, where, rates, *ends, strict=True):
             # Numbers stand on the far side of the line at 1/2, so that it does not strike them through.
@@ -237,7 +238,7 @@ def plot_win_rates(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
         1.01, 0.5, "as good\nas sft", transform=axis.get_yaxis_transform(), color="0.35", ha="left",
         va="center", fontsize=FONT - 2,
     )  # fmt: skip
-    axis.set_xticks(range(len(policies)), policies)
+    axis.set_xticks(range(len(policies)), map(plot, policies))
     axis.set_xlim(-0.55, len(policies) - 0.45)
     axis.set_yticks(np.linspace(0, 1, 6))
     axis.set_ylim(-0.09, 1.09)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_maxmin.core.tables import markdown_table, write_paragraphs
+from torchrl_maxmin.core.text_escape import code, markdown, terminal
 from torchrl_maxmin.evaluation.plots import figure_parts, figure_text, plot_training, plot_win_rates
 from torchrl_maxmin.evaluation.tables import (
     comparison_block,
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["interval_text", "number_text", "rich_table", "write_report"]
+
+_SENTENCE = 2000  # characters shown of what is longer than a name
 
 
 def write_report(
@@ -106,16 +109,17 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
         1
     """
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"Win rate against sft, {_seeds(summary)}", title_justify="left")
     table.add_column("policy", style="bold")
     for group in summary["groups"]:
-        table.add_column(f"{group['name']} ({group['share']:.0%})", justify="right")
+        table.add_column(Text(f"{terminal(group['name'], 40)} ({group['share']:.0%})"), justify="right")
     for column in ("worst group", "average over groups", "average over people", "KL"):
         table.add_column(column, justify="right")
     for name, policy in summary["policies"].items():
         table.add_row(
-            name,
+            Text(terminal(name, 40)),
             *(interval_text(policy["win_rate_vs_sft"][group["name"]]) for group in summary["groups"]),
             number_text(policy["worst_group_win_rate"], ".3f"),
             number_text(policy["average_over_groups"], ".3f"),
@@ -130,8 +134,8 @@ def _seeds(summary: Mapping[str, Any]) -> str:
 
 
 def _what_was_done(summary: Mapping[str, Any]) -> str:
-    groups = " and ".join(f"{group['name']} ({group['share']:.0%})" for group in summary["groups"])
-    policies = ", ".join(summary["policies"])
+    groups = " and ".join(f"{markdown(group['name'])} ({group['share']:.0%})" for group in summary["groups"])
+    policies = ", ".join(map(markdown, summary["policies"]))
     wall, judged = summary.get("wall_seconds"), _judge_kinds(summary) & {"endpoint", "comparisons"}
     took = "" if wall is None else f" The whole run took {wall:.0f} s."
     source = "t intervals over seeds with the component of the prompts that they share"
@@ -153,16 +157,21 @@ def _size_block(summary: Mapping[str, Any]) -> list[str]:
     if not all("length_correlation" in policy for policy in policies.values()):
         return []
     names = group_names(summary)
+    shown = [markdown(name) for name in names]
     rows: list[list[str]] = []
     reasons: dict[str, None] = {}
     for name, policy in policies.items():
         correlations = [policy["length_correlation"][group] for group in names]
-        reasons |= dict.fromkeys(entry["reason"] for entry in correlations if entry["mean"] is None)
+        reasons |= dict.fromkeys(
+            markdown(entry["reason"], _SENTENCE) for entry in correlations if entry["mean"] is None
+        )
         sizes = [interval_text(policy["kl_interval"], ".2f"), interval_text(policy["length_interval"], ".1f")]
         utility = [interval_text(policy["utility_interval"][group]) for group in names]
-        rows.append([name, *utility, *sizes, *(interval_text(entry, "+.2f") for entry in correlations)])
-    header = ["policy", *(f"utility, {group}" for group in names), "KL (nats)", "length"]
-    header += [f"length with utility, {group}" for group in names]
+        rows.append(
+            [markdown(name), *utility, *sizes, *(interval_text(entry, "+.2f") for entry in correlations)]
+        )
+    header = ["policy", *(f"utility, {group}" for group in shown), "KL (nats)", "length"]
+    header += [f"length with utility, {group}" for group in shown]
     text = (
         "## Utility, KL and length\n\nThe last columns are the correlation of length with utility within "
         "prompts: near 1 or -1, length alone earns the utility. Their intervals are the bootstrap's.\n\n"
@@ -175,7 +184,8 @@ def _size_block(summary: Mapping[str, Any]) -> list[str]:
 
 def _em_block(summary: Mapping[str, Any]) -> str:
     em = summary["em"]
-    users = [f"{group['name']} {group['users']}" for group in summary["groups"] if group["users"] is not None]
+    groups = [group for group in summary["groups"] if group["users"] is not None]
+    users = [f"{markdown(group['name'])} {group['users']}" for group in groups]
     worst = em.get("user_accuracy_min")
     lines = [
         "## Groups found",
@@ -189,7 +199,7 @@ def _em_block(summary: Mapping[str, Any]) -> str:
     shown = {"user_accuracy", "num_groups_selected", "heldout_log_likelihood", "per_seed"}
     smallest = {f"{key}_min" for key in (*em, *shown)}
     lines += [
-        f"- {key.replace('_', ' ')}: {_compact(value)}"
+        f"- {markdown(key.replace('_', ' '))}: {_compact(value)}"
         for key, value in em.items()
         if key not in shown | smallest and value is not None
     ]
@@ -198,17 +208,17 @@ def _em_block(summary: Mapping[str, Any]) -> str:
 
 def _compact(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_compact(item)}" for key, item in value.items())
+        return ", ".join(f"{markdown(key)} {_compact(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return " / ".join(map(_compact, value))
-    return "n/a" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return "n/a" if value is None else f"{value:.3f}" if isinstance(value, float) else markdown(value)
 
 
 def _certificate_block(summary: Mapping[str, Any]) -> str:
     certificate = summary["certificate"]
     heading = "## Certificate\n\n"
     if certificate["value"] is None:
-        reason = str(certificate["reason"]).rstrip(".")
+        reason = markdown(str(certificate["reason"]).rstrip("."), _SENTENCE)
         return heading + f"No certificate of the distance to the max-min optimum: {reason}."
     several = " (mean; smallest low and largest high over seeds)" if len(summary["seeds"]) > 1 else ""
     return heading + (
@@ -222,7 +232,9 @@ def _rests_on(certificate: Mapping[str, Any], several: str) -> str:
     if not certificate.get("statement"):  # of an earlier version
         return "Modes that nobody sampled are not certified."
     whose = " (of the seed where it asks most)" if several else ""
-    return f"**This rests on what samples cannot show{whose}:** {certificate['statement']}."
+    return (
+        f"**This rests on what samples cannot show{whose}:** {markdown(certificate['statement'], _SENTENCE)}."
+    )
 
 
 def _calibration_block(summary: Mapping[str, Any]) -> list[str]:
@@ -230,8 +242,8 @@ def _calibration_block(summary: Mapping[str, Any]) -> list[str]:
     if not calibration or not calibration["worst_group"]:
         return []
     found = "; ".join(
-        f"under `{convention}` it is "
-        + ", ".join(f"{group} (in {count})" for group, count in sorted(counts.items()))
+        f"under {code(convention)} it is "
+        + ", ".join(f"{markdown(group)} (in {count})" for group, count in sorted(counts.items()))
         for convention, counts in calibration["worst_group"].items()
     )
     verdict = "The worst group is the same under every convention."
@@ -241,7 +253,7 @@ def _calibration_block(summary: Mapping[str, Any]) -> list[str]:
             f"**The worst group changes with the convention** (seeds {seeds}): who is protected is then a "
             "choice of scale, not a finding."
         )
-    used = f" Training used `{calibration['used']}`." if calibration.get("used") else ""
+    used = f" Training used {code(calibration['used'])}." if calibration.get("used") else ""
     if calibration.get("used") == "none":
         used += (
             " **Uncalibrated: a constant added to a head, or an offset of its own for every prompt, leaves "
@@ -258,7 +270,7 @@ def _offsets_text(offsets: Mapping[str, Any] | None) -> str:
     if not offsets or offsets["wrong_worst_group"] is None:
         return ""
     sizes = ", ".join(
-        f"{size:.2f} ({name})" for name, size in offsets["deviation"].items() if size is not None
+        f"{size:.2f} ({markdown(name)})" for name, size in offsets["deviation"].items() if size is not None
     )
     taken = "were taken off" if offsets["by_prompt"] else "stay in the rewards"
     chance = offsets["wrong_worst_group"]
@@ -292,7 +304,10 @@ def _caveats(summary: Mapping[str, Any]) -> str:
         "The minimum over groups of noisy win rates is biased low, most where groups are close. The "
         "interval of the worst group allows for the closeness of the groups.",
         seeds,
-        *(f"{', '.join(names)}: {note}." for note, names in noted.items()),
+        *(
+            f"{', '.join(map(markdown, names))}: {markdown(note, _SENTENCE)}."
+            for note, names in noted.items()
+        ),
     ]
     return "\n- ".join(["## How to read this\n", *lines])
 
@@ -317,7 +332,9 @@ def _about_the_judge(summary: Mapping[str, Any]) -> list[str]:
     lines = ["Win rates are what the judge says; they are as good as the judge."]
     for extra in summary.get("extra", []):
         if extra.get("judge_first_place"):
-            bias = ", ".join(f"{name} {value:+.3f}" for name, value in extra["judge_first_place"].items())
+            bias = ", ".join(
+                f"{markdown(name)} {value:+.3f}" for name, value in extra["judge_first_place"].items()
+            )
             lines.append(
                 f"Both orders were asked. What stood first won oftener by (seed {extra['seed']}): {bias}."
             )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_maxmin.core.tables import markdown_table
+from torchrl_maxmin.core.text_escape import markdown
 
 __all__ = [
     "comparison_block",
@@ -66,11 +67,11 @@ def _rates(entry: Mapping[str, Any], rates: Mapping[str, Any], names: Sequence[s
 def policy_table(summary: Mapping[str, Any]) -> str:
     """Tabulate every policy's win rates against sft, KL and length."""
     names = group_names(summary)
-    header = ["policy", *names, *_TOTALS, "KL (nats)", "length"]
+    header = ["policy", *map(markdown, names), *_TOTALS, "KL (nats)", "length"]
     rows = []
     for name, policy in summary["policies"].items():
         sizes = number_text(policy["kl"], ".2f"), number_text(policy["length"], ".1f")
-        rows.append([name, *_rates(policy, policy["win_rate_vs_sft"], names), *sizes])
+        rows.append([markdown(name), *_rates(policy, policy["win_rate_vs_sft"], names), *sizes])
     return markdown_table(header, rows)
 
 
@@ -80,15 +81,19 @@ def pairs_block(summary: Mapping[str, Any]) -> list[str]:
     if not pairs:
         return []
     names = group_names(summary)
-    header = ["policy", "against", *names, *_TOTALS]
-    rows = [[pair["policy"], pair["other"], *_rates(pair, pair["win_rate"], names)] for pair in pairs]
+    header = ["policy", "against", *map(markdown, names), *_TOTALS]
+    rows = [
+        [markdown(pair["policy"]), markdown(pair["other"]), *_rates(pair, pair["win_rate"], names)]
+        for pair in pairs
+    ]
     return ["## Policies against each other\n\n" + markdown_table(header, rows)]
 
 
 def comparison_block(summary: Mapping[str, Any]) -> str:
     """Write what MaxMin changes against one reward for all, for whom and for how many people."""
     compared = summary["comparison"]
-    policy, baseline = compared["policy"], compared["baseline"]
+    name = compared["policy"]
+    policy, baseline = markdown(name), markdown(compared["baseline"])
     heading = f"## {policy} against {baseline}\n\n"
     if compared["worst_group_relative_gain"] is None:
         return heading + f"Not compared: the results hold no {policy}, no {baseline}, or a win rate of zero."
@@ -103,7 +108,7 @@ def comparison_block(summary: Mapping[str, Any]) -> str:
     ]
     rows = [
         [
-            label.format(compared["majority_group"]),
+            label.format(markdown(compared["majority_group"])),
             number_text(compared[key], "+.1%"),
             ends_text(intervals[key], "+.1%"),
             ends_text(intervals[key], "+.1%", "bootstrap_"),
@@ -119,16 +124,17 @@ def comparison_block(summary: Mapping[str, Any]) -> str:
         f"{_SHARES[summary['shares_are']]}, which its interval takes as they are."
     )
     if compared.get("people"):
-        changes = ", ".join(f"{name} {interval_text(c, '+.3f')}" for name, c in compared["changes"].items())
+        each = ((markdown(group), interval_text(c, "+.3f")) for group, c in compared["changes"].items())
+        changes = ", ".join(map(" ".join, each))
         people = compared["people"]
         unsure = f", {people['unsure']:.0%} in one whose interval holds 0" if people["unsure"] else ""
         text += (
             f" Change of the win rate by group: {changes}. {people['gain']:.0%} of the people are in a group "
             f"that gains, {people['lose']:.0%} in one that loses{unsure}."
         )
-    head_to_head = summary["policies"][policy].get("win_rate_vs_single")
+    head_to_head = summary["policies"][name].get("win_rate_vs_single")
     if head_to_head:
-        rates = ", ".join(f"{name} {interval_text(rate)}" for name, rate in head_to_head.items())
+        rates = ", ".join(f"{markdown(group)} {interval_text(r)}" for group, r in head_to_head.items())
         text += (
             f"\n\nHead to head, each group prefers {policy} to {baseline} with win rate: {rates}. The "
             "baseline is trained for the majority, so the majority's preference for it is expected: what it "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchrl_maxmin.core.progress import late_bar
+from torchrl_maxmin.core.text_escape import terminal
 from torchrl_maxmin.preferences.schemas.pairs import Origin
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = ["DataReport", "check_pairs", "rating_notes"]
 FEW_PAIRS = 5  # with fewer, most users cannot be placed in a group
 LONG_CHARACTERS = 4096  # about 1024 tokens, where the reward stage cuts by default
 _BATCH_ROWS = 5_000
+_NAME, _SENTENCE = 60, 500  # characters shown
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class DataReport:
         low, q1, median, q3, high = self.pairs_per_user
         roles: dict[str, list[str]] = {}
         for path, role in self.columns.items():
-            roles.setdefault(role, []).append(path)
+            roles.setdefault(role, []).append(terminal(path, _NAME))
         used = "; ".join(f"{role}: {', '.join(paths)}" for role, paths in roles.items())
         left_out = {
             f"{self.identical:,} identical": self.identical,
@@ -103,7 +105,7 @@ class DataReport:
             ("rows", f"{self.rows:,}"),
             ("pairs", f"{self.pairs:,}"),
             ("users", f"{self.users:,}"),
-            ("better", self.better),
+            ("better", terminal(self.better)),
             ("likelihood", self.likelihood),
             ("judged at once", f"quartiles {s1:g} / {s2:g} / {s3:g} responses, from {least:g} to {most:g}"),
             ("pairs per user", f"quartiles {q1:g} / {median:g} / {q3:g}, from {low:g} to {high:g}"),
@@ -115,8 +117,11 @@ class DataReport:
             ("empty", f"{self.empty_responses:,} responses, {self.empty_prompts:,} prompts"),
             ("longest text", f"{self.longest_text:,} characters"),
             ("columns used", used),
-            ("columns ignored", ", ".join(self.ignored)),
-            ("true groups", ", ".join(f"{name} {count:,}" for name, count in self.groups.items())),
+            ("columns ignored", ", ".join(terminal(name, _NAME) for name in self.ignored)),
+            (
+                "true groups",
+                ", ".join(f"{terminal(name, _NAME)} {count:,}" for name, count in self.groups.items()),
+            ),
         ]
         return [(name, value) for name, value in lines if value]
 
@@ -125,7 +130,7 @@ class DataReport:
 
     def __str__(self) -> str:
         figures = [f"{name:<17}{value}" for name, value in self.lines()]
-        return "\n".join(figures + [f"! {sentence}" for sentence in self.warnings])
+        return "\n".join(figures + [f"! {terminal(sentence, _SENTENCE)}" for sentence in self.warnings])
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
@@ -138,7 +143,7 @@ class DataReport:
             figures.add_row(Text(name, style="bold"), Text(value))
         warnings = Table.grid(padding=(0, 1))
         for sentence in self.warnings:
-            warnings.add_row(Text("!", style="bold yellow"), Text(sentence))
+            warnings.add_row(Text("!", style="bold yellow"), Text(terminal(sentence, _SENTENCE)))
         return Group(figures, warnings) if self.warnings else figures
 
 

@@ -7,6 +7,7 @@ from torchrl_maxmin.rewards.fit import fit_mixture
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.mixture_fit import MixtureFit
 from torchrl_maxmin.rewards.source import RewardModule
+from torchrl_maxmin.rewards.user_groups import read_groups
 
 __all__ = [
     "Calibration",
@@ -16,5 +17,6 @@ __all__ = [
     "RewardModule",
     "fit_mixture",
     "load_reward_model",
+    "read_groups",
     "select_num_groups",
 ]

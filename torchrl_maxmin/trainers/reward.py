@@ -16,7 +16,6 @@ from torchrl_maxmin.core.errors import UnservedModelError, UserError
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
 from torchrl_maxmin.core.run_folder import stage
-from torchrl_maxmin.core.tables import write_csv
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import is_encoder, load_tokenizer, require_trunk
 from torchrl_maxmin.models.lora import require_adaptable
@@ -28,6 +27,7 @@ from torchrl_maxmin.preferences.texts import TextEncoder, text_key
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
 from torchrl_maxmin.rewards.mixture_fit import held_pairs
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
+from torchrl_maxmin.rewards.user_groups import write_groups
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.reward_config import RewardConfig
 
@@ -60,8 +60,8 @@ def run_reward(config: RewardConfig) -> Path:
     """Fit a reward mixture and save it with what was learned about the users; returns its folder.
 
     The folder is a Hugging Face sequence classifier with K labels; beside it lie
-    ``mixture.json`` (mixing weights and calibration), ``groups.csv`` (responsibilities by user) and
-    ``summary.json`` (figures).
+    ``mixture.json`` (mixing weights and calibration), ``groups.csv`` (responsibilities by user,
+    :func:`~torchrl_maxmin.rewards.user_groups.read_groups`) and ``summary.json`` (figures).
 
     Raises:
         UserError: before any work, for models, data or folders that cannot be used.
@@ -127,13 +127,8 @@ def run_reward(config: RewardConfig) -> Path:
         ) as error:  # a head without a scale is still a head: keep what was trained, and say so
             figures["calibration_error"] = str(error)
     fit.model.save_pretrained(folder)
-    users = [
-        {"user": user, "group": int(np.argmax(row))}
-        | {f"responsibility_{k}": float(v) for k, v in enumerate(row)}
-        for user, row in fit.responsibilities.items()
-    ]
     if is_main_process():
-        write_csv(folder / "groups.csv", users, ".6g")
+        write_groups(folder / "groups.csv", list(fit.responsibilities), fit.responsibilities_matrix)
     write_json(folder / "summary.json", figures)
     return folder
 
