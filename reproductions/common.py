@@ -4,8 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.errors import SystemFailure, UserError
 from torchrl_maxmin.core.progress import quiet
+from torchrl_maxmin.core.system_errors import explained
+from torchrl_maxmin.core.text_escape import terminal
 
 __all__ = ["exit_code", "make_parser", "run_main"]
 
@@ -18,17 +20,18 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def exit_code(name: str, main: Callable[[], int | None]) -> int:
-    """Run a script: 0 or what it returns, 2 and one line for a mistake of the user's.
+    """Run a script: 0 or what it returns, or one line: 2 for a mistake, 1 for what the system refuses.
 
     Args:
         name: Of the reproduction, which opens the line.
         main: Parses its arguments and runs.
     """
     try:
-        return main() or 0
-    except UserError as error:
-        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
-        return 2
+        with explained():
+            return main() or 0
+    except (UserError, SystemFailure) as error:
+        sys.stderr.write(terminal(f"{name}: error: {error}", most=2000) + "\n")
+        return 2 if isinstance(error, UserError) else 1
 
 
 def run_main(name: str, main: Callable[[], int | None]) -> None:

@@ -1,14 +1,16 @@
 """Tasks in processes: each after what it needs, and a mistake stops those that wait."""
 
+import errno
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.errors import SystemFailure, UserError
 from torchrl_maxmin.core.tasks import Task, run_tasks
 
 
@@ -32,6 +34,17 @@ def test_a_mistake_in_a_task_stops_those_that_wait(tmp_path):
     with pytest.raises(UserError, match="no such thing; give another"):
         run_tasks(tasks, num_workers=1)
     assert not (tmp_path / "order").exists()
+
+
+def test_what_the_system_refuses_a_worker_is_one_line_with_the_place(tmp_path):
+    tasks = {"a": Task(_fail_to_write, SimpleNamespace(output_dir=str(tmp_path)))}
+    with pytest.raises(SystemFailure) as refused:
+        run_tasks(tasks, num_workers=1)
+    assert str(refused.value).startswith(f"no space is left on the disk ({tmp_path}); free some space")
+
+
+def _fail_to_write(config):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _append(where):

@@ -9,9 +9,10 @@ import time
 from collections.abc import Sequence
 
 from torchrl_maxmin.cli.parsing import mentions, parse_config
-from torchrl_maxmin.core.errors import EngineError, LostRankError, UserError
+from torchrl_maxmin.core.errors import EngineError, LostRankError, SystemFailure, UserError
 from torchrl_maxmin.core.interruption import Interrupted
 from torchrl_maxmin.core.progress import quiet
+from torchrl_maxmin.core.system_errors import explained
 from torchrl_maxmin.core.text_escape import terminal, terminal_lines
 
 __all__ = ["main"]
@@ -67,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     quiet()
     try:
-        if verb in STAGES:
-            return _run_stage(verb, arguments)
-        if verb in OTHERS:
-            module, function, _ = OTHERS[verb]
-            return getattr(importlib.import_module(module), function)(arguments)
+        with explained():
+            if verb in STAGES:
+                return _run_stage(verb, arguments)
+            if verb in OTHERS:
+                module, function, _ = OTHERS[verb]
+                return getattr(importlib.import_module(module), function)(arguments)
         raise UserError(f"no verb {verb!r}; choose one of {', '.join([*STAGES, *OTHERS])}")
     except UserError as error:
         if _rank():
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:  # it names the batch that was saved
         _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
         return 1
-    except (LostRankError, EngineError) as error:
+    except (LostRankError, EngineError, SystemFailure) as error:
         _say(f"torchrl-maxmin {verb}: error: {error}", error=True)
         return 1
     except Interrupted as error:
@@ -97,7 +99,8 @@ def _run_stage(verb: str, arguments: list[str]) -> int:
     module_name, config_name, function_name, line = stage
     module = importlib.import_module(module_name)
     config = parse_config(verb, line, getattr(module, config_name), arguments)
-    folder = getattr(module, function_name)(config)
+    with explained(config.output_dir):  # before the one around it: this one knows where
+        folder = getattr(module, function_name)(config)
     if not _rank():
         _say(f"{verb} done: {folder}")
     return 0

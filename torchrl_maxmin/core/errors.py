@@ -18,3 +18,7 @@ class LostRankError(RuntimeError):
 
 class EngineError(RuntimeError):
     """What samples the responses has failed; training can go on from where it was."""
+
+
+class SystemFailure(RuntimeError):
+    """The system refuses something (disk, permissions, files, memory); the message says what to do."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from torchrl_maxmin.core.interruption import Interrupted
 from torchrl_maxmin.core.progress import bars, forward_to, prefixed, quiet
+from torchrl_maxmin.core.system_errors import explained
 
 __all__ = ["Task", "run_tasks"]
 
@@ -110,7 +111,7 @@ def _follow_parent() -> None:
 
 def _call(task: Task, label: str) -> float:
     start = time.perf_counter()
-    with prefixed(label):
+    with prefixed(label), explained(getattr(task.config, "output_dir", None)):
         task.function(task.config)
     return time.perf_counter() - start
 
