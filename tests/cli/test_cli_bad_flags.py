@@ -166,11 +166,12 @@ def test_a_reward_that_turns_nan(here, stage, capsys, monkeypatch):
     small = {"rollout_batch_size": 4, "response_length": 4, "calibration": "sft_mean"}
     words = stage("ppo", reward_funcs="rewards_that_turn:score", **small)
     assert main([str(word) for word in words]) == 1
-    saved = here / "out" / "nonfinite_batch.pt"
+    saved = here / "out" / "nonfinite_batch.safetensors"
     assert saved.is_file()
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == (
-        "torchrl-maxmin ppo: error: a reward is nan; the batch that gave it is in out/nonfinite_batch.pt"
+        "torchrl-maxmin ppo: error: a reward is nan; "
+        "the batch that gave it is in out/nonfinite_batch.safetensors"
     )
 
 

@@ -335,7 +335,7 @@ def test_an_adapter_of_other_layers_is_refused(saved, tokenizer, tmp_path):
     config = json.loads(path.read_text())
     config["target_modules"] = ["q_proj"]
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="other layers"):
+    with pytest.raises(UserError, match="weights that the model has no place for"):
         SavedMixture.find(tmp_path / "reward").on(make_networks(base))
     config["target_modules"] = ".*q_proj"
     path.write_text(json.dumps(config))

@@ -148,6 +148,6 @@ def test_a_nan_ends_it_with_the_batch_saved(models, tmp_path):
     rollouts.workers.samplers[0].__class__ = Poisoned
     with pytest.raises(FloatingPointError, match="a reward is nan"):
         next(iter(rollouts))
-    assert (tmp_path / "nonfinite_batch.pt").is_file()
+    assert (tmp_path / "nonfinite_batch.safetensors").is_file()
     rollouts.close()
     assert rollouts.workers.closed

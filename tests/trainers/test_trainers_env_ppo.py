@@ -10,6 +10,7 @@ import torch
 import trainers_envs
 import yaml
 from rounding import float32_bound
+from safetensors.torch import load_file
 from torchrl.modules import OneHotCategorical
 from trainers_runs import EnvPPORun
 
@@ -280,9 +281,9 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_env_config, monkey
     monkeypatch.setattr(trainers_envs.Poisoned, "steps_left", steps)
     with pytest.raises(FloatingPointError, match="a reward is nan; the batch that gave it is in"):
         trainer.train()
-    batch = torch.load(trainer.folder / "nonfinite_batch.pt", weights_only=False)
+    batch = load_file(trainer.folder / "nonfinite_batch.safetensors")
     assert batch["action"].shape == (8, 8)
-    assert batch["next", "reward"][1, :, 0].isnan().any()
+    assert batch["next.reward"][1, :, 0].isnan().any()
     assert len(read_metrics(trainer.folder)) == calls
     assert not (trainer.folder / "policy.safetensors").exists()
 

@@ -321,7 +321,7 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_config, monkeypatc
     trainers_rewards.poisoned.calls_left = calls
     with pytest.raises(FloatingPointError, match="a reward is nan; the batch that gave it is in"):
         trainer.train()
-    batch = torch.load(trainer.folder / "nonfinite_batch.pt", weights_only=False)
+    batch = load_file(trainer.folder / "nonfinite_batch.safetensors")
     assert batch["action"].shape == (8, 6)
     path = trainer.folder / "metrics.jsonl"
     assert len(path.read_text().splitlines()) == calls

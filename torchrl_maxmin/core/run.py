@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import yaml
 
-from torchrl_maxmin.core.distributed import is_main_process, of_main_process, rank
+from torchrl_maxmin.core.distributed import is_main_process, of_main_process
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.finite import NonFiniteError, nonfinite_batch
 from torchrl_maxmin.core.json_text import write_json_text
 
 __all__ = [
     "MetricsLog",
-    "nonfinite_batch",
     "prepare_output_dir",
     "require_finite",
     "resolve_device",
@@ -132,17 +132,31 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     return [{name: math.nan if n is None else n for name, n in row.items()} for row in rows]
 
 
-def require_finite(value: float, batch: Any, folder: Path, what: str) -> None:
-    """Stop the run on a NaN or infinity, with the offending batch saved for inspection."""
-    if not math.isfinite(value):
-        raise nonfinite_batch(batch, folder, f"{what} is {value}")
+def require_finite(value: float, batch: Any, folder: Path | None, what: str) -> None:
+    """Stop the run on a NaN or infinity, with the offending batch saved for inspection.
 
+    Args:
+        value: what must be finite.
+        batch: what gave it: a TensorDict, a dict of tensors, or a function that makes one.
+        folder: where the batch goes; None leaves it in the error.
+        what: words for the value.
 
-def nonfinite_batch(batch: Any, folder: Path, what: str) -> FloatingPointError:
-    """Save a batch for inspection; returns the error that names it."""
-    path = folder / ("nonfinite_batch.pt" if is_main_process() else f"nonfinite_batch-{rank()}.pt")
-    torch.save(batch, path)
-    return FloatingPointError(f"{what}; the batch that gave it is in {path}")
+    Raises:
+        FloatingPointError: naming the file of the batch.
+        NonFiniteError: without a folder.
+
+    Example:
+        >>> require_finite(0.5, {}, None, "the loss")
+        >>> require_finite(float("nan"), {}, None, "the loss")
+        Traceback (most recent call last):
+        torchrl_maxmin.core.finite.NonFiniteError: the loss is nan
+    """
+    if math.isfinite(value):
+        return
+    batch = batch() if callable(batch) else batch
+    if folder is None:
+        raise NonFiniteError(f"{what} is {value}", batch)
+    raise nonfinite_batch(batch, folder, f"{what} is {value}")
 
 
 def replace_folder(partial: Path, final: Path) -> None:

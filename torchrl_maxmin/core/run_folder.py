@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from torchrl_maxmin.core.distributed import of_main_process, restarted
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.finite import NonFiniteError, nonfinite_batch
 from torchrl_maxmin.core.interruption import Interrupted, signals_as_interruptions
 from torchrl_maxmin.core.manifest import MANIFEST, file_digest, require_whole, write_manifest
 from torchrl_maxmin.core.progress import console
@@ -87,6 +88,8 @@ def stage(
                     return folder
                 try:
                     outcome = function(config)
+                except NonFiniteError as error:  # from where no folder is known
+                    raise nonfinite_batch(error.batch, folder, str(error)) from error
                 except UserError:
                     if begun == _NEW:
                         of_main_process(lambda: _remove_if_empty(folder))

@@ -14,6 +14,12 @@ from torch import nn
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run_folder import require_finished
+from torchrl_maxmin.models.integrity import (
+    damaged_file,
+    listed,
+    require_all_weights,
+    require_whole_adapter,
+)
 from torchrl_maxmin.models.sequences import text_config
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "load_trunk",
+    "load_whole",
     "plain_generation",
     "quiet_peft",
     "reading",
@@ -83,9 +90,11 @@ def reading(what: str, name_or_path: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = next(iter(str(error).strip().splitlines()), "no more is known")
+        file = damaged_file(name_or_path)
         raise UserError(
             f"cannot read the {what} of {name_or_path} ({type(error).__name__}: {said}); "
-            "if files are missing or damaged, save or download it again"
+            + (f"{file} is damaged: " if file else "if files are missing or damaged, ")
+            + "save or download it again"
         ) from error
 
 
@@ -260,6 +269,34 @@ def plain_generation(model: Any, eos_token_ids: Sequence[int] = ()) -> None:
         )
 
 
+def load_whole(
+    kind: Any,
+    name_or_path: str,
+    what: str = "model",
+    *,
+    fresh: tuple[str, ...] = (),
+    foreign_heads: bool = False,
+    **options: Any,
+) -> Any:
+    """Load a model by a class of transformers, none of its weights drawn at random; in evaluation mode.
+
+    Args:
+        kind: such as ``AutoModelForCausalLM``.
+        name_or_path: folder or hub name.
+        what: words for it.
+        fresh: see :func:`~torchrl_maxmin.models.integrity.require_all_weights`.
+        foreign_heads: likewise.
+        **options: of ``from_pretrained``.
+
+    Raises:
+        UserError: for files that cannot be read, or whose weights are not the model's, or not finite.
+    """
+    with reading(what, name_or_path):
+        model, loaded = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
+    require_all_weights(model, loaded, name_or_path, fresh=fresh, foreign_heads=foreign_heads)
+    return model.eval()
+
+
 def load_causal_lm(name_or_path: str, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
     """Load a causal language model without dropout, in evaluation mode.
 
@@ -273,10 +310,8 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype | str = torch.float32, 
     """
     require_causal_lm(name_or_path)
     base = adapted_model(name_or_path)
-    with reading("model", name_or_path):
-        model = import_transformers().AutoModelForCausalLM.from_pretrained(
-            base or name_or_path, dtype=dtype, **options
-        )
+    kind = import_transformers().AutoModelForCausalLM
+    model = load_whole(kind, base or name_or_path, dtype=dtype, **options)
     if base is not None:
         model = _with_adapter(model, name_or_path)
     plain_generation(model)
@@ -291,7 +326,9 @@ def _with_adapter(model: Any, folder: str) -> Any:
         if size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(size)
     with quiet_peft(), reading("adapter", folder):
-        return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+        adapted = peft.PeftModel.from_pretrained(model, folder)
+        require_whole_adapter(adapted, "default", folder)
+        return adapted.merge_and_unload()
 
 
 def is_encoder(config: Any) -> bool:
@@ -301,20 +338,29 @@ def is_encoder(config: Any) -> bool:
 
 
 def load_trunk(
-    name_or_path: str, dtype: torch.dtype | str = torch.float32, **options: Any
+    name_or_path: str, dtype: torch.dtype | str = torch.float32, *, alone: bool = False, **options: Any
 ) -> tuple[Any, Any]:
     """Load what maps tokens to hidden states, decoder or encoder, and its tokenizer with a pad token.
 
     Like :func:`load_causal_lm` without dropout. An encoder keeps its tokenizer's own special
     tokens; its pooler, which nothing here reads, is not trained.
 
+    Args:
+        name_or_path: a model, with a head or without.
+        dtype: of the weights; ``auto`` is that of the file.
+        alone: whether the files hold the trunk and nothing else.
+        **options: further ones of ``from_pretrained``.
+
+    Returns:
+        The model and its tokenizer.
+
     Raises:
         UserError: if there is no such model, or it is an encoder-decoder.
     """
     require_trunk(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
-    with reading("model", name_or_path):
-        model = import_transformers().AutoModel.from_pretrained(name_or_path, dtype=dtype, **options).eval()
+    options |= {"dtype": dtype, "fresh": ("pooler.",), "foreign_heads": not alone}
+    model = load_whole(import_transformers().AutoModel, name_or_path, **options)
     if not is_encoder(model.config):
         ensure_pad_token(tokenizer, model)
     elif tokenizer.pad_token_id is None:
@@ -333,14 +379,14 @@ def load_classifier(name_or_path: str, dtype: torch.dtype = torch.float32) -> An
         UserError: if there is none, or its head was never trained and would be drawn at random.
     """
     require_model(name_or_path)
+    kind = import_transformers().AutoModelForSequenceClassification
     with reading("sequence classifier", name_or_path):
-        model, loaded = import_transformers().AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True
-        )
-    if loaded["missing_keys"]:
-        missing = ", ".join(sorted(loaded["missing_keys"]))
+        model, loaded = kind.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
+    trunk = f"{model.base_model_prefix}."
+    if head := {key for key in loaded["missing_keys"] if not key.startswith(trunk)}:
         raise UserError(
-            f"{name_or_path} holds no reward head ({missing} missing), so it would score at random; "
+            f"{name_or_path} holds no reward head ({listed(head)} missing), so it would score at random; "
             "give a folder that the reward stage wrote, or another sequence classifier"
         )
+    require_all_weights(model, loaded, name_or_path, unread=("lm_head.",))  # many were language models before
     return model.eval()

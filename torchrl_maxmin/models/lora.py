@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import is_main_process
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.integrity import require_same_tensors
 from torchrl_maxmin.models.loading import import_peft, import_transformers, quiet_peft, reading
 from torchrl_maxmin.models.lora_products import compute_as_the_trunk
 from torchrl_maxmin.models.sequences import backbone_of
@@ -131,8 +132,7 @@ def add_saved_adapter(model: Any, name: str, folder: Path) -> None:
     with quiet_peft(), torch.random.fork_rng(devices=[]), reading("adapter", str(folder)):
         model.add_adapter(name, config)
     compute_as_the_trunk(model)
-    if state.keys() != read_adapter(model, name).keys():
-        raise UserError(f"the adapter in {folder} is of other layers than {type(base).__name__} has")
+    require_same_tensors(state, read_adapter(model, name), "adapter", folder)
     write_adapter(model, name, state)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.integrity import require_whole_adapter
 from torchrl_maxmin.models.loading import reading
 from torchrl_maxmin.models.lora import base_state, import_peft, quiet_peft, read_adapter, write_adapter
 from torchrl_maxmin.models.lora_products import compute_as_the_trunk
@@ -52,6 +53,8 @@ def load_adapters(trunk: nn.Module, folder: Path, names: Sequence[str]) -> Any:
         model = peft.PeftModel.from_pretrained(trunk, is_trainable=True, **first)
         for other in others:
             model.load_adapter(is_trainable=True, **other)
+        for name in names:
+            require_whole_adapter(model, name, adapter_folder(folder, name), is_trainable=True)
     compute_as_the_trunk(model)
     model.set_requires_grad(list(names), True)
     return model.eval()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import mean_over_ranks
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.integrity import require_same_tensors
 from torchrl_maxmin.models.loading import import_transformers, reading
 from torchrl_maxmin.models.sequences import pad_right
 from torchrl_maxmin.rewards.calibration import Calibration
@@ -93,7 +94,9 @@ def read_heads(folder: Path, form: dict[str, Any], width: int) -> RewardHeads:
     with torch.device("meta"):
         heads = RewardHeads(form["kind"], width, form["num_groups"], form["rank"])
     with reading("reward heads", str(folder)):
-        heads.load_state_dict(load_file(folder / HEADS_FILE), assign=True)
+        weights = load_file(folder / HEADS_FILE)
+    require_same_tensors(weights, heads.state_dict(), "reward heads", folder)
+    heads.load_state_dict(weights, assign=True)
     return heads
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.json_text import write_json_text
 from torchrl_maxmin.core.run_folder import require_finished
-from torchrl_maxmin.models.loading import load_classifier, load_tokenizer, reading, require_model
+from torchrl_maxmin.models.integrity import require_whole_adapter
+from torchrl_maxmin.models.loading import load_classifier, load_tokenizer, load_whole, reading, require_model
 from torchrl_maxmin.models.lora import import_peft, quiet_peft
 from torchrl_maxmin.models.sequences import backbone_of, pad_right
 from torchrl_maxmin.rewards.base import RewardModel
@@ -103,16 +104,22 @@ def _load_adapter(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     weights = Path(folder) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{folder} lacks adapter_model.safetensors; save the adapter with save_pretrained()")
-    heads = [value for name, value in load_file(weights).items() if name.endswith(_LAST_LAYERS)]
+    saved = load_file(weights)
+    heads = [value for name, value in saved.items() if name.endswith(_LAST_LAYERS)]
     if not heads:
         raise UserError(
             f"the adapter in {folder} came without its reward head, so it would score at random; train it "
             "with task_type SEQ_CLS, or modules_to_save naming the head ('score' or 'classifier')"
         )
     require_model(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(heads[-1]), dtype=dtype)
+    own_heads = tuple(name.removeprefix("base_model.model.") for name in saved if ".lora_" not in name)
+    options: dict[str, Any] = {"num_labels": len(heads[-1]), "dtype": dtype}
+    kind = AutoModelForSequenceClassification
+    model = load_whole(kind, base, fresh=own_heads, foreign_heads=True, **options)
     with quiet_peft():
-        merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+        adapted = peft.PeftModel.from_pretrained(model, folder)
+        require_whole_adapter(adapted, "default", folder)
+        merged = adapted.merge_and_unload().eval()
     own = (Path(folder) / "tokenizer_config.json").is_file()
     return merged, load_tokenizer(folder) if own else load_tokenizer(base)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ from torchrl_maxmin.core.distributed import (
     sum_over_ranks,
     world_size,
 )
+from torchrl_maxmin.core.finite import NonFiniteError, require_finite_parameters
 from torchrl_maxmin.core.optimizers import make_optimizer
+from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.pairs import PairTokens
 from torchrl_maxmin.rewards.reader import SCORED_AT_ONCE
@@ -139,7 +141,7 @@ class FineTuning(MStep):
         """The E-step at the model as it is.
 
         Raises:
-            FloatingPointError: if the likelihood is not finite.
+            NonFiniteError: if the likelihood is not finite, with the choices of a user who has none.
         """
         pairs = self.pairs
         self._own_margins = margins = pairs.own_margins(self.mixture, self.settings.scoring_batch_size)
@@ -150,7 +152,10 @@ class FineTuning(MStep):
         else:  # a choice of several rows may lie with two processes: its margins are gathered
             step = pairs.expectation_of(gather_rows(margins, len(pairs)), log_prior)
         if not bool(step.log_likelihood.isfinite().all()):
-            raise FloatingPointError("the log-likelihood is not finite; lower the rates")
+            users = (~step.log_likelihood.isfinite()).nonzero()
+            choices = (pairs.choice_users == int(users[0])).nonzero().flatten().tolist()
+            what = "the log-likelihood of a user is not finite"
+            raise NonFiniteError(f"{what}; lower the learning rates", pairs.batch_of(choices))
         return step
 
     def margins(self) -> Tensor:
@@ -165,19 +170,28 @@ class FineTuning(MStep):
         return map_large_blocks(self.mixture)
 
     def maximise(self, responsibilities: Tensor) -> dict[str, Any]:
-        """Take the optimizer steps of a round; returns the last step's loss."""
+        """Take the optimizer steps of a round; returns the last step's loss.
+
+        Raises:
+            NonFiniteError: for a loss or gradient that is NaN or infinite, with the batch.
+            FloatingPointError: for such weights.
+        """
         self._own_margins = None
         self.mixture.train()  # adapters' dropout alone: the trunk has none
         while self.num_steps < self.settings.steps_per_round:
             self.optimizer.zero_grad()
-            self.loss = self.backward(next(self.batches), responsibilities)
-            clip_gradients(list(self.mixture.parameters()), 1.0)
+            choices = next(self.batches)
+            self.loss = self.backward(choices, responsibilities)
+            norm = float(clip_gradients(list(self.mixture.parameters()), 1.0))
+            batch, what = partial(self.pairs.batch_of, choices), "the reward loss or its gradient"
+            require_finite(self.loss + norm, batch, None, what)
             self.optimizer.step()
             self.schedule.step()
             self.num_steps += 1
             self.on_step(responsibilities)
         self.num_steps = 0
         self.mixture.eval()
+        require_finite_parameters(self.mixture.named_parameters(), "the reward model")
         return {"loss": self.loss}
 
     def backward(self, choices: list[int], responsibilities: Tensor) -> float:

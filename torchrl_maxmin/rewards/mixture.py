@@ -23,6 +23,7 @@ from torchrl_maxmin.models.loading import (
     load_config,
     load_tokenizer,
     load_trunk,
+    load_whole,
     reading,
     same_vocabulary,
 )
@@ -202,10 +203,9 @@ class RewardMixture(RewardModel):
         tokenizer = set_chat_template(load_tokenizer(name_or_path), *chat)
         # for those who load the folder without us: absolute positions are right with padding at the end alone
         tokenizer.padding_side = "right"
-        with reading("model", name_or_path):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, num_labels=num_groups, dtype=dtype, **load_options
-            ).eval()
+        options = load_options | {"num_labels": num_groups, "dtype": dtype}
+        kind = AutoModelForSequenceClassification
+        model = load_whole(kind, name_or_path, fresh=("score.",), foreign_heads=True, **options)
         ensure_pad_token(tokenizer, model)
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
         return cls(model, tokenizer, layout=layout)
@@ -242,7 +242,8 @@ class RewardMixture(RewardModel):
     @staticmethod
     def _load_heads(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
         require_heads(folder)
-        model, _ = load_trunk(form["base"] or str(folder), getattr(torch, form["dtype"]))
+        base, dtype = form["base"], getattr(torch, form["dtype"])
+        model, _ = load_trunk(base or str(folder), dtype, alone=base is None)
         names = [] if form["adapters"] is None else lora.adapter_names(form["adapters"], form["num_groups"])
         heads = read_heads(folder, form, states_width(model))
         return {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run_folder import require_finished
+from torchrl_maxmin.models.integrity import require_same_tensors
 from torchrl_maxmin.models.loading import OWN_PAD, load_config, load_tokenizer, reading
 from torchrl_maxmin.models.sequences import backbone_of, states_width, text_config
 from torchrl_maxmin.models.weights import config_difference, read_weight, saved_weights, weights_difference
@@ -129,6 +130,8 @@ class SavedMixture:
         weight = read_weight(saved_weights(self.folder)["score.weight"], "score.weight")
         with torch.device("meta"):
             heads = RewardHeads("linear", width, self.num_groups)
+        wanted = {"score.weight": heads.output.weight}
+        require_same_tensors({"score.weight": weight}, wanted, "reward heads", self.folder)
         heads.output.weight = nn.Parameter(weight.float())
         return heads
 

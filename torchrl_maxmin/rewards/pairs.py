@@ -118,6 +118,16 @@ class PairTokens(UserRows):
         sizes = self.choice_offsets.diff()[index]
         return ranges(self.choice_offsets[index], sizes).tolist(), offsets_of(sizes)
 
+    def batch_of(self, choices: Sequence[int]) -> dict[str, Tensor]:
+        """The texts of these choices as tokens: chosen and rejected ones [P', T], and their masks."""
+        rows, _ = self.rows_of(choices)
+        places = [*rows, *(self.num_pairs + i for i in rows)]
+        tokens, mask = pad_right([self.rows[i] for i in places], self.pad_id)
+        batch = {"choices": torch.tensor(choices)}
+        for name, value in (("tokens", tokens), ("mask", mask)):
+            batch[f"chosen_{name}"], batch[f"rejected_{name}"] = value.chunk(2)
+        return batch
+
     def scores(self, model: RewardMixture, pairs: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Rewards of chosen and rejected texts, both [len(pairs), K], in one pass."""
         device = model.log_prior.device

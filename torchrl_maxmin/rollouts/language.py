@@ -16,8 +16,8 @@ from torchrl.collectors import Collector
 
 from torchrl_maxmin.core.distributed import is_main_process, of_main_process, over_ranks
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.finite import nonfinite_batch
 from torchrl_maxmin.core.progress import console, progress_bar
-from torchrl_maxmin.core.run import nonfinite_batch
 from torchrl_maxmin.envs import TokenEnv
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.sampling import rows_at_once

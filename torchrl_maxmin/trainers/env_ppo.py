@@ -34,6 +34,7 @@ from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
 from torchrl_maxmin.core.run_folder import require_finished, stage
 from torchrl_maxmin.envs import GroupReward, make_env
 from torchrl_maxmin.masks import whiten
+from torchrl_maxmin.models.integrity import require_finite_weights
 from torchrl_maxmin.models.mlp import make_actor, make_critic
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.objectives import VectorGAE
@@ -79,6 +80,7 @@ def load_env_policy(folder: str | Path) -> tuple[TensorDictModule, EnvBase]:
     env = make_group_env(config, config.seed)
     actor = make_actor(env, config.hidden_sizes)
     actor.load_state_dict(load_file(folder / POLICY_FILE))
+    require_finite_weights(actor.named_parameters(), str(folder))
     return actor, env
 
 

@@ -21,6 +21,7 @@ from torchrl_maxmin.core.checkpoint import (
     saved_state,
 )
 from torchrl_maxmin.core.errors import EngineError, UserError
+from torchrl_maxmin.core.finite import require_finite_parameters
 from torchrl_maxmin.core.interruption import Interrupted, signals_held
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import MetricsLog
@@ -106,13 +107,21 @@ def train(
             the metrics until then.
         start: iterations that were done before.
         stop_at_gap: the run ends once ``maxmin/duality_gap_high`` is at most this.
+
+    Raises:
+        FloatingPointError: for rewards, a loss or weights that are NaN or infinite; none of them is saved.
     """
     folder, stop = Path(config.output_dir), config.stop_at_iteration or learner.num_iterations
     log = MetricsLog(folder, config.report_to, keep=start)
     finished = start == learner.num_iterations  # a run that had only to be saved
     done = start
 
+    def require_sound() -> None:
+        named = ((role, p) for role, parameters in models.parameters().items() for p in parameters)
+        require_finite_parameters(named, "the networks")
+
     def checkpoint() -> Path:
+        require_sound()
         state = {"iteration": done, "adversary": statistics.adversary.state_dict()}
         for part in (models, learner, advantages):
             state |= part.state_dict()
@@ -148,6 +157,8 @@ def train(
             gap = metrics.get("maxmin/duality_gap_high", math.inf)
             if finished := done == learner.num_iterations or gap <= stop_at_gap:
                 break
+    if finished:
+        require_sound()
     return finished
 
 

@@ -11,6 +11,7 @@ import torch
 
 from torchrl_maxmin.core.distributed import across_ranks, is_main_process
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.finite import require_finite_parameters
 from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
 from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
@@ -181,6 +182,7 @@ def run_sft(config: SFTConfig) -> Path:
 
     Raises:
         UserError: before any work, for a model, data set or folder that cannot be used.
+        FloatingPointError: for a loss or weights that are NaN or infinite, which are not saved.
     """
     config.check()
     device = resolve_device(config.device)
@@ -221,7 +223,9 @@ def run_sft(config: SFTConfig) -> Path:
         adapted = add_adapters(model, ["default"], config.lora_settings(), task_type="CAUSAL_LM")
     if config.gradient_checkpointing:
         checkpoint_layers(model)
-    loss = train_language_model(config, model if adapted is None else adapted, rows, collate, device)
+    trained = model if adapted is None else adapted
+    loss = train_language_model(config, trained, rows, collate, device)
+    require_finite_parameters(trained.named_parameters(), "the model")
     save_policy(model, adapted, folder, merge=config.merge_adapter)
     if is_main_process():
         tokenizer.save_pretrained(folder)

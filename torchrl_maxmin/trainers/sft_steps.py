@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torchrl_maxmin.core.distributed import (
 from torchrl_maxmin.core.interruption import Interrupted, signals_held
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
+from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.models.sequences import takes
 from torchrl_maxmin.models.sharding import shard
 
@@ -76,6 +78,9 @@ def train_language_model(
         rows: ``input_ids`` of each text, and how many tokens at its start are not trained on (``skip``).
         collate: makes ``input_ids``, ``attention_mask`` and ``labels`` of some rows.
         device: where to.
+
+    Raises:
+        FloatingPointError: for a loss or gradient that is NaN or infinite; the batch is saved.
     """
     from transformers import Trainer, get_scheduler
 
@@ -132,7 +137,9 @@ def train_language_model(
                 loss += share.detach()
             parameters = [p for group in optimizer.groups for p in group]
             sum_gradients(parameters)
-            clip_gradients(parameters, 1.0)
+            norm = clip_gradients(parameters, 1.0)
+            value, whole = float(loss + norm), partial(collate, batch)  # NaN in one step's loss stays
+            require_finite(value, whole, Path(config.output_dir), "the sft loss or its gradient")
             optimizer.step()
             schedule.step()
             done += 1
