@@ -169,7 +169,7 @@ def test_the_summary_agrees_with_itself_and_with_the_policy(finished):
     summary = summary_of(folder)
     assert set(summary) == {
         "schema_version", "env_id", "objective", "seed", "frames", "wall_seconds", "frames_per_second",
-        "utility_scale", "group_weights", "sampled", "exact", "certificate",
+        "utility_scale", "group_weights", "sampled", "exact", "certificate", "warnings",
     }  # fmt: skip
     assert (summary["env_id"], summary["objective"], summary["seed"]) == (config.env_id, "min_of_means", 3)
     assert summary["frames"] == 256

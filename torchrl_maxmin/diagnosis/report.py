@@ -93,8 +93,8 @@ def verdict_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title=Text(verdict(summary, terminal), "bold"), title_justify="left")
     table.add_column("")
     for group in groups:
-        name = Text(f"{terminal(group['name'], 40)}\n{group['users']} users")
-        table.add_column(name, justify="right", no_wrap=True)
+        heading = Text(f"{terminal(group['name'], 40)}\n{group['users']} users")
+        table.add_column(heading, justify="right", no_wrap=True)
     rows = {
         "share": [group["share"] for group in groups],
         "accuracy, one reward": [group["accuracy"]["single"] for group in groups],

@@ -103,11 +103,11 @@ def prune(folder: Path, most: int) -> int:
             elif path.suffix == ".safetensors":
                 found.append((facts.st_mtime_ns, str(path), facts.st_size))
     total, removed = sum(size for *_, size in found), 0
-    for _, path, size in sorted(found):
+    for _, name, size in sorted(found):
         if total - removed <= most:
             break
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            os.unlink(name)
             removed += size
     return removed
 

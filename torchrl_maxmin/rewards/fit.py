@@ -148,8 +148,9 @@ def fit_mixture(
             fit["m_step"] = AdamStepOfShares
         else:
             choices = feature_choices(data, model, max_length, device, size, **reading)
-        asked = {"evidence": identifiability, "data": data}
-        warm = linear_warm_start(choices, num_groups, max_groups, seed, **asked, **fit)
+        warm = linear_warm_start(
+            choices, num_groups, max_groups, seed, evidence=identifiability, data=data, **fit
+        )
         if identifiability:
             warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))
         warm = of_main_process(lambda: warm)  # other processors may round otherwise

@@ -45,7 +45,8 @@ from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
-from torchrl_maxmin.trainers.ppo_settings import WORKERS_MAY_CHANGE, adversary_of
+from torchrl_maxmin.trainers.ppo_settings import MAY_CHANGE, adversary_of
+from torchrl_maxmin.trainers.watch import warnings_of
 
 __all__ = [
     "EnvParts",
@@ -139,7 +140,7 @@ class EnvParts(PPOParts):
 
 
 @across_ranks
-@stage("ppo", may_change=WORKERS_MAY_CHANGE, length="total_frames")
+@stage("ppo", may_change=MAY_CHANGE, length="total_frames")
 def run_env_ppo(config: EnvPPOConfig) -> Path:
     """Train a policy in an environment and save it; returns its folder.
 
@@ -232,6 +233,7 @@ def train_env_policy(config: EnvPPOConfig, parts: EnvParts, started: float | Non
             "group_weights": parts.statistics.adversary.weights.tolist(),
             "sampled": episode_summary(returns),
             **exact_summary(env, actor, config.objective),
+            "warnings": warnings_of(config),
         }
         env.close()
         write_json(folder / "summary.json", {"schema_version": SCHEMA_VERSION, **summary})

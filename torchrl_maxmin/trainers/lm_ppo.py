@@ -44,8 +44,9 @@ from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.lm_workers import load_reference, start_workers
 from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
-from torchrl_maxmin.trainers.ppo_settings import WORKERS_MAY_CHANGE, adversary_of
+from torchrl_maxmin.trainers.ppo_settings import MAY_CHANGE, adversary_of
 from torchrl_maxmin.trainers.token_advantages import LanguageAdvantages, make_advantages
+from torchrl_maxmin.trainers.watch import warnings_of
 from torchrl_maxmin.welfare import Egalitarian
 
 __all__ = ["LanguageParts", "build_ppo", "run_ppo", "train_policy"]
@@ -64,7 +65,7 @@ class LanguageParts(PPOParts):
 @stage(
     "ppo",
     inputs=("model_name_or_path", "dataset_name", "reward_model_path", "reward_funcs", "monitor_funcs"),
-    may_change=WORKERS_MAY_CHANGE,
+    may_change=MAY_CHANGE,
     length="num_iterations",
 )
 def run_ppo(config: PPOConfig) -> Path:
@@ -89,6 +90,7 @@ def train_policy(config: PPOConfig, parts: LanguageParts) -> Path:
             "calibrated_by_prompt": calibration.by_prompt,
             "group_weights": parts.statistics.adversary.weights.tolist(),
             "kl_coef": float(parts.advantages.kl.coef),
+            "warnings": warnings_of(config),
         }
         write_json(folder / "summary.json", json.loads(json.dumps(outcome)))
     return folder

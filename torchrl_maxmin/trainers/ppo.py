@@ -28,6 +28,7 @@ from torchrl_maxmin.core.run import MetricsLog
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
+from torchrl_maxmin.trainers.watch import Watch
 
 __all__ = [
     "Advantages",
@@ -113,6 +114,7 @@ def train(
     """
     folder, stop = Path(config.output_dir), config.stop_at_iteration or learner.num_iterations
     log = MetricsLog(folder, config.report_to, keep=start)
+    watch = Watch.resumed(config, start)
     finished = start == learner.num_iterations  # a run that had only to be saved
     done = start
 
@@ -145,6 +147,7 @@ def train(
             for monitor in monitors:
                 metrics |= monitor(done, batch, metrics)
             log.write(done - 1, metrics | {"lr": learner.schedule.get_last_lr()[0]})
+            watch(done, metrics)
             learner.schedule.step()
             # 5. Checkpoint.
             if (config.save_steps and done % config.save_steps == 0) or done == config.stop_at_iteration:

@@ -24,16 +24,23 @@ from torchrl_maxmin.welfare import (
     make_welfare,
 )
 
-__all__ = ["OBJECTIVES", "WORKERS_MAY_CHANGE", "PPOSettings", "adversary_of"]
+__all__ = ["MAY_CHANGE", "OBJECTIVES", "PPOSettings", "adversary_of"]
 
 OBJECTIVES = ("min_of_means", "mean_of_prompt_mins", "mean_of_mins")
-#: where rollouts come from, which may change where a run goes on
-WORKERS_MAY_CHANGE = (
+#: where rollouts come from and what is warned of, which may change where a run goes on
+MAY_CHANGE = (
     "ray_address",
     "rollout_worker_gpus",
     "rollout_workers",
     "vllm_gpu_memory_utilization",
     "vllm_server_base_url",
+    "warn_entropy",
+    "warn_group",
+    "warn_kl",
+    "warn_kl_below_zero",
+    "warn_kl_target",
+    "warn_ratio",
+    "warn_value",
 )
 #: loggers of TorchRL, and the packages that each needs
 LOGGERS = {"csv": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow",)}
@@ -84,6 +91,14 @@ class PPOSettings(CheckedSettings):
         max_staleness: updates that the policy of a rollout may lack when it is trained on; 0 samples and
             trains in turns, 1 samples the next rollout during an update. Ratios are to the policy that
             sampled, or as importance_sampling_cap says.
+        warn_kl_below_zero: warn where the mean KL of a response is below minus so many nats for 10
+            iterations; of this and the other warnings (docs/numbers.md), each given once, 0 turns one off.
+        warn_kl: warn where the KL is above so many nats a token.
+        warn_kl_target: warn where the KL is above so many times kl_target, if it is steered towards one.
+        warn_ratio: warn where the mean probability ratio of updates is above this, or below 1 divided by it.
+        warn_entropy: warn where the policy's entropy is below this part of what it was at first.
+        warn_group: warn where a group that has all the weight falls by so many of its standard deviations.
+        warn_value: warn where the value loss is so many times what it was.
         report_to: also log to csv, tensorboard, wandb or mlflow.
         seed: seed of everything random.
         device: cpu, cuda or auto.
@@ -119,6 +134,13 @@ class PPOSettings(CheckedSettings):
     rollout_worker_gpus: float = 0.0
     ray_address: str | None = None
     max_staleness: int = 0
+    warn_kl_below_zero: float = 0.2
+    warn_kl: float = 3.0
+    warn_kl_target: float = 5.0
+    warn_ratio: float = 2.0
+    warn_entropy: float = 0.05
+    warn_group: float = 0.5
+    warn_value: float = 100.0
     report_to: str | None = None
     seed: int = 0
     device: str = "auto"
@@ -135,7 +157,8 @@ class PPOSettings(CheckedSettings):
             0,
             "learning_rate", "critic_learning_rate", "warmup_iterations", "cliprange_value", "entropy_coeff",
             "adversary_step_size", "adversary_step_decay", "save_steps", "save_total_limit",
-            "stop_at_iteration", "per_device_train_batch_size", "rollout_workers", "rollout_worker_gpus",
+            "stop_at_iteration", "per_device_train_batch_size", "rollout_workers", "rollout_worker_gpus", "warn_kl_below_zero",
+            "warn_kl", "warn_kl_target", "warn_ratio", "warn_entropy", "warn_group", "warn_value",
         )  # fmt: skip
         self.require_in_range(0, 1, "gamma", "lam", "max_staleness")
         self._check_workers()
@@ -153,6 +176,8 @@ class PPOSettings(CheckedSettings):
             )
         if not 0 < self.cliprange <= 1:
             raise UserError(f"--cliprange must be above 0 and at most 1; it is {self.cliprange}")
+        if 0 < self.warn_ratio < 1:
+            raise UserError(f"--warn_ratio must be at least 1, or 0 for no warning; it is {self.warn_ratio}")
         if not self.max_grad_norm > 0:
             raise UserError("--max_grad_norm must be positive; .inf turns it off")
         if bool(self.group_weights) != (self.welfare == "fixed"):
