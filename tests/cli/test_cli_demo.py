@@ -3,8 +3,11 @@
 import csv
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +193,39 @@ def test_a_given_config_repeats_the_run(folder, tmp_path, capsys):
         assert_same_weights(folder / "seed-0" / name, again / "seed-0" / name)
     for name in ("preferences.jsonl", "prompts.jsonl", "sft.jsonl", "world.json", "maxmin/metrics.jsonl"):
         assert (folder / "seed-0" / name).read_bytes() == (again / "seed-0" / name).read_bytes()
+
+
+def killed_when(there, command, environment):
+    """Run a demo and kill it, workers and all, when a file is there."""
+    run = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    end = time.monotonic() + 240
+    while not there() and time.monotonic() < end:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "begun",
+    ["sft.jsonl", "sft/run.json", "reward_maxmin/run.json", "single/metrics.jsonl", "evaluation/run.json"],
+)
+def test_a_demo_that_is_killed_goes_on(folder, seed, tmp_path, capsys, begun):
+    """Its stages that are finished stay; the end is that of the demo that was never killed."""
+    again = tmp_path / "again"
+    command = [sys.executable, "-m", "torchrl_maxmin.cli.main", "demo", "--recipe", "recipe.yaml", *FLAGS]
+    command += ["--output_dir", str(again)]
+    killed_when((again / "seed-0" / begun).exists, command, {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not (again / "summary.json").exists()
+    assert main(command[3:]) == 2
+    printed = capsys.readouterr().err
+    assert main(shlex.split(printed.partition("go on with: torchrl-maxmin ")[2])) == 0
+    for name in POLICIES:
+        assert_same_weights(seed / name, again / "seed-0" / name)
+    tables = [json.loads((place / "summary.json").read_text())["policies"] for place in (folder, again)]
+    assert tables[0] == tables[1]
 
 
 def test_by_hand_from_pairs_without_groups(seed, tmp_path):

@@ -17,7 +17,7 @@ from torchrl_maxmin.cli.parsing import config_from_mapping
 from torchrl_maxmin.cli.tools import training_histories
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
-from torchrl_maxmin.core.run import resolve_device
+from torchrl_maxmin.core.run import resolve_device, write_config
 from torchrl_maxmin.core.run_folder import continued, how_to_go_on, is_unfinished, stage
 from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
@@ -141,7 +141,7 @@ def run_demo(config: DemoConfig) -> Path:
     return _run(replace(config, output_dir=folder))
 
 
-@stage("demo", inputs=("recipe",), may_change=("num_workers",))
+@stage("demo", may_change=("num_workers", "recipe"))  # the stages compare what it sets
 def _run(config: DemoConfig) -> Path:
     start = time.perf_counter()
     device = resolve_device(config.device)
@@ -151,6 +151,7 @@ def _run(config: DemoConfig) -> Path:
     for seed in config.seeds:
         tasks.update(_seed_tasks(config, recipe, folder, seed, str(device)))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    write_config(folder, replace(config, recipe=str(folder / "recipe.yaml")))
     seconds = run_tasks(tasks, config.num_workers or (1 if device.type == "cuda" else 2))
     results = [SeedResult.load(folder / f"seed-{seed}" / "evaluation" / "result") for seed in config.seeds]
     for result in results:

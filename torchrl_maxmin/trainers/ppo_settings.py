@@ -158,7 +158,8 @@ class PPOSettings(CheckedSettings):
             "learning_rate", "critic_learning_rate", "warmup_iterations", "cliprange_value", "entropy_coeff",
             "adversary_step_size", "adversary_step_decay", "save_steps", "save_total_limit",
             "stop_at_iteration", "per_device_train_batch_size", "rollout_workers", "rollout_worker_gpus",
-            "warn_kl_below_zero", "warn_kl", "warn_kl_target", "warn_ratio", "warn_entropy", "warn_group", "warn_value",
+            "warn_kl_below_zero", "warn_kl", "warn_kl_target", "warn_ratio", "warn_entropy", "warn_group",
+            "warn_value",
         )  # fmt: skip
         self.require_in_range(0, 1, "gamma", "lam", "max_staleness")
         self._check_workers()
