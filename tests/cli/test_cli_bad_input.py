@@ -125,7 +125,7 @@ def test_a_model_folder_that_is_damaged(here, stage, capsys, tiny_model, verb, f
     assert main([str(word) for word in stage(verb, **{name: given})]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-    assert line.endswith("if files are missing or damaged, save or download it again")
+    assert line.endswith("save or download it again")
     assert not (here / "out").exists()
 
 

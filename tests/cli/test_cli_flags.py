@@ -190,4 +190,4 @@ def test_interrupted(monkeypatch, capsys, tiny_model):
 
     monkeypatch.setattr("torchrl_maxmin.trainers.sft.run_sft", stop)
     assert main(["sft", *REQUIRED]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == "torchrl-maxmin sft ends after Ctrl-C\n"

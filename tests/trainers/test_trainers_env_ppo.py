@@ -221,7 +221,7 @@ def test_a_loaded_policy_is_the_one_that_was_trained(make_env_config):
 def test_only_whole_files_stay(finished):
     _, folder = finished
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "policy.safetensors", "summary.json",
+        "config.yaml", "manifest.json", "metrics.jsonl", "policy.safetensors", "run.json", "summary.json",
     }  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_env_config, monkey
         ({"learning_rate": -1.0}, "--learning_rate must not be negative"),
         ({"welfare": "fixed", "group_weights": [0.5, 0.5]}, "gives 2 weights, but the reward has 3 groups"),
         ({"welfare": "nash"}, "--welfare nash needs positive returns, and those of the first policy are"),
-        ({"resume_from_checkpoint": "last"}, "no checkpoint in"),
+        ({"resume_from_checkpoint": "last"}, "there is no run in"),
     ],
 )
 def test_mistakes_are_told_before_any_work(make_env_config, settings, message):

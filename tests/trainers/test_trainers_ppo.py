@@ -349,7 +349,7 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_config, monkeypatc
         ({"stop_at_iteration": 5}, "--stop_at_iteration is after --num_iterations"),
         ({"temperature": 0.0}, "--temperature must be positive"),
         ({"device": "abacus"}, "--device 'abacus' is no device"),
-        ({"resume_from_checkpoint": "last"}, "no checkpoint in"),
+        ({"resume_from_checkpoint": "last"}, "there is no run in"),
     ],
 )
 def test_mistakes_are_told_before_any_work(make_config, settings, message):

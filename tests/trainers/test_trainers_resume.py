@@ -1,6 +1,7 @@
 """A run that stops and goes on is the run that never stopped; a crash loses no checkpoint."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -133,3 +134,43 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         run_module.write_json(path, {"value": object()})
     assert json.loads(path.read_text()) == {"value": 1}
+
+
+def test_the_latest_checkpoints_stay(make_config):
+    trainer = trained(make_config("run", save_steps=1, save_total_limit=2))
+    assert sorted(p.name for p in trainer.folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "hole", "gone"])
+def test_damage_is_named_and_the_checkpoint_before_is_used(make_config, capsys, name, damage):
+    whole = trained(make_config("run", save_steps=1))
+    lines = (whole.folder / "metrics.jsonl").read_text()
+    path = whole.folder / "checkpoint-3" / name
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if damage == "flip":
+        content[middle] ^= 4
+    elif damage == "cut":
+        del content[middle:]
+    elif damage == "hole":
+        content[middle : middle + 64] = bytes(64)
+    path.unlink() if damage == "gone" else path.write_bytes(bytes(content))
+    shutil.rmtree(whole.folder / "checkpoint-4")
+    capsys.readouterr()
+    resumed = trained(make_config("run", save_steps=1, resume_from_checkpoint="last"))
+    assert resumed.start == 2
+    told = capsys.readouterr().err
+    assert f"checkpoint-3/{name}" in told or "checkpoint-3/state" in told
+    assert "going on from checkpoint-2" in told
+    assert (whole.folder / "metrics.jsonl").read_text() == lines
+    for parameter, value in whole.policy.state_dict().items():
+        assert torch.equal(resumed.policy.state_dict()[parameter], value), parameter
+
+
+def test_the_state_holds_no_pickle(make_config):
+    trainer = trained(make_config("run", save_steps=2))
+    for path in trainer.folder.rglob("*"):
+        if path.is_file():
+            start = path.read_bytes()[:2]
+            assert start not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"), path

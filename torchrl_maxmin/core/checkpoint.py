@@ -25,6 +25,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.manifest import MANIFEST, DamagedError, require_whole, write_manifest
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import replace_folder
+from torchrl_maxmin.core.run_folder import continued, no_run
 from torchrl_maxmin.core.serial import STRUCTURE, Elsewhere, load_state, save_state, sync_folder
 
 __all__ = ["find_checkpoint", "random_state", "restore_random_state", "save_checkpoint", "saved_state"]
@@ -183,11 +184,13 @@ def saved_state(config: Any) -> dict[str, Any] | None:
         config: with ``output_dir`` and ``resume_from_checkpoint``.
 
     Raises:
-        UserError: where the checkpoint that is named is not there, or damaged.
+        UserError: where there is no run, or the checkpoint that is named is not there, or damaged.
     """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     name = "last" if restarted() else config.resume_from_checkpoint
+    if name == "last" and not restarted() and not (continued(folder) or _checkpoints(folder)):
+        raise no_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return find_checkpoint(folder, name) if name else None
 
 

@@ -28,7 +28,15 @@ from torchrl_maxmin.core.run import config_text, write_config, write_json
 
 Stage = TypeVar("Stage", bound=Callable[[Any], Any])
 
-__all__ = ["RUN", "continued", "how_to_go_on", "is_unfinished", "own_folder", "require_finished", "stage"]
+__all__ = [
+    "continued",
+    "how_to_go_on",
+    "is_unfinished",
+    "no_run",
+    "own_folder",
+    "require_finished",
+    "stage",
+]
 
 RUN, LOCK = "run.json", ".lock"
 _NEW, _BEGUN, _FINISHED = "new", "begun", "finished"
@@ -115,6 +123,11 @@ def how_to_go_on(folder: Path, verb: str) -> str:
 def continued(folder: Path) -> bool:
     """Whether a folder holds a run that was begun."""
     return (folder / RUN).is_file()
+
+
+def no_run(folder: Path) -> UserError:
+    """What to raise where a folder holds no run that could go on."""
+    return UserError(f"there is no run in {folder} to go on with; start one without --resume_from_checkpoint")
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -239,9 +252,7 @@ def _open(
     used = not _only_begun(folder, config)
     if not continued(folder):
         if resumes and not restarted():
-            raise UserError(
-                f"there is no run in {folder} to go on with; start one without --resume_from_checkpoint"
-            )
+            raise no_run(folder)
         if used and not restarted():
             raise UserError(f"output folder {folder} is not empty; choose another --output_dir or remove it")
         before = None

@@ -30,7 +30,7 @@ from torchrl_maxmin.core.distributed import (
     world_size,
 )
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
+from torchrl_maxmin.core.run import resolve_device, seed_everything, write_config, write_json
 from torchrl_maxmin.core.run_folder import require_finished, stage
 from torchrl_maxmin.envs import GroupReward, make_env
 from torchrl_maxmin.masks import whiten
@@ -201,6 +201,7 @@ def build_env_ppo(config: EnvPPOConfig) -> EnvParts:
         start=start,
     )
     restore(state, parts, folder)
+    write_config(folder, config)
     return parts
 
 

@@ -14,7 +14,7 @@ from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 from torchrl_maxmin.collectors import GroupStatistics
 from torchrl_maxmin.core.distributed import across_ranks, over_ranks, rank, shares_rows
 from torchrl_maxmin.core.progress import console
-from torchrl_maxmin.core.run import resolve_device, write_json
+from torchrl_maxmin.core.run import resolve_device, write_config, write_json
 from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.models.full import LanguageNetworks
 from torchrl_maxmin.models.loading import load_tokenizer, require_causal_lm
@@ -219,6 +219,7 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     if rank():
         torch.manual_seed(config.seed + rank())  # dropout of other rows is another
     restore(state, parts, folder)
+    write_config(folder, config)
     return parts
 
 
