@@ -29,7 +29,7 @@ def adjusted_rand_index(first: Tensor, second: Tensor) -> float:
         1.0
     """
     table = np.zeros((int(first.max()) + 1, int(second.max()) + 1))
-    np.add.at(table, (first.numpy(), second.numpy()), 1)
+    np.add.at(table, (first.cpu().numpy(), second.cpu().numpy()), 1)
     together = comb(table, 2).sum()
     rows, columns = comb(table.sum(1), 2).sum(), comb(table.sum(0), 2).sum()
     expected, most = rows * columns / comb(len(first), 2), (rows + columns) / 2

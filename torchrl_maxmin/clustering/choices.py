@@ -21,7 +21,7 @@ from torchrl_maxmin.clustering.solvers import (
 )
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 
-__all__ = ["PairChoices", "choice_offsets_of", "row_weights_of", "user_blocks"]
+__all__ = ["PairChoices", "choice_offsets_of", "fit_device", "row_weights_of", "user_blocks"]
 
 #: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
 BLOCK_ROWS = 262_144
@@ -38,10 +38,17 @@ def choice_offsets_of(data: PreferenceDataset) -> Tensor | None:
     return None if len(offsets) == len(data) + 1 else offsets
 
 
+def fit_device(device: torch.device | str) -> torch.device:
+    """Where linear mixtures are fitted, in float64: on the device, or the CPU where it has none (mps)."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def user_blocks(user_offsets: Tensor, block_rows: int) -> Iterator[tuple[slice, slice]]:
     """Cut the rows into blocks of whole users: (users, rows), each of about ``block_rows`` rows."""
     num_users, num_rows = len(user_offsets) - 1, int(user_offsets[-1])
-    cuts = torch.searchsorted(user_offsets, torch.arange(0, num_rows, block_rows)).tolist()
+    begins = torch.arange(0, num_rows, block_rows, device=user_offsets.device)
+    cuts = torch.searchsorted(user_offsets, begins).tolist()
     for first, last in pairwise(sorted({0, *cuts, num_users})):
         yield slice(first, last), slice(int(user_offsets[first]), int(user_offsets[last]))
 
@@ -82,6 +89,18 @@ class PairChoices(UserRows):
         """Mean of the choices' weights."""
         return 1.0 if self.choice_weights is None else self.choice_weights.mean()
 
+    def to(self, device: torch.device | str) -> PairChoices:
+        """The same choices on a device, for fits there; on the CPU where the device has no float64."""
+        device = fit_device(device)
+        if self.differences.device.type == device.type == "cpu":
+            return self
+        names = "differences", "user_offsets", "row_weights", "judgements", "choice_offsets"
+        moved = {name: None if (x := getattr(self, name)) is None else x.to(device) for name in names}
+        distinct = self.distinct
+        if distinct is not None:
+            distinct = DistinctChoices(*(None if x is None else x.to(device) for x in distinct))
+        return replace(self, **moved, distinct=distinct)
+
     def find_distinct(self) -> PairChoices:
         """The same choices; where they repeat, fits work on each distinct one once."""
         return replace(self, distinct=distinct_choices(self.differences, self.choice_offsets))
@@ -93,6 +112,7 @@ class PairChoices(UserRows):
 
     def keep_rows(self, kept: Tensor) -> PairChoices:
         """The rows where ``kept`` [P] holds, of whole choices; users may be left without any."""
+        kept = kept.to(self.user_offsets.device)
         if self.choice_offsets is not None:
             kept = kept[self.choice_offsets[:-1]]
         return self.take_choices(kept.nonzero().flatten(), offsets_of(kept.long())[self.user_choice_offsets])
@@ -204,6 +224,6 @@ class PairChoices(UserRows):
             if self.choice_weights is not None:
                 shares = shares * self.choice_weights.double().unsqueeze(-1)
             shares = found.sum_by_choice(shares)
-            each = torch.arange(len(shares))
+            each = torch.arange(len(shares), device=shares.device)
             losses = ChoiceLosses(found.differences, each, shares, penalty, None, found.choice_offsets)
         return minimise(losses, start.double())

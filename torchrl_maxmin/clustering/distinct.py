@@ -71,7 +71,8 @@ def distinct_choices(differences: Tensor, choice_offsets: Tensor | None = None) 
 def ranges(starts: Tensor, counts: Tensor) -> Tensor:
     """Whole numbers from each start [S], so many as it counts [S], side by side."""
     offsets = offsets_of(counts)
-    return torch.arange(int(offsets[-1])) + (starts - offsets[:-1]).repeat_interleave(counts)
+    each = torch.arange(int(offsets[-1]), device=starts.device)
+    return each + (starts - offsets[:-1]).repeat_interleave(counts)
 
 
 def _row_codes(differences: Tensor) -> np.ndarray:

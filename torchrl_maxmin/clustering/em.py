@@ -346,7 +346,7 @@ def repair_empty_groups(
     worst = log_likelihood.nan_to_num(nan=0.0).argsort()[: max(1, num_users // num_groups)]
     for index, k in enumerate(empty):
         mine = worst[index :: len(empty)]
-        repaired[mine] = nn.functional.one_hot(torch.tensor(k), num_groups).to(repaired.dtype)
+        repaired[mine] = torch.eye(num_groups)[k].to(repaired)
     return repaired, empty
 
 

@@ -251,7 +251,7 @@ def _refits(
     advance: Callable[[], None],
 ) -> tuple[Mean, list[Mean], list[Mean]]:
     """Agreement of refits as a whole, and by group Jaccard index and correlation of heads."""
-    num_users, own = len(choices.user_offsets) - 1, mixture.assignments
+    num_users, own = len(choices.user_offsets) - 1, mixture.assignments.cpu()
     margins = _unit_margins(choices, mixture)
     rand, jaccard, correlation = [], [], []
     for refit in range(num_refits):
@@ -259,7 +259,7 @@ def _refits(
         found = fit_choices(
             choices.take_users(torch.from_numpy(drawn)), len(margins), seed + refit + 1, **fit
         )
-        groups = found.expectation_of(choices).responsibilities.argmax(-1)
+        groups = found.expectation_of(choices).responsibilities.argmax(-1).cpu()
         rand.append(adjusted_rand_index(own, groups))
         both = torch.stack([own * len(margins) + groups]).flatten().bincount(minlength=len(margins) ** 2)
         both = both.view(len(margins), -1).double()
@@ -296,7 +296,7 @@ def _over_spectrum(
     num_users = len(choices.user_offsets) - 1
     folds = user_folds(num_users, num_folds, seed)
     sobol = qmc.Sobol(num_groups - 1, seed=seed).random(_HEADS)
-    normal = torch.from_numpy(norm.ppf(np.clip(sobol, 1e-6, 1 - 1e-6)))
+    normal = torch.from_numpy(norm.ppf(np.clip(sobol, 1e-6, 1 - 1e-6))).to(choices.differences.device)
     difference = np.zeros(num_users)
     for fold in folds:
         inside = torch.ones(num_users, dtype=torch.bool)
@@ -310,7 +310,7 @@ def _over_spectrum(
             for scale in SPREADS
         ]
         best = max(range(len(SPREADS)), key=lambda i: spread[i][0].sum().item())
-        difference[fold.numpy()] = (grouped - spread[best][1]).numpy()
+        difference[fold.numpy()] = (grouped - spread[best][1]).cpu().numpy()
         advance()
     return Mean.of(difference)
 

@@ -109,10 +109,10 @@ def leave_users_out(
         seen = mixture.expectation_of(outside)
         reference = mixture.weight if reference is None else reference
         order = match_groups(mixture.weight, reference)
-        posterior[fold] = seen.responsibilities[:, order].double()
-        log_likelihood[fold] = seen.log_likelihood.double()
+        posterior[fold] = seen.responsibilities[:, order].double().cpu()
+        log_likelihood[fold] = seen.log_likelihood.double().cpu()
         prior = log_prior_of_scales(scaled_log_likelihood(rest, mixture.weight), mixture.log_prior)
-        robust[fold] = log_likelihood_with(scaled_log_likelihood(outside, mixture.weight), prior)
+        robust[fold] = log_likelihood_with(scaled_log_likelihood(outside, mixture.weight), prior).cpu()
     return LeftOutUsers(posterior, log_likelihood, robust, weights)
 
 
@@ -169,20 +169,21 @@ def choose_penalty(
 def match_groups(weight: Tensor, reference: Tensor) -> Tensor:
     """The order of the rows of ``weight`` [K, D] that points most where ``reference`` [K, D] does."""
     unit, other = (torch.nn.functional.normalize(heads.double(), dim=-1) for heads in (reference, weight))
-    return torch.from_numpy(linear_sum_assignment((unit @ other.T).numpy(), maximize=True)[1])
+    return torch.from_numpy(linear_sum_assignment((unit @ other.T).cpu().numpy(), maximize=True)[1])
 
 
 def heldout_of(choices: PairChoices, fraction: float, seed: int) -> Tensor:
     """Mark the rows [P] of a random ``fraction`` of each user's judgements, never a part of one."""
     alone = choices.judgements is None and choices.choice_offsets is None
-    return heldout_rows(choices.user_offsets, fraction, seed, None if alone else _row_judgements(choices))
+    judgements = None if alone else _row_judgements(choices).cpu()
+    return heldout_rows(choices.user_offsets.cpu(), fraction, seed, judgements)
 
 
 def _row_judgements(choices: PairChoices) -> Tensor:
     """What each row follows from [P]; its choice where nothing is said."""
     if choices.judgements is not None:
         return choices.judgements
-    return choices.at_rows(torch.arange(len(choices.choice_users)))
+    return choices.at_rows(torch.arange(len(choices.choice_users), device=choices.user_offsets.device))
 
 
 def heldout_rows(
@@ -214,7 +215,7 @@ def heldout_rows(
 
 def judgement_numbers(choices: PairChoices) -> tuple[np.ndarray, np.ndarray]:
     """Number the judgements: user and name of each [J, 2], and which each row follows from [P]."""
-    pairs = np.stack([choices.row_users.numpy(), _row_judgements(choices).numpy()], axis=1)
+    pairs = np.stack([choices.row_users.cpu().numpy(), _row_judgements(choices).cpu().numpy()], axis=1)
     unique, which = np.unique(pairs, axis=0, return_inverse=True)
     return unique, which.reshape(-1)
 
@@ -269,8 +270,9 @@ def gain_on_judgements(
                 start[k] = mixture.weight
             before, after = (scaled_log_likelihood(part, mixture.weight) for part in (known, later))
             found.append(log_likelihood_with(after, log_prior_of_scales(before, mixture.log_prior), before))
-        there = (later.choices_by_user > 0).nonzero().flatten()
-        where = there, mixture.assignments[there]
-        gain[where] += (found[1] - found[0])[there]
-        held[where] += later.choices_by_user[there]
+        counts = later.choices_by_user.cpu()
+        there = (counts > 0).nonzero().flatten()
+        where = there, mixture.assignments.cpu()[there]
+        gain[where] += (found[1] - found[0]).cpu()[there]
+        held[where] += counts[there]
     return None if held.sum() == 0 else (gain, held)

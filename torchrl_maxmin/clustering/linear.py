@@ -57,6 +57,11 @@ class LinearMixture:
             responsibilities=self.responsibilities[:, order],
         )
 
+    def to(self, device: torch.device | str) -> LinearMixture:
+        """The same fit on a device."""
+        names = "weight", "log_prior", "responsibilities"
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     def expectation(
         self, differences: Tensor, user_offsets: Tensor, row_weights: Tensor | None = None
     ) -> Expectation:
@@ -221,16 +226,17 @@ def fit_choices(
     make_m_step = M_STEPS[m_step] if isinstance(m_step, str) else m_step
     if generator is None and seed is not None:
         generator = torch.Generator().manual_seed(seed)
-    shape, dtype = (num_groups, choices.features.shape[1]), choices.features.dtype
+    features = choices.features
+    shape, dtype = (num_groups, features.shape[1]), features.dtype
     fits: list[EMFit] = []
     num_starts = num_restarts if num_groups > 1 and start is None else 1
     short = min(short_rounds, em.num_rounds) if num_starts > 1 else 0
     first = replace(em, num_rounds=short) if short else em
     for _ in range(num_starts):
         drawn = torch.randn(shape, generator=generator) * shape[1] ** -0.5 if start is None else start
-        weight = drawn.to(dtype)
+        weight = drawn.to(features)
         if m_step == "exact" and num_groups == 1:  # the plain model, which needs no EM
-            everyone = torch.ones(len(choices.choices_by_user), 1)
+            everyone = torch.ones(len(choices.choices_by_user), 1, device=features.device)
             weight = choices.maximise(everyone, torch.zeros_like(weight), em.l2)
             first = replace(em, num_rounds=0)
         fits.append(run_em(choices, make_m_step(choices, weight, first), first))

@@ -39,7 +39,7 @@ def log_prior_of_scales(scaled: Tensor, log_prior: Tensor) -> Tensor:
     """
     num_scales = scaled.shape[-1]
     groups = log_prior.double().log_softmax(-1)
-    scales = torch.full((num_scales,), 1.0 / num_scales, dtype=torch.float64).log()
+    scales = torch.full_like(scaled[0, 0], 1.0 / num_scales).log()
     for _ in range(_ROUNDS):
         joint = scaled + groups[:, None] + scales
         shares = joint.flatten(1).softmax(-1).view_as(joint).sum(0)

@@ -284,7 +284,7 @@ def choose_num_groups(
 def coin_log_likelihood(choices: PairChoices) -> Tensor:
     """Log-likelihood [U] in float64 of every user's choices where each item is as likely."""
     nothing = choices.differences.new_zeros(1, choices.differences.shape[1])
-    return choices.user_log_likelihood(nothing)[:, 0, 0]
+    return choices.user_log_likelihood(nothing)[:, 0, 0].cpu()
 
 
 def _error(values: Tensor) -> float:
@@ -360,7 +360,7 @@ def predictive_log_likelihood(known: LinearMixture, heldout: PairChoices) -> Ten
     """Log-likelihood [U] of further pairs of the users that ``known`` was fitted on, by their posterior."""
     margins = heldout.differences @ known.weight.T
     by_user = heldout.log_likelihood_by_user(margins)
-    return torch.logsumexp(known.responsibilities.double().log() + by_user, -1)
+    return torch.logsumexp(known.responsibilities.double().log() + by_user, -1).cpu()
 
 
 def _compare(user_ll: dict[int, Tensor]) -> tuple[dict[int, float], dict[int, float]]:

@@ -103,12 +103,12 @@ def _lbfgs(losses: ConvexLosses, start: Tensor) -> Tensor:
     """The K losses as one problem: they share no weight, so their sum has the same minimum."""
 
     def total(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = losses.value_and_gradient(torch.from_numpy(flat).view_as(start))
-        return value.sum().item(), gradient.flatten().numpy()
+        value, gradient = losses.value_and_gradient(torch.from_numpy(flat).to(start.device).view_as(start))
+        return value.sum().item(), gradient.flatten().cpu().numpy()
 
     options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20}
-    found = minimize(total, start.flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(found.x).view_as(start)
+    found = minimize(total, start.flatten().cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(found.x).to(start.device).view_as(start)
 
 
 # -- choices ---------------------------------------------------------------------------------------
@@ -166,7 +166,8 @@ class ChoiceLosses:
             starts = range(0, len(self.differences), BLOCK_ROWS_COPIED)
             parts = [slice(low, low + BLOCK_ROWS_COPIED) for low in starts]
             return [(part, part) for part in parts]
-        offsets, rows = self.choice_offsets, torch.arange(0, len(self.differences), BLOCK_ROWS_COPIED)
+        offsets = self.choice_offsets
+        rows = torch.arange(0, len(self.differences), BLOCK_ROWS_COPIED, device=offsets.device)
         cuts = sorted({*torch.searchsorted(offsets, rows).tolist(), len(offsets) - 1})
         return [(slice(i, j), slice(int(offsets[i]), int(offsets[j]))) for i, j in pairwise(cuts)]
 
@@ -196,7 +197,7 @@ class ChoiceLosses:
     def hessian(self, weight: Tensor) -> Tensor:
         """Second derivatives [K, D, D]; they only shape the steps, so float32 products are enough."""
         num_groups, num_features = weight.shape
-        hessian = torch.zeros(num_groups, num_features, num_features)
+        hessian = torch.zeros(num_groups, num_features, num_features, device=weight.device)
         for x, share, offsets in self._blocks():
             margins = x @ weight.T
             probability = loser_probabilities(margins, log_choices(margins, offsets), offsets)
@@ -211,7 +212,7 @@ class ChoiceLosses:
                 hessian.baddbmm_((share.T.float().unsqueeze(2) * means).transpose(1, 2), means, alpha=-1)
             for k in range(num_groups):
                 hessian[k].addmm_((curvature[:, k : k + 1] * x).T, x)
-        return hessian.double() + 2 * self.penalty * torch.eye(num_features, dtype=torch.float64)
+        return hessian.double() + 2 * self.penalty * torch.eye(num_features).to(weight)
 
 
 def fit_bradley_terry(differences: Tensor, *, l2: float = 1e-4, row_weights: Tensor | None = None) -> Tensor:

@@ -64,6 +64,7 @@ def accuracy_on_unseen(
     items: ItemPairs | None = None,
     one_hot: bool = False,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Measure whether rewards hold on prompts, and on items, that nobody of the fit has judged.
 
@@ -79,6 +80,7 @@ def accuracy_on_unseen(
         items: Items of the rows.
         one_hot: Whether the features are the items, so that nothing is known of another one.
         seed: Of what is left out, and of the starts.
+        device: Where the rewards are fitted.
 
     Returns:
         ``prompts`` and ``items``: ``left_out`` of how many (``of``), ``judgements`` about them, ``accuracy``
@@ -111,11 +113,12 @@ def accuracy_on_unseen(
     if not drawn:
         return found
     held = heldout_of(choices, _FRACTION, seed).numpy()
-    without_held = _rest(choices, held, num_groups, fit, seed)
+    asked = num_groups, fit, seed, device
+    without_held = _rest(choices, held, *asked)
     for what, (ids, out, rows) in drawn.items():
         fresh = out[ids]  # of a ranking only the rows with such an item count
         cluster = np.where(fresh[:, 0], ids[:, 0], ids[:, -1])
-        rest = _rest(choices, rows, num_groups, fit, seed)
+        rest = _rest(choices, rows, *asked)
         found[what]["accuracy"] = _accuracy(choices, *rest, rows & fresh.any(1), cluster)
         familiar = held & np.isin(ids, ids[~held]).all(1)
         found[what]["accuracy_of_known"] = _accuracy(choices, *without_held, familiar, ids[:, 0])
@@ -151,11 +154,17 @@ def _draw(ids: np.ndarray, which: np.ndarray, seed: int) -> tuple[np.ndarray, np
 
 
 def _rest(
-    choices: PairChoices, left_out: np.ndarray, num_groups: int, fit: Mapping[str, Any], seed: int
+    choices: PairChoices,
+    left_out: np.ndarray,
+    num_groups: int,
+    fit: Mapping[str, Any],
+    seed: int,
+    device: torch.device | str,
 ) -> tuple[LinearMixture, Tensor]:
     """A fit without the rows ``left_out`` [P], and which users [U] have others."""
     known = choices.keep_rows(torch.from_numpy(~left_out))
-    return fit_choices(known, num_groups, seed, **fit), known.choices_by_user > 0
+    mixture = fit_choices(known.to(device), num_groups, seed, **fit).to("cpu")
+    return mixture, known.choices_by_user > 0
 
 
 def _accuracy(

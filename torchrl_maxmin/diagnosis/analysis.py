@@ -101,6 +101,7 @@ def diagnose(
     num_bootstrap: int = 20,
     confidence: float = 0.95,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     **fit: Any,
 ) -> Diagnosis:
     """Find the groups and say how far apart they are, and what one reward for all costs each of them.
@@ -148,6 +149,7 @@ def diagnose(
         num_bootstrap: Simulations behind the correction for bias; under 2 leaves the fit as it is.
         confidence: Coverage asked for.
         seed: Of folds, starts and held-out pairs.
+        device: Where mixtures are fitted; figures are made on the CPU.
         **fit: Passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
 
     Returns:
@@ -173,24 +175,24 @@ def diagnose(
     user_offsets = choices.user_offsets
     given, features = choices.differences, FeatureMap.of(choices.differences)
     choices, settings = searched_choices(choices, features), SEARCH | fit
-    x = choices.differences
+    x, there = choices.differences, choices.to(device)
     choice = None
     folding: dict[str, Any] = {"num_folds": num_folds, "seed": seed}
     if num_groups is None:
-        choice = choose_num_groups(choices, max_groups, l2_candidates=l2_candidates, **folding, **settings)
+        choice = choose_num_groups(there, max_groups, l2_candidates=l2_candidates, **folding, **settings)
         num_groups, l2 = choice.num_groups, {1: choice.l2[1], choice.num_groups: choice.l2[choice.num_groups]}
     else:
         folds = user_folds(len(user_offsets) - 1, num_folds, seed)
         l2 = {
-            k: choose_penalty(choices, k, folds, l2_candidates, seed=seed, **settings)[0]
+            k: choose_penalty(there, k, folds, l2_candidates, seed=seed, **settings)[0]
             for k in {1, num_groups}
         }
-    fitter = Fitter(l2, seed, settings)
+    fitter = Fitter(l2, seed, settings, device)
     single, mixture = fitter(choices, 1), fitter(choices, num_groups)
     evidence = None
     if num_groups > 1:
         fits = {k: {**settings, "l2": l2[k]} for k in (1, num_groups)}
-        evidence = establish(choices, mixture, fits, **folding)
+        evidence = establish(there, mixture.to(there.differences.device), fits, **folding)
     fitted, outcome = pair_figures(choices, mixture, single, beta)
     refit = choices, mixture, fitter, lambda pairs, *fits: pair_figures(pairs, fits[0], fits[1], beta)[0]
     bias, bias_error = bias_of_fit(*refit, fitted, num_bootstrap) or (None, None)
@@ -215,6 +217,7 @@ def diagnose(
     left_out |= accuracy_on_unseen(
         choices, num_groups, settings | {"l2": l2[num_groups]},
         prompts=shown, items=items, one_hot=contents.texts is None and items is not None, seed=seed,
+        device=device,
     )  # fmt: skip
     misassigned = misassignment(choices, num_groups, fitter, num_folds)
     bound, eigenvalue = feature_constants(x)

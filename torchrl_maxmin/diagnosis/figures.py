@@ -167,11 +167,13 @@ class Fitter:
         l2: Penalty by K.
         seed: Of the starts.
         settings: Passed to :func:`~torchrl_maxmin.clustering.fit_linear_mixture`.
+        device: Where they are fitted; what comes back is on the CPU.
     """
 
     l2: dict[int, float]
     seed: int
     settings: dict[str, Any]
+    device: torch.device | str = "cpu"
 
     def __call__(
         self,
@@ -182,7 +184,8 @@ class Fitter:
     ) -> LinearMixture:
         """Fit K groups, the largest first; or in the order of another fit, and from heads that are given."""
         given = {"start": start} if start is not None and num_groups > 1 else {}
-        fit = fit_choices(choices, num_groups, self.seed, l2=self.l2[num_groups], **self.settings, **given)
+        asked = {"l2": self.l2[num_groups], **self.settings, **given}
+        fit = fit_choices(choices.to(self.device), num_groups, self.seed, **asked).to("cpu")
         largest_first = fit.log_prior.argsort(descending=True)
         return fit.ordered(largest_first if like is None else match_groups(fit.weight, like.weight))
 
@@ -349,7 +352,7 @@ def misassignment(choices: PairChoices, num_groups: int, fitter: Fitter, num_fol
         return {"plain": 0.0, "balanced": 0.0, "balanced_high": 0.0}
     folds = user_folds(len(choices.user_offsets) - 1, num_folds, fitter.seed)
     settings = {"seed": fitter.seed, "l2": fitter.l2[num_groups], **fitter.settings}
-    left_out = leave_users_out(choices, num_groups, folds, **settings)
+    left_out = leave_users_out(choices.to(fitter.device), num_groups, folds, **settings)
     plain, balanced = expected_misassignment(left_out.posterior)
     high = balanced_misassignment_bound(left_out.posterior, seed=fitter.seed)
     return {"plain": plain, "balanced": balanced, "balanced_high": high}

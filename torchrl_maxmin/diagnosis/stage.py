@@ -127,11 +127,11 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
     """
     config.check()
     num_groups, columns, folder = config.groups(), config.describe_columns or [], Path(config.output_dir)
+    device = resolve_device(config.device)
     if config.is_array_file:
         pairs = _from_arrays(Path(config.dataset_name), columns)
         check_pairs(pairs.differences, pairs.user_offsets, num_groups, config.beta, pairs.groups)
     else:
-        device = resolve_device(config.device)
         require_model(str(config.model_name_or_path))
         data = config.load_pairs(config.dataset_name, config.model_name_or_path, describe_columns=columns)
         if data.num_users < 2:
@@ -164,6 +164,7 @@ def run_diagnose(config: DiagnoseConfig) -> Path:
         true_groups=pairs.groups,
         contents=pairs.contents,
         l2_candidates=L2_CANDIDATES if config.l2 is None else config.l2,
+        device=device,
         **{name: getattr(config, name) for name in _OPTIONS},
     )
     summary = found.summary

@@ -148,9 +148,8 @@ def fit_mixture(
             fit["m_step"] = AdamStepOfShares
         else:
             choices = feature_choices(data, model, max_length, device, size, **reading)
-        warm = linear_warm_start(
-            choices, num_groups, max_groups, seed, evidence=identifiability, data=data, **fit
-        )
+        asked = {"evidence": identifiability, "data": data, "device": device}
+        warm = linear_warm_start(choices, num_groups, max_groups, seed, **asked, **fit)
         if identifiability:
             warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))
         warm = of_main_process(lambda: warm)  # other processors may round otherwise
@@ -266,6 +265,7 @@ def linear_warm_start(
     *,
     evidence: bool = False,
     data: PreferenceDataset | None = None,
+    device: torch.device | str = "cpu",
     **fit: Any,
 ) -> WarmStart:
     """Fit the linear mixture; with ``"auto"`` choose K first, as ``diagnose`` does.
@@ -277,20 +277,23 @@ def linear_warm_start(
         seed: of folds and starts.
         evidence: whether to ask if the groups are there.
         data: the pairs, whose prompts and items are left out, too, where K is asked for.
+        device: where K and its groups are asked for.
         **fit: of the mixture that EM begins with.
     """
-    choice, establishment, searched = None, None, choices
+    choice, establishment = None, None
+    searched = there = choices
     penalties: dict[int, float] = {}
     left_out: dict[str, Any] = {}
     if num_groups == "auto" or evidence:
         searched = searched_choices(choices)
+        there = searched.to(device)
     if num_groups == "auto":
-        choice = choose_num_groups(searched, max_groups, seed=seed, l2_candidates=L2_CANDIDATES, **SEARCH)
+        choice = choose_num_groups(there, max_groups, seed=seed, l2_candidates=L2_CANDIDATES, **SEARCH)
         num_groups, penalties = choice.num_groups, choice.l2
     k = int(num_groups)
     if evidence and k > 1:
-        penalties = searched_penalties(searched, k, penalties, seed)
-        establishment = evidence_for(searched, k, penalties, seed)
+        penalties = searched_penalties(there, k, penalties, seed)
+        establishment = evidence_for(there, k, penalties, seed)
     if data is not None and k in penalties:
         asked = establishment is not None or bool(choice and choice.judgement_gain)
         left_out = parts_left_out(searched, NUM_USER_FOLDS, asked)
@@ -299,6 +302,7 @@ def linear_warm_start(
         left_out |= accuracy_on_unseen(
             searched, k, SEARCH | {"l2": penalties[k]},
             prompts=_prompts(data), items=items_of(contents, searched.differences, rows), seed=seed,
+            device=device,
         )  # fmt: skip
     found = fit_choices(choices, k, seed, **fit)
     return WarmStart(
