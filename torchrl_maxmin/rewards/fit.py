@@ -141,14 +141,14 @@ def fit_mixture(
     else:
         reading = {name: options[name] for name in _READING if name in options} | (feature_options or {})
         size = tuning.scoring_batch_size
-        fit = {"num_restarts": num_restarts, "assignment": assignment, "l2": warm_start_l2}
+        fit: dict[str, Any] = {"num_restarts": num_restarts, "assignment": assignment, "l2": warm_start_l2}
         choices: PairChoices
         if shares_rows() and num_groups != "auto" and not identifiability:
             choices = shared_feature_choices(data, model, max_length, device, size, **reading)
             fit["m_step"] = AdamStepOfShares
         else:
             choices = feature_choices(data, model, max_length, device, size, **reading)
-        asked = {"evidence": identifiability, "data": data, "device": device}
+        asked: dict[str, Any] = {"evidence": identifiability, "data": data, "device": device}
         warm = linear_warm_start(choices, num_groups, max_groups, seed, **asked, **fit)
         if identifiability:
             warm = replace(warm, identifiability=_identifiability(data, choices, warm, seed))
