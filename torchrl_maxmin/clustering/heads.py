@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array, diags_array, vstack
+from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from torchrl_maxmin.clustering.linear import LinearMixture
@@ -16,6 +19,11 @@ from torchrl_maxmin.clustering.solvers import BLOCK_ROWS_COPIED
 from torchrl_maxmin.core.errors import UserError
 
 __all__ = ["FeatureMap", "Heads", "load_heads", "principal_axes"]
+
+#: More features than these, a few of which make a row (items, one-hot), are worked on as a sparse matrix.
+WIDE = 1024
+_FEW = 8  # of a row, on average
+_TOLERANCE = 1e-4  # of eigenvalues: those of items that are met at random lie close together
 
 #: Principal components that wide features are read through: an exact M-step inverts a D x D matrix.
 MOST_FEATURES = 128
@@ -40,27 +48,57 @@ class FeatureMap:
         scale = differences.std(0).clamp_min(1e-6)
         if len(scale) <= MOST_FEATURES:
             return cls(scale)
-        axes = principal_axes(differences / scale, MOST_FEATURES)
+        rows = _as_sparse(differences) if len(scale) > WIDE else None
+        if rows is not None:
+            axes = _sparse_axes(rows, scale, MOST_FEATURES)
+        else:
+            axes = principal_axes(differences, MOST_FEATURES, scale)
         return cls(scale, axes.to(torch.promote_types(differences.dtype, torch.float32)))
 
     def __call__(self, differences: Tensor) -> Tensor:
         """Map differences [P, D] to those that are searched [P, C]."""
-        x = differences / self.scale
         if self.axes is None:
-            return x
-        return torch.cat([part.to(self.axes.dtype) @ self.axes for part in x.split(BLOCK_ROWS_COPIED)])
+            return differences / self.scale
+        parts = differences.split(BLOCK_ROWS_COPIED)  # features of thousands of items fill the memory once
+        return torch.cat([(part / self.scale).to(self.axes.dtype) @ self.axes for part in parts])
 
     def heads(self, weight: Tensor) -> Tensor:
         """Return heads [K, C] on what is searched as heads [K, D] on standardised differences."""
         return weight if self.axes is None else weight @ self.axes.T
 
 
-def principal_axes(differences: Tensor, count: int) -> Tensor:
-    """Axes [D, count] along which differences [P, D] are largest, about zero, the largest first; float64."""
+def principal_axes(differences: Tensor, count: int, scale: Tensor | float = 1.0) -> Tensor:
+    """Axes [D, count] along which differences [P, D] are largest, about zero, the largest first; float64.
+
+    Args:
+        differences: [P, D].
+        count: of the axes.
+        scale: what the differences are divided by first [D].
+    """
     moment = torch.zeros(2 * (differences.shape[1],), dtype=torch.float64)
     for part in differences.split(BLOCK_ROWS_COPIED):
-        moment.addmm_(part.double().T, part.double())
+        scaled = (part / scale).double()
+        moment.addmm_(scaled.T, scaled)
     return torch.linalg.eigh(moment)[1][:, -count:].flip(1)
+
+
+def _as_sparse(differences: Tensor) -> csr_array | None:
+    """Rows [P, D] as a sparse matrix in float64; None where many features make one."""
+    parts, size = [], 0
+    for part in differences.split(BLOCK_ROWS_COPIED):
+        parts.append(csr_array(part.float().numpy()).astype(np.float64))
+        size += parts[-1].nnz
+        if size > _FEW * sum(part.shape[0] for part in parts):
+            return None
+    return vstack(parts, format="csr")
+
+
+def _sparse_axes(rows: csr_array, scale: Tensor, count: int) -> Tensor:
+    """Those of :func:`principal_axes` by Lanczos' method, nothing of size P x D or D x D in memory."""
+    scaled = rows @ diags_array(1 / scale.double().numpy())
+    start = np.full(rows.shape[1], rows.shape[1] ** -0.5)  # or ARPACK draws one
+    axes = eigsh(scaled.T @ scaled, k=count, which="LA", v0=start, tol=_TOLERANCE)[1]
+    return torch.from_numpy(axes[:, ::-1].copy())
 
 
 @dataclass(frozen=True, eq=False)

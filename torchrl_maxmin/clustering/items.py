@@ -19,6 +19,7 @@ __all__ = ["ItemPairs", "item_pairs_of_features", "item_pairs_of_texts", "item_r
 FEWEST_PAIRS = 10
 #: Items that get a rank, those of the most pairs.
 MOST_ITEMS = 500
+_BLOCK_ROWS = 8192
 
 
 class ItemPairs(NamedTuple):
@@ -51,11 +52,14 @@ def item_pairs_of_features(differences: np.ndarray, names: Sequence[str]) -> Ite
         >>> item_pairs_of_features(np.array([[1.0, 0.5, -1]]), "abc") is None
         True
     """
-    chosen = (differences > 0).sum(1) == 1
-    rejected = (differences < 0).sum(1) == 1
-    if not (chosen & rejected & (differences.max(1) == -differences.min(1))).all():
-        return None
-    return ItemPairs(names, differences.argmax(1), differences.argmin(1), np.arange(len(differences)))
+    sides = np.empty((2, len(differences)), np.int64)
+    for start in range(0, len(differences), _BLOCK_ROWS):
+        rows = differences[start : start + _BLOCK_ROWS]
+        one_each = ((rows > 0).sum(1) == 1) & ((rows < 0).sum(1) == 1)
+        if not (one_each & (rows.max(1) == -rows.min(1))).all():
+            return None
+        sides[:, start : start + len(rows)] = rows.argmax(1), rows.argmin(1)
+    return ItemPairs(names, sides[0], sides[1], np.arange(len(differences)))
 
 
 def item_pairs_of_texts(chosen: Iterable[str], rejected: Iterable[str], rows: np.ndarray) -> ItemPairs | None:

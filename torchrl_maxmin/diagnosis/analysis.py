@@ -28,6 +28,7 @@ from torchrl_maxmin.clustering.selection import (
     choose_num_groups,
     searched_choices,
 )
+from torchrl_maxmin.clustering.solvers import BLOCK_ROWS_COPIED
 from torchrl_maxmin.clustering.unseen import accuracy_on_unseen, left_out_text, parts_left_out
 from torchrl_maxmin.clustering.wants import PairContents, feature_contrasts, items_of, what_groups_want
 from torchrl_maxmin.core.errors import UserError
@@ -329,7 +330,7 @@ def check_pairs(
         raise UserError(f"differences must be [pairs, features] and not empty, got {list(differences.shape)}")
     if len(differences) < 2:
         raise UserError("one pair alone says nothing of several users; give more pairs")
-    if not bool(torch.isfinite(differences).all()):
+    if not all(bool(torch.isfinite(part).all()) for part in differences.split(BLOCK_ROWS_COPIED)):
         raise UserError("the features hold NaN or infinity; drop those pairs or repair the features")
     num_users = len(user_offsets) - 1
     if num_users < 2:

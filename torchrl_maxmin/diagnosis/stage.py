@@ -244,7 +244,7 @@ def _from_arrays(path: Path, columns: Sequence[str] = ()) -> _Pairs:
     if weights is not None and not bool((weights > 0).all()):
         raise UserError(f"{path}: weights must be positive; leave out pairs that do not count")
     return _Pairs(
-        torch.from_numpy(differences[order]),
+        torch.from_numpy(differences if (np.diff(order) == 1).all() else differences[order]),
         torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
         [str(code) for code in codes[appearance]],
         weights,
