@@ -35,6 +35,7 @@ def test_thousands_of_one_hot_items_make_no_square_matrix(monkeypatch):
     monkeypatch.setattr(heads, "WIDE", 200)
     x, *_ = one_hot_pairs(3000, 300)
     expected = FeatureMap.of(x)
+    torch.testing.assert_close(expected.scale, x.std(0))
     monkeypatch.setattr(heads, "principal_axes", lambda *_: pytest.fail("all items by all"))
     found = FeatureMap.of(x)
     assert torch.equal(found.axes, expected.axes)

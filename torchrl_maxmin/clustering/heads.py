@@ -44,15 +44,16 @@ class FeatureMap:
     @classmethod
     def of(cls, differences: Tensor) -> FeatureMap:
         """Find the map for differences [P, D]."""
+        rows = _as_sparse(differences) if differences.shape[1] > WIDE else None
         # A feature that hardly moves is divided by next to nothing: leave it small.
-        scale = differences.std(0).clamp_min(1e-6)
+        deviation = differences.std(0) if rows is None else _deviation(rows).to(differences.dtype)
+        scale = deviation.clamp_min(1e-6)
         if len(scale) <= MOST_FEATURES:
             return cls(scale)
-        rows = _as_sparse(differences) if len(scale) > WIDE else None
-        if rows is not None:
-            axes = _sparse_axes(rows, scale, MOST_FEATURES)
-        else:
+        if rows is None:
             axes = principal_axes(differences, MOST_FEATURES, scale)
+        else:
+            axes = _sparse_axes(rows, scale, MOST_FEATURES)
         return cls(scale, axes.to(torch.promote_types(differences.dtype, torch.float32)))
 
     def __call__(self, differences: Tensor) -> Tensor:
@@ -91,6 +92,13 @@ def _as_sparse(differences: Tensor) -> csr_array | None:
         if size > _FEW * sum(part.shape[0] for part in parts):
             return None
     return vstack(parts, format="csr")
+
+
+def _deviation(rows: csr_array) -> Tensor:
+    """Standard deviations [D] over sparse rows [P, D]."""
+    count, mean = rows.shape[0], rows.sum(0) / rows.shape[0]
+    squares = rows.multiply(rows).sum(0)
+    return torch.from_numpy(np.sqrt(np.maximum(squares - count * mean**2, 0) / (count - 1)))
 
 
 def _sparse_axes(rows: csr_array, scale: Tensor, count: int) -> Tensor:
