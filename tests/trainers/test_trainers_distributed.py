@@ -16,6 +16,7 @@ from trainers_runs import PPORun, small_config
 from torchrl_maxmin.core.distributed import process_group, share_of_rows
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
+from torchrl_maxmin.objectives import MaxMinPPOLoss
 from torchrl_maxmin.rewards import RewardMixture
 from torchrl_maxmin.trainers.lm_ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
@@ -64,6 +65,22 @@ COPIES_ALONE = {
 def train_all(configs):
     for values in configs:
         run_ppo(PPOConfig(**values))
+
+
+def train_with_little_memory(values):
+    """Let the second of two processes fail once, at its second part; returns the rows of its parts."""
+    rows, losses = [], MaxMinPPOLoss.losses_by_network
+
+    def fail(loss, part):
+        rows.append(len(part))
+        if int(os.environ["RANK"]) == 1 and len(rows) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(loss, part)
+
+    MaxMinPPOLoss.losses_by_network = fail
+    run_ppo(PPOConfig(**values))
+    MaxMinPPOLoss.losses_by_network = losses
+    return rows
 
 
 def run_on_ranks(world, mode, make_config, cases, **settings):
@@ -117,6 +134,15 @@ def test_two_copies_train_what_one_trains(on_one, make_shared_config):
     cases = CASES | ADAPTERS | COPIES_ALONE
     for name, folder in run_on_ranks(2, "ddp", make_shared_config, cases).items():
         assert_same_run(folder, on_one[name])
+
+
+def test_a_process_that_wants_memory_halves_its_parts_alone(on_one, make_shared_config):
+    config = make_shared_config("little", distributed="ddp", save_steps=3, **UNEVEN)
+    one, other = on_ranks(2, train_with_little_memory, dataclasses.asdict(config))
+    assert one[:3] == [3, 3, 2]
+    assert other[:6] == [3, 3, 2, 2, 2, 2]
+    assert len(other) > len(one)
+    assert_same_run(Path(config.output_dir), on_one["uneven"])
 
 
 def test_two_parts_train_what_one_trains(on_one, make_shared_config):

@@ -145,6 +145,83 @@ def test_a_run_in_micro_batches_is_the_run_in_whole(make_config):
             assert rows[1][0][name] == value
 
 
+def with_little_memory(loss, most, error, place=0):
+    """Let a loss fail for parts of more rows, from the part of that place on, until rows are fewer."""
+    losses, calls = loss.losses_by_network, []
+
+    def fail(part):
+        calls.append(len(part))
+        if len(part) > most and len(calls) > place:
+            raise error
+        return losses(part)
+
+    loss.losses_by_network = fail
+    return calls
+
+
+NO_MEMORY = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    "system": MemoryError(),
+}
+
+
+@pytest.mark.parametrize(("micro", "place", "rows"), [(0, 0, [11, 6, 5]), (4, 1, [4, 4, 2, 2, 2, 2, 2, 1])])
+@pytest.mark.parametrize("kind", NO_MEMORY)
+def test_where_memory_does_not_suffice_parts_are_halved(
+    tiny_model, dtype, tmp_path, capsys, kind, micro, place, rows
+):
+    _, expected = accumulated(*language_parts(tiny_model, dtype, tmp_path, micro))
+    models, learner, batch = language_parts(tiny_model, dtype, tmp_path, micro)
+    calls = with_little_memory(learner.loss, rows[-2], NO_MEMORY[kind], place)
+    outputs, found = accumulated(models, learner, batch)
+    assert calls == rows
+    assert_same_gradients(found, expected, BARS[dtype])
+    assert {"loss_critic", "clip_fraction", "loss"} < set(outputs.keys())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"! memory does not suffice for {rows[0]} rows at once; the update goes on with {rows[-2]}, as by "
+        f"--per_device_train_batch_size {rows[-2]}"
+    )
+    accumulated(models, learner, batch)  # the next one begins with few rows, and says nothing
+    assert calls == rows + rows[place + 1 :]
+    assert capsys.readouterr().err == ""
+
+
+def test_parts_stay_halved_where_a_run_goes_on(tiny_model, tmp_path):
+    _, learner, batch = language_parts(tiny_model, torch.float32, tmp_path, 0)
+    assert "micro_batch_size" not in learner.state_dict()
+    with_little_memory(learner.loss, 6, NO_MEMORY["gpu"])
+    learner.accumulate(batch)
+    state = learner.state_dict()
+    assert state["micro_batch_size"] == 6
+    for given, kept in ((0, 6), (7, 6), (3, 3)):
+        _, again, _ = language_parts(tiny_model, torch.float32, tmp_path, given)
+        again.load_state_dict(state)
+        assert again.micro_batch_size == kept
+        with_little_memory(again.loss, 2, NO_MEMORY["gpu"])
+        with pytest.raises(torch.OutOfMemoryError):  # once in a run
+            again.accumulate(batch)
+
+
+@pytest.mark.parametrize(
+    ("micro", "change", "error"),
+    [
+        (1, {}, NO_MEMORY["gpu"]),
+        (0, {"sharded": True}, NO_MEMORY["gpu"]),
+        (0, {}, RuntimeError("shapes cannot be multiplied")),
+    ],
+)
+def test_what_halves_cannot_mend_is_raised(tiny_model, tmp_path, capsys, micro, change, error):
+    _, learner, batch = language_parts(tiny_model, torch.float32, tmp_path, micro)
+    vars(learner).update(change)
+    with_little_memory(learner.loss, 0, error)
+    with pytest.raises(type(error)) as raised:
+        learner.accumulate(batch)
+    assert raised.value is error
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("completion_only", [False, True])
 @pytest.mark.parametrize("accepts", [True, False])
 def test_an_accumulated_step_of_sft_is_the_step_on_the_whole(

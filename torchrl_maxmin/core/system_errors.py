@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchrl_maxmin.core.errors import EngineError, LostRankError, SystemFailure, UserError
 
-__all__ = ["explained", "system_message"]
+__all__ = ["explained", "is_out_of_memory", "system_message"]
 
 _SPACE = "free some space, or give a folder on another disk"
 _MEMORY = (
@@ -97,6 +97,16 @@ def system_message(error: BaseException, folder: str | Path | None = None) -> st
     if isinstance(error, OSError):
         return f"the system refused ({text or type(error).__name__}){place}"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is a want of memory, on a device or of the system.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
+        (True, False)
+    """
+    return _number(error) == errno.ENOMEM
 
 
 def _number(error: BaseException) -> int | None:
