@@ -7,6 +7,9 @@ ARGS   ?=
 TRITON ?=
 TRITON_SITE := $(if $(TRITON),build/triton-$(TRITON))
 
+empty :=
+space := $(empty) $(empty)
+
 # tiny models run fastest with one thread a process; the demo uses two processes
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -60,6 +63,35 @@ $(IMAGE)/.installed:
 	$(PYTHON312) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 12) else "PYTHON312 is Python " + sys.version)'
 	$(PYTHON312) -m venv $(IMAGE)
 	$(IMAGE)/bin/python -m pip install --quiet --no-cache-dir --constraint benchmarks/image.txt torch triton numpy pytest hypothesis
+	touch $@
+
+# the rest as in constraints.txt; a name, torch, triton and what they need otherwise, each in an environment
+MATRIX := build/matrix
+oldest := torch==2.11.0 triton==3.6.0 numpy==2.3.5
+newest := $(shell grep -E '^(torch|triton)==' constraints.txt)
+
+.PHONY: test-matrix test-oldest test-newest
+## the whole test suite on the oldest and the newest torch and triton; several gigabytes, kept in build/
+test-matrix: test-oldest test-newest
+
+test-oldest test-newest: test-%: $(MATRIX)/%/.installed
+	$(MATRIX)/$*/bin/python -m pytest -m "not slow" -n 2 --dist loadfile -p no:cacheprovider $(ARGS)
+
+$(MATRIX)/%/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(MATRIX)/$*
+	grep -vE '^($(subst $(space),|,$(foreach pin,$($*),$(firstword $(subst ==, ,$(pin))))))==' constraints.txt > $(MATRIX)/$*.txt
+	printf '%s\n' $($*) >> $(MATRIX)/$*.txt
+	$(MATRIX)/$*/bin/python -m pip install --quiet --no-cache-dir --constraint $(MATRIX)/$*.txt --editable '.[test]'
+	touch $@
+
+.PHONY: audit
+## known holes in the versions of constraints.txt, by the database of PyPI or, with ARGS="-s osv", of OSV; fails without it
+audit: build/audit/.installed
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict $(ARGS)
+
+build/audit/.installed:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --no-cache-dir 'pip-audit>=2.10,<3'
 	touch $@
 
 # an environment of its own, since vLLM pins torch and transformers: about 3 GB

