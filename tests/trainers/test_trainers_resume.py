@@ -12,6 +12,7 @@ from torchrl_maxmin.core import run as run_module
 from torchrl_maxmin.core.checkpoint import find_checkpoint, save_checkpoint
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.run import read_metrics
+from torchrl_maxmin.objectives import MaxMinPPOLoss
 
 
 def trained(config):
@@ -64,6 +65,24 @@ def test_four_iterations_equal_two_and_two(make_config, settings):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     if "kl_target" in settings:
         assert len({row["objective/kl_coef"] for row in rows}) == 4
+
+
+def test_micro_batches_that_memory_halved_stay_so(make_config, monkeypatch, capsys):
+    losses = MaxMinPPOLoss.losses_by_network
+
+    def fail(loss, part):
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(loss, part)
+
+    monkeypatch.setattr(MaxMinPPOLoss, "losses_by_network", fail)
+    whole = trained(make_config("whole", num_iterations=2))
+    trained(make_config("parts", num_iterations=2, stop_at_iteration=1))
+    assert capsys.readouterr().err.count("the update goes on with 2, as by --per_device") == 2
+    resumed = trained(make_config("parts", num_iterations=2, resume_from_checkpoint="last"))
+    assert "memory" not in capsys.readouterr().err
+    assert resumed.learner.micro_batch_size == 2
+    assert everything(resumed)[1] == everything(whole)[1]
 
 
 def test_metrics_past_the_checkpoint_are_dropped_on_resume(make_config):
