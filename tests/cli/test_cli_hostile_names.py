@@ -27,7 +27,7 @@ def evaluation():
     """Results whose groups, policies and figures have such names."""
     rng = np.random.default_rng(0)
     groups = NAMES[:7]
-    policies = ["sft", "single", "maxmin", *NAMES[7:]]
+    policies = ["sft", "single", "maxmin", *NAMES]
     extra = {
         "em": {"user_accuracy": 0.9, "head_accuracy": dict.fromkeys(groups, 0.5), NAMES[0]: NAMES[1]},
         "certificate": {"value": None, "reason": f"no policy named {NAMES[0]!r}"},

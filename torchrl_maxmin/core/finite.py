@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrl_maxmin.core.distributed import is_main_process, rank
+from torchrl_maxmin.core.json_text import plain
 
 __all__ = [
     "NonFiniteError",
@@ -62,7 +63,7 @@ def save_batch(batch: Any, stem: Path, what: str) -> Path:
     path = stem.with_name(stem.name + ".safetensors")
     save_file(tensors, path)
     about = {"what": what, "tensors": path.name, "values": others}
-    stem.with_name(stem.name + ".json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+    stem.with_name(stem.name + ".json").write_text(json.dumps(plain(about), indent=2, default=str) + "\n")
     return path
 
 
