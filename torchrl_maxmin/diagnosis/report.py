@@ -249,7 +249,7 @@ def _evidence(summary: Mapping[str, Any]) -> list[str]:
 def _left_out(summary: Mapping[str, Any]) -> list[str]:
     """What was left out; nothing for a summary of before."""
     lines = summary.get("left_out", {}).get("report")
-    return ["## What was left out\n\n" + "\n".join(f"- {line}" for line in lines)] if lines else []
+    return ["## What was left out\n\n" + "\n".join(f"- {_sentence(line)}" for line in lines)] if lines else []
 
 
 def _group_table(summary: Mapping[str, Any]) -> str:
