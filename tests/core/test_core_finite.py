@@ -1,6 +1,7 @@
 """Numbers that are not finite: found in any dtype, and their batch read back without pickle."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.finite import NonFiniteError, nonfinite_tensors, require_finite_parameters
-from torchrl_maxmin.core.run import leave_no_empty_output, require_finite
+from torchrl_maxmin.core.run import require_finite
+from torchrl_maxmin.core.run_folder import stage
+from torchrl_maxmin.core.settings import CheckedSettings
 
 
 def test_a_batch_is_read_back_without_pickle(tmp_path):
@@ -48,16 +51,22 @@ def test_tensors_that_share_memory_are_kept(tmp_path):
     assert load_file(tmp_path / "nonfinite_batch.safetensors")["turned"].shape == (2, 4)
 
 
+@dataclass
+class Config(CheckedSettings):
+    output_dir: str
+    resume_from_checkpoint: str | None = None
+
+    def check(self):
+        """Nothing is wrong with it."""
+
+
 def test_a_batch_from_where_no_folder_is_known_is_saved_by_the_stage(tmp_path):
-    @leave_no_empty_output
-    def stage(config):
+    @stage("sft")
+    def run(config):
         require_finite(float("nan"), {"rows": torch.ones(2)}, None, "the loss")
 
-    class Config:
-        output_dir = str(tmp_path)
-
     with pytest.raises(FloatingPointError, match="the loss is nan; the batch that gave it is in") as raised:
-        stage(Config)
+        run(Config(str(tmp_path)))
     assert isinstance(raised.value.__cause__, NonFiniteError)
     assert not isinstance(raised.value, UserError)
     assert torch.equal(load_file(tmp_path / "nonfinite_batch.safetensors")["rows"], torch.ones(2))
