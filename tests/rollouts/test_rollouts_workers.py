@@ -69,7 +69,7 @@ def test_a_checkpoint_holds_the_batch_that_nobody_can_sample_again(staleness):
 
 def test_another_staleness_leaves_what_is_ahead():
     models = number(5.0)
-    ahead = TensorDict({"index": torch.zeros(2)}, [2])
+    ahead = {"rows": {"index": torch.zeros(2)}, "batch_size": [2]}
     assert trained(batches(models, start=2, ahead=ahead), models)[0] == (2, 2, 5)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import EngineError
@@ -69,7 +69,7 @@ class WorkerBatches:
         num_batches: batches in all.
         start: batches that were drawn before.
         max_staleness: updates that the policy of a batch may lack when the batch is trained on, 0 or 1.
-        ahead: the batch of the index ``start``, where a checkpoint holds it.
+        ahead: what :meth:`checkpoint` gave of the batch of the index ``start``; None where there is none.
     """
 
     def __init__(
@@ -81,11 +81,13 @@ class WorkerBatches:
         num_batches: int,
         start: int = 0,
         max_staleness: int = 0,
-        ahead: TensorDictBase | None = None,
+        ahead: dict[str, Any] | None = None,
     ):
         self.workers, self.weights, self.tasks = workers, weights, tasks
         self.num_batches, self.start, self.max_staleness = num_batches, start, max_staleness
-        self.ahead = ahead if max_staleness else None
+        self.ahead: TensorDictBase | None = None
+        if ahead is not None and max_staleness:
+            self.ahead = TensorDict.from_dict(ahead["rows"], batch_size=ahead["batch_size"])
         self.request: Any = None
         self.wait_seconds = 0.0
 
@@ -110,7 +112,7 @@ class WorkerBatches:
         self.wait_seconds = time.perf_counter() - begun
         return self.ahead
 
-    def checkpoint(self) -> TensorDictBase | None:
+    def checkpoint(self) -> dict[str, Any] | None:
         """The batch that was asked for and not yielded yet, waited for; None where there is none.
 
         A run that goes on needs it: nobody has the weights any more that it is by. Where a worker is lost for
@@ -119,9 +121,10 @@ class WorkerBatches:
         if self.request is None and self.ahead is None:
             return None
         try:
-            return self._take()
+            batch = self._take()
         except EngineError:
             return None
+        return {"rows": batch.to_dict(), "batch_size": list(batch.batch_size)}
 
     def metrics(self, iteration: int, batch: TensorDictBase, metrics: dict[str, float]) -> dict[str, float]:
         """The updates that the policy of a batch lacked, what was waited for it, and workers replaced so far.
