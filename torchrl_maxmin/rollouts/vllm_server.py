@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -17,6 +14,7 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import EngineError, UserError
+from torchrl_maxmin.core.http import HttpClient, HttpError
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.rollouts.engine import Sample
 from torchrl_maxmin.rollouts.vllm import sampling_options, stop_options
@@ -65,6 +63,7 @@ class VLLMServer:
         top_p: float = 1.0,
     ):
         self.base_url, self.requests = base_url.rstrip("/"), max_num_seqs
+        self.client = HttpClient(_SECONDS)
         self.strings = () if policy.stops is None else policy.stops.strings
         self.options = sampling_options(policy, top_k, top_p)
         try:
@@ -151,17 +150,18 @@ class VLLMServer:
         return self._ask("collective_rpc", {"method": method, "args": arguments})["results"]
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.base_url}/{path}", data, headers)
+        content = None if body is None else json.dumps(body).encode()
+        # a connection a request: one that was left open may end as it is taken again
+        headers = {"Content-Type": "application/json", "Connection": "close"}
         try:
-            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-                return json.loads(answer.read() or "{}")
-        except urllib.error.HTTPError as error:
-            words = error.read(300).decode(errors="replace").split()
-            detail = f"status {error.code}: {' '.join(words)}"
-        except (http.client.HTTPException, OSError) as error:
-            detail = str(error.reason if isinstance(error, urllib.error.URLError) else error)
+            answer = self.client.request(f"{self.base_url}/{path}", content, headers)
+            if 200 <= answer.status < 300:
+                return json.loads(answer.body or b"{}")
+            detail = f"status {answer.status}: {self.client.shown(answer.body, 300)}"
+        except HttpError as error:
+            detail = str(error)
+        except ValueError:
+            detail = f"no JSON, but '{self.client.shown(answer.body, 80)}'"
         raise self._silent(f"/{path} ({detail})")
 
     def _silent(self, words: str) -> EngineError:
