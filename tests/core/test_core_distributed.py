@@ -20,6 +20,7 @@ from torchrl_maxmin.core.distributed import (
     gather_objects,
     gather_rows,
     is_main_process,
+    of_every_process,
     of_main_process,
     over_ranks,
     process_group,
@@ -129,6 +130,9 @@ def fail():
             message = str(error)
         with pytest.raises(UserError, match="row 2"):  # of the second process
             each_row_once(_refuse_row_2, 3)
+        with pytest.raises(UserError, match="row 2"):
+            of_every_process(_refuse_row_2, slice(1 + rank(), 3))
+        assert of_every_process(rank) == rank()
     with pytest.raises(RuntimeError, match="ours"), process_group("ddp"):
         raise RuntimeError("ours")
     with pytest.raises(LostRankError, match="ends since another"), process_group("ddp"):

@@ -1,5 +1,7 @@
 """Judges by name, as a user would write them."""
 
+import time
+
 calls = []
 compared = []
 
@@ -56,3 +58,11 @@ def sure(prompts, a, b):
 
 
 by_group = {"brief": shorter, "first": lambda prompts, a, b: [1.0] * len(prompts)}
+
+
+def hangs(prompts, completions):
+    time.sleep(600)
+
+
+def hangs_at_pairs(prompts, a, b):
+    time.sleep(600)

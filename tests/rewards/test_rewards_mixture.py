@@ -11,7 +11,8 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.sequences import pad_left, pad_right
 from torchrl_maxmin.preferences import encode
 from torchrl_maxmin.rewards import Calibration, RewardMixture
-from torchrl_maxmin.rewards.source import FunctionRewards, MixtureRewards, load_functions
+from torchrl_maxmin.rewards.functions import FunctionRewards, load_functions
+from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.welfare import HardMin
 
 PROMPTS = ["the film", "we loved", "it was really", "the", "i"]

@@ -17,15 +17,8 @@ from torchrl_maxmin.models.loading import load_tokenizer, same_vocabulary
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses
 from torchrl_maxmin.rewards import Calibration, RewardMixture
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
-from torchrl_maxmin.rewards.source import (
-    FunctionRewards,
-    MixtureRewards,
-    NonFiniteRewards,
-    ask,
-    distinct_rows,
-    extra_columns,
-    fill_absent,
-)
+from torchrl_maxmin.rewards.functions import FunctionRewards, UserFunction, distinct_rows, extra_columns
+from torchrl_maxmin.rewards.source import MixtureRewards, NonFiniteRewards, fill_absent
 
 PROMPTS = ["the film", "we loved", "it"]
 
@@ -109,15 +102,15 @@ def test_none_leaves_a_response_out_of_its_groups_mean(tokenizer):
     ],
 )
 def test_forms_of_none(answer, expected):
-    np.testing.assert_array_equal(ask(lambda p, c: answer, ["a", "b"], ["c", "d"], "function"), expected)
+    np.testing.assert_array_equal(UserFunction(lambda p, c: answer)(["a", "b"], ["c", "d"]), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_is_not_none(bad):
     with pytest.raises(NonFiniteRewards, match="NaN or infinity"):
-        ask(lambda p, c: [bad, None], ["a", "b"], ["c", "d"], "function")
+        UserFunction(lambda p, c: [bad, None])(["a", "b"], ["c", "d"])
     with pytest.raises(UserError, match="gives no numbers"):
-        ask(lambda p, c: ["x", None], ["a", "b"], ["c", "d"], "function")
+        UserFunction(lambda p, c: ["x", None])(["a", "b"], ["c", "d"])
 
 
 def test_the_number_of_groups_may_not_change(tokenizer):
@@ -244,4 +237,4 @@ def test_rows_beyond_the_words_are_no_tokens(tiny_model, tokenizer):
 )
 def test_functions_in_every_form_that_trl_takes(function):
     columns = {"target": ["x"], "completion": ["y"], "p": ["z"]}
-    assert ask(function, ["PP"], ["CCCC"], "function", columns).tolist() == [[4.0]]
+    assert UserFunction(function)(["PP"], ["CCCC"], columns).tolist() == [[4.0]]

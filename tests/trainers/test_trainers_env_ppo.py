@@ -286,6 +286,8 @@ def test_a_nan_reward_stops_the_run_with_its_batch_saved(make_env_config, monkey
     assert batch["next.reward"][1, :, 0].isnan().any()
     assert len(read_metrics(trainer.folder)) == calls
     assert not (trainer.folder / "policy.safetensors").exists()
+    saved = [path.name for path in trainer.folder.glob("checkpoint-*")]
+    assert saved == [f"checkpoint-{calls}"] * bool(calls)
 
 
 @pytest.mark.parametrize(

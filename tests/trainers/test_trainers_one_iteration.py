@@ -62,5 +62,5 @@ def test_an_iteration_goes_through_few_files_and_functions(make_config, tiny_mod
     assert len(own) <= 12, listing
     assert sum(map(len, own.values())) <= 49, listing
     whole = {(place.split(" -> ")[-1], name) for place, names in seen.items() for name, _ in names}
-    assert len({file for file, _ in whole}) <= 24
-    assert len(whole) <= 84  # of them some ten say how many processes there are
+    assert len({file for file, _ in whole}) <= 26
+    assert len(whole) <= 88  # of them some ten say how many processes there are

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trainers_rewards
 from trainers_runs import EnvPPORun, PPORun, small_config
 
 from torchrl_maxmin.cli.main import main
@@ -97,6 +98,22 @@ def test_a_lost_worker_ends_the_run_with_a_checkpoint(start):
     again = start("lost", resume_from_checkpoint="last").train()
     assert rows_of(again) == rows_of(whole)
     assert same_weights(again, whole)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_responses_that_a_function_failed_on_are_not_lost(start, staleness):
+    """With staleness nobody has the weights any more that they are by."""
+    trouble = trainers_rewards.trouble
+    settings = {"max_staleness": staleness, "reward_funcs": ["trainers_rewards:trouble"]}
+    trouble.start()
+    whole = start("whole", **settings).train()
+    trouble.start("raises", 5)  # a question, the calibration, and three rollouts
+    with pytest.raises(EngineError, match=r"call 5: .* all updates are in \S+/checkpoint-2"):
+        start("parts", **settings).train()
+    trouble.start()
+    parts = start("parts", resume_from_checkpoint="last", **settings).train()
+    assert rows_of(parts) == rows_of(whole)
+    assert same_weights(parts, whole)
 
 
 def test_nothing_is_written_of_a_run_that_has_not_begun(start):

@@ -1,8 +1,12 @@
 """Reward functions of the tests, found by name as a user's would be."""
 
+import contextlib
 import math
 import os
+import random
 import signal
+import sys
+import time
 
 
 def brevity(prompts, completions):
@@ -93,3 +97,48 @@ def murderous(prompts, completions):
         assert len(workers) == 2
         workers[1].kill()
     return letters(prompts, completions)
+
+
+class Trouble:
+    """``brevity``, and at one call, from 1, something else."""
+
+    def __init__(self):
+        self.start()
+
+    def start(self, kind=None, at=0):
+        self.kind, self.at, self.calls = kind, at, 0
+
+    def __call__(self, prompts, completions):
+        self.calls += 1
+        values = brevity(prompts, completions)
+        random.random()
+        return getattr(self, self.kind)(values) if self.calls == self.at else values
+
+    def raises(self, values):
+        raise ValueError("no such\nthing\x1b[2J")
+
+    def exits(self, values):
+        sys.exit(3)
+
+    def hangs(self, values):
+        while True:  # whatever it handles
+            with contextlib.suppress(Exception):
+                time.sleep(600)
+
+    def narrows(self, values):
+        return values[:-1]
+
+    def widens(self, values):
+        return [[value, value] for value in values]
+
+    def speaks(self, values):
+        return ["good" for _ in values]
+
+    def undefined(self, values):
+        return [*values[:-1], float("nan")]
+
+    def overflows(self, values):
+        return [*values[:-1], 1e39]
+
+
+trouble = Trouble()

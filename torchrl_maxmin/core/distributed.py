@@ -33,6 +33,7 @@ __all__ = [
     "gather_rows",
     "is_main_process",
     "mean_over_ranks",
+    "of_every_process",
     "of_main_process",
     "over_ranks",
     "process_group",
@@ -194,6 +195,22 @@ def of_main_process(function: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def of_every_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in every process; a :class:`UserError` of one is everyone's, and none waits for it."""
+    if world_size() == 1:
+        return function(*arguments)
+    result: Any = None
+    mistake: UserError | None = None
+    try:
+        result = function(*arguments)
+    except UserError as error:
+        mistake = error
+    for found in gather_objects(mistake):
+        if found is not None:
+            raise found
+    return result
 
 
 def gather_objects(value: Result) -> list[Result]:

@@ -16,8 +16,12 @@ class LostRankError(RuntimeError):
     """Another of the processes that train one model together has ended."""
 
 
+class RewardError(UserError):
+    """What gives the rewards has failed; a run that had begun ends as by :class:`EngineError`."""
+
+
 class EngineError(RuntimeError):
-    """What samples the responses has failed; training can go on from where it was."""
+    """What samples the responses, or rewards them, has failed; training can go on from where it was."""
 
 
 class SystemFailure(RuntimeError):

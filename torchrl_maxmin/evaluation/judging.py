@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 from torchrl_maxmin.core.distributed import each_row_once, of_main_process
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.limits import OutOfTime, call_within
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.evaluation.judges import EndpointJudge, Judge, judge_pairs
 from torchrl_maxmin.models.sampling import to_texts
@@ -22,7 +23,8 @@ from torchrl_maxmin.preferences.texts import as_completion
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.ensemble import is_reward_model
-from torchrl_maxmin.rewards.source import MixtureRewards, ask, count_columns, extra_columns, load_functions
+from torchrl_maxmin.rewards.functions import UserFunction, extra_columns, load_functions
+from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.world import World
 
 __all__ = ["PairJudges", "UtilityJudge", "load_judge"]
@@ -37,14 +39,14 @@ class UtilityJudge:
         group_names: The G groups.
         group_shares: Population shares [G].
         mixture: The reward heads, whose calibrated rewards are the utilities.
-        function: ``f(prompts, completions)``, one number a response or one a group.
+        function: Of ``f(prompts, completions)``, one number a response or one a group.
     """
 
     kind: str
     group_names: list[str]
     group_shares: list[float]
     mixture: RewardModel | None = None
-    function: Callable[..., Any] | None = None
+    function: UserFunction | None = None
 
     @property
     def shares_are(self) -> str:
@@ -82,7 +84,7 @@ class UtilityJudge:
             texts = to_texts(tokenizer, part, prompts)
             places = part["prompt_index"].tolist()
             given = {name: [values[place] for place in places] for name, values in columns.items()}
-            found = ask(function, *texts, "judge", given)
+            found = function(*texts, given)
             if np.isnan(found).any():
                 raise UserError("the judge gives None for some response; it must say what each is worth")
             return found
@@ -152,6 +154,10 @@ def load_judge(
     model: str | None = None,
     criteria: Sequence[str] | None = None,
     table: Any = None,
+    *,
+    timeout: float | None = None,
+    verdicts: MutableMapping[str, float] | None = None,
+    **options: Any,
 ) -> UtilityJudge | PairJudges:
     """Load the judge that ``--judge`` names, and ask it once to see that it answers.
 
@@ -163,38 +169,63 @@ def load_judge(
         model: The endpoint's name of its model.
         criteria: What each group wants, ``name=words``; for an endpoint.
         table: The data that the prompts are a column of, for a function that takes other columns.
+        timeout: Seconds for one request to an endpoint, or one call of a function.
+        verdicts: Where an endpoint's verdicts are kept.
+        options: ``retries``, ``retry_after`` and ``refusals`` of
+            :class:`~torchrl_maxmin.evaluation.endpoint_judge.EndpointJudge`, its own where None.
 
     Raises:
         UserError: For a judge that is not there or does not answer.
     """
+    given = {name: value for name, value in options.items() if value is not None}
     if spec.startswith(("http://", "https://")):
-        judges = _endpoint_judges(spec, model, criteria)
-        return _answering(PairJudges("endpoint", judges), prompts[0])
+        if timeout is not None:
+            given["timeout"] = timeout
+        if verdicts is not None:
+            given["verdicts"] = verdicts
+        return _answering(PairJudges("endpoint", _endpoint_judges(spec, model, criteria, given)), prompts[0])
     if model is not None or criteria is not None:
         raise UserError("--judge_model and --judge_criteria belong to a --judge that is an http address")
+    for name in given:
+        raise UserError(f"--judge_{name} belongs to a --judge that is an http address: leave it out")
     if is_reward_model(spec):
         mixture = load_reward_model(spec).to(device)
         names = [f"group {k}" for k in range(mixture.num_groups)]
         shares = mixture.log_prior.exp().cpu().tolist()
         return UtilityJudge("reward heads", names, shares, mixture=mixture)
-    function: Any = load_functions([spec])[0]
-    columns = {} if table is None else extra_columns([function], table, range(min(2, len(table))))
-    if isinstance(function, World):
-        of_main_process(lambda: count_columns(function, "judge", prompts))
-        return UtilityJudge("world", list(function.group_names), list(function.shares), function=function)
-    if not isinstance(function, Mapping) and _takes_pairs(
-        function, [] if table is None else table.column_names
+    found: Any = load_functions([spec])[0]
+    if not isinstance(found, Mapping | World) and _takes_pairs(
+        found, [] if table is None else table.column_names
     ):
-        function = {"group 0": function}
-    if isinstance(function, Mapping):
-        judges = {str(name): judge for name, judge in function.items()}
+        found = {"group 0": found}
+    if isinstance(found, Mapping):
+        judges = {str(name): _in_time(judge, timeout) for name, judge in found.items()}
         return _answering(PairJudges("comparisons", judges), prompts[0])
-    count = of_main_process(lambda: count_columns(function, "judge", prompts, columns))
+    function = UserFunction(found, "judge", timeout or 0.0, flag="--judge_timeout")
+    if isinstance(found, World):
+        of_main_process(lambda: function.probe(prompts))
+        return UtilityJudge("world", list(found.group_names), list(found.shares), function=function)
+    columns = {} if table is None else extra_columns([found], table, range(min(2, len(table))))
+    count = function.width = of_main_process(lambda: function.probe(prompts, columns))
     names = [f"group {k}" for k in range(count)]
     return UtilityJudge("function", names, [1 / count] * count, function=function)
 
 
-def _endpoint_judges(url: str, model: str | None, criteria: Sequence[str] | None) -> dict[str, Judge]:
+def _in_time(judge: Judge, timeout: float | None) -> Judge:
+    """The judge, each of its calls an error where it takes longer."""
+
+    def limited(prompts: Sequence[Text], a: Sequence[Text], b: Sequence[Text]) -> Any:
+        try:
+            return call_within(timeout or 0.0, judge, prompts, a, b)
+        except OutOfTime as error:
+            raise UserError(f"the judge gives {error}; raise --judge_timeout, or leave it out") from error
+
+    return limited
+
+
+def _endpoint_judges(
+    url: str, model: str | None, criteria: Sequence[str] | None, options: Mapping[str, Any]
+) -> dict[str, Judge]:
     if model is None or not criteria:
         raise UserError(
             f"the judge at {url} needs --judge_model, and --judge_criteria with what each group wants, "
@@ -204,7 +235,7 @@ def _endpoint_judges(url: str, model: str | None, criteria: Sequence[str] | None
     for text, (name, _, words) in zip(criteria, split, strict=True):
         if not name or not words:
             raise UserError(f"--judge_criteria takes name=words; {text!r} is not that")
-    judges: dict[str, Judge] = {name: EndpointJudge(url, model, words) for name, _, words in split}
+    judges: dict[str, Judge] = {name: EndpointJudge(url, model, words, **options) for name, _, words in split}
     if len(judges) < len(split):
         raise UserError("--judge_criteria names a group twice; give each a name of its own")
     return judges

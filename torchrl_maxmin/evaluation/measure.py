@@ -43,7 +43,8 @@ from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversationa
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import Calibration, load_reward_model
 from torchrl_maxmin.rewards.calibration import CALIBRATIONS
-from torchrl_maxmin.rewards.source import MixtureRewards, extra_columns
+from torchrl_maxmin.rewards.functions import extra_columns
+from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.rollouts.certificate import policy_certificate, score_responses
 
 __all__ = ["EvaluateConfig", "measure_policies", "run_evaluate"]
@@ -185,7 +186,7 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
     folder = Path(config.output_dir)
     columns: dict[str, Any] = {}
     if isinstance(judge, UtilityJudge) and judge.function is not None:
-        columns = extra_columns([judge.function], table, range(len(texts)))
+        columns = extra_columns([judge.function.function], table, range(len(texts)))
     seed_everything(config.seed)  # as below: a new pad token's row is random
     reference = _load_policy(folders[REFERENCE], tokenizer, config, device)
     prompts = encode_prompts(tokenizer, texts, config.max_prompt_length)

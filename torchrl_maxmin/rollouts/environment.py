@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
 from torchrl_maxmin.core.distributed import gather_rows, seed_of_rank
-from torchrl_maxmin.core.run import require_finite
+from torchrl_maxmin.core.errors import RewardError
+from torchrl_maxmin.core.finite import nonfinite_batch
 
 __all__ = ["EnvRollouts"]
 
@@ -62,7 +64,10 @@ class EnvRollouts:
         for own in self.collector:
             rollout = gather_rows(own, self.num_envs)
             if self.folder is not None:  # here, for the adversary refuses NaN without saving the batch
-                require_finite(rollout["next", "reward"].sum().item(), rollout, self.folder, "a reward")
+                total = rollout["next", "reward"].sum().item()
+                if not math.isfinite(total):
+                    what = f"a reward is {total}"
+                    raise nonfinite_batch(rollout, self.folder, what) from RewardError(what)
             yield rollout
 
     def start_episodes(self, iteration: int) -> None:

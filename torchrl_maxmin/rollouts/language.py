@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import Collector
 
-from torchrl_maxmin.core.distributed import is_main_process, of_main_process, over_ranks
+from torchrl_maxmin.core.distributed import is_main_process, of_every_process, of_main_process, over_ranks
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.finite import nonfinite_batch
 from torchrl_maxmin.core.progress import console, progress_bar
@@ -117,6 +117,7 @@ class CalibratedRewards:
 
         Raises:
             FloatingPointError: for a reward that is NaN or infinite; the batch is saved.
+            RewardError: where rewards cannot be had.
         """
         try:
             raw = over_ranks(self._score, responses)
@@ -132,7 +133,7 @@ class CalibratedRewards:
         return penalise_missing_eos(rewards, responses, self.ends, self.missing_eos_penalty)
 
     def _score(self, responses: TensorDictBase) -> Tensor:
-        return in_length_buckets(self.source, responses, self.scoring_batch_size)
+        return of_every_process(in_length_buckets, self.source, responses, self.scoring_batch_size)
 
     def _name_silent_groups(self, rewards: Tensor) -> None:
         """Print, once each, the groups that no response of a batch has a reward for."""

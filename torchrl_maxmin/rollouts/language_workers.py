@@ -90,7 +90,7 @@ class WorkerLanguageRollouts:
         state: dict[str, Any] | None = None,
     ):
         self.rewards, self.prompts, self.seed = rewards, prompts, seed
-        self.workers = workers
+        self.workers, self.unscored = workers, None
         self.env = token_env(
             models.policy,
             rewards,
@@ -122,13 +122,17 @@ class WorkerLanguageRollouts:
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         for responses in self.batches:
+            self.unscored = responses
             with torch.no_grad():
                 prompts = self.env.reset()
                 batch = self.env.step(prompts.update(responses.to(prompts.device)))
+            self.unscored = None
             yield batch
 
     def checkpoint(self, iteration: int) -> dict[str, Any]:
         """The state to go on from after so many batches."""
+        if self.unscored is not None and self.batches.max_staleness:
+            self.batches.ahead = self.unscored  # where rewards cannot be had: nobody can sample it again
         return self.rewards.state_dict() | {"ahead": self.batches.checkpoint()}
 
     def close(self) -> None:

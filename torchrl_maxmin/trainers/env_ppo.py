@@ -44,7 +44,8 @@ from torchrl_maxmin.rollouts.ray_workers import RayWorkers, ray_session
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
 from torchrl_maxmin.trainers.learner import Learner
-from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
+from torchrl_maxmin.trainers.monitors import Metrics, Monitor
+from torchrl_maxmin.trainers.ppo import PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_settings import MAY_CHANGE, adversary_of
 from torchrl_maxmin.trainers.watch import warnings_of
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
 from torchrl_maxmin.collectors import GroupStatistics
-from torchrl_maxmin.core.distributed import across_ranks, over_ranks, rank, shares_rows
+from torchrl_maxmin.core.distributed import across_ranks, rank, shares_rows
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import resolve_device, write_config, write_json
 from torchrl_maxmin.core.run_folder import stage
@@ -24,14 +24,14 @@ from torchrl_maxmin.models.sequences import require_positions
 from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.base import RewardModel
-from torchrl_maxmin.rewards.on_trunk import SavedMixture
-from torchrl_maxmin.rewards.source import (
+from torchrl_maxmin.rewards.functions import (
     FunctionRewards,
-    MixtureRewards,
     distinct_rows,
     extra_columns,
     load_functions,
 )
+from torchrl_maxmin.rewards.on_trunk import SavedMixture
+from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.rollouts.certificate import policy_certificate
 from torchrl_maxmin.rollouts.engine import Engine, EnginePolicy
 from torchrl_maxmin.rollouts.language import CalibratedRewards, LanguageRollouts
@@ -42,7 +42,8 @@ from torchrl_maxmin.rollouts.vllm_server import VLLMServer
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.lm_workers import load_reference, start_workers
-from torchrl_maxmin.trainers.ppo import Metrics, Monitor, PPOParts, find_state, restore, train
+from torchrl_maxmin.trainers.monitors import Metrics, Monitor, monitors_of_rewards
+from torchrl_maxmin.trainers.ppo import PPOParts, find_state, restore, train
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.ppo_settings import MAY_CHANGE, adversary_of
 from torchrl_maxmin.trainers.token_advantages import LanguageAdvantages, make_advantages
@@ -117,10 +118,11 @@ def build_ppo(config: PPOConfig) -> LanguageParts:
     rows = distinct_rows(texts, columns)
     texts = [texts[row] for row in rows]
     columns = {name: [values[row] for row in rows] for name, values in columns.items()}
-    of_functions = FunctionRewards(functions, tokenizer, texts, columns)
-    monitors: list[Monitor] = []
-    if monitor_functions:
-        monitors.append(monitor_rewards(FunctionRewards(monitor_functions, tokenizer, texts, columns)))
+    known = (tokenizer, texts, columns)
+    of_functions = FunctionRewards(functions, *known, timeout=config.reward_timeout)
+    monitors = monitors_of_rewards(
+        [FunctionRewards([function], *known, timeout=config.reward_timeout) for function in monitor_functions]
+    )
     state = find_state(config, config.num_iterations)
 
     workers = start_workers(config)
@@ -244,16 +246,6 @@ def engine_policy(
         options["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization
         engine = VLLMEngine(models.policy, models.tokenizer, **options)
     return EnginePolicy(models, engine, prompts, seed=config.seed, version=start)
-
-
-def monitor_rewards(rewards: FunctionRewards) -> Monitor:
-    """Log the means of rewards that are never trained on, as ``monitor/{k}/mean``."""
-
-    def monitor(iteration: int, batch: TensorDictBase, metrics: Metrics) -> Metrics:
-        means = over_ranks(rewards, batch.cpu()).nanmean(0)
-        return {f"monitor/{k}/mean": value for k, value in enumerate(means.tolist())}
-
-    return monitor
 
 
 def monitor_gap(

@@ -20,13 +20,14 @@ from torchrl_maxmin.core.checkpoint import (
     save_checkpoint,
     saved_state,
 )
-from torchrl_maxmin.core.errors import EngineError, UserError
+from torchrl_maxmin.core.errors import EngineError, RewardError, UserError
 from torchrl_maxmin.core.finite import require_finite_parameters
 from torchrl_maxmin.core.interruption import Interrupted, signals_held
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import MetricsLog
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.trainers.learner import Learner
+from torchrl_maxmin.trainers.monitors import HarmlessMonitor, Metrics, Monitor
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 from torchrl_maxmin.trainers.watch import Watch
 
@@ -42,9 +43,6 @@ __all__ = [
 ]
 
 __getattr__ = moved_names(__name__)
-
-Metrics = dict[str, float]
-Monitor = Callable[[int, TensorDictBase, Metrics], Metrics]
 
 
 class Rollouts(Protocol):
@@ -105,7 +103,7 @@ def train(
         advantages: what a batch teaches.
         learner: takes the optimizer steps.
         monitors: further metrics of an iteration, of which they are given the number (from 1), the batch and
-            the metrics until then.
+            the metrics until then; one that fails is left out, and ends no run.
         start: iterations that were done before.
         stop_at_gap: the run ends once ``maxmin/duality_gap_high`` is at most this.
 
@@ -116,24 +114,26 @@ def train(
     log = MetricsLog(folder, config.report_to, keep=start)
     watch = Watch.resumed(config, start)
     finished = start == learner.num_iterations  # a run that had only to be saved
-    done = start
+    done, numbers = start, random_state()
+    harmless = [HarmlessMonitor(monitor) for monitor in monitors]
 
     def require_sound() -> None:
         named = ((role, p) for role, parameters in models.parameters().items() for p in parameters)
         require_finite_parameters(named, "the networks")
 
-    def checkpoint() -> Path:
+    def checkpoint(random: dict[str, Any] | None = None) -> Path:
         require_sound()
         state = {"iteration": done, "adversary": statistics.adversary.state_dict()}
         for part in (models, learner, advantages):
             state |= part.state_dict()
         state |= rollouts.checkpoint(done)
         # the random numbers last, since new episodes draw some
-        state |= {"random": random_state()}
+        state |= {"random": random or random_state()}
         return save_checkpoint(folder, done, state, config.save_total_limit or None)
 
     bar = progress_bar(f"ppo ({folder.name})", stop - start)
-    lost = saved_on_failure(lambda: checkpoint() if done > start else None)
+    # by the random numbers from before the rollout that failed
+    lost = saved_on_failure(lambda: checkpoint(numbers) if done > start else None)
     with signals_held() as waiting, closing(rollouts), lost, bar as advance:
         for done, rollout in zip(range(start + 1, stop + 1), rollouts, strict=False):
             # 1. Utilities of the groups under the policy; the adversary moves their weights.
@@ -144,7 +144,7 @@ def train(
             losses = learner.update(rows)
             # 4. Log.
             metrics |= update_metrics(losses, batch["group_weights"])
-            for monitor in monitors:
+            for monitor in harmless:
                 metrics |= monitor(done, batch, metrics)
             log.write(done - 1, metrics | {"lr": learner.schedule.get_last_lr()[0]})
             watch(done, metrics)
@@ -160,6 +160,7 @@ def train(
             gap = metrics.get("maxmin/duality_gap_high", math.inf)
             if finished := done == learner.num_iterations or gap <= stop_at_gap:
                 break
+            numbers = random_state()
     if finished:
         require_sound()
     return finished
@@ -167,19 +168,21 @@ def train(
 
 @contextmanager
 def saved_on_failure(checkpoint: Callable[[], Path | None]) -> Iterator[None]:
-    """Write a checkpoint where what samples the rollouts fails, and name it in the error.
+    """Write a checkpoint where what samples the rollouts, or rewards them, fails; name it in the error.
 
     Args:
         checkpoint: writes it; returns None where there is nothing to write yet.
     """
     try:
         yield
-    except EngineError as error:
-        if (path := checkpoint()) is None:
+    except (EngineError, RewardError, FloatingPointError) as error:
+        # a loss that is not finite leaves nothing to go on from
+        if isinstance(error, FloatingPointError) and not isinstance(error.__cause__, RewardError):
             raise
-        raise EngineError(
-            f"{error}; all updates are in {path}: --resume_from_checkpoint last goes on from there"
-        ) from error
+        words, path = str(error), checkpoint()
+        if path is not None:
+            words += f"; all updates are in {path}: --resume_from_checkpoint last goes on from there"
+        raise (FloatingPointError if isinstance(error, FloatingPointError) else EngineError)(words) from error
 
 
 def update_metrics(losses: Mapping[str, Tensor], group_weights: Tensor) -> Metrics:

@@ -35,7 +35,11 @@ class PPOConfig(PPOSettings, EngineSettings, ChatSettings):
             False loads it by itself, in the dtype that it was saved in.
         reward_funcs: instead of a reward model, functions by name, as module:function; called as TRL does,
             with prompts, completions and those columns of the data that they take by name.
-        monitor_funcs: functions by name, or a world's json, that are logged and never trained on.
+        monitor_funcs: functions by name, or a world's json, that are logged and never trained on; one that
+            fails in a run is left out, with a warning.
+        reward_timeout: seconds that one call of a reward or monitor function may take; 0 for no limit. A
+            reward function that takes longer, fails, or gives other than it did ends the run behind a
+            checkpoint of all updates.
         objective: min_of_means (the paper, the minimum over groups of the mean reward),
             mean_of_prompt_mins (the same for every prompt by itself, over its num_generations) or
             mean_of_mins (the mean of every response's smallest reward).
@@ -84,6 +88,7 @@ class PPOConfig(PPOSettings, EngineSettings, ChatSettings):
     share_reward_trunk: bool = True
     reward_funcs: list[str] = field(default_factory=list)
     monitor_funcs: list[str] = field(default_factory=list)
+    reward_timeout: float = 1200.0
     critic: str | None = None
     merge_adapter: bool = True
     num_generations: int = 1
@@ -130,7 +135,7 @@ class PPOConfig(PPOSettings, EngineSettings, ChatSettings):
             "calibration_prompts", "calibration_samples", "baseline_samples", "certificate_prompts",
             "certificate_samples", "kl_horizon",
         )  # fmt: skip
-        self.require_at_least(0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap")
+        self.require_at_least(0, "beta", "missing_eos_penalty", "gap_steps", "stop_at_gap", "reward_timeout")
         self.require_positive("kl_target", "reward_bound")
         if bool(self.reward_model_path) == bool(self.reward_funcs):
             raise UserError("give a reward: either --reward_model_path or --reward_funcs")

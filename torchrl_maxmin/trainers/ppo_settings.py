@@ -30,6 +30,7 @@ OBJECTIVES = ("min_of_means", "mean_of_prompt_mins", "mean_of_mins")
 #: where rollouts come from and what is warned of, which may change where a run goes on
 MAY_CHANGE = (
     "ray_address",
+    "reward_timeout",
     "rollout_worker_gpus",
     "rollout_workers",
     "vllm_gpu_memory_utilization",
