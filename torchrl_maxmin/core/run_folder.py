@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +17,10 @@ from torchrl_maxmin.core.distributed import of_main_process, restarted
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.finite import NonFiniteError, nonfinite_batch
 from torchrl_maxmin.core.interruption import Interrupted, signals_as_interruptions
-from torchrl_maxmin.core.manifest import MANIFEST, file_digest, require_whole, write_manifest
+from torchrl_maxmin.core.manifest import MANIFEST, require_whole, write_manifest
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import config_text, write_config, write_json
+from torchrl_maxmin.core.run_identity import MAY_CHANGE, identity_of, now, require_same
 
 Stage = TypeVar("Stage", bound=Callable[[Any], Any])
 
@@ -40,25 +36,7 @@ __all__ = [
 
 RUN, LOCK = "run.json", ".lock"
 _NEW, _BEGUN, _FINISHED = "new", "begun", "finished"
-#: of a config, and no part of what a run is
-_PLACE = ("output_dir", "resume_from_checkpoint")
-#: where and how a stage runs, how it fits into memory, and what it says of itself: no other result but by
-#: rounding
-_MAY_CHANGE = (
-    "device",
-    "distributed",
-    "generation_batch_size",
-    "per_device_train_batch_size",
-    "report_to",
-    "save_rounds",
-    "save_steps",
-    "save_total_limit",
-    "scoring_batch_size",
-    "stop_at_iteration",
-)
 _FIELDS = ("schema_version", "verb", "settings", "inputs", "versions", "started", "resumed", "finished")
-#: packages whose versions a run notes
-_PACKAGES = ("torchrl-maxmin", "torch", "torchrl", "tensordict", "triton", "transformers", "numpy")
 
 
 def stage(
@@ -90,7 +68,7 @@ def stage(
             config.check()
             folder = Path(config.output_dir)
             with own_folder(folder, verb), signals_as_interruptions():
-                may = {*may_change, length, *_MAY_CHANGE}
+                may = {*may_change, length, *MAY_CHANGE}
                 begun = of_main_process(lambda: _open(folder, verb, config, inputs, may, length, result))
                 if begun == _FINISHED:
                     return folder
@@ -201,7 +179,7 @@ def _lock(folder: Path, verb: str) -> int:
             if os.fstat(handle).st_ino == path.stat().st_ino:
                 break
         os.close(handle)  # its owner removed it in between
-    content = {"pid": os.getpid(), "host": socket.gethostname(), "verb": verb, "since": _now()}
+    content = {"pid": os.getpid(), "host": socket.gethostname(), "verb": verb, "since": now()}
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps(content).encode(), 0)
     return handle
@@ -266,20 +244,20 @@ def _open(
             state = "finished" if before["finished"] else "broken-off"
             remedy = "choose another --output_dir" if before["finished"] else how_to_go_on(folder, verb)
             raise UserError(f"{folder} holds a {state} run of {verb}, begun {before['started']}; {remedy}")
-    now = _identity(verb, config, inputs)
+    identity = identity_of(verb, config, inputs)
     if before is not None:
-        _compare(folder, before, now, may_change)
-        longer = bool(length) and now["settings"][length] != before["settings"].get(length)
+        require_same(folder, before, identity, may_change)
+        longer = bool(length) and identity["settings"][length] != before["settings"].get(length)
         if before["finished"] and not longer:
             console.print(
                 f"{folder} is finished already, since {before['finished']}", markup=False, soft_wrap=True
             )
             return _FINISHED
-        now |= {"started": before["started"], "resumed": [*before["resumed"], _now()]}
+        identity |= {"started": before["started"], "resumed": [*before["resumed"], now()]}
     for name in (MANIFEST, result):  # of a shorter run
         (folder / name).unlink(missing_ok=True)
     write_config(folder, config)
-    write_json(folder / RUN, now)
+    write_json(folder / RUN, identity)
     return _NEW if before is None else _BEGUN
 
 
@@ -299,81 +277,7 @@ def _close(folder: Path, result: str) -> None:
         folder,
         (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in own),
     )
-    write_json(folder / RUN, _read(folder) | {"finished": _now()})
-
-
-def _identity(verb: str, config: Any, inputs: Sequence[str]) -> dict[str, Any]:
-    settings = {name: value for name, value in asdict(config).items() if name not in _PLACE}
-    return {
-        "schema_version": 1,
-        "verb": verb,
-        "settings": json.loads(json.dumps(settings, default=str)),
-        "inputs": {name: _contents(getattr(config, name)) for name in inputs},
-        "versions": {package: _version(package) for package in _PACKAGES},
-        "started": _now(),
-        "resumed": [],
-        "finished": None,
-    }
-
-
-def _compare(folder: Path, before: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> None:
-    """Refuse a run of other settings or inputs; say what differs and may."""
-    same_content = {name for name in now["inputs"] if now["inputs"][name] == before["inputs"].get(name)}
-    for name, value in now["settings"].items():
-        old = before["settings"].get(name)
-        if value == old:
-            continue
-        if name in may_change or (name in same_content and now["inputs"][name]):
-            console.print(f"! --{name} is {value!r}, before {old!r}", markup=False, soft_wrap=True)
-            continue
-        raise UserError(
-            f"the run in {folder} has --{name} {old!r}, not {value!r}; resume with its own settings "
-            f"(--config {folder / 'config.yaml'}), or choose another --output_dir"
-        )
-    for name, contents in now["inputs"].items():
-        old = before["inputs"].get(name, [])
-        if contents == old:
-            continue
-        raise UserError(
-            f"--{name} {now['settings'][name]} has other content than when the run in {folder} began "
-            f"(SHA-256 {_short(contents)}, then {_short(old)}); restore it, or choose another --output_dir"
-        )
-    for package, version in now["versions"].items():
-        if version != (old := before["versions"].get(package)):
-            console.print(f"! {package} is {version}, before {old}", markup=False, soft_wrap=True)
-
-
-def _short(contents: list[str]) -> str:
-    return ", ".join(digest[:12] for digest in contents) or "none"
-
-
-def _contents(value: Any) -> list[str]:
-    """SHA-256 of what a field names: files and folders, alone or after ``name=``, and functions' modules."""
-    texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return [digest for text in map(str, texts) if (digest := _content(text.partition("=")[2] or text))]
-
-
-def _content(text: str) -> str | None:
-    path = Path(text)
-    if path.is_dir():
-        if (path / MANIFEST).is_file():
-            return file_digest(path / MANIFEST)
-        listed = sorted(p for p in path.rglob("*") if p.is_file() and not _is_passing(p.relative_to(path)))
-        names = "".join(f"{file_digest(p)} {p.relative_to(path).as_posix()}\n" for p in listed)
-        return sha256(names.encode()).hexdigest()
-    if path.is_file():
-        return file_digest(path)
-    module = text.partition(":")[0]
-    with suppress(ImportError, ValueError):
-        found = importlib.util.find_spec(module) if ":" in text else None
-        if found is not None and found.origin and Path(found.origin).is_file():
-            return file_digest(Path(found.origin))
-    return None
-
-
-def _is_passing(path: Path) -> bool:
-    """Whether a file in a folder is none of its content: logs, checkpoints, hidden files."""
-    return any(part.startswith((".", "checkpoint-")) or part == "logs" for part in path.parts)
+    write_json(folder / RUN, _read(folder) | {"finished": now()})
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -399,14 +303,3 @@ def _read(folder: Path) -> dict[str, Any]:
         }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / RUN} is damaged; choose another --output_dir") from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
