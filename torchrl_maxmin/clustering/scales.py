@@ -35,7 +35,7 @@ def log_prior_of_scales(scaled: Tensor, log_prior: Tensor) -> Tensor:
         >>> scaled = torch.zeros(4, 1, len(SCALES), dtype=torch.float64)
         >>> scaled[:, 0, 3] = 50.0  # everybody's is 1
         >>> round(log_prior_of_scales(scaled, torch.zeros(1))[0, 3].exp().item(), 2)
-        0.97
+        0.98
     """
     num_scales = scaled.shape[-1]
     groups = log_prior.double().log_softmax(-1)

@@ -203,7 +203,7 @@ def left_out_text(found: Mapping[str, Any]) -> list[str]:
     if users := found.get("users"):
         lines.append(
             f"each of the {users['count']:,} users was left out once, in {users['parts']} parts, where the "
-            "number of groups, penalties and groups were judged"
+            "number of groups, the penalties and the groups were judged"
         )
     if judgements := found.get("judgements"):
         if judgements["reason"]:
