@@ -14,8 +14,8 @@ from torchrl_maxmin.cli.parsing import parse_config
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.rewards.fit import linear_warm_start
 from torchrl_maxmin.rewards.pairs import feature_choices
+from torchrl_maxmin.rewards.warm_start import linear_warm_start
 
 QUICK = {"l2": [1e-3], "num_jackknife": 2, "num_bootstrap": 2, "max_groups": 2, "device": "cpu"}
 

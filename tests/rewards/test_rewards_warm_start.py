@@ -10,7 +10,7 @@ from torchrl_maxmin.clustering.identifiability import identifiability_report
 from torchrl_maxmin.clustering.selection import choose_num_groups
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards import fit as fitting
-from torchrl_maxmin.rewards import fit_mixture, select_num_groups
+from torchrl_maxmin.rewards import fit_mixture, select_num_groups, warm_start
 from torchrl_maxmin.rewards.pairs import feature_choices
 from torchrl_maxmin.world import sample_reviews
 
@@ -96,7 +96,7 @@ def test_halved_ties_reach_the_choice_of_k(tiny_model, monkeypatch):
         seen.append(choices.row_weights)
         return choose_num_groups(choices, *args, **kwargs)
 
-    monkeypatch.setattr(fitting, "choose_num_groups", choose)
+    monkeypatch.setattr(warm_start, "choose_num_groups", choose)
     fit_mixture(tied, tiny_model, num_groups="auto", **QUICK)
     assert torch.equal(seen[0], tied.weights.float())
 
@@ -161,7 +161,7 @@ def test_fields_are_plain(data, tiny_model):
 def test_the_penalty_reaches_the_start_and_not_the_choice(data, tiny_model):
     """A heavy one leaves weights near 0, and nobody in a group; K is chosen by penalties of its own."""
     choices = feature_choices(data, tiny_model, None, "cpu")
-    light, heavy = (fitting.linear_warm_start(choices, "auto", 3, 0, l2=l2) for l2 in (1e-4, 10.0))
+    light, heavy = (warm_start.linear_warm_start(choices, "auto", 3, 0, l2=l2) for l2 in (1e-4, 10.0))
     assert light.choice.heldout_log_likelihood == heavy.choice.heldout_log_likelihood
     assert max(light.choice.heldout_log_likelihood.values()) > -0.5
     assert light.responsibilities.max(1).values.mean() > 0.95

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -25,6 +26,8 @@ __all__ = ["PairChoices", "choice_offsets_of", "fit_device", "row_weights_of", "
 
 #: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
 BLOCK_ROWS = 262_144
+#: Most that a float64 copy of the features may take.
+MOST_WIDE_BYTES = 256 * 2**20
 
 
 def row_weights_of(data: PreferenceDataset) -> Tensor | None:
@@ -76,6 +79,15 @@ class PairChoices(UserRows):
     def features(self) -> Tensor:
         """What heads are applied to [P, D]; fits come back in its dtype."""
         return self.differences
+
+    @cached_property
+    def wide(self) -> Tensor | None:
+        """The features of the choices that fits work on in float64, kept: M-steps read them again and again.
+
+        None where the copy would take more than :data:`MOST_WIDE_BYTES`.
+        """
+        narrow = self.differences if self.distinct is None else self.distinct.differences
+        return None if 8 * narrow.numel() > MOST_WIDE_BYTES else narrow.double()
 
     @property
     def choice_judgements(self) -> Tensor | None:
@@ -161,8 +173,10 @@ class PairChoices(UserRows):
             return self._expectation_by_distinct(weight, log_prior, assignment)
         if block_rows is None:
             block_rows = BLOCK_ROWS if weight.dtype == self.differences.dtype else BLOCK_ROWS_COPIED
+        wide = self.wide if weight.dtype == torch.float64 and self.distinct is None else None
+        read = self.differences if wide is None else wide
         for users, rows in user_blocks(self.user_offsets, block_rows):
-            x = self.differences[rows].to(weight.dtype)
+            x = read[rows].to(weight.dtype)
             block = self._block(users, rows, weight.dtype)
             row_weights, offsets = block.row_weights, block.user_offsets
             margins = tiled_margins(x, weight)
@@ -216,8 +230,9 @@ class PairChoices(UserRows):
         """The M-step, to convergence: float64 heads [K, D], from ``start`` [K, D]."""
         shares, penalty = responsibilities.double(), l2 * self.num_choices
         if (found := self.distinct) is None:
+            weights, offsets = self.choice_weights, self.choice_offsets
             losses = ChoiceLosses(
-                self.differences, self.choice_users, shares, penalty, self.choice_weights, self.choice_offsets
+                self.differences, self.choice_users, shares, penalty, weights, offsets, self.wide
             )
         else:
             shares = shares[self.choice_users]
@@ -225,5 +240,6 @@ class PairChoices(UserRows):
                 shares = shares * self.choice_weights.double().unsqueeze(-1)
             shares = found.sum_by_choice(shares)
             each = torch.arange(len(shares), device=shares.device)
-            losses = ChoiceLosses(found.differences, each, shares, penalty, None, found.choice_offsets)
+            offsets = found.choice_offsets
+            losses = ChoiceLosses(found.differences, each, shares, penalty, None, offsets, self.wide)
         return minimise(losses, start.double())

@@ -150,6 +150,7 @@ class ChoiceLosses:
         penalty: of the squared weights.
         choice_weights: how much each choice counts [C].
         choice_offsets: int64 [C + 1]; None makes every row a choice (Bradley-Terry).
+        wide: the differences in float64, where a copy is at hand; None widens a block whenever it is read.
     """
 
     differences: Tensor
@@ -158,6 +159,7 @@ class ChoiceLosses:
     penalty: float
     choice_weights: Tensor | None = None
     choice_offsets: Tensor | None = None
+    wide: Tensor | None = None
 
     @cached_property
     def _cuts(self) -> list[tuple[slice, slice]]:
@@ -171,8 +173,9 @@ class ChoiceLosses:
         cuts = sorted({*torch.searchsorted(offsets, rows).tolist(), len(offsets) - 1})
         return [(slice(i, j), slice(int(offsets[i]), int(offsets[j]))) for i, j in pairwise(cuts)]
 
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Rows [n, D], shares [c, K] and offsets [c + 1] of their choices."""
+    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """Which rows, these in float64 [n, D], shares [c, K] and offsets [c + 1] of their choices."""
+        wide = self.differences if self.wide is None else self.wide
         for choices, rows in self._cuts:
             share = self.shares[self.choice_users[choices]]
             if self.choice_weights is not None:
@@ -180,13 +183,13 @@ class ChoiceLosses:
             offsets = None
             if self.choice_offsets is not None:
                 offsets = self.choice_offsets[choices.start : choices.stop + 1] - rows.start
-            yield self.differences[rows].double(), share, offsets
+            yield rows, wide[rows].double(), share, offsets
 
     def value_and_gradient(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [K] and gradients [K, D] in float64."""
         value = self.penalty * weight.square().sum(-1)
         gradient = 2 * self.penalty * weight
-        for x, share, offsets in self._blocks():
+        for _, x, share, offsets in self._blocks():
             margins = x @ weight.T
             log_choice = log_choices(margins, offsets)
             value = value - (share * log_choice).sum(0)
@@ -198,13 +201,13 @@ class ChoiceLosses:
         """Second derivatives [K, D, D]; they only shape the steps, so float32 products are enough."""
         num_groups, num_features = weight.shape
         hessian = torch.zeros(num_groups, num_features, num_features, device=weight.device)
-        for x, share, offsets in self._blocks():
+        for part, x, share, offsets in self._blocks():
             margins = x @ weight.T
             probability = loser_probabilities(margins, log_choices(margins, offsets), offsets)
             curvature = at_rows(share, offsets, len(x)) * probability
             if offsets is None:
                 curvature = curvature * (1 - probability)
-            curvature, x = curvature.float(), x.float()
+            curvature, x = curvature.float(), self.differences[part].float()
             if offsets is not None:  # what the mean over a choice's rows has is taken off
                 rows = probability.float().unsqueeze(2) * x.unsqueeze(1)
                 means = sum_by_segment(rows.flatten(1), offsets).view(-1, num_groups, num_features)

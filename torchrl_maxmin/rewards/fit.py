@@ -7,33 +7,20 @@ the shared trunk and all heads.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.em import EMSettings, mixing_weights, run_em
-from torchrl_maxmin.clustering.established import Establishment, evidence_for, searched_penalties
 from torchrl_maxmin.clustering.identifiability import IdentifiabilityReport, identifiability_report
-from torchrl_maxmin.clustering.left_out import NUM_USER_FOLDS
-from torchrl_maxmin.clustering.linear import fit_choices
-from torchrl_maxmin.clustering.selection import (
-    L2_CANDIDATES,
-    SEARCH,
-    NumGroupsChoice,
-    choose_num_groups,
-    searched_choices,
-)
 from torchrl_maxmin.clustering.shares import AdamStepOfShares
-from torchrl_maxmin.clustering.unseen import accuracy_on_unseen, parts_left_out
-from torchrl_maxmin.clustering.wants import PairContents, items_of, wants_by_margins
+from torchrl_maxmin.clustering.wants import items_of, wants_by_margins
 from torchrl_maxmin.core.distributed import of_main_process, shares_rows
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.interruption import Interrupted, signals_held
@@ -46,8 +33,15 @@ from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.mixture_fit import MixtureFit, heldout_figures
 from torchrl_maxmin.rewards.pairs import PairTokens, feature_choices, shared_feature_choices
+from torchrl_maxmin.rewards.warm_start import (
+    WarmStart,
+    from_true_groups,
+    linear_warm_start,
+    pair_contents,
+    prompts_of,
+)
 
-__all__ = ["REPORT_USERS", "WarmStart", "fit_mixture"]
+__all__ = ["REPORT_USERS", "fit_mixture"]
 
 #: The identifiability report looks at no more users than this: it fits fifteen mixtures.
 REPORT_USERS = 2000
@@ -220,115 +214,13 @@ def fit_mixture(
         warm.establishment,
         dict(warm.left_out),
         wants,
+        warm.searched_users,
     )
-
-
-# -- where EM starts -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WarmStart:
-    """Responsibilities of the users before the trunk is tuned, and where they come from.
-
-    Attributes:
-        responsibilities: [U, K].
-        choice: how K was chosen, when it was.
-        identifiability: whether users can be told apart, when that was asked for.
-        group_names: names of the true groups, when these are the responsibilities.
-        restarts: whether the starts of the linear mixture agree.
-        establishment: whether the groups are there, when that was asked for.
-        left_out: what was left out on the way, plain numbers; see :mod:`torchrl_maxmin.clustering.unseen`.
-    """
-
-    responsibilities: Tensor
-    choice: NumGroupsChoice | None = None
-    identifiability: IdentifiabilityReport | None = None
-    group_names: list[str] | None = None
-    restarts: Restarts | None = None
-    establishment: Establishment | None = None
-    left_out: dict[str, Any] = field(default_factory=dict)
-
-
-def from_true_groups(data: PreferenceDataset) -> WarmStart:
-    """One-hot groups [U, K] as the data names them, the largest first."""
-    assert data.groups is not None
-    names = [name for name, _ in Counter(data.groups).most_common()]
-    index = torch.tensor([names.index(group) for group in data.groups])
-    return WarmStart(nn.functional.one_hot(index, len(names)).float(), group_names=names)
-
-
-def linear_warm_start(
-    choices: PairChoices,
-    num_groups: int | str,
-    max_groups: int,
-    seed: int,
-    *,
-    evidence: bool = False,
-    data: PreferenceDataset | None = None,
-    device: torch.device | str = "cpu",
-    **fit: Any,
-) -> WarmStart:
-    """Fit the linear mixture; with ``"auto"`` choose K first, as ``diagnose`` does.
-
-    Args:
-        choices: of all users.
-        num_groups: K, or ``"auto"``.
-        max_groups: largest K that ``"auto"`` tries.
-        seed: of folds and starts.
-        evidence: whether to ask if the groups are there.
-        data: the pairs, whose prompts and items are left out, too, where K is asked for.
-        device: where K and its groups are asked for.
-        **fit: of the mixture that EM begins with.
-    """
-    choice, establishment = None, None
-    searched = there = choices
-    penalties: dict[int, float] = {}
-    left_out: dict[str, Any] = {}
-    if num_groups == "auto" or evidence:
-        searched = searched_choices(choices)
-        there = searched.to(device)
-    if num_groups == "auto":
-        choice = choose_num_groups(there, max_groups, seed=seed, l2_candidates=L2_CANDIDATES, **SEARCH)
-        num_groups, penalties = choice.num_groups, choice.l2
-    k = int(num_groups)
-    if evidence and k > 1:
-        penalties = searched_penalties(there, k, penalties, seed)
-        establishment = evidence_for(there, k, penalties, seed)
-    if data is not None and k in penalties:
-        asked = establishment is not None or bool(choice and choice.judgement_gain)
-        left_out = parts_left_out(searched, NUM_USER_FOLDS, asked)
-        contents = _contents(data)
-        rows = np.arange(len(searched.differences))
-        left_out |= accuracy_on_unseen(
-            searched, k, SEARCH | {"l2": penalties[k]},
-            prompts=_prompts(data), items=items_of(contents, searched.differences, rows), seed=seed,
-            device=device,
-        )  # fmt: skip
-    found = fit_choices(choices, k, seed, **fit)
-    return WarmStart(
-        found.responsibilities,
-        choice,
-        restarts=found.restarts,
-        establishment=establishment,
-        left_out=left_out,
-    )
-
-
-def _prompts(data: PreferenceDataset) -> list[str]:
-    """What tells the prompts of the distinct pairs apart."""
-    every = [text_key(prompt) for prompt in data.prompts]
-    return [every[row] for row in data.distinct_rows.tolist()]
-
-
-def _contents(data: PreferenceDataset) -> PairContents:
-    """Texts of the distinct pairs."""
-    texts = data.select_rows(data.distinct_rows)
-    return PairContents(texts=(texts.prompts, texts.chosen, texts.rejected))
 
 
 def _wants(data: PreferenceDataset, margins: Tensor, log_prior: Tensor) -> list[dict[str, Any]]:
     """What each group wants, by margins [P, K] of all pairs."""
-    contents, kept = _contents(data), margins[torch.from_numpy(data.distinct_rows)]
+    contents, kept = pair_contents(data), margins[torch.from_numpy(data.distinct_rows)]
     rows = np.arange(len(kept))
     asked = kept.double().numpy(), log_prior.double().cpu().numpy(), rows, contents
     return wants_by_margins(*asked, items_of(contents, kept, rows))
@@ -338,7 +230,7 @@ def _identifiability(
     data: PreferenceDataset, choices: PairChoices, warm: WarmStart, seed: int
 ) -> IdentifiabilityReport:
     """The report on all users, or on :data:`REPORT_USERS` of them drawn at random."""
-    prompts: Sequence[Any] = _prompts(data)
+    prompts: Sequence[Any] = prompts_of(data)
     if data.num_users > REPORT_USERS:
         drawn = torch.randperm(data.num_users, generator=torch.Generator().manual_seed(seed))
         kept = torch.zeros(data.num_users, dtype=torch.bool)

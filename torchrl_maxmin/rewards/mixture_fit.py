@@ -46,6 +46,7 @@ class MixtureFit:
         left_out: what was left out of fits, and rewards on prompts and items that nobody of them judged, as
             :mod:`torchrl_maxmin.clustering.unseen` has it; plain numbers.
         wants: by group what it wants beside the others, by these rewards; None where that was not asked.
+        searched_users: how many users K, starts and evidence are about, drawn at random; None where all are.
     """
 
     model: RewardMixture
@@ -61,6 +62,7 @@ class MixtureFit:
     establishment: Establishment | None = None
     left_out: dict[str, Any] = field(default_factory=dict)
     wants: list[dict[str, Any]] | None = None
+    searched_users: int | None = None
 
     @property
     def responsibilities(self) -> dict[str, list[float]]:
@@ -87,6 +89,12 @@ class MixtureFit:
             lines.append(f"K={self.choice.num_groups} by the likelihood of left-out users ({tried})")
             if self.choice.beats_coin is False:
                 lines.append("no reward predicts left-out users better than a coin")
+        if self.searched_users is not None:
+            left_out = len(self.user_ids) - self.searched_users
+            lines.append(
+                f"asked of {self.searched_users} users, drawn at random: how many groups there are, whether "
+                f"they hold, whether starts agree; the other {left_out} are in the fit alone"
+            )
         if self.establishment is not None:
             lines += self.establishment.report().splitlines()
         if self.restarts is not None:
@@ -94,8 +102,8 @@ class MixtureFit:
         if self.identifiability is not None:
             lines.append("on frozen features, linear heads:")
             lines += [f"  {line}" for line in self.identifiability.report().splitlines()]
-        if left_out := left_out_text(self.left_out):
-            lines += ["what was left out:", *(f"  {line}" for line in left_out)]
+        if unseen := left_out_text(self.left_out):
+            lines += ["what was left out:", *(f"  {line}" for line in unseen)]
         if self.wants is not None and (told := wants_text(self.wants)):
             lines += [self._wants_title(), *(f"  {line}" for line in told)]
         return "\n".join(lines)

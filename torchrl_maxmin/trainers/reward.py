@@ -217,6 +217,7 @@ def _figures(fit: MixtureFit, data: PreferenceDataset) -> dict[str, Any]:
         "num_groups": fit.model.num_groups,
         "mixing_weights": fit.log_prior.exp().tolist(),
         "users": fit.responsibilities_matrix.argmax(-1).bincount(minlength=fit.model.num_groups).tolist(),
+        "searched_users": fit.searched_users,
         "heldout": fit.heldout,
         "repeated_pairs": data.judgements.num_repeats,
         "restarts": None if fit.restarts is None else fit.restarts.to_dict(),
