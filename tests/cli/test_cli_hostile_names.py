@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import yaml
+from datasets import load_dataset
 from hostile import NAMES, USER_IDS, rendered, words
 from rich.console import Console
 
@@ -98,6 +100,22 @@ def test_diagnose_and_its_report(kind, diagnosed, tmp_path, capsys):
     (tmp_path / "summary.json").write_text(hidden)
     _, text = report(tmp_path, capsys)
     rendered(text)
+
+
+def test_reward_gives_back_every_id(diagnosed, tiny_model, tmp_path, capsys):
+    texts, folder = diagnosed["texts"][0].parent / "texts.jsonl", tmp_path / "reward"
+    settings = {"model_name_or_path": tiny_model, "dataset_name": str(texts), "output_dir": str(folder)}
+    settings |= {"num_groups": 2, "num_rounds": 1, "steps_per_round": 2, "num_restarts": 1}
+    settings |= {"calibration": "none", "device": "cpu", "heldout_fraction": 0.25}
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["reward", "--config", str(tmp_path / "reward.yaml")]) == 0
+    for stream in capsys.readouterr():
+        words(stream)
+    assert list(read_groups(folder)) == USERS
+    path = folder / "groups.csv"
+    assert pandas.read_csv(path)["user_json"].map(json.loads).tolist() == USERS
+    table = load_dataset("csv", data_files=str(path), cache_dir=str(tmp_path), split="train")
+    assert list(map(json.loads, table["user_json"])) == USERS
 
 
 @pytest.fixture(scope="module")
