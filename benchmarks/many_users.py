@@ -18,7 +18,7 @@ import torch
 
 from torchrl_maxmin.clustering.agreement import adjusted_rand_index
 from torchrl_maxmin.clustering.choices import PairChoices
-from torchrl_maxmin.rewards.warm_start import linear_warm_start
+from torchrl_maxmin.rewards.start import linear_warm_start
 
 
 def make_choices(

@@ -7,7 +7,7 @@ from scripts import load_script
 from torchrl_maxmin.diagnosis.analysis import diagnose
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards import pairs
-from torchrl_maxmin.rewards.warm_start import linear_warm_start
+from torchrl_maxmin.rewards.start import linear_warm_start
 
 worlds = load_script("people/people_worlds.py")
 

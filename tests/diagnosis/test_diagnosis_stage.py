@@ -15,7 +15,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.diagnosis.stage import DiagnoseConfig, run_diagnose
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards.pairs import feature_choices
-from torchrl_maxmin.rewards.warm_start import linear_warm_start
+from torchrl_maxmin.rewards.start import linear_warm_start
 
 QUICK = {"l2": [1e-3], "num_jackknife": 2, "num_bootstrap": 2, "max_groups": 2, "device": "cpu"}
 
@@ -185,7 +185,9 @@ def test_stated_judgements_are_held_out_together_and_need_not_be_numbers(make, a
     other = make(stated, name="stated.npz", output_dir=str(make().output_dir) + "2")
     assert compared(read(run_diagnose(other))) == compared(plain)
     with pytest.raises(UserError, match="judgement_ids must be"):
-        run_diagnose(make({**arrays, "judgement_ids": ids[:-1]}, name="short.npz"))
+        run_diagnose(
+            make({**arrays, "judgement_ids": ids[:-1]}, name="short.npz", output_dir=f"{other.output_dir}3")
+        )
 
 
 @pytest.mark.parametrize("minority", [0, 15])

@@ -10,7 +10,7 @@ from torchrl_maxmin.clustering.selection import searched_choices
 from torchrl_maxmin.clustering.shares import SharedChoices
 from torchrl_maxmin.rewards import warm_start
 from torchrl_maxmin.rewards.mixture_fit import MixtureFit
-from torchrl_maxmin.rewards.warm_start import linear_warm_start, sample_of_users
+from torchrl_maxmin.rewards.start import linear_warm_start, sample_of_users
 
 FIT = {"num_restarts": 2, "assignment": "soft", "l2": 1e-4}
 

@@ -33,7 +33,7 @@ from torchrl_maxmin.rewards.fine_tuning import FineTuning, FineTuningSettings
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.mixture_fit import MixtureFit, heldout_figures
 from torchrl_maxmin.rewards.pairs import PairTokens, feature_choices, shared_feature_choices
-from torchrl_maxmin.rewards.warm_start import (
+from torchrl_maxmin.rewards.start import (
     WarmStart,
     from_true_groups,
     linear_warm_start,
