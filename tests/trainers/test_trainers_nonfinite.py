@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainers_runs import EnvPPORun, PPORun
 
 from torchrl_maxmin.core.errors import UserError
@@ -91,7 +91,7 @@ def test_ppo_stops_and_keeps_no_ruined_checkpoint(make_config, make_env_config, 
         trainer.train()
     assert isinstance(raised.value, FloatingPointError), raised.value
     assert not (trainer.folder / "model.safetensors").exists()
-    assert not (trainer.folder / "policy.pt").exists()
+    assert not (trainer.folder / "policy.safetensors").exists()
     for checkpoint in trainer.folder.glob("checkpoint-*"):
         pytest.fail(f"{checkpoint} was written")
 
@@ -114,9 +114,9 @@ def test_weights_that_turn_nan_after_the_last_loss_are_not_saved(make_env_config
 
 def test_a_policy_of_an_environment_that_holds_nan_is_refused(make_env_config):
     trainer = EnvPPORun(make_env_config(total_frames=64)).train()
-    path = trainer.folder / "policy.pt"
-    state = torch.load(path, weights_only=True)
+    path = trainer.folder / "policy.safetensors"
+    state = load_file(path)
     next(iter(state.values())).view(-1)[0] = float("nan")
-    torch.save(state, path)
+    save_file(state, path)
     with pytest.raises(UserError, match="hold NaN or infinity"):
         load_env_policy(trainer.folder)
