@@ -180,7 +180,7 @@ def test_an_endpoint_judges_for_each_group(make_config, measure, prompts):
         ({}, "needs --judge_model, and --judge_criteria"),
         ({"judge_model": "m", "judge_criteria": ["brief"]}, "takes name=words; 'brief' is not that"),
         ({"judge_model": "m", "judge_criteria": ["a=x", "a=y"]}, "names a group twice"),
-        ({"judge_model": "m", "judge_criteria": ["a=x"]}, "gave no verdict in 4 attempts"),
+        ({"judge_model": "m", "judge_criteria": ["a=x"], "judge_retries": 0}, "no verdict in 1 attempt:"),
         (
             {"judge": "measure_judges:words", "judge_model": "m"},
             "belong to a --judge that is an http address",
@@ -188,10 +188,7 @@ def test_an_endpoint_judges_for_each_group(make_config, measure, prompts):
         ({"judge": "measure_judges:sure"}, r"outside \[0, 1\]"),
     ],
 )
-def test_a_judge_of_pairs_that_cannot_judge_is_told_before_any_work(
-    make_config, tmp_path, monkeypatch, settings, message
-):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+def test_a_judge_of_pairs_that_cannot_judge_is_told_before_any_work(make_config, tmp_path, settings, message):
     with Server(lambda number, body: ok("neither")) as server, pytest.raises(UserError, match=message):
         run_evaluate(make_config(**({"judge": server.url} | settings)))
     assert not (tmp_path / "out").exists()
