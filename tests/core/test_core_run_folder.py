@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +147,25 @@ def test_other_content_under_the_same_name(here):
     (here / "data.txt").write_text("some data!")
     with pytest.raises(UserError, match=r"--data data.txt has other content than when the run in out began"):
         make_stage()(Settings("out", resume_from_checkpoint="last"))
+
+
+def test_code_may_be_mended(here, monkeypatch, capsys):
+    """A reward function that failed is mended, and the run goes on; that it was is said."""
+    monkeypatch.syspath_prepend(str(here))
+    (here / "rewards_of_mine.py").write_text("def f(): ...")
+    config = Settings("out", data="rewards_of_mine:f")
+    broken_off(config)
+    (here / "rewards_of_mine.py").write_text("def f(): return 1")
+    make_stage()(replace(config, resume_from_checkpoint="last"))
+    assert "! the code of --data rewards_of_mine:f is not what it was" in capsys.readouterr().err
+
+
+def test_other_names_are_another_evaluation(here):
+    broken_off(Settings("out", data="sft=data.txt"))
+    (here / "copy.txt").write_text("some data")
+    with pytest.raises(UserError, match=r"has --data 'sft=data.txt', not 'maxmin=data.txt'"):
+        make_stage()(Settings("out", data="maxmin=data.txt", resume_from_checkpoint="last"))
+    make_stage()(Settings("out", data="sft=copy.txt", resume_from_checkpoint="last"))
 
 
 def test_damage_to_what_a_run_left(here):

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "scoring_batch_size",
     "stop_at_iteration",
 )
+_CODE = "code:"
 #: packages whose versions a run notes
 _PACKAGES = ("torchrl-maxmin", "torch", "torchrl", "tensordict", "triton", "transformers", "numpy")
 
@@ -64,12 +65,13 @@ def require_same(
     folder: Path, before: dict[str, Any], now: dict[str, Any], may_change: Collection[str]
 ) -> None:
     """Refuse a run of other settings or inputs; say what differs and may."""
-    same_content = {name for name in now["inputs"] if now["inputs"][name] == before["inputs"].get(name)}
     for name, value in now["settings"].items():
         old = before["settings"].get(name)
         if value == old:
             continue
-        if name in may_change or (name in same_content and now["inputs"][name]):
+        elsewhere = name in now["inputs"] and _names(value) == _names(old)
+        elsewhere = elsewhere and None not in now["inputs"][name] == before["inputs"].get(name)
+        if name in may_change or elsewhere:
             console.print(f"! --{name} is {value!r}, before {old!r}", markup=False, soft_wrap=True)
             continue
         raise UserError(
@@ -80,6 +82,10 @@ def require_same(
         old = before["inputs"].get(name, [])
         if contents == old:
             continue
+        if len(contents) == len(old) and all(map(_is_mended, contents, old)):
+            line = f"! the code of --{name} {now['settings'][name]} is not what it was when the run began"
+            console.print(line, markup=False, soft_wrap=True)
+            continue
         raise UserError(
             f"--{name} {now['settings'][name]} has other content than when the run in {folder} began "
             f"(SHA-256 {_short(contents)}, then {_short(old)}); restore it, or choose another --output_dir"
@@ -89,14 +95,30 @@ def require_same(
             console.print(f"! {package} is {version}, before {old}", markup=False, soft_wrap=True)
 
 
-def _short(contents: list[str]) -> str:
-    return ", ".join(digest[:12] for digest in contents) or "none"
+def _short(contents: list[str | None]) -> str:
+    return ", ".join("none" if digest is None else digest[:12] for digest in contents) or "none"
 
 
-def _contents(value: Any) -> list[str]:
-    """SHA-256 of what a field names: files and folders, alone or after ``name=``, and functions' modules."""
-    texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return [digest for text in map(str, texts) if (digest := _content(text.partition("=")[2] or text))]
+def _is_mended(content: str | None, old: str | None) -> bool:
+    """Whether both are of a function's code, which somebody mends so that the run can go on, or the same."""
+    return content == old or all(str(digest).startswith(_CODE) for digest in (content, old))
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(text) for text in (value if isinstance(value, list | tuple) else [value]) if text is not None]
+
+
+def _names(value: Any) -> list[str]:
+    """The names before ``=``, of policies."""
+    return [text.partition("=")[0] if "=" in text else "" for text in _texts(value)]
+
+
+def _contents(value: Any) -> list[str | None]:
+    """SHA-256 of what a field names: files and folders, alone or after ``name=``, and functions' modules.
+
+    None stands for what is neither, such as a name of the hub.
+    """
+    return [_content(text.partition("=")[2] or text) for text in _texts(value)]
 
 
 def _content(text: str) -> str | None:
@@ -113,7 +135,7 @@ def _content(text: str) -> str | None:
     with suppress(ImportError, ValueError):
         found = importlib.util.find_spec(module) if ":" in text else None
         if found is not None and found.origin and Path(found.origin).is_file():
-            return file_digest(Path(found.origin))
+            return _CODE + file_digest(Path(found.origin))
     return None
 
 

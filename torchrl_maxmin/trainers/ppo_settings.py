@@ -31,6 +31,7 @@ OBJECTIVES = ("min_of_means", "mean_of_prompt_mins", "mean_of_mins")
 MAY_CHANGE = (
     "ray_address",
     "reward_timeout",
+    "reward_timeout",
     "rollout_worker_gpus",
     "rollout_workers",
     "vllm_gpu_memory_utilization",
