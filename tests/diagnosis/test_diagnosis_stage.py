@@ -296,4 +296,4 @@ def test_a_missing_file_and_a_full_folder_are_named(make, arrays, tmp_path):
     for content in (b"not a zip", b"PK\x03\x04 half a zip"):
         (tmp_path / "broken.npz").write_bytes(content)
         with pytest.raises(UserError, match="cannot read features"):
-            run_diagnose(make(name="broken.npz"))
+            run_diagnose(make(name="broken.npz", output_dir=str(tmp_path / "new")))
