@@ -126,9 +126,19 @@ def test_a_run_that_dies_at_a_write_is_finished(stage, here, dies, capsys, verb,
     assert deaths >= len(moments) - 1
 
 
+@pytest.fixture
+def plain_signals():
+    """Handlers as in a program that is started in the foreground, where tests are not."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("verb", ["sft", "reward", "ppo", "ppo in an environment"])
-def test_signals_end_a_run_with_a_checkpoint(stage, here, capsys, verb, signum, code):
+def test_signals_end_a_run_with_a_checkpoint(stage, here, capsys, plain_signals, verb, signum, code):
     """The signal comes when the first checkpoint would be due; the run writes one at the next boundary."""
     flags = {"device": "cpu", **SETTINGS[verb]}
     flags |= {name: 0 for name in ("save_steps", "save_rounds") if name in flags}

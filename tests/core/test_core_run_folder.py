@@ -248,7 +248,17 @@ def ask(*signums, at_the_end=False):
         raise Interrupted(waiting(), "at the boundary")
 
 
-def test_signals_wait_for_a_boundary():
+@pytest.fixture
+def plain_signals():
+    """Handlers as in a program that is started in the foreground, where tests are not."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_wait_for_a_boundary(plain_signals):
     with signals_as_interruptions():
         with pytest.raises(Interrupted) as plain:
             send(signal.SIGTERM)
