@@ -8,7 +8,7 @@ from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.linear import fit_choices
 from torchrl_maxmin.clustering.selection import searched_choices
 from torchrl_maxmin.clustering.shares import SharedChoices
-from torchrl_maxmin.rewards import warm_start
+from torchrl_maxmin.rewards import start as warm_start
 from torchrl_maxmin.rewards.mixture_fit import MixtureFit
 from torchrl_maxmin.rewards.start import linear_warm_start, sample_of_users
 

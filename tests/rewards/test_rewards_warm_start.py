@@ -10,7 +10,8 @@ from torchrl_maxmin.clustering.identifiability import identifiability_report
 from torchrl_maxmin.clustering.selection import choose_num_groups
 from torchrl_maxmin.preferences import PreferenceDataset
 from torchrl_maxmin.rewards import fit as fitting
-from torchrl_maxmin.rewards import fit_mixture, select_num_groups, warm_start
+from torchrl_maxmin.rewards import fit_mixture, select_num_groups
+from torchrl_maxmin.rewards import start as warm_start
 from torchrl_maxmin.rewards.pairs import feature_choices
 from torchrl_maxmin.world import sample_reviews
 

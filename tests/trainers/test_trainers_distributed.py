@@ -249,7 +249,7 @@ def test_a_run_goes_on_with_any_number_of_processes(make_shared_config, mode, lo
         on_ranks(2, train_all, [dataclasses.asdict(stopped)])
         assert not (Path(stopped.output_dir) / "model.safetensors").exists()
         checkpoint = Path(stopped.output_dir) / "checkpoint-2"
-        assert len(list(checkpoint.glob("shards/*.distcp"))) == (2 if mode == "fsdp2" else 0)
+        assert len(list(checkpoint.glob("shards/*.safetensors"))) == (2 if mode == "fsdp2" else 0)
         goes_on = dataclasses.replace(stopped, stop_at_iteration=0, resume_from_checkpoint="last")
         on_ranks(world, train_all, [dataclasses.asdict(goes_on)])
         resumed = Path(goes_on.output_dir)

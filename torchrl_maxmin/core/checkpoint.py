@@ -16,6 +16,7 @@ from torchrl_maxmin.core.distributed import (
     device_mesh,
     gather_objects,
     is_main_process,
+    of_main_process,
     rank,
     restarted,
     shares_rows,
@@ -80,6 +81,9 @@ def save_checkpoint(folder: Path, iteration: int, state: dict[str, Any], keep: i
     shards: dict[str, Any] = {}
     if shares_rows():
         state = _map_leaves(state, lambda name, value: _set_aside(name, value, shards))
+        names = of_main_process(lambda: _first_names(shards))  # it has rows of every tensor
+        state = _map_leaves(state, lambda _, v: Elsewhere(names[v.name]) if isinstance(v, Elsewhere) else v)
+        shards = {name: shard for name, shard in shards.items() if names[name] == name}
     if is_main_process():
         shutil.rmtree(partial, ignore_errors=True)  # with shards of other processes
         partial.mkdir(parents=True)
@@ -110,6 +114,17 @@ def _set_aside(name: str, value: Any, shards: dict[str, Any]) -> Any:
         return value
     shards[name] = value
     return Elsewhere(name)
+
+
+def _first_names(shards: dict[str, Any]) -> dict[str, str]:
+    """The name that each tensor is written under: weights that are tied have one, as safetensors has it."""
+    places: dict[Any, str] = {}
+    names = {}
+    for name, shard in shards.items():
+        part = shard.to_local()
+        memory = (part.data_ptr(), part.shape, part.stride(), part.dtype) if part.numel() else name
+        names[name] = places.setdefault(memory, name)
+    return names
 
 
 def _map_leaves(value: Any, function: Callable[[str, Any], Any], name: str = "") -> Any:
