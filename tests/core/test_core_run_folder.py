@@ -100,6 +100,16 @@ def test_what_is_finished_is_not_done_again(here):
     require_finished("out")
 
 
+def test_what_was_damaged_is_made_again(here, capsys):
+    folder = make_stage()(Settings("out"))
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text("0.2 3")):
+        damage(folder / "model.txt")
+        make_stage()(Settings("out", resume_from_checkpoint="last"))
+        assert "out/model.txt is" in capsys.readouterr().err
+        assert (folder / "model.txt").read_text() == "0.1 3"
+        require_finished(folder)
+
+
 def test_another_verb_is_refused(here):
     make_stage()(Settings("out"))
 

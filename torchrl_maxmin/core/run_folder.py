@@ -17,7 +17,7 @@ from torchrl_maxmin.core.distributed import of_main_process, restarted
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.finite import NonFiniteError, nonfinite_batch
 from torchrl_maxmin.core.interruption import Interrupted, signals_as_interruptions
-from torchrl_maxmin.core.manifest import MANIFEST, require_whole, write_manifest
+from torchrl_maxmin.core.manifest import MANIFEST, DamagedError, require_whole, write_manifest
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import config_text, write_config, write_json
 from torchrl_maxmin.core.run_identity import MAY_CHANGE, identity_of, now, require_same
@@ -248,7 +248,7 @@ def _open(
     if before is not None:
         require_same(folder, before, identity, may_change)
         longer = bool(length) and identity["settings"][length] != before["settings"].get(length)
-        if before["finished"] and not longer:
+        if before["finished"] and not longer and _is_whole(folder):
             console.print(
                 f"{folder} is finished already, since {before['finished']}", markup=False, soft_wrap=True
             )
@@ -259,6 +259,16 @@ def _open(
     write_config(folder, config)
     write_json(folder / RUN, identity)
     return _NEW if before is None else _BEGUN
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all that a finished run wrote is still as it was; what is not is said, and made again."""
+    try:
+        require_whole(folder)
+    except DamagedError as error:
+        console.print(f"! {error}; the run goes on", markup=False, soft_wrap=True)
+        return False
+    return True
 
 
 def _only_begun(folder: Path, config: Any) -> bool:
