@@ -1,5 +1,6 @@
 """The matrix of instruction sets and threads: which cells there are, and what makes one red."""
 
+import pytest
 import torch
 
 SUITE = """
@@ -21,6 +22,7 @@ def test_cells_go_up_to_what_the_processor_has(portable):
     assert cells[-1].capability == native
 
 
+@pytest.mark.slow  # minutes: the rooms with arithmetic, under another instruction set
 def test_a_cell_computes_with_what_it_names(portable, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     first = next(portable.cells())
