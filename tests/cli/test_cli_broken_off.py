@@ -165,3 +165,21 @@ def test_signals_end_a_run_with_a_checkpoint(stage, here, capsys, plain_signals,
     whole, ends = left(here / "whole"), left(here / "ends")
     for name in (name for name in whole if name != "config.yaml"):
         assert ends[name] == whole[name], name
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward"])
+def test_an_optimizer_step_keeps_its_rows(stage, here, capsys, verb):
+    """Memory may be had otherwise, but not by steps of other rows."""
+    flags = {"device": "cpu", **SETTINGS[verb]}
+    assert main([str(word) for word in stage(verb, output_dir="out", **flags)]) == 0
+    (here / "out" / "summary.json").unlink()  # as if it had died before its end
+    words = ["--config", "out/config.yaml", "--resume_from_checkpoint", "last"]
+    capsys.readouterr()
+    assert main([verb, *words, "--per_device_train_batch_size", "3"]) == 2
+    assert "an optimizer step of the checkpoint has" in capsys.readouterr().err
+    assert (
+        main(
+            [verb, *words, "--per_device_train_batch_size", str(flags.get("per_device_train_batch_size", 16))]
+        )
+        == 0
+    )

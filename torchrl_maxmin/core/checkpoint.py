@@ -29,7 +29,14 @@ from torchrl_maxmin.core.run import replace_folder
 from torchrl_maxmin.core.run_folder import continued, no_run
 from torchrl_maxmin.core.serial import STRUCTURE, Elsewhere, load_state, save_state, sync_folder
 
-__all__ = ["find_checkpoint", "random_state", "restore_random_state", "save_checkpoint", "saved_state"]
+__all__ = [
+    "find_checkpoint",
+    "random_state",
+    "require_same_batch",
+    "restore_random_state",
+    "save_checkpoint",
+    "saved_state",
+]
 
 _SHARDS = "shards"
 
@@ -207,6 +214,15 @@ def saved_state(config: Any) -> dict[str, Any] | None:
         raise no_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return find_checkpoint(folder, name) if name else None
+
+
+def require_same_batch(before: int, now: int) -> None:
+    """Raise :class:`UserError` where an optimizer step would have other rows than those of a checkpoint."""
+    if before != now:
+        raise UserError(
+            f"an optimizer step of the checkpoint has {before} rows, and these settings give {now}: keep "
+            "--per_device_train_batch_size times --gradient_accumulation_steps times the processes"
+        )
 
 
 def _load(chosen: Path) -> dict[str, Any]:

@@ -200,8 +200,8 @@ def _is_dead(owner: dict[str, Any]) -> bool:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
+    except PermissionError:  # somebody else's, and alive
+        pass
     return False
 
 
@@ -298,18 +298,6 @@ def _read(folder: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((folder / RUN).read_text())
-        return {
-            name: content[name]
-            for name in (
-                "schema_version",
-                "verb",
-                "settings",
-                "inputs",
-                "versions",
-                "started",
-                "resumed",
-                "finished",
-            )
-        }
+        return {name: content[name] for name in _FIELDS}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / RUN} is damaged; choose another --output_dir") from error

@@ -69,9 +69,10 @@ def require_same(
         old = before["settings"].get(name)
         if value == old:
             continue
-        elsewhere = name in now["inputs"] and _names(value) == _names(old)
-        elsewhere = elsewhere and None not in now["inputs"][name] == before["inputs"].get(name)
-        if name in may_change or elsewhere:
+        contents = now["inputs"].get(name, [None])
+        # the same files under other paths are the same inputs
+        same = None not in contents and contents == before["inputs"].get(name)
+        if name in may_change or (same and _names(value) == _names(old)):
             console.print(f"! --{name} is {value!r}, before {old!r}", markup=False, soft_wrap=True)
             continue
         raise UserError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl_maxmin.clustering.em import Expectation, MStep, posterior
 from torchrl_maxmin.clustering.luce import at_rows, log_choices
 from torchrl_maxmin.core.allocator import map_large_blocks
+from torchrl_maxmin.core.checkpoint import require_same_batch
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
     gather_rows,
@@ -59,10 +60,12 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         """State of the generator, and the rows of its epoch that are left."""
-        return {"generator": self._generator.bit_generator.state, "left": list(self._left)}
+        state = self._generator.bit_generator.state
+        return {"generator": state, "left": list(self._left), "batch_size": self._batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
+        require_same_batch(state["batch_size"], self._batch_size)
         self._generator.bit_generator.state = state["generator"]
         self._left = list(state["left"])
 

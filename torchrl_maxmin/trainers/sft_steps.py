@@ -17,6 +17,7 @@ import torch
 from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.checkpoint import (
     random_state,
+    require_same_batch,
     restore_random_state,
     save_checkpoint,
     saved_state,
@@ -106,6 +107,7 @@ def train_language_model(
     loss, done = torch.zeros((), device=device), 0
     weights, folder = dict(named), Path(config.output_dir)
     if (state := saved_state(config)) is not None:
+        require_same_batch(state["rows"], _rows_a_step(config))
         done = state["step"]
         loss.copy_(state["loss"][rank()] if rank() < len(state["loss"]) else torch.zeros(()))
         for name, value in state["weights"].items():
@@ -120,6 +122,7 @@ def train_language_model(
     def checkpoint() -> Path:
         state = {"step": done, "loss": gather_objects(loss), "weights": weights, "random": random_state()}
         state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        state |= {"rows": _rows_a_step(config)}
         return save_checkpoint(folder, done, state, config.save_total_limit or None)
 
     with signals_held() as waiting, progress_bar("fine-tuning the reference", total) as advance:
