@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -164,7 +165,7 @@ def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Rate
 
 
 def _seconds(function: Callable[..., Any], *args: Any, device: torch.device, repeats: int = 1) -> float:
-    """The least of some times of a call, after one that counts not."""
+    """The median of some times of a call, after one that counts not: a plan is held against usual times."""
     times = []
     for _ in range(8):
         start = time.perf_counter()
@@ -173,7 +174,7 @@ def _seconds(function: Callable[..., Any], *args: Any, device: torch.device, rep
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - start) / repeats)
-    return min(times[1:])
+    return statistics.median(times[1:])
 
 
 def _measure_copies(region: int, device: torch.device) -> float:
