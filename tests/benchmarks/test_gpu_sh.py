@@ -222,6 +222,7 @@ for i in 1 2 3 4; do head -c {megabytes}000000 /dev/zero >"$2/$i.whl"; done
     assert {"pytest", "hypothesis", "torchrl", "tensordict", "datasets", "jsonargparse"} <= set(arguments)
 
 
+@pytest.mark.slow  # minutes; `make test-image` runs it too, on the image's versions
 def test_rehearsal(tmp_path):
     """The same script, parts and steps on the CPU; it checks the limits and the files itself."""
     pytest.importorskip("triton")

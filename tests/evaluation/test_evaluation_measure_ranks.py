@@ -89,15 +89,15 @@ def evaluate(make_config, trained, tiny_model, reward_folder):
     return run
 
 
-def test_two_processes_find_what_one_finds(evaluate, tmp_path):
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_two_processes_find_what_one_finds(evaluate, tmp_path, mode):
     folders, questions = evaluate(1, "ddp")
     one = SeedResult.load(f"{folders[0]}/result")
     assert one.extra["certificate"]["value"] is not None
-    for mode in ("ddp", "fsdp2"):
-        found, again = evaluate(2, mode)
-        assert again == questions
-        for folder, expected in zip(found, folders, strict=True):
-            assert_same_figures(tmp_path / folder, tmp_path / expected)
+    found, again = evaluate(2, mode)
+    assert again == questions
+    for folder, expected in zip(found, folders, strict=True):
+        assert_same_figures(tmp_path / folder, tmp_path / expected)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def run(tmp_path, *names):
         pytest.param([], marks=pytest.mark.slow, id="all"),
     ],
 )
-def test_runs_become_tables_and_a_picture(tmp_path, names):
+def test_runs_become_tables_and_a_picture_and_stay(tmp_path, names):
     done = run(tmp_path, *names)
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out/results.csv").open() as file:
@@ -39,10 +39,6 @@ def test_runs_become_tables_and_a_picture(tmp_path, names):
     assert {"gridworld.png", "gridworld.svg", "gridworld.csv"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }
-
-
-def test_what_is_there_is_not_trained_again(tmp_path):
-    assert run(tmp_path, "gridworld").returncode == 0
     summary = tmp_path / "runs/gridworld/seed-0/summary.json"
     before = summary.stat().st_mtime_ns
     assert run(tmp_path, "gridworld").returncode == 0

@@ -44,7 +44,9 @@ def sums(workers, version, weight, orders=("", "")):
     return [answer["sum"].item() for answer in answers], {answer["process"].item() for answer in answers}
 
 
-def test_workers_answer_in_order_and_one_that_is_killed_is_replaced(session, tmp_path):
+def test_workers_answer_in_order_and_one_that_is_killed_is_replaced(session, tmp_path, monkeypatch):
+    """And one that dies once too often ends it."""
+    monkeypatch.setattr(ray_workers, "MAX_RESTARTS", 1)
     workers = RayWorkers([Adder, Adder])
     found, processes = sums(workers, 0, 10.0)
     assert found == [10, 11]
@@ -59,6 +61,8 @@ def test_workers_answer_in_order_and_one_that_is_killed_is_replaced(session, tmp
     assert len(others - processes) == 1
     with pytest.raises(UserError, match=r"^no such number$"):
         sums(workers, 1, 20.0, ["refuse", ""])
+    with pytest.raises(EngineError, match="rollout worker 2 of 2 is lost for good"):
+        sums(workers, 1, 20.0, ["", str(tmp_path / "died too")])
     workers.close()
 
 
@@ -76,14 +80,6 @@ def test_an_environment_moves_in_other_processes_as_in_this_one(session):
         for one, other in zip(*(torch.cat(parts) for parts in answers), strict=True):
             assert (one == other).all()
     far.close()
-
-
-def test_a_worker_that_dies_once_too_often_ends_it(session, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_workers, "MAX_RESTARTS", 0)
-    workers = RayWorkers([Adder, Adder])
-    with pytest.raises(EngineError, match="rollout worker 1 of 2 is lost for good"):
-        sums(workers, 0, 10.0, [str(tmp_path / "died"), ""])
-    workers.close()
 
 
 def test_what_ray_has_not_is_refused(session):

@@ -37,6 +37,7 @@ CASES = {
     "shards and adapters": {"distributed": "fsdp2", "use_peft": True, "lora_r": 4},
     "shards and heads": {"distributed": "fsdp2", "critic": "heads"},
 }
+QUICK = {"copies", "no critic", "shards and adapters"}
 
 
 def run(values):
@@ -44,9 +45,11 @@ def run(values):
 
 
 @pytest.fixture(scope="module")
-def calls(tiny_model, prompt_file, tmp_path_factory):
-    """By case what the second of two iterations sends."""
+def calls(request, tiny_model, prompt_file, tmp_path_factory):
+    """By case what the second of two iterations sends, for all cases that are asked for at once."""
     folder = tmp_path_factory.mktemp("messages")
+    asked = {item.callspec.params["name"] for item in request.session.items if "calls" in item.fixturenames}
+    cases = {name: case for name, case in CASES.items() if name in asked}
     configs = [
         dataclasses.asdict(
             small_config(
@@ -58,17 +61,19 @@ def calls(tiny_model, prompt_file, tmp_path_factory):
                 **(SETTINGS | case),
             )
         )
-        for name, case in CASES.items()
+        for name, case in cases.items()
         for iterations in (1, 2)
     ]
     found, _ = on_ranks(2, count_calls, run, configs)
     return {
         name: {kind: [b - a for a, b in zip(one[kind], two[kind], strict=True)] for kind in one}
-        for name, one, two in zip(CASES, found[::2], found[1::2], strict=True)
+        for name, one, two in zip(cases, found[::2], found[1::2], strict=True)
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_plan_counts_what_an_iteration_sends(name, calls, tiny_model):
     config = PlanConfig(str(tiny_model), num_groups=2, gpus=2, device="cpu", **(SETTINGS | CASES[name]))
     phases = stage_phases(config.resolved(), Planner("cpu", None, {}))
