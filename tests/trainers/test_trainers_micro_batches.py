@@ -198,7 +198,7 @@ def test_parts_stay_halved_where_a_run_goes_on(tiny_model, tmp_path):
     for given, kept in ((0, 6), (7, 6), (3, 3)):
         _, again, _ = language_parts(tiny_model, torch.float32, tmp_path, given)
         again.load_state_dict(state)
-        assert again.micro_batch_size == kept
+        assert again.micro_batch.size == kept
         with_little_memory(again.loss, 2, NO_MEMORY["gpu"])
         with pytest.raises(torch.OutOfMemoryError):  # once in a run
             again.accumulate(batch)
@@ -214,7 +214,7 @@ def test_parts_stay_halved_where_a_run_goes_on(tiny_model, tmp_path):
 )
 def test_what_halves_cannot_mend_is_raised(tiny_model, tmp_path, capsys, micro, change, error):
     _, learner, batch = language_parts(tiny_model, torch.float32, tmp_path, micro)
-    vars(learner).update(change)
+    vars(learner.micro_batch).update(change)
     with_little_memory(learner.loss, 0, error)
     with pytest.raises(type(error)) as raised:
         learner.accumulate(batch)

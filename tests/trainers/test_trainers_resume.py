@@ -81,7 +81,7 @@ def test_micro_batches_that_memory_halved_stay_so(make_config, monkeypatch, caps
     assert capsys.readouterr().err.count("the update goes on with 2, as by --per_device") == 2
     resumed = trained(make_config("parts", num_iterations=2, resume_from_checkpoint="last"))
     assert "memory" not in capsys.readouterr().err
-    assert resumed.learner.micro_batch_size == 2
+    assert resumed.learner.micro_batch.size == 2
     assert everything(resumed)[1] == everything(whole)[1]
 
 

@@ -29,6 +29,7 @@ from torchrl_maxmin.core.distributed import (
     world_size,
 )
 from torchrl_maxmin.core.finite import NonFiniteError, require_finite_parameters
+from torchrl_maxmin.core.micro_batch import MicroBatch
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.rewards.mixture import RewardMixture
@@ -138,6 +139,10 @@ class FineTuning(MStep):
         self.optimizer = make_optimizer(groups, settings.optim, settings.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, self._warmup_cosine)
         self.batches = Batches(pairs.num_units, settings.batch_size, settings.seed)
+        self.micro_batch = MicroBatch(
+            settings.micro_batch_size or settings.batch_size,
+            sharded=any(hasattr(parameter, "to_local") for parameter in mixture.parameters()),
+        )
         self._own_margins: Tensor | None = None
 
     def expectation(self, log_prior: Tensor) -> Expectation:
@@ -182,9 +187,9 @@ class FineTuning(MStep):
         self._own_margins = None
         self.mixture.train()  # adapters' dropout alone: the trunk has none
         while self.num_steps < self.settings.steps_per_round:
-            self.optimizer.zero_grad()
             choices = next(self.batches)
-            self.loss = self.backward(choices, responsibilities)
+            backward = partial(self.backward, choices, responsibilities)
+            self.loss = self.micro_batch.accumulate(backward, len(choices) * self.pairs.most_rows)
             norm = float(clip_gradients(list(self.mixture.parameters()), 1.0))
             batch, what = partial(self.pairs.batch_of, choices), "the reward loss or its gradient"
             require_finite(self.loss + norm, batch, None, what)
@@ -198,18 +203,19 @@ class FineTuning(MStep):
         return {"loss": self.loss}
 
     def backward(self, choices: list[int], responsibilities: Tensor) -> float:
-        """Add the gradient of the loss on these choices to the parameters', a micro-batch at a time.
+        """Compute the gradient of the loss on these choices, a micro-batch at a time.
 
         Every micro-batch is divided by the choices of them all: their size changes nothing but memory.
 
         Returns:
             The loss without its penalty.
         """
+        self.optimizer.zero_grad()
         nll = 0.0
         index, real = share_of_rows(len(choices))
         share = [choices[i] for i in index.tolist()]
         # as many in every process, whatever their rows
-        size = max(1, (self.settings.micro_batch_size or len(share)) // self.pairs.most_rows)
+        size = max(1, self.micro_batch.size // self.pairs.most_rows)
         for low in range(0, len(share), size):
             part = share[low : low + size]
             rows, offsets = self.pairs.rows_of(part)
@@ -259,6 +265,7 @@ class FineTuning(MStep):
             "schedule": self.schedule.state_dict(),
             "batches": self.batches.state_dict(),
             "random": torch.get_rng_state(),
+            **self.micro_batch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -268,4 +275,5 @@ class FineTuning(MStep):
         self.schedule.load_state_dict(state["schedule"])
         self.batches.load_state_dict(state["batches"])
         self.num_steps, self.loss = state["num_steps"], state["loss"]
+        self.micro_batch.load_state_dict(state)
         torch.set_rng_state(state["random"])

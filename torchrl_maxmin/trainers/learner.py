@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacem
 from torchrl_maxmin.core.allocator import map_large_blocks
 from torchrl_maxmin.core.distributed import (
     clip_gradients,
-    gather_objects,
     gather_rows,
     of_main_process,
-    rank,
     share_of_rows,
     shares_rows,
     start_alike,
@@ -26,10 +23,9 @@ from torchrl_maxmin.core.distributed import (
     sum_over_ranks,
     world_size,
 )
+from torchrl_maxmin.core.micro_batch import MicroBatch
 from torchrl_maxmin.core.optimizers import make_optimizer
-from torchrl_maxmin.core.progress import PlainConsole
 from torchrl_maxmin.core.run import require_finite
-from torchrl_maxmin.core.system_errors import is_out_of_memory
 from torchrl_maxmin.masks import SHIFTED_VALID
 from torchrl_maxmin.models.networks import Networks
 from torchrl_maxmin.objectives import MaxMinPPOLoss
@@ -65,8 +61,10 @@ class Learner:
         self.num_iterations, self.num_epochs = num_iterations, config.num_ppo_epochs
         self.max_grad_norm, self.folder = config.max_grad_norm, Path(config.output_dir)
         mini_batch_size = min(config.mini_batch_size, rollout_size)
-        self.micro_batch_size = config.per_device_train_batch_size or mini_batch_size
-        self.halved, self.sharded = False, getattr(config, "distributed", "none") == "fsdp2"
+        self.micro_batch = MicroBatch(
+            config.per_device_train_batch_size or mini_batch_size,
+            sharded=getattr(config, "distributed", "none") == "fsdp2",
+        )
         options: dict[str, Any] = {
             "clip_epsilon": config.cliprange,
             "clip_value": config.cliprange_value or None,
@@ -130,80 +128,57 @@ class Learner:
     def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
         """Compute the gradient of a minibatch; returns the loss's outputs, and ``loss``, their sum.
 
-        Where memory does not suffice, micro-batches are halved, once in a run. Processes that hold whole
-        copies do so each by itself: only sums are exchanged, and those after all parts.
+        Where memory does not suffice, micro-batches are halved, once in a run.
         """
-        whole = len(minibatch) <= self.micro_batch_size and world_size() == 1
+        return self.micro_batch.accumulate(lambda: self._accumulate(minibatch), len(minibatch))
+
+    def _accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
+        whole = len(minibatch) <= self.micro_batch.size and world_size() == 1
         outputs: list[TensorDictBase] = []
-        networks = losses = loss = None
-        try:
-            for part in [minibatch] if whole else self._parts(minibatch):
-                each: list[TensorDictBase] = []
-                networks = self.loss.losses_by_network(part)  # in memory one at a time
-                while True:
-                    with self.memory:  # for the forward pass alone
-                        losses = next(networks, None)
-                    if losses is None:
-                        break
-                    loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
-                    # not before: the backward pass takes the memory that this frees
-                    if not (outputs or each):
-                        self.optimizer.zero_grad()
-                    loss.backward()
-                    each.append(losses.detach().set("loss", loss.detach()))
-                total = sum(losses["loss"] for losses in each)
-                for losses in each[1:]:
-                    each[0].update(losses)
-                outputs.append(each[0].set("loss", total))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or not self._halve(len(minibatch)):
-                raise
-            outputs, networks, losses, loss = [], None, None, None  # free what they hold
-        if not outputs:  # not in the clause above: the error holds memory, too
-            return self.accumulate(minibatch)
+        for part in [minibatch] if whole else self._parts(minibatch):
+            each: list[TensorDictBase] = []
+            networks = self.loss.losses_by_network(part)  # in memory one at a time
+            while True:
+                with self.memory:  # for the forward pass alone
+                    losses = next(networks, None)
+                if losses is None:
+                    break
+                loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
+                # not before: the backward pass takes the memory that this frees
+                if not (outputs or each):
+                    self.optimizer.zero_grad()
+                loss.backward()
+                each.append(losses.detach().set("loss", loss.detach()))
+            total = sum(losses["loss"] for losses in each)
+            for losses in each[1:]:
+                each[0].update(losses)
+            outputs.append(each[0].set("loss", total))
         for parameters in self.optimizer.groups:
             sum_gradients(parameters)
         return outputs[0] if whole else self.loss.merge(_of_all_ranks(outputs, len(minibatch)), minibatch)
 
-    def _halve(self, num_rows: int) -> bool:
-        """Halve the micro-batches of a minibatch of so many rows; returns whether that can be done."""
-        size = min(self.micro_batch_size, -(-num_rows // world_size()))
-        if self.halved or self.sharded or size == 1:  # shards are gathered as often in all processes
-            return False
-        self.micro_batch_size, self.halved = -(-size // 2), True
-        who = f"rank {rank()}: " if world_size() > 1 else ""
-        PlainConsole(stderr=True).print(
-            f"! {who}memory does not suffice for {size} rows at once; the update goes on with "
-            f"{self.micro_batch_size}, as by --per_device_train_batch_size {self.micro_batch_size}",
-            soft_wrap=True,
-        )
-        return True
-
     def _parts(self, minibatch: TensorDictBase) -> Sequence[TensorDictBase]:
         """This process's micro-batches of a minibatch."""
         if world_size() == 1:
-            return self.loss.micro_batches(minibatch, self.micro_batch_size)
+            return self.loss.micro_batches(minibatch, self.micro_batch.size)
         (counted,) = self.loss.micro_batches(minibatch, len(minibatch))
         index, real = (of_share.to(minibatch.device) for of_share in share_of_rows(len(minibatch)))
         mine, key = counted[index], self.loss.loss_mask_key
         key = SHIFTED_VALID if key == "auto" else key
         mask = mine.get(key, None)
         mine[key] = real if mask is None else mask & real.unsqueeze(-1)
-        return mine.split(self.micro_batch_size)
+        return mine.split(self.micro_batch.size)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of optimizer and schedule, and the micro-batches that memory sufficed for."""
         state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-        halved = min(gather_objects(self.micro_batch_size if self.halved else math.inf))
-        return state if halved == math.inf else state | {"micro_batch_size": halved}
+        return state | self.micro_batch.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if "micro_batch_size" in state:  # memory did not suffice for more
-            self.micro_batch_size = min(self.micro_batch_size, int(state["micro_batch_size"]))
-            self.halved = True
+        self.micro_batch.load_state_dict(state)
 
 
 def _of_all_ranks(outputs: Sequence[TensorDictBase], num_rows: int) -> Sequence[TensorDictBase]:

@@ -33,6 +33,7 @@ from torchrl_maxmin.core.distributed import (
     world_size,
 )
 from torchrl_maxmin.core.interruption import Interrupted, signals_held
+from torchrl_maxmin.core.micro_batch import MicroBatch
 from torchrl_maxmin.core.optimizers import make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import require_finite
@@ -106,6 +107,7 @@ def train_language_model(
     torch.manual_seed(config.seed + rank())  # dropout of other rows is another
     loss, done = torch.zeros((), device=device), 0
     weights, folder = dict(named), Path(config.output_dir)
+    micro_batch = MicroBatch(config.per_device_train_batch_size, sharded=config.distributed == "fsdp2")
     if (state := saved_state(config)) is not None:
         require_same_batch(state["rows"], _rows_a_step(config))
         done = state["step"]
@@ -115,6 +117,7 @@ def train_language_model(
                 weights[name].copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
+        micro_batch.load_state_dict(state)
         for _ in range(done):
             next(batches)
         restore_random_state(state["random"])
@@ -122,22 +125,28 @@ def train_language_model(
     def checkpoint() -> Path:
         state = {"step": done, "loss": gather_objects(loss), "weights": weights, "random": random_state()}
         state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        state |= {"rows": _rows_a_step(config)}
+        state |= {"rows": _rows_a_step(config), **micro_batch.state_dict()}
         return save_checkpoint(folder, done, state, config.save_total_limit or None)
+
+    def accumulate(batch: Sequence[Row]) -> torch.Tensor:
+        """Compute the gradient of a step's rows; returns this process's share of their loss."""
+        optimizer.zero_grad()
+        total = torch.zeros((), device=device)
+        for part in _parts(batch, micro_batch.size, collate):
+            inputs = {name: value.to(device) for name, value in part.items()}
+            labels = inputs.pop("labels")
+            with memory, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                outputs = model(**inputs, **options)
+            share = mean_over_tokens(outputs, labels, _num_predicted(batch))
+            share.backward()
+            total += share.detach()
+        return total
 
     with signals_held() as waiting, progress_bar("fine-tuning the reference", total) as advance:
         advance(done)
         while done < total:
             batch = [rows[place] for place in next(batches)]
-            optimizer.zero_grad()
-            for part in _parts(batch, config.per_device_train_batch_size, collate):
-                inputs = {name: value.to(device) for name, value in part.items()}
-                labels = inputs.pop("labels")
-                with memory, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                    outputs = model(**inputs, **options)
-                share = mean_over_tokens(outputs, labels, _num_predicted(batch))
-                share.backward()
-                loss += share.detach()
+            loss += micro_batch.accumulate(partial(accumulate, batch), len(batch))
             parameters = [p for group in optimizer.groups for p in group]
             sum_gradients(parameters)
             norm = clip_gradients(parameters, 1.0)
