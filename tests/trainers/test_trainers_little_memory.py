@@ -81,9 +81,7 @@ def test_fine_tuning_rewards_goes_on_with_half(tiny_model, tmp_path, capsys):
             return scores(mixture, rows)
 
         pairs.scores = fail
-        found = tuning.micro_batch.accumulate(
-            lambda: tuning.backward(list(range(6)), torch.full((3, 2), 0.5)), 6
-        )
+        found = tuning.accumulate(list(range(6)), torch.full((3, 2), 0.5))
         return tuning, sizes, found, [p.grad.clone() for p in mixture.parameters()]
 
     _, _, expected, whole = tuned(6)

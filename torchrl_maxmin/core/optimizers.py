@@ -1,17 +1,21 @@
-"""Optimizers by the names of transformers, with float32 states for weights of half precision."""
+"""Optimizers by the names of transformers, with float32 states for half precision; their micro-batches."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchrl_maxmin.core.distributed import gather_objects, rank, world_size
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.progress import PlainConsole
+from torchrl_maxmin.core.system_errors import is_out_of_memory
 
-__all__ = ["MasterWeights", "make_optimizer"]
+__all__ = ["MasterWeights", "MicroBatch", "make_optimizer"]
 
 
 def make_optimizer(
@@ -101,3 +105,60 @@ class MasterWeights:
         self.optimizer.load_state_dict({name: part for name, part in state.items() if name != "masters"})
         for (_, master), loaded in zip(self.copies, masters, strict=True):
             master.copy_(loaded)
+
+
+class MicroBatch:
+    """The size of a micro-batch, and what becomes of it in a run.
+
+    Processes that hold whole copies halve it each by itself, since only sums are exchanged, and those after
+    all parts. Where a model is sharded it stays: shards are gathered as often in all processes.
+
+    Args:
+        size: most rows at once.
+        sharded: whether the model is.
+
+    Attributes:
+        size: most rows at once, now.
+        halved: whether memory did not suffice for more.
+
+    Example:
+        >>> micro_batch = MicroBatch(8)
+        >>> micro_batch.load_state_dict({"micro_batch_size": 3})
+        >>> micro_batch.size, micro_batch.halved
+        (3, True)
+    """
+
+    def __init__(self, size: int, *, sharded: bool = False):
+        self.size, self.sharded, self.halved = size, sharded, False
+
+    def halve(self, error: BaseException, num_rows: int) -> bool:
+        """Halve the size, once in a run, where an optimizer step met a want of memory; say so.
+
+        Args:
+            error: what the step met.
+            num_rows: of the step, over all processes.
+
+        Returns:
+            Whether the step should be taken again; not for other errors, nor where halves are of no use.
+        """
+        size = min(self.size, -(-num_rows // world_size()))
+        if not is_out_of_memory(error) or self.halved or self.sharded or size == 1:
+            return False
+        self.size, self.halved = -(-size // 2), True
+        who = f"rank {rank()}: " if world_size() > 1 else ""
+        PlainConsole(stderr=True).print(
+            f"! {who}memory does not suffice for {size} rows at once; the update goes on with "
+            f"{self.size}, as by --per_device_train_batch_size {self.size}",
+            soft_wrap=True,
+        )
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The size that memory sufficed for in all processes, where it was halved; all of them call it."""
+        halved = min(gather_objects(self.size if self.halved else math.inf))
+        return {} if halved == math.inf else {"micro_batch_size": halved}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a size that was halved before from a state that may hold other things, too."""
+        if "micro_batch_size" in state:
+            self.size, self.halved = min(self.size, int(state["micro_batch_size"])), True

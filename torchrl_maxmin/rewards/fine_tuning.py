@@ -29,8 +29,7 @@ from torchrl_maxmin.core.distributed import (
     world_size,
 )
 from torchrl_maxmin.core.finite import NonFiniteError, require_finite_parameters
-from torchrl_maxmin.core.micro_batch import MicroBatch
-from torchrl_maxmin.core.optimizers import make_optimizer
+from torchrl_maxmin.core.optimizers import MicroBatch, make_optimizer
 from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.rewards.mixture import RewardMixture
 from torchrl_maxmin.rewards.pairs import PairTokens
@@ -188,8 +187,7 @@ class FineTuning(MStep):
         self.mixture.train()  # adapters' dropout alone: the trunk has none
         while self.num_steps < self.settings.steps_per_round:
             choices = next(self.batches)
-            backward = partial(self.backward, choices, responsibilities)
-            self.loss = self.micro_batch.accumulate(backward, len(choices) * self.pairs.most_rows)
+            self.loss = self.accumulate(choices, responsibilities)
             norm = float(clip_gradients(list(self.mixture.parameters()), 1.0))
             batch, what = partial(self.pairs.batch_of, choices), "the reward loss or its gradient"
             require_finite(self.loss + norm, batch, None, what)
@@ -201,6 +199,15 @@ class FineTuning(MStep):
         self.mixture.eval()
         require_finite_parameters(self.mixture.named_parameters(), "the reward model")
         return {"loss": self.loss}
+
+    def accumulate(self, choices: list[int], responsibilities: Tensor) -> float:
+        """As :meth:`backward`, once more by half as much at once where memory does not suffice."""
+        try:
+            return self.backward(choices, responsibilities)
+        except (RuntimeError, MemoryError) as error:
+            if not self.micro_batch.halve(error, len(choices) * self.pairs.most_rows):
+                raise
+        return self.accumulate(choices, responsibilities)  # here: the error holds memory, too
 
     def backward(self, choices: list[int], responsibilities: Tensor) -> float:
         """Compute the gradient of the loss on these choices, a micro-batch at a time.

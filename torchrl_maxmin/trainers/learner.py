@@ -23,8 +23,7 @@ from torchrl_maxmin.core.distributed import (
     sum_over_ranks,
     world_size,
 )
-from torchrl_maxmin.core.micro_batch import MicroBatch
-from torchrl_maxmin.core.optimizers import make_optimizer
+from torchrl_maxmin.core.optimizers import MicroBatch, make_optimizer
 from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.masks import SHIFTED_VALID
 from torchrl_maxmin.models.networks import Networks
@@ -130,29 +129,34 @@ class Learner:
 
         Where memory does not suffice, micro-batches are halved, once in a run.
         """
-        return self.micro_batch.accumulate(lambda: self._accumulate(minibatch), len(minibatch))
-
-    def _accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
         whole = len(minibatch) <= self.micro_batch.size and world_size() == 1
         outputs: list[TensorDictBase] = []
-        for part in [minibatch] if whole else self._parts(minibatch):
-            each: list[TensorDictBase] = []
-            networks = self.loss.losses_by_network(part)  # in memory one at a time
-            while True:
-                with self.memory:  # for the forward pass alone
-                    losses = next(networks, None)
-                if losses is None:
-                    break
-                loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
-                # not before: the backward pass takes the memory that this frees
-                if not (outputs or each):
-                    self.optimizer.zero_grad()
-                loss.backward()
-                each.append(losses.detach().set("loss", loss.detach()))
-            total = sum(losses["loss"] for losses in each)
-            for losses in each[1:]:
-                each[0].update(losses)
-            outputs.append(each[0].set("loss", total))
+        networks = losses = loss = None
+        try:
+            for part in [minibatch] if whole else self._parts(minibatch):
+                each: list[TensorDictBase] = []
+                networks = self.loss.losses_by_network(part)  # in memory one at a time
+                while True:
+                    with self.memory:  # for the forward pass alone
+                        losses = next(networks, None)
+                    if losses is None:
+                        break
+                    loss = sum(value for name, value in losses.items() if name.startswith("loss_"))
+                    # not before: the backward pass takes the memory that this frees
+                    if not (outputs or each):
+                        self.optimizer.zero_grad()
+                    loss.backward()
+                    each.append(losses.detach().set("loss", loss.detach()))
+                total = sum(losses["loss"] for losses in each)
+                for losses in each[1:]:
+                    each[0].update(losses)
+                outputs.append(each[0].set("loss", total))
+        except (RuntimeError, MemoryError) as error:
+            if not self.micro_batch.halve(error, len(minibatch)):
+                raise
+            outputs, networks, losses, loss = [], None, None, None  # free what they hold
+        if not outputs:  # not in the clause above: the error holds memory, too
+            return self.accumulate(minibatch)
         for parameters in self.optimizer.groups:
             sum_gradients(parameters)
         return outputs[0] if whole else self.loss.merge(_of_all_ranks(outputs, len(minibatch)), minibatch)

@@ -33,8 +33,7 @@ from torchrl_maxmin.core.distributed import (
     world_size,
 )
 from torchrl_maxmin.core.interruption import Interrupted, signals_held
-from torchrl_maxmin.core.micro_batch import MicroBatch
-from torchrl_maxmin.core.optimizers import make_optimizer
+from torchrl_maxmin.core.optimizers import MicroBatch, make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import require_finite
 from torchrl_maxmin.models.sequences import takes
@@ -128,25 +127,33 @@ def train_language_model(
         state |= {"rows": _rows_a_step(config), **micro_batch.state_dict()}
         return save_checkpoint(folder, done, state, config.save_total_limit or None)
 
+    def backward(part: dict[str, torch.Tensor], num_predicted: int) -> torch.Tensor:
+        inputs = {name: value.to(device) for name, value in part.items()}
+        labels = inputs.pop("labels")
+        with memory, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            outputs = model(**inputs, **options)
+        share = mean_over_tokens(outputs, labels, num_predicted)
+        share.backward()
+        return share.detach()
+
     def accumulate(batch: Sequence[Row]) -> torch.Tensor:
         """Compute the gradient of a step's rows; returns this process's share of their loss."""
         optimizer.zero_grad()
-        total = torch.zeros((), device=device)
-        for part in _parts(batch, micro_batch.size, collate):
-            inputs = {name: value.to(device) for name, value in part.items()}
-            labels = inputs.pop("labels")
-            with memory, torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                outputs = model(**inputs, **options)
-            share = mean_over_tokens(outputs, labels, _num_predicted(batch))
-            share.backward()
-            total += share.detach()
-        return total
+        try:
+            parts = _parts(batch, micro_batch.size, collate)
+            return sum(
+                (backward(part, _num_predicted(batch)) for part in parts), torch.zeros((), device=device)
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not micro_batch.halve(error, len(batch)):
+                raise
+        return accumulate(batch)  # not in the clause above: the error holds memory, too
 
     with signals_held() as waiting, progress_bar("fine-tuning the reference", total) as advance:
         advance(done)
         while done < total:
             batch = [rows[place] for place in next(batches)]
-            loss += micro_batch.accumulate(partial(accumulate, batch), len(batch))
+            loss += accumulate(batch)
             parameters = [p for group in optimizer.groups for p in group]
             sum_gradients(parameters)
             norm = clip_gradients(parameters, 1.0)
