@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import ssl
 import time
+import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -45,7 +46,9 @@ class HttpAnswer:
 
 
 class HttpClient:
-    """Sends requests, from any number of threads at once; left by an exception it gives up those on the way.
+    """Sends requests, from any number of threads at once; where it ends it gives up those on the way.
+
+    It ends with its ``with`` block, when nobody holds it any more, and at the end of the process.
 
     Args:
         timeout: seconds from the start of a request to the last byte of its answer.
@@ -65,9 +68,11 @@ class HttpClient:
         # a server may give a key back as JSON or an address holds it
         forms = [form for key in secrets for form in (key, key.replace("/", "\\/"), quote(key, safe=""))]
         self._secrets = sorted({form for form in forms if form}, key=len, reverse=True)
-        self._stack = ExitStack()
+        stack = ExitStack()
         # asynchronous, for only so can one deadline hold for all that a server may do slowly
-        self._portal = self._stack.enter_context(start_blocking_portal())
+        self._portal = stack.enter_context(start_blocking_portal())
+        # before the interpreter stops the thread of the portal, which would be waited for in vain
+        self._close = weakref.finalize(self, _close, self._portal, stack)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(
             verify=_certificates(), timeout=None, limits=limits, follow_redirects=False
@@ -79,7 +84,7 @@ class HttpClient:
     def __exit__(self, *exc_info: Any) -> None:
         if exc_info[0] is None:
             self._portal.call(self._client.aclose)
-        self._stack.__exit__(*exc_info)
+        self._close()
 
     def shown(self, text: str | bytes, length: int = 200) -> str:
         """Make one line of what a server said: without secrets, nothing in it acts, and it is cut."""
@@ -128,6 +133,13 @@ class HttpClient:
                         raise OSError(f"the answer is longer than {_LONGEST >> 20} MB")
                 named = {name.lower(): value for name, value in response.headers.items()}
                 return HttpAnswer(response.status_code, named, bytes(body))
+
+
+def _close(portal: Any, stack: ExitStack) -> None:
+    """Cancel the requests on the way, and end the thread that they are in."""
+    with suppress(RuntimeError):
+        portal.call(portal.stop, True)
+    stack.close()
 
 
 @cache
