@@ -13,7 +13,14 @@ from scipy.special import log_softmax, logsumexp
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.distinct import distinct_choices
 from torchrl_maxmin.clustering.linear import fit_choices
-from torchrl_maxmin.clustering.luce import log_choices, loser_probabilities, redraw
+from torchrl_maxmin.clustering.luce import (
+    log_choices,
+    loser_probabilities,
+    offsets_of,
+    redraw,
+    sum_by_segment,
+    weighted_sums,
+)
 from torchrl_maxmin.clustering.rankings import choices_in_order, choices_of_rankings
 from torchrl_maxmin.clustering.solvers import ChoiceLosses
 
@@ -24,6 +31,22 @@ def made(sizes, features=3, seed=0):
     items = [rng.normal(size=(m + 1, features)) for m in sizes]
     rows = np.concatenate([x[:1] - x[1:] for x in items])
     return items, torch.from_numpy(rows), torch.tensor([0, *itertools.accumulate(sizes)])
+
+
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=9), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_sums_of_segments_are_those_of_a_loop(sizes, seed):
+    """Empty ones among them, with a weight a row and without."""
+    rng = np.random.default_rng(seed)
+    values, weights = rng.normal(size=(sum(sizes), 3)), rng.normal(size=sum(sizes))
+    offsets = offsets_of(torch.tensor(sizes))
+    parts = [slice(low, high) for low, high in itertools.pairwise(offsets.tolist())]
+    plain = np.array([values[part].sum(0) for part in parts])
+    weighted = np.array([weights[part] @ values[part] for part in parts])
+    x, w = torch.from_numpy(values), torch.from_numpy(weights)
+    np.testing.assert_allclose(sum_by_segment(x, offsets).numpy(), plain, atol=1e-14)
+    np.testing.assert_allclose(weighted_sums(x, w, offsets).numpy(), weighted, atol=1e-14)
+    np.testing.assert_allclose(weighted_sums(x.float(), w.float(), offsets).numpy(), weighted, atol=1e-5)
 
 
 @given(

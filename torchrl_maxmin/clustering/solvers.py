@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from torchrl_maxmin.clustering.luce import at_rows, log_choices, loser_probabilities, sum_by_segment
+from torchrl_maxmin.clustering.luce import at_rows, log_choices, loser_probabilities, weighted_sums
 
 #: Above this many features a Hessian a group costs more than the steps it saves.
 NEWTON_MAX_FEATURES = 1024
@@ -209,9 +209,8 @@ class ChoiceLosses:
                 curvature = curvature * (1 - probability)
             curvature, x = curvature.float(), self.differences[part].float()
             if offsets is not None:  # what the mean over a choice's rows has is taken off
-                rows = probability.float().unsqueeze(2) * x.unsqueeze(1)
-                means = sum_by_segment(rows.flatten(1), offsets).view(-1, num_groups, num_features)
-                means = means.transpose(0, 1)
+                columns = probability.float().unbind(1)
+                means = torch.stack([weighted_sums(x, column, offsets) for column in columns])
                 hessian.baddbmm_((share.T.float().unsqueeze(2) * means).transpose(1, 2), means, alpha=-1)
             for k in range(num_groups):
                 hessian[k].addmm_((curvature[:, k : k + 1] * x).T, x)
