@@ -7,6 +7,7 @@ import ssl
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -113,6 +114,8 @@ class HttpClient:
             answer = self._portal.call(self._send, url, content, dict(headers or {}))
         except TimeoutError as error:
             raise HttpError(f"no answer within {self.timeout:g} s") from error
+        except CancelledError as error:
+            raise HttpError("given up, as the client ended") from error
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             raise HttpError(self.shown(_reason(error))) from error
         if 300 <= answer.status < 400:
