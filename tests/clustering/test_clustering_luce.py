@@ -46,6 +46,9 @@ def test_sums_of_segments_are_those_of_a_loop(sizes, seed):
     x, w = torch.from_numpy(values), torch.from_numpy(weights)
     np.testing.assert_allclose(sum_by_segment(x, offsets).numpy(), plain, atol=1e-14)
     np.testing.assert_allclose(weighted_sums(x, w, offsets).numpy(), weighted, atol=1e-14)
+    wide, rows = x.repeat(1, 20), torch.arange(len(x)).flip(0)
+    turned = sum_by_segment(wide, offsets, rows, w)
+    np.testing.assert_allclose(turned[:, :3].numpy(), sum_by_segment(x, offsets, rows, w).numpy(), atol=1e-14)
     np.testing.assert_allclose(weighted_sums(x.float(), w.float(), offsets).numpy(), weighted, atol=1e-5)
 
 

@@ -217,7 +217,7 @@ class PairChoices(UserRows):
             margins = (self.distinct.differences.to(weight.dtype) @ weight.T).double()
             for a, scale in enumerate(scales):
                 log_choice = log_choices(scale * margins, self.distinct.choice_offsets)
-                found[..., a] = self.sum_by_user(log_choice[self.distinct.index])
+                found[..., a] = self.sum_by_user(log_choice, self.distinct.index)
             return found
         for users, rows in user_blocks(self.user_offsets, BLOCK_ROWS_COPIED):
             block = self._block(users, rows, torch.float64)

@@ -51,13 +51,7 @@ def expectation(
 
 def log_likelihood_by_user(margins: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """Log-likelihood [U, K] in float64 of every user's pairs with these margins [P, K]."""
-    return _by_user(nn.functional.logsigmoid(margins.double()), offsets, row_weights)
-
-
-def _by_user(log_choice: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is not None:
-        log_choice = log_choice * weights.unsqueeze(-1)
-    return sum_by_segment(log_choice, offsets)
+    return sum_by_segment(nn.functional.logsigmoid(margins.double()), offsets, weights=row_weights)
 
 
 def posterior(user_log_likelihood: Tensor, log_prior: Tensor) -> Expectation:
@@ -140,9 +134,14 @@ class UserRows:
         """Log-likelihood [U, K] in float64 of every user's choices with these margins [P, K]."""
         return self.sum_by_user(log_choices(margins.double(), self.choice_offsets))
 
-    def sum_by_user(self, log_choice: Tensor) -> Tensor:
-        """Sum log-probabilities of choices [C, K] by user [U, K], each as it counts."""
-        return _by_user(log_choice, self.user_choice_offsets, self.choice_weights)
+    def sum_by_user(self, log_choice: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Sum log-probabilities of choices [C, K] by user [U, K], each as it counts.
+
+        Args:
+            log_choice: of every choice, or of those that ``rows`` names.
+            rows: which row each choice has [C].
+        """
+        return sum_by_segment(log_choice, self.user_choice_offsets, rows, self.choice_weights)
 
     def expectation_of(self, margins: Tensor, log_prior: Tensor, assignment: str = "soft") -> Expectation:
         """E-step on margins [P, K], as :func:`expectation` has it for pairs."""
