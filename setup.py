@@ -33,11 +33,14 @@ setup(
         *find_packages("kernels"),
         *find_packages(include=["torchrl_maxmin", "torchrl_maxmin.*"]),
         "torchrl_maxmin.cli.configs",  # YAML alone
+        "torchrl_maxmin.pages.templates",
     ],
     package_data={
         "maxmin_kernels": ["py.typed"],
         "torchrl_maxmin": ["py.typed", "moved.yaml"],
         "torchrl_maxmin.cli.configs": ["*.yaml"],
+        "torchrl_maxmin.pages": ["glossary.yaml"],
+        "torchrl_maxmin.pages.templates": ["*"],
     },
     extras_require={
         "llm": LLM,

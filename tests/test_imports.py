@@ -12,6 +12,7 @@ PACKAGES = {"torchrl_maxmin": ROOT / "torchrl_maxmin", "maxmin_kernels": ROOT / 
 FLOORS = (
     "core",
     "stats",
+    "pages",
     "preferences",
     "models",
     "world",

@@ -64,11 +64,14 @@ def test_win_rate_figure_and_its_numbers(tmp_path, summary):
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in svg.read_text()
     rows = list(csv.DictReader(table.open()))
+    averages = {"average over groups": "average_over_groups", "average over people": "average_over_people"}
     assert [(row["policy"], row["group"]) for row in rows] == [
-        (policy, group) for group in NAMES for policy in ("single", "maxmin", "oracle")
+        (policy, group) for policy in ("single", "maxmin", "oracle") for group in (*NAMES, *averages)
     ]
     for row in rows:
-        rate = summary["policies"][row["policy"]]["win_rate_vs_sft"][row["group"]]
+        policy = summary["policies"][row["policy"]]
+        average = averages.get(row["group"])
+        rate = policy["win_rate_vs_sft"][row["group"]] if average is None else policy[f"{average}_interval"]
         assert [float(row[key]) for key in ("mean", "low", "high")] == [
             rate["mean"],
             rate["low"],

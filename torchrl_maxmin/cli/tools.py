@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -135,8 +136,9 @@ def report(arguments: list[str]) -> int:
 def training_histories(folder: Path, summary: Mapping[str, Any]) -> dict[str, list[list[dict[str, float]]]]:
     """Read metrics by policy, then seed, then iteration; empty for a folder that no demo wrote.
 
-    Rewards are the true utilities, less the reference's: every policy logs them beside its own
-    rewards, which live on another scale for each.
+    Rewards are the true utilities, in the unit of the tables: every policy logs them beside its own rewards,
+    which live on another scale for each. Weights are those of the true groups, in their order; a policy that
+    was trained on other groups, or on one reward, has none.
 
     Args:
         folder: what the demo wrote.
@@ -144,22 +146,32 @@ def training_histories(folder: Path, summary: Mapping[str, Any]) -> dict[str, li
     """
     from torchrl_maxmin.core.run import read_metrics
 
+    names = [group["name"] for group in summary["groups"]]
     histories: dict[str, list[list[dict[str, float]]]] = {}
     for entry in summary["policies"]["sft"]["per_seed"]:
-        reference = {f"rewards/{k}/mean": mean for k, mean in enumerate(entry["utility"].values())}
+        home = folder / f"seed-{entry['seed']}"
         for kind in summary["policies"]:
-            home = folder / f"seed-{entry['seed']}" / kind
-            if (home / "metrics.jsonl").is_file():
-                rows = [
-                    {name: value for name, value in row.items() if not name.startswith("rewards/")}
-                    | {
-                        name: row[name.replace("rewards", "monitor")] - mean
-                        for name, mean in reference.items()
-                    }
-                    for row in read_metrics(home)
-                ]
+            if (home / kind / "metrics.jsonl").is_file():
+                heads = _heads(home / f"reward_{kind}", names)
+                rows = [_of_groups(row, heads) for row in read_metrics(home / kind)]
                 histories.setdefault(kind, []).append(rows)
     return histories
+
+
+def _heads(reward: Path, names: Sequence[str]) -> list[int] | None:
+    """Return the reward head of each group; None where they are not the same groups."""
+    if not (reward / "summary.json").is_file():
+        return list(range(len(names)))  # trained on the groups' own utilities
+    matched = json.loads((reward / "summary.json").read_text()).get("head_of_group", {})
+    heads = [matched.get(name) for name in names]
+    return heads if sorted(map(str, heads)) == sorted(map(str, range(len(names)))) else None
+
+
+def _of_groups(row: Mapping[str, float], heads: Sequence[int] | None) -> dict[str, float]:
+    own = {name: value for name, value in row.items() if not name.startswith(("rewards/", "maxmin/weights/"))}
+    own |= {name.replace("monitor", "rewards"): value for name, value in row.items() if name.startswith("monitor/")}
+    weights = [row.get(f"maxmin/weights/{head}") for head in heads or ()]
+    return own | {f"maxmin/weights/{k}": value for k, value in enumerate(weights) if value is not None}
 
 
 def env(arguments: list[str]) -> int:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 from torchrl_maxmin.core.errors import UserError
 
-__all__ = ["MANIFEST", "DamagedError", "file_digest", "require_whole", "write_manifest"]
+__all__ = ["CARD", "MANIFEST", "VIEWS", "DamagedError", "file_digest", "require_whole", "write_manifest"]
 
 MANIFEST = "manifest.json"
+#: A model's card on the Hugging Face hub.
+CARD = "README.md"
+#: Files for people, which are written again from what a run found, and decide nothing.
+VIEWS = ("report.md", "report.html", CARD)
 
 
 class DamagedError(UserError):
@@ -26,10 +30,14 @@ def file_digest(path: Path) -> str:
 
 
 def write_manifest(folder: Path, files: Iterable[Path]) -> None:
-    """Write SHA-256 and size of files of a folder into its ``manifest.json``, whole or not at all."""
+    """Write SHA-256 and size of files of a folder, but for :data:`VIEWS`, into its ``manifest.json``.
+
+    It is written whole or not at all.
+    """
     listed = {
         path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "bytes": path.stat().st_size}
         for path in sorted(files)
+        if path.relative_to(folder).as_posix() not in VIEWS
     }
     partial = folder / f".{MANIFEST}.partial"
     with partial.open("w") as file:
@@ -56,6 +64,8 @@ def require_whole(folder: str | Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} is damaged: it lists no files; {_REMEDY}") from error
     for name, digest in listed.items():
+        if name in VIEWS:  # of an earlier version, which listed them
+            continue
         if not (folder / name).is_file():
             raise DamagedError(f"{folder / name} is missing, which {path} lists; {_REMEDY}")
         if file_digest(folder / name) != digest:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.manifest import MANIFEST, file_digest
+from torchrl_maxmin.core.manifest import MANIFEST, VIEWS, file_digest
 from torchrl_maxmin.core.progress import console
 
 __all__ = ["MAY_CHANGE", "identity_of", "now", "require_same"]
@@ -141,8 +141,8 @@ def _content(text: str) -> str | None:
 
 
 def _is_passing(path: Path) -> bool:
-    """Whether a file in a folder is none of its content: logs, checkpoints, hidden files."""
-    return any(part.startswith((".", "checkpoint-")) or part == "logs" for part in path.parts)
+    """Whether a file in a folder is none of its content: logs, checkpoints, hidden files, views."""
+    return path.as_posix() in VIEWS or any(part.startswith((".", "checkpoint-")) or part == "logs" for part in path.parts)
 
 
 def _version(package: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,17 @@ import numpy as np
 
 from torchrl_maxmin.core.tables import markdown_table, write_csv, write_paragraphs
 from torchrl_maxmin.core.text_escape import fenced, markdown, plot, terminal
+from torchrl_maxmin.diagnosis.page import write_diagnosis_page
 from torchrl_maxmin.diagnosis.report_wants import wants_parts
+from torchrl_maxmin.diagnosis.verdict import repeats_text, verdict
 from torchrl_maxmin.evaluation.plots import (
     COLOURS,
     FONT,
     MARKERS,
+    WIDTH,
+    Drawing,
     add_legend,
     figure_parts,
-    figure_text,
     new_figure,
     tidy,
     write_figure,
@@ -34,47 +37,6 @@ _HOLDS = {True: "holds", False: "does not hold", None: "cannot be said"}
 
 def _sentence(text: str) -> str:
     return markdown(text, most=2000)
-
-
-def repeats_text(count: int) -> str:
-    """Say what became of pairs that repeat one another."""
-    return f"{count:,} pairs repeat an earlier pair of the same user and count with it as one judgement."
-
-
-def verdict(summary: Mapping[str, Any], show: Callable[[str], str] = str) -> str:
-    """Answer in one sentence: does one reward serve?
-
-    Args:
-        summary: What ``diagnose`` found.
-        show: Makes names safe for where the sentence is shown.
-    """
-    if summary["one_reward_serves"]:
-        sentence = (
-            "One reward serves: the users do not differ as far as these data can tell, and diversity, "
-            "epsilon and alignment gap are 0."
-        )
-        accuracy = summary["groups"][0]["accuracy"]["single"] or {"low": None}
-        if accuracy["low"] is None or not accuracy["low"] > 0.5:  # NaN with one user
-            sentence += " That is little: the reward is not seen to rank held-out pairs better than chance."
-        return sentence
-    given = " (asked for, not chosen)" if summary["choice"] is None else ""
-    if summary["num_groups"] > 1 and not summary["established"]:
-        why = "; ".join(map(show, summary["evidence"]["reasons"]))
-        not_there = "are NOT established, and nothing is claimed on them"
-        return f"{summary['num_groups']} groups{given} {not_there}: {why}."
-    if summary["one_reward_serves"] is None:
-        if summary["choice"] is not None and summary["choice"]["beats_coin"] is False:
-            return "Nothing is learned of these users: no reward predicts left-out users better than a coin."
-        why = "one group was asked for" if summary["choice"] is None else "too few users to look for more"
-        return f"Whether one reward serves was not asked: {why}."
-    worst = max(summary["groups"], key=lambda group: group["alignment_gap"]["single"]["mean"])
-    single, maxmin = (interval_text(worst["alignment_gap"][name]) for name in ("single", "maxmin"))
-    share = f"{worst['share']['mean']:.0%}"
-    return (
-        f"{summary['num_groups']} groups{given}, diversity up to {summary['diversity']['largest']:.3f}. One "
-        f"reward for all costs {show(worst['name'])} ({share} of the users) {single} of utility "
-        f"against its own best policy, in deviations of its reward; MaxMin costs it {maxmin}."
-    )
 
 
 def verdict_table(summary: Mapping[str, Any]) -> Table:
@@ -109,27 +71,25 @@ def verdict_table(summary: Mapping[str, Any]) -> Table:
 
 
 def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: bool | None = None) -> Path:
-    """Write ``report.md``, ``groups.csv`` and the figure into ``folder``; returns the report.
+    """Write ``report.md``, ``report.html``, ``groups.csv`` and the figure into ``folder``; returns the first.
 
     Args:
         folder: Output folder, made if missing.
         summary: What :func:`~torchrl_maxmin.diagnosis.analysis.diagnose` found, ``.summary``.
-        figures: Draw the figure; None draws it if Matplotlib is there, and says so in the report if not.
+        figures: Draw the figure; None draws it if Matplotlib is there. One that is there is shown in any case.
 
     Raises:
         ImportError: If ``figures`` is True and Matplotlib is missing.
     """
     folder = Path(folder)
-
-    def draw() -> list[str]:
-        plot_diagnosis(summary, folder / "figures" / "diagnosis")
-        return [figure_text("diagnosis", "Accuracy and alignment gap by group")]
-
+    alt = "Accuracy and alignment gap by group"
+    drawing = Drawing("diagnosis", alt, "", lambda: plot_diagnosis(summary, folder / "figures" / "diagnosis"))
+    write_diagnosis_page(folder / "report.html", summary)
     parts = [
         "# What one reward costs these users",
         verdict(summary, _sentence),
         _data(summary),
-        *figure_parts(draw, figures, "figure"),
+        *figure_parts(folder, [drawing], figures, "figure"),
         *_evidence(summary),
         *_left_out(summary),
         "## Groups\n\n" + _group_table(summary),

@@ -23,7 +23,8 @@ from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.diagnosis.analysis import ONE_USER, check_pairs, diagnose
 from torchrl_maxmin.diagnosis.describing import describe_groups
 from torchrl_maxmin.diagnosis.people import write_users
-from torchrl_maxmin.diagnosis.report import repeats_text, verdict, verdict_table, write_diagnosis
+from torchrl_maxmin.diagnosis.report import verdict_table, write_diagnosis
+from torchrl_maxmin.diagnosis.verdict import repeats_text, verdict
 from torchrl_maxmin.evaluation.summary import write_summary
 from torchrl_maxmin.models.loading import require_model
 from torchrl_maxmin.preferences.describing import values_by_user
@@ -118,7 +119,7 @@ class _Pairs:
 def run_diagnose(config: DiagnoseConfig) -> Path:
     """Diagnose preference data; returns the folder.
 
-    The folder holds ``summary.json``, ``report.md``, ``groups.csv`` (a line a group), ``users.csv``
+    The folder holds ``summary.json``, ``report.md``, ``report.html``, ``groups.csv`` (a line a group), ``users.csv``
     (responsibilities by user), ``heads.safetensors`` (:func:`~torchrl_maxmin.clustering.heads.load_heads`),
     ``figures/diagnosis`` as .png, .svg and .csv, and ``config.yaml``.
 

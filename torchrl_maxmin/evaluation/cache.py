@@ -18,7 +18,7 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_maxmin.core.distributed import is_main_process, of_main_process, rank
-from torchrl_maxmin.core.manifest import MANIFEST, file_digest
+from torchrl_maxmin.core.manifest import MANIFEST, VIEWS, file_digest
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run_folder import RUN
 from torchrl_maxmin.core.serial import sync_folder
@@ -184,7 +184,8 @@ def digest_of_model(path: str) -> str:
     if not folder.is_dir():
         return digest_of(path)
     files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    # what says when the run was, and nothing of the model
-    found = {file.name: file_digest(file) for file in files if file.name not in (RUN, MANIFEST)}
+    # what says when the run was, or shows it to people, and nothing of the model
+    others = (RUN, MANIFEST, *VIEWS)
+    found = {file.name: file_digest(file) for file in files if file.name not in others}
     base = adapted_model(path)
     return digest_of(found, digest_of_model(base) if base else "")

@@ -21,6 +21,9 @@ MAXMIN = "maxmin"
 #: MaxMin on the true utilities.
 ORACLE = "oracle"
 
+#: Differences of the averages, beside those by group.
+_CHANGES = ("average_over_groups_change", "average_over_people_change")
+
 _ENDS = ("estimate", "low", "high", "bootstrap_low", "bootstrap_high", "per_seed")
 
 
@@ -37,7 +40,8 @@ def comparison_summary(
     Returns:
         Relative changes of the worst group, of the averages over groups and over people and of the majority,
         each with its interval; ``changes``, the difference of the win rates by group; ``people``, the shares
-        of the people whose group gains and loses, and whose group's interval holds 0; ``oracle_ratio``.
+        of the people whose group gains and loses, and whose group's interval holds 0; the averages' differences as
+        ``average_over_groups_change`` and ``average_over_people_change``; ``oracle_ratio``.
     """
     majority = int(np.argmax(np.mean([result.group_shares for result in results], axis=0)))
     out: dict[str, Any] = {"policy": MAXMIN, "baseline": BASELINE, "majority_group": names[majority]}
@@ -90,11 +94,26 @@ def _changes(
 def _people(both: Sequence[SeedResult], names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Say how many people gain and lose: shares of the groups whose interval of the change leaves 0 out."""
     if not both:
-        return {"changes": dict.fromkeys(names, NO_INTERVAL), "people": None}
+        averages = headline(_CHANGES[0], None) | headline(_CHANGES[1], None)
+        return {"changes": dict.fromkeys(names, NO_INTERVAL), "people": None} | averages
     maxmin, others = (win_matrices(both, policy, REFERENCE) for policy in (MAXMIN, BASELINE))
     change: Interval = paired_change(maxmin, others, **settings)
     shares = np.mean([result.group_shares for result in both], axis=0)
     kinds = {"gain": change.low > 0, "lose": change.high < 0}
     people = {kind: float(shares[which].sum()) for kind, which in kinds.items()}
     people["unsure"] = float(shares[~(kinds["gain"] | kinds["lose"])].sum())
-    return {"changes": {name: change.to_dict(k) for k, name in enumerate(names)}, "people": people}
+    each = [result.group_shares for result in both]
+    over = [(wins.mean(axis=-1), over_people(wins, each)) for wins in (maxmin, others)]
+    out = {"changes": {name: change.to_dict(k) for k, name in enumerate(names)}, "people": people}
+    assert change.per_seed is not None
+    rows: list[dict[str, Any]] = [
+        {"seed": result.seed, "changes": dict(zip(names, changes, strict=True))}
+        for result, changes in zip(both, change.per_seed, strict=True)
+    ]
+    for key, ours, theirs in zip(_CHANGES, *over, strict=True):
+        average = paired_change(ours, theirs, **settings)
+        out |= headline(key, average)
+        assert average.per_seed is not None
+        for row, value in zip(rows, average.per_seed, strict=True):
+            row[key] = value
+    return out | {"changes_per_seed": rows}

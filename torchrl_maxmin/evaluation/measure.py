@@ -26,6 +26,7 @@ from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.mixture import mixture_figures, read_summary, trained_with
 from torchrl_maxmin.evaluation.report import rich_table, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
+from torchrl_maxmin.evaluation.samples import responses_to_show
 from torchrl_maxmin.evaluation.settings import EvaluateConfig
 from torchrl_maxmin.evaluation.summary import summarise, write_summary
 from torchrl_maxmin.models.loading import (
@@ -39,6 +40,7 @@ from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_
 from torchrl_maxmin.models.sequences import require_positions
 from torchrl_maxmin.preferences.chat import Text, is_conversational
 from torchrl_maxmin.preferences.io.files import load_prompts
+from torchrl_maxmin.preferences.texts import plain_text
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.functions import extra_columns
 from torchrl_maxmin.rewards.source import MixtureRewards
@@ -148,6 +150,11 @@ def _measure(config: EvaluateConfig) -> tuple[SeedResult, Path]:
         )
     groups = judge.group_names, judge.group_shares
     result = SeedResult(config.seed, *groups, utilities, kl, length, extra, wins, judge.shares_are)
+
+    def read(name: str, rows: Sequence[int]) -> list[str]:
+        return [plain_text(text) for text in to_texts(tokenizer, responses[name][list(rows)], texts)[1]]
+
+    extra["responses"] = responses_to_show(result, [plain_text(text) for text in texts], read)
     if is_main_process():
         result.save(folder / "result")
     return result, folder

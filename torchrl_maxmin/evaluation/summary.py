@@ -17,6 +17,7 @@ from torchrl_maxmin.core.json_text import plain, write_json_text
 from torchrl_maxmin.evaluation.comparison import MAXMIN, ORACLE, comparison_summary
 from torchrl_maxmin.evaluation.policies import BASELINE, NO_INTERVAL, pairs_summary, policy_summary
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
+from torchrl_maxmin.evaluation.verdict import verdict
 from torchrl_maxmin.stats.clustered import NUM_RESAMPLES
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 
@@ -47,7 +48,7 @@ def summarise(
     by seed. What cannot be computed is null. The same records give the same bytes.
 
     A policy that only some seeds hold is summarised over those seeds, and compared over the seeds that
-    hold both.
+    hold both. ``verdict`` is what :func:`~torchrl_maxmin.evaluation.verdict.verdict` says of it all.
 
     These entries of ``SeedResult.extra`` are read; all others come back under ``extra``, seed by seed:
 
@@ -124,6 +125,8 @@ def summarise(
             for result in results
         ],
     }
+    found = verdict(summary)
+    summary["verdict"] = {"headline": found.headline, "lines": [vars(line) for line in found.lines]}
     return plain(summary)
 
 
@@ -153,7 +156,20 @@ def load_summary(folder: str | Path) -> dict[str, Any]:
         summary = _upgraded(summary)
     if version < 3 and "policies" in summary:
         _add_averages(summary)
+    if "policies" in summary:
+        _add_changes(summary)
     return summary | {"schema_version": SCHEMA_VERSION}
+
+
+def _add_changes(summary: dict[str, Any]) -> None:
+    """Add the differences of the averages where an earlier version left them out: numbers without intervals."""
+    compared = summary["comparison"]
+    pairs = [summary["policies"].get(name) for name in (MAXMIN, BASELINE)]
+    for key in ("average_over_groups", "average_over_people"):
+        change = pairs[0][key] - pairs[1][key] if all(pairs) else None
+        if compared.setdefault(f"{key}_change", change) == change:
+            compared.setdefault(f"{key}_change_interval", {**NO_INTERVAL, "mean": change})
+    compared.setdefault("changes_per_seed", [])
 
 
 def _add_averages(summary: dict[str, Any]) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 from torchrl_maxmin.core.tables import markdown_table
 from torchrl_maxmin.core.text_escape import markdown
+from torchrl_maxmin.evaluation.texts import WORST_OF_PAIRS, oracle_text
+from torchrl_maxmin.evaluation.verdict import SHARES
+from torchrl_maxmin.stats.text import ends_text, interval_text, number_text
 
 __all__ = [
     "comparison_block",
@@ -27,34 +30,9 @@ _ROWS = {
 
 
 _TOTALS = ("worst group (biased low)", "average over groups", "average over people")
-_SHARES = {
-    "true": "the true shares",
-    "found": "the shares that were found",
-    "equal": "equal shares, as the judge has none, so that both averages are one",
-    "given": "the shares given",
-}
-
-
 def group_names(summary: Mapping[str, Any]) -> list[str]:
     """Return the groups in their order."""
     return [group["name"] for group in summary["groups"]]
-
-
-def number_text(value: float | None, spec: str) -> str:
-    """Format a number, or n/a; what rounds to zero gets no minus."""
-    return "n/a" if value is None else format(value, spec.replace(".", "z.", 1))
-
-
-def interval_text(interval: Mapping[str, Any], spec: str = ".3f") -> str:
-    """Format an interval's number and its ends, where there are any."""
-    ends = ends_text(interval, spec)
-    return number_text(interval["mean"], spec) + (f" {ends}" if ends != "n/a" else "")
-
-
-def ends_text(interval: Mapping[str, Any], spec: str, which: str = "") -> str:
-    """Format an interval's ends, or the bootstrap's by ``which="bootstrap_"``."""
-    low, high = interval[f"{which}low"], interval[f"{which}high"]
-    return "n/a" if low is None or high is None else f"[{number_text(low, spec)}, {number_text(high, spec)}]"
 
 
 def _rates(entry: Mapping[str, Any], rates: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -86,7 +64,8 @@ def pairs_block(summary: Mapping[str, Any]) -> list[str]:
         [markdown(pair["policy"]), markdown(pair["other"]), *_rates(pair, pair["win_rate"], names)]
         for pair in pairs
     ]
-    return ["## Policies against each other\n\n" + markdown_table(header, rows)]
+    table = markdown_table(header, rows)
+    return ["## Policies against each other\n\n" + WORST_OF_PAIRS + "\n\n" + table]
 
 
 def comparison_block(summary: Mapping[str, Any]) -> str:
@@ -121,7 +100,7 @@ def comparison_block(summary: Mapping[str, Any]) -> str:
     text = heading + markdown_table(header, rows)
     text += (
         "\n\nThe average over groups counts each group once; the average over people weighs groups by "
-        f"{_SHARES[summary['shares_are']]}, which its interval takes as they are."
+        f"{SHARES[summary['shares_are']]}, which its interval takes as they are."
     )
     if compared.get("people"):
         each = ((markdown(group), interval_text(c, "+.3f")) for group, c in compared["changes"].items())
@@ -140,7 +119,6 @@ def comparison_block(summary: Mapping[str, Any]) -> str:
             "baseline is trained for the majority, so the majority's preference for it is expected: what it "
             "gives up is the last row of the table."
         )
-    if compared.get("oracle_ratio") is not None:
-        ratio = interval_text(compared["oracle_ratio_interval"])
-        text += f"\n\nWorst group relative to MaxMin on the true utilities: {ratio}."
+    if oracle := oracle_text(summary):
+        text += f"\n\n{oracle}"
     return text
