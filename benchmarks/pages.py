@@ -1,9 +1,9 @@
-"""Look at pages in Chromium as a reader does: no request, no error, no sideways scroll, nothing that axe-core faults.
+"""Look at pages in Chromium: no request, no error, no sideways scroll, nothing serious that axe-core finds.
 
     python benchmarks/pages.py PAGE.html ... --output_dir shots [--axe axe.min.js]
 
-Needs Chromium (``apt-get install chromium``), ``pip install playwright`` and axe-core (``npm install axe-core``).
-Every page is opened at 1280 and 390 pixels, light and dark; pictures of it and an A4 print are written.
+Needs Chromium (``apt-get install chromium``), ``pip install playwright`` and ``npm install axe-core``. Every
+page is opened at 1280 and 390 pixels, light and dark; pictures of it and an A4 print are written.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def _one(tab: Any, page: Path, shot: Path | None, axe: Path | None) -> list[str]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pages", nargs="+", type=Path)
     parser.add_argument("--output_dir", type=Path, help="where pictures go; none without it")
     parser.add_argument("--axe", type=Path, default=Path("node_modules/axe-core/axe.min.js"))

@@ -236,7 +236,7 @@ def test_mistakes_in_a_recipe(refused, stage, here, text, message):
 
 
 def test_report_of_nothing(refused, here):
-    assert "no summary.json in nowhere; give the output folder of demo, evaluate or diagnose" in refused(
+    assert "no summary.json in nowhere; give the output folder of demo, evaluate, diagnose or reward" in refused(
         "report", "nowhere"
     )
     (here / "reward").mkdir()

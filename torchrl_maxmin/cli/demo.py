@@ -22,6 +22,7 @@ from torchrl_maxmin.core.run_folder import continued, how_to_go_on, is_unfinishe
 from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
+from torchrl_maxmin.evaluation.report import write_cards
 from torchrl_maxmin.trainers.lm_ppo import run_ppo
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
 from torchrl_maxmin.trainers.reward import run_reward
@@ -131,7 +132,7 @@ class _Prepare:
 
 
 def run_demo(config: DemoConfig) -> Path:
-    """Run all seeds and write ``summary.json``, ``report.md`` and plots; returns the folder.
+    """Run all seeds and write ``summary.json``, ``report.md``, ``report.html`` and plots; returns the folder.
 
     Raises:
         UserError: before any work, for settings, a recipe or a folder that cannot be used.
@@ -160,6 +161,8 @@ def _run(config: DemoConfig) -> Path:
         result.extra["timings"] = timings
     summary = summarise(results, wall_seconds=time.perf_counter() - start)
     write_report(folder, summary, histories=training_histories(folder, summary))
+    for seed in config.seeds:
+        write_cards({kind: str(folder / f"seed-{seed}" / kind) for kind in config.policies}, summary)
     write_summary(folder, summary)
     console.print(rich_table(summary))
     return folder

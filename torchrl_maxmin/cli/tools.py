@@ -15,6 +15,7 @@ from rich.table import Table
 from torchrl_maxmin.cli.parsing import OneLineParser, parse_config
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import PlainConsole
+from torchrl_maxmin.core.text_escape import terminal
 
 __all__ = ["data", "env", "plan", "report", "training_histories"]
 
@@ -113,12 +114,14 @@ def data(arguments: list[str]) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    """``report FOLDER``: rewrite ``report.md`` from ``summary.json`` and print the table."""
+    """``report FOLDER``: write ``report.md`` and ``report.html`` again and print the table."""
     parser = OneLineParser(prog="torchrl-maxmin report", description="Report of a run.")
     parser.add_argument("folder", help="folder with a summary.json")
     folder = Path(parser.parse_args(arguments).folder)
+    table: Any
     from torchrl_maxmin.diagnosis.report import verdict_table, write_diagnosis
     from torchrl_maxmin.evaluation import load_summary, rich_table, write_report
+    from torchrl_maxmin.rewards.report import reward_verdict, write_reward_report
 
     summary = load_summary(folder)
     if "proof_gaps" in summary:
@@ -126,9 +129,14 @@ def report(arguments: list[str]) -> int:
     elif "policies" in summary:
         path = write_report(folder, summary, histories=training_histories(folder, summary))
         table = rich_table(summary)
+    elif "mixing_weights" in summary:
+        path, table = write_reward_report(folder, summary), terminal(reward_verdict(summary).headline)
     else:
-        raise UserError(f"{folder} holds no results by group; give the folder of demo, evaluate or diagnose")
-    PlainConsole().print(table)
+        raise UserError(
+            f"{folder} holds no results by group; give the folder of demo, evaluate, diagnose or reward"
+        )
+    PlainConsole().print(table, markup=False)
+    _write(f"page: {path.with_suffix('.html')}")
     _write(f"report: {path}")
     return 0
 
@@ -169,7 +177,11 @@ def _heads(reward: Path, names: Sequence[str]) -> list[int] | None:
 
 def _of_groups(row: Mapping[str, float], heads: Sequence[int] | None) -> dict[str, float]:
     own = {name: value for name, value in row.items() if not name.startswith(("rewards/", "maxmin/weights/"))}
-    own |= {name.replace("monitor", "rewards"): value for name, value in row.items() if name.startswith("monitor/")}
+    own |= {
+        name.replace("monitor", "rewards"): value
+        for name, value in row.items()
+        if name.startswith("monitor/")
+    }
     weights = [row.get(f"maxmin/weights/{head}") for head in heads or ()]
     return own | {f"maxmin/weights/{k}": value for k, value in enumerate(weights) if value is not None}
 

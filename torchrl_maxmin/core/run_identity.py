@@ -142,7 +142,9 @@ def _content(text: str) -> str | None:
 
 def _is_passing(path: Path) -> bool:
     """Whether a file in a folder is none of its content: logs, checkpoints, hidden files, views."""
-    return path.as_posix() in VIEWS or any(part.startswith((".", "checkpoint-")) or part == "logs" for part in path.parts)
+    return path.as_posix() in VIEWS or any(
+        part.startswith((".", "checkpoint-")) or part == "logs" for part in path.parts
+    )
 
 
 def _version(package: str) -> str | None:

@@ -38,7 +38,11 @@ def write_diagnosis_page(path: str | Path, summary: Mapping[str, Any]) -> Path:
 def diagnosis_page(summary: Mapping[str, Any]) -> Page:
     """Put the page of a diagnosis together."""
     figures = Figures(summary)
-    facts = [f"{summary['num_users']:,} users", f"{summary['num_pairs']:,.0f} choices", f"{summary['num_features']} features"]
+    facts = [
+        f"{summary['num_users']:,} users",
+        f"{summary['num_pairs']:,.0f} choices",
+        f"{summary['num_features']} features",
+    ]
     sections = [
         _cost(summary, figures),
         _groups(summary, figures),
@@ -67,23 +71,42 @@ def _strips(summary: Mapping[str, Any], figures: Figures, key: str, names: Seque
 def _cost(summary: Mapping[str, Any], figures: Figures) -> Section:
     strips = _strips(summary, figures, "alignment_gap", ("single", "maxmin"))
     chart = strip_chart("alignment gap by group", strips, at_line="no loss")
-    caption = "What each group loses against its own best policy, in deviations of its reward; less is better."
+    caption = (
+        "What each group loses against its own best policy, in deviations of its reward; less is better."
+    )
     blocks: list[Any] = [Picture([chart], caption)]
     maxmin = summary["maxmin"]
     rows = [
-        ["under one reward", *(figures.number(".3f", "maxmin", "single_utilities", k) for k in range(len(summary["groups"])))],
-        ["under MaxMin", *(figures.number(".3f", "maxmin", "utilities", k) for k in range(len(summary["groups"])))],
-        ["weight under MaxMin", *(figures.number(".3f", "maxmin", "weights", k) for k in range(len(maxmin["weights"])))],
+        [
+            "under one reward",
+            *(figures.number(".3f", "maxmin", "single_utilities", k) for k in range(len(summary["groups"]))),
+        ],
+        [
+            "under MaxMin",
+            *(figures.number(".3f", "maxmin", "utilities", k) for k in range(len(summary["groups"]))),
+        ],
+        [
+            "weight under MaxMin",
+            *(figures.number(".3f", "maxmin", "weights", k) for k in range(len(maxmin["weights"]))),
+        ],
     ]
-    blocks.append(Table("Utility of each group, KL penalty included", ["", *(g["name"] for g in summary["groups"])], rows))
+    blocks.append(
+        Table(
+            "Utility of each group, KL penalty included", ["", *(g["name"] for g in summary["groups"])], rows
+        )
+    )
     meaning = "What a policy trained on one reward for all, and one trained by MaxMin, costs each group."
-    return Section("cost", "Who pays", meaning, blocks, ("alignment_gap", "maxmin", "adversary", "t_interval"))
+    return Section(
+        "cost", "Who pays", meaning, blocks, ("alignment_gap", "maxmin", "adversary", "t_interval")
+    )
 
 
 def _groups(summary: Mapping[str, Any], figures: Figures) -> Section:
     rows, header = [], ["group", "users", "share", Term("epsilon", "epsilon"), "distance to the mixture"]
     for k, group in enumerate(summary["groups"]):
-        cells = [figures.interval(".3f", "groups", k, key) for key in ("share", "epsilon", "distance_to_mixture")]
+        cells = [
+            figures.interval(".3f", "groups", k, key) for key in ("share", "epsilon", "distance_to_mixture")
+        ]
         rows.append([group["name"], figures.count("groups", k, "users"), *cells])
     blocks: list[Any] = [Table("The groups, with intervals", header, rows)]
     if summary["choice"] is None:
@@ -100,7 +123,11 @@ def _accuracy(summary: Mapping[str, Any], figures: Figures) -> Section:
     if any(strip.mark for strip in strips):
         chart = strip_chart("accuracy by group", strips, limits=(0.3, 1.0), line=0.5, at_line="a coin")
         blocks.append(Picture([chart], "How often the reward ranks a held-out pair as the user did."))
-    reasons = [f"{g['name']}: {g['accuracy']['reason']}." for g in summary["groups"] if g["accuracy"]["single"] is None]
+    reasons = [
+        f"{g['name']}: {g['accuracy']['reason']}."
+        for g in summary["groups"]
+        if g["accuracy"]["single"] is None
+    ]
     rows = [
         [group["name"], figures.interval("+.3f", "groups", k, "accuracy", "difference")]
         for k, group in enumerate(summary["groups"])
@@ -144,7 +171,9 @@ def _people(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
             tests.append(f"{column}: not tested, as {found['reason']}.")
         else:
             related = "related to the groups" if found["related"] else "not seen to be related to the groups"
-            tests.append(f"{column}: {related} (p = {found['p_holm']:.4g} by Holm over the columns; {found['test']}).")
+            tests.append(
+                f"{column}: {related} (p = {found['p_holm']:.4g} by Holm over the columns; {found['test']})."
+            )
     blocks: list[Any] = [Table("Columns by group", header, rows), Items(tests)]
     if not summary.get("established"):
         blocks.insert(0, Text("The groups are not established: what follows may be chance.", important=True))
@@ -157,10 +186,20 @@ def _stability(summary: Mapping[str, Any], figures: Figures) -> Section:
     if found := summary["evidence"]:
         rows = []
         for k, (group, own) in enumerate(zip(summary["groups"], found["groups"], strict=True)):
-            cells = [figures.interval(".3f", "evidence", "groups", k, name) for name in ("jaccard", "correlation", "gain")]
+            cells = [
+                figures.interval(".3f", "evidence", "groups", k, name)
+                for name in ("jaccard", "correlation", "gain")
+            ]
             rows.append([group["name"], own["reason"] or "yes", *cells])
-        header = ["group", Term("established", "established"), Term("same users in refits (Jaccard)", "jaccard")]
-        header += ["heads' correlation in refits", Term("gain on left-out judgements, nats a choice", "heldout")]
+        header = [
+            "group",
+            Term("established", "established"),
+            Term("same users in refits (Jaccard)", "jaccard"),
+        ]
+        header += [
+            "heads' correlation in refits",
+            Term("gain on left-out judgements, nats a choice", "heldout"),
+        ]
         blocks.append(Table("Whether the groups are there", header, rows))
         blocks.append(Code(found["report"], "Evidence for the groups"))
     else:
@@ -169,7 +208,10 @@ def _stability(summary: Mapping[str, Any], figures: Figures) -> Section:
         blocks.append(Text(f"The groups were {starts['text']}."))
     if lines := summary.get("left_out", {}).get("report"):
         blocks.append(Items(lines))
-    meaning = "Whether the same groups are found with other users and other starts, and what was left out to see it."
+    meaning = (
+        "Whether the same groups are found with other users and other starts, and what was left "
+        "out to see it."
+    )
     return Section("stability", "Stability", meaning, blocks, ("stability", "established", "jaccard"))
 
 
@@ -178,25 +220,39 @@ def _theory(summary: Mapping[str, Any], figures: Figures) -> Section:
     for k, group in enumerate(summary["groups"]):
         path = ("groups", k)
         cells = [figures.number(".3g", *path, "lemma1", name) for name in ("bound", "measured")]
-        cells += [figures.number(".3g", *path, "theorem1", name) for name in ("printed", "squared", "measured")]
+        cells += [
+            figures.number(".3g", *path, "theorem1", name) for name in ("printed", "squared", "measured")
+        ]
         rows.append([group["name"], *cells])
-    header = ["group", "Lemma 1, bound", "parameters apart, measured", "Theorem 1, printed", "Theorem 1, squared"]
-    table = Table("Bounds of the paper", [*header, Term("alignment gap in log odds, measured", "alignment_gap")], rows)
+    header = [
+        "group",
+        "Lemma 1, bound",
+        "parameters apart, measured",
+        "Theorem 1, printed",
+        "Theorem 1, squared",
+    ]
+    table = Table(
+        "Bounds of the paper", [*header, Term("alignment gap in log odds, measured", "alignment_gap")], rows
+    )
     assumed = [[item["assumption"], _HOLDS[item["holds"]], item["told"]] for item in summary["assumptions"]]
     blocks = [
         table,
         Table("What the bounds assume", ["assumption", "here", "because"], assumed, words=True),
         Items(summary["proof_gaps"]),
     ]
-    meaning = "The paper's bounds are a diagnostic and no certificate: what they assume stands below, with the gaps of the printed proof."
+    meaning = (
+        "The paper's bounds are a diagnostic and no certificate: what they assume stands below, "
+        "with the gaps of the printed proof."
+    )
     return Section("theory", "Lemma 1 and Theorem 1", meaning, blocks, ("epsilon", "diversity"))
 
 
 def _warnings(summary: Mapping[str, Any], figures: Figures) -> Section:
     lines = [
-        "The alignment gap is that of policies which choose between the two responses of a pair. It says nothing of "
-        "responses that nobody compared, and is not the gap of a trained language model.",
-        f"Intervals: {summary['intervals']}. They hold the chance of the users, not that of the number of groups.",
+        "The alignment gap is that of policies which choose between the two responses of a pair. It says "
+        "nothing of responses that nobody compared, and is not the gap of a trained language model.",
+        f"Intervals: {summary['intervals']}. They hold the chance of the users, not that of the number of "
+        "groups.",
     ]
     if summary.get("repeated_pairs"):
         lines.append(repeats_text(summary["repeated_pairs"]))
@@ -205,4 +261,6 @@ def _warnings(summary: Mapping[str, Any], figures: Figures) -> Section:
         label = "agreement with the groups that the data name (adjusted Rand index)"
         rows.append([label, figures.number(".3f", "recovery", "adjusted_rand_index")])
     blocks = [Items(lines), Table("How far to trust the groups", ["", "value"], rows)]
-    return Section("warnings", "Warnings", "What to know before the numbers are used.", blocks, ("misassigned",))
+    return Section(
+        "warnings", "Warnings", "What to know before the numbers are used.", blocks, ("misassigned",)
+    )

@@ -12,12 +12,11 @@ from torchrl_maxmin.core.tables import markdown_table, write_csv, write_paragrap
 from torchrl_maxmin.core.text_escape import fenced, markdown, plot, terminal
 from torchrl_maxmin.diagnosis.page import write_diagnosis_page
 from torchrl_maxmin.diagnosis.report_wants import wants_parts
-from torchrl_maxmin.diagnosis.verdict import repeats_text, verdict
+from torchrl_maxmin.diagnosis.verdict import page_verdict, repeats_text, verdict
 from torchrl_maxmin.evaluation.plots import (
     COLOURS,
     FONT,
     MARKERS,
-    WIDTH,
     Drawing,
     add_legend,
     figure_parts,
@@ -26,6 +25,7 @@ from torchrl_maxmin.evaluation.plots import (
     write_figure,
 )
 from torchrl_maxmin.evaluation.tables import interval_text
+from torchrl_maxmin.pages import verdict_markdown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,8 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
     Args:
         folder: Output folder, made if missing.
         summary: What :func:`~torchrl_maxmin.diagnosis.analysis.diagnose` found, ``.summary``.
-        figures: Draw the figure; None draws it if Matplotlib is there. One that is there is shown in any case.
+        figures: Draw the figure; None draws it if Matplotlib is there. One that is there is shown
+            in any case.
 
     Raises:
         ImportError: If ``figures`` is True and Matplotlib is missing.
@@ -87,7 +88,7 @@ def write_diagnosis(folder: str | Path, summary: Mapping[str, Any], *, figures: 
     write_diagnosis_page(folder / "report.html", summary)
     parts = [
         "# What one reward costs these users",
-        verdict(summary, _sentence),
+        verdict_markdown(page_verdict(summary, _sentence)),
         _data(summary),
         *figure_parts(folder, [drawing], figures, "figure"),
         *_evidence(summary),

@@ -119,8 +119,9 @@ class _Pairs:
 def run_diagnose(config: DiagnoseConfig) -> Path:
     """Diagnose preference data; returns the folder.
 
-    The folder holds ``summary.json``, ``report.md``, ``report.html``, ``groups.csv`` (a line a group), ``users.csv``
-    (responsibilities by user), ``heads.safetensors`` (:func:`~torchrl_maxmin.clustering.heads.load_heads`),
+    The folder holds ``summary.json``, ``report.md``, ``report.html``, ``groups.csv`` (a line a group),
+    ``users.csv`` (responsibilities by user),
+    ``heads.safetensors`` (:func:`~torchrl_maxmin.clustering.heads.load_heads`),
     ``figures/diagnosis`` as .png, .svg and .csv, and ``config.yaml``.
 
     Raises:

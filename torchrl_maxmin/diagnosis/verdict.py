@@ -72,7 +72,9 @@ def page_verdict(summary: Mapping[str, Any], show: Callable[[str], str] = str) -
         single, maxmin = (interval_text(gaps[name]) for name in ("single", "maxmin"))
         kinds.append(_direction(gaps["single"], gaps["maxmin"]))
         what = {"gain": "loses less under MaxMin", "lose": "loses more under MaxMin", "unsure": "not decided"}
-        text = f"{_who(group, show)}: {what[kinds[-1]]}, {maxmin} of utility against {single} under one reward."
+        text = (
+            f"{_who(group, show)}: {what[kinds[-1]]}, {maxmin} of utility against {single} under one reward."
+        )
         lines.append(Line(kinds[-1], text))
     groups = summary["groups"]
     worst = max(range(len(groups)), key=lambda k: groups[k]["alignment_gap"]["single"]["mean"])

@@ -40,8 +40,8 @@ def comparison_summary(
     Returns:
         Relative changes of the worst group, of the averages over groups and over people and of the majority,
         each with its interval; ``changes``, the difference of the win rates by group; ``people``, the shares
-        of the people whose group gains and loses, and whose group's interval holds 0; the averages' differences as
-        ``average_over_groups_change`` and ``average_over_people_change``; ``oracle_ratio``.
+        of the people whose group gains and loses, and whose group's interval holds 0; the averages'
+        differences as ``average_over_groups_change`` and ``average_over_people_change``; ``oracle_ratio``.
     """
     majority = int(np.argmax(np.mean([result.group_shares for result in results], axis=0)))
     out: dict[str, Any] = {"policy": MAXMIN, "baseline": BASELINE, "majority_group": names[majority]}

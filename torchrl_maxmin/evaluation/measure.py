@@ -24,7 +24,7 @@ from torchrl_maxmin.core.run_folder import how_to_go_on, stage
 from torchrl_maxmin.evaluation.cache import FOLDER, Samples, Verdicts, digest_of, digest_of_model
 from torchrl_maxmin.evaluation.judging import UtilityJudge, load_judge
 from torchrl_maxmin.evaluation.mixture import mixture_figures, read_summary, trained_with
-from torchrl_maxmin.evaluation.report import rich_table, write_report
+from torchrl_maxmin.evaluation.report import rich_table, write_cards, write_report
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
 from torchrl_maxmin.evaluation.samples import responses_to_show
 from torchrl_maxmin.evaluation.settings import EvaluateConfig
@@ -56,11 +56,16 @@ MAY_CHANGE = ("judge_refusals", "judge_retries", "judge_retry_after", "judge_tim
 @across_ranks
 @stage("evaluate", inputs=INPUTS, may_change=MAY_CHANGE)
 def run_evaluate(config: EvaluateConfig) -> Path:
-    """Measure policies and write ``summary.json``, ``report.md`` and plots; returns the folder."""
+    """Measure policies and write ``summary.json``, reports and plots; returns the folder.
+
+    Reports are ``report.md`` and ``report.html``. What was found is added to the model cards of the policies'
+    folders that have one of ours.
+    """
     result, folder = _measure(config)
     if is_main_process():
         summary = summarise([result])
         write_report(folder, summary)
+        write_cards(config.folders(), summary)
         write_summary(folder, summary)
         console.print(rich_table(summary))
     return folder

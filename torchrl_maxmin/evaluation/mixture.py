@@ -51,7 +51,10 @@ def mixture_figures(
     }
     if reward.get("num_groups", 1) > 1:
         evidence = reward.get("evidence") or {}
-        extra["groups_found"] = {"established": reward.get("established"), "reasons": evidence.get("reasons", [])}
+        extra["groups_found"] = {
+            "established": reward.get("established"),
+            "reasons": evidence.get("reasons", []),
+        }
         extra["groups_found"] |= {key: evidence.get(key) for key in ("agreement", "gain", "num_refits")}
     heads = reward.get("head_of_group", {})
     if all(name in heads for name in group_names):

@@ -8,15 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_maxmin.evaluation.page_details import (
+    calibration_section,
+    certificate_section,
+    groups_section,
+    plain_name,
+    sizes_section,
+    stability_section,
+)
 from torchrl_maxmin.evaluation.plots import as_seeds, group_curves
-from torchrl_maxmin.evaluation.policies import BASELINE, NO_INTERVAL
+from torchrl_maxmin.evaluation.policies import BASELINE
 from torchrl_maxmin.evaluation.results import REFERENCE
 from torchrl_maxmin.evaluation.tables import group_names, number_text
 from torchrl_maxmin.evaluation.texts import (
     WORST_OF_PAIRS,
-    calibration_texts,
     caveats,
-    certificate_texts,
     description,
     oracle_text,
 )
@@ -79,12 +85,13 @@ def evaluation_page(summary: Mapping[str, Any], histories: Mapping[str, Any] | N
         *_pairs(summary, figures),
         *_responses(summary, figures),
         *_training(summary, histories),
-        *_sizes(summary, figures),
-        _certificate(summary),
-        *_calibration(summary),
-        _groups(summary, figures),
-        _stability(summary, figures),
-        Section("warnings", "Warnings", "What to know before the numbers are used.", [Items(caveats(summary, _plain))],
+        *sizes_section(summary, figures),
+        certificate_section(summary),
+        *calibration_section(summary),
+        groups_section(summary, figures),
+        stability_section(summary, figures),
+        Section("warnings", "Warnings", "What to know before the numbers are "
+        "used.", [Items(caveats(summary, plain_name))],
                 ("biased_low", "bootstrap", "t_interval")),
     ]  # fmt: skip
     facts = [
@@ -93,11 +100,6 @@ def evaluation_page(summary: Mapping[str, Any], histories: Mapping[str, Any] | N
         f"{seeds_text(summary)} ({', '.join(map(str, summary['seeds']))})",
     ]
     return Page("Evaluation by group", verdict(summary), facts, sections)
-
-
-def _plain(text: Any, most: int = 0) -> str:
-    """Leave a name as it is: the template makes it safe."""
-    return str(text)
 
 
 def _who_pays(summary: Mapping[str, Any], figures: Figures) -> Section:
@@ -112,18 +114,31 @@ def _who_pays(summary: Mapping[str, Any], figures: Figures) -> Section:
             name = group["name"]
             seeds = [row["changes"][name] for row in rows] if several else []
             cell = figures.interval("+.3f", "comparison", "changes", name)
-            strips.append(Strip(name, f"{group['share']:.0%} of people", _mark(compared["changes"][name], seeds, k), cell))
+            strips.append(
+                Strip(
+                    name, f"{group['share']:.0%} of people", _mark(compared["changes"][name], seeds, k), cell
+                )
+            )
         for key, (label, note) in _AVERAGES.items():
             name = f"{key}_change"
             if f"{name}_interval" in compared:
                 seeds = [row[name] for row in rows if name in row] if several else []
                 mark = _mark(compared[f"{name}_interval"], seeds, _AVERAGE_STYLE)
-                strips.append(Strip(label, note, mark, figures.interval("+.3f", "comparison", f"{name}_interval")))
-        chart = strip_chart(f"change of the win rate, {policy} against {baseline}", strips, at_line="no change")
-        blocks.append(Picture([chart], f"Change of the win rate against {REFERENCE} from {baseline} to {policy}, with "
-                              f"its interval. Right of the line gains, left of it loses.{_rings(several)}"))  # fmt: skip
+                strips.append(
+                    Strip(label, note, mark, figures.interval("+.3f", "comparison", f"{name}_interval"))
+                )
+        chart = strip_chart(
+            f"change of the win rate, {policy} against {baseline}", strips, at_line="no change"
+        )
+        blocks.append(Picture([chart], f"Change of the win rate against {REFERENCE} from {baseline} to "
+        f"{policy}, with "
+                              f"its interval. Right of the line gains, left of it "
+                              f"loses.{_rings(several)}"))  # fmt: skip
         people = compared["people"]
-        parts = [f"{people['gain']:.0%} of the people are in a group that gains", f"{people['lose']:.0%} in one that loses"]
+        parts = [
+            f"{people['gain']:.0%} of the people are in a group that gains",
+            f"{people['lose']:.0%} in one that loses",
+        ]
         if people["unsure"]:
             parts.append(f"{people['unsure']:.0%} in one where neither is decided")
         blocks.append(Text(f"{', '.join(parts)}. People are counted by {SHARES[summary['shares_are']]}."))
@@ -131,9 +146,13 @@ def _who_pays(summary: Mapping[str, Any], figures: Figures) -> Section:
         if oracle := oracle_text(summary):
             blocks.append(Text(oracle))
     else:
-        blocks.append(Text(f"There is no pair of {BASELINE} and maxmin here, so that what MaxMin changes is not "
+        blocks.append(Text(f"There is no pair of {BASELINE} and maxmin here, so that what MaxMin changes "
+        f"is not "
                            f"known; the next section holds every policy against {REFERENCE}."))  # fmt: skip
-    meaning = "What changes for each group, and over everybody, when the policy takes the place of one reward for all."
+    meaning = (
+        "What changes for each group, and over everybody, when the policy takes the place of one "
+        "reward for all."
+    )
     return Section("who", "Who gains and who pays", meaning, blocks, ("averages", "win_rate", "t_interval"))
 
 
@@ -175,8 +194,12 @@ def _by_group(summary: Mapping[str, Any], figures: Figures) -> Section:
             cell = figures.interval(".3f", "policies", policy, "win_rate_vs_sft", name)
             strips.append(Strip(name, f"{group['share']:.0%} of people", mark, cell))
         for key, (label, _) in _AVERAGES.items():
-            mark = _mark(entry[f"{key}_interval"], [row[key] for row in per_seed if key in row], _AVERAGE_STYLE)
-            strips.append(Strip(label, "", mark, figures.interval(".3f", "policies", policy, f"{key}_interval")))
+            mark = _mark(
+                entry[f"{key}_interval"], [row[key] for row in per_seed if key in row], _AVERAGE_STYLE
+            )
+            strips.append(
+                Strip(label, "", mark, figures.interval(".3f", "policies", policy, f"{key}_interval"))
+            )
     blocks: list[Any] = []
     if strips:
         chart = strip_chart(f"win rates against {REFERENCE}", strips, limits=(-0.02, 1.02), line=0.5,
@@ -187,12 +210,21 @@ def _by_group(summary: Mapping[str, Any], figures: Figures) -> Section:
     rows = []
     for policy in summary["policies"]:
         rates = [figures.interval(".3f", "policies", policy, "win_rate_vs_sft", name) for name in names]
-        sizes = [figures.number(".2f", "policies", policy, "kl"), figures.number(".1f", "policies", policy, "length")]
+        sizes = [
+            figures.number(".2f", "policies", policy, "kl"),
+            figures.number(".1f", "policies", policy, "length"),
+        ]
         rows.append([policy, *rates, *_totals(figures, "policies", policy), *sizes])
     blocks.append(Table(f"Win rates against {REFERENCE} with their intervals", header, rows))
-    blocks.append(Text(description(summary, _plain)))
+    blocks.append(Text(description(summary, plain_name)))
     meaning = f"How often each group prefers a policy's response to one of {REFERENCE}; 0.5 is no preference."
-    return Section("groups", "Table by group", meaning, blocks, ("win_rate", "worst_group", "averages", "kl", "sft", "single", "maxmin"))
+    return Section(
+        "groups",
+        "Table by group",
+        meaning,
+        blocks,
+        ("win_rate", "worst_group", "averages", "kl", "sft", "single", "maxmin"),
+    )
 
 
 def _totals(figures: Figures, *path: str | int) -> list[Cell]:
@@ -211,15 +243,19 @@ def _pairs(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
         rows.append([f"{pair['policy']} against {pair['other']}", *rates, *_totals(figures, "pairs", n)])
     table = Table("Win rates of the first policy against the second", ["policies", *names, *_TOTALS], rows)
     meaning = "How often each group prefers the first policy's response to the second's."
-    return [Section("pairs", "Policies against each other", meaning, [table, Text(WORST_OF_PAIRS)], ("worst_group",))]
+    return [
+        Section(
+            "pairs", "Policies against each other", meaning, [table, Text(WORST_OF_PAIRS)], ("worst_group",)
+        )
+    ]
 
 
 def _responses(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
-    for n, extra in enumerate(summary.get("extra", [])):
-        if extra.get("responses"):
-            break
-    else:
+    there = [n for n, extra in enumerate(summary.get("extra", [])) if extra.get("responses")]
+    if not there:
         return []
+    n = there[0]  # one seed is enough to read
+    extra = summary["extra"][n]
     shown = extra["responses"]
     titles = {
         "random": "Chosen at random",
@@ -232,7 +268,8 @@ def _responses(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
             path = ("extra", n, "responses", kind, p, "responses")
             answers = [
                 Answer(policy, answer["text"], [
-                    (group, figures.number(".2f", *path, policy, "scores", group)) for group in answer["scores"]
+                    (group, figures.number(".2f", *path, policy, "scores", group)) for group in
+                    answer["scores"]
                 ])
                 for policy, answer in entry["responses"].items()
             ]  # fmt: skip
@@ -241,10 +278,21 @@ def _responses(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
             blocks.append(Answers(title, prompts))
     scores = "Numbers are the response's utility for each group."
     if shown["scores"] == "win rate":
-        scores = f"Numbers are the win rate of the policy's responses to that prompt against those of {REFERENCE}."
-    blocks.insert(0, Text(f"{scores} One response of every policy is drawn at random (seed {extra['seed']}). Where the "
+        scores = (
+            f"Numbers are the win rate of the policy's responses to that prompt against those of {REFERENCE}."
+        )
+    blocks.insert(0, Text(f"{scores} One response of every policy is drawn at random (seed "
+    f"{extra['seed']}). Where the "
                           "groups differ most is no typical case."))  # fmt: skip
-    return [Section("responses", "Responses side by side", "What the policies write, and what it is worth to each group.", blocks, ("utility",))]
+    return [
+        Section(
+            "responses",
+            "Responses side by side",
+            "What the policies write, and what it is worth to each group.",
+            blocks,
+            ("utility",),
+        )
+    ]
 
 
 def _training(summary: Mapping[str, Any], histories: Mapping[str, Any] | None) -> list[Section]:
@@ -254,19 +302,28 @@ def _training(summary: Mapping[str, Any], histories: Mapping[str, Any] | None) -
     runs = {policy: as_seeds(history) for policy, history in histories.items()}
     utilities = {policy: group_curves(of, "rewards/{}/mean", len(names)) for policy, of in runs.items()}
     weights = {policy: group_curves(of, "maxmin/weights/{}", len(names)) for policy, of in runs.items()}
-    levels = {name: value for name, value in summary["policies"][REFERENCE]["utility"].items() if value is not None}
-    values = [v for of in utilities.values() for curves in of for curve in curves for v in curve[np.isfinite(curve)]]
+    levels = {
+        name: value for name, value in summary["policies"][REFERENCE]["utility"].items() if value is not None
+    }
+    values = [
+        v for of in utilities.values() for curves in of for curve in curves for v in curve[np.isfinite(curve)]
+    ]
     if not values:
         return []
     low, high = min(values + list(levels.values())), max(values + list(levels.values()))
     room = 0.05 * (high - low) or 1.0
     panels: list[Any] = []
-    limits, lines = (float(low - room), float(high + room)), [(f"{REFERENCE}, {n}", v) for n, v in levels.items()]
+    limits, lines = (
+        (float(low - room), float(high + room)),
+        [(f"{REFERENCE}, {n}", v) for n, v in levels.items()],
+    )
     for policy in runs:
         curves = _curves(utilities[policy], names)
         panels.append(curve_panel(policy, curves, unit="utility", limits=limits, levels=lines))
         curves = _curves(weights[policy], names)
-        panels.append(curve_panel(policy, curves, unit="weight of the group", limits=(0.0, 1.0), empty=_NO_WEIGHTS))
+        panels.append(
+            curve_panel(policy, curves, unit="weight of the group", limits=(0.0, 1.0), empty=_NO_WEIGHTS)
+        )
     caption = f"Utilities are in the unit of the tables; broken level lines are the utilities of {REFERENCE}."
     if any(len(of) > 1 for of in runs.values()):
         caption += " Thin lines are seeds, thick lines their mean."
@@ -281,99 +338,3 @@ def _curves(of_groups: Sequence[Sequence[np.ndarray]], names: Sequence[str]) -> 
         if runs:
             found.append(Curve(names[k], runs, k))
     return found
-
-
-def _sizes(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
-    policies = summary["policies"]
-    if not all("length_correlation" in policy for policy in policies.values()):
-        return []
-    names, rows = group_names(summary), []
-    for policy in policies:
-        utility = []
-        for name in names:
-            known = policies[policy]["utility_interval"][name] != NO_INTERVAL
-            path = ("policies", policy, "utility_interval", name)
-            utility.append(figures.interval(".3f", *path) if known else Cell("n/a"))
-        kl = figures.interval(".2f", "policies", policy, "kl_interval")
-        length = figures.interval(".1f", "policies", policy, "length_interval")
-        with_length = [figures.interval("+.2f", "policies", policy, "length_correlation", name) for name in names]
-        rows.append([policy, *utility, kl, length, *with_length])
-    header = ["policy", *(Term(f"utility, {name}", "utility") for name in names), Term("KL (nats)", "kl"), "length"]
-    header += [f"length with utility, {name}" for name in names]
-    blocks: list[Any] = [Table("Utility, KL and length with their intervals", header, rows)]
-    reasons = {e["reason"] for p in policies.values() for e in p["length_correlation"].values() if e.get("reason")}
-    if reasons:
-        blocks.append(Text("No correlation: " + "; ".join(sorted(reasons)) + "."))
-    meaning = ("What responses are worth, how far policies moved from the reference, and whether length alone explains "
-               "it: a correlation near 1 or -1 says that it does.")  # fmt: skip
-    return [Section("sizes", "Utility, KL and length", meaning, blocks, ("utility", "kl", "nats", "bootstrap"))]
-
-
-def _certificate(summary: Mapping[str, Any]) -> Section:
-    meaning = "How far from the best possible policy for its worst group the policy is at most."
-    terms = ("certificate", "duality_gap", "maxmin")
-    return Section("certificate", "Certificate", meaning, certificate_texts(summary, _plain), terms)
-
-
-def _calibration(summary: Mapping[str, Any]) -> list[Section]:
-    texts = calibration_texts(summary, _plain)
-    meaning = "Whether it depends on a choice of scale which group counts as the worst."
-    return [Section("calibration", "Calibration", meaning, texts, ("calibration", "convention"))] if texts else []
-
-
-def _groups(summary: Mapping[str, Any], figures: Figures) -> Section:
-    em = summary["em"]
-    rows: list[list[Any]] = []
-    labels = {
-        "user_accuracy": ("users in the right group, mean over seeds", ".3f"),
-        "user_accuracy_min": ("users in the right group, worst seed", ".3f"),
-        "num_groups_selected": ("number of groups", ".0f"),
-        "heldout_log_likelihood": (Term("held-out log-likelihood, nats a pair", "heldout"), ".3f"),
-    }
-    for key, (label, spec) in labels.items():
-        if em.get(key) is not None:
-            rows.append([label.text if isinstance(label, Term) else label, figures.number(spec, "em", key)])
-    for key, what in (("head_accuracy", "head accuracy"), ("head_correlation", "head's correlation with the truth")):
-        found = em.get(key) or []
-        for place in found if isinstance(found, Mapping) else range(len(found)):
-            head = place if isinstance(place, str) else f"group {place}"
-            rows.append([f"{what}, {head}", figures.number(".3f", "em", key, place)])
-    blocks: list[Any] = []
-    if rows:
-        blocks.append(Table("What the groups rest on", ["", "value"], rows))
-    else:
-        blocks.append(Text("No reward mixture was given (--reward_model_path), so that nothing is known of how the "
-                           "groups were found."))  # fmt: skip
-    counted = [group for group in summary["groups"] if group["users"] is not None]
-    if counted:
-        blocks.append(Text("Users: " + ", ".join(f"{group['name']} {group['users']}" for group in counted) + "."))
-    terms = ("heldout", "nats", "head_accuracy", "established", "misassigned")
-    return Section("found", "Groups", "How sure it is who belongs to which group.", blocks, terms)
-
-
-def _stability(summary: Mapping[str, Any], figures: Figures) -> Section:
-    blocks: list[Any] = []
-    compared = summary["comparison"]
-    rows = compared.get("changes_per_seed", [])
-    if len(rows) > 1:
-        same = [g["name"] for g in summary["groups"] if len({row["changes"][g["name"]] > 0 for row in rows}) == 1]
-        blocks.append(Text(f"The sign of the change is the same in all {len(rows)} seeds for {len(same)} of "
-                           f"{len(summary['groups'])} groups."))  # fmt: skip
-    elif len(summary["seeds"]) == 1:
-        blocks.append(Text("There is one seed: whether another training would give the same is not known.", important=True))
-    found = [(n, extra["groups_found"]) for n, extra in enumerate(summary.get("extra", [])) if extra.get("groups_found")]
-    cells = []
-    for n, entry in found:
-        state = {True: "established", False: "not established", None: "not asked"}[entry.get("established")]
-        agreement = "n/a"
-        if entry.get("agreement"):
-            agreement = figures.interval(".2f", "extra", n, "groups_found", "agreement")  # type: ignore[assignment]
-        cells.append([f"seed {summary['extra'][n]['seed']}", state, agreement, "; ".join(entry.get("reasons") or []) or "none"])
-    if cells:
-        header = ["", Term("groups", "established"), "found again by refits (adjusted Rand index)", "doubts"]
-        blocks.append(Table("Whether the groups are found again", header, cells, words=True))
-    changes = (summary.get("calibration") or {}).get("worst_group_changes")
-    if changes is not None:
-        blocks.append(Text("The worst group " + ("changes with" if changes else "is the same under every") + " convention of scale."))
-    meaning = "Whether the same would be found with another seed, other users or another convention."
-    return Section("stability", "Stability", meaning, blocks or [Text("Nothing was measured.")], ("stability", "established"))

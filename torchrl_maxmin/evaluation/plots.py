@@ -1,7 +1,8 @@
 """Draw group utilities over training, and win rates by policy and group.
 
 Figures are 7.2 inches wide, so that their letters can be read where a page shows them 560 pixels wide; each
-group has a colour, a shape and a dash of its own, and its name stands beside its marks. Each figure is written as PNG and SVG, with the numbers it shows as CSV beside it. Matplotlib comes with
+group has a colour, a shape and a dash of its own, and its name stands beside its marks. Each figure is
+written as PNG and SVG, with the numbers it shows as CSV beside it. Matplotlib comes with
 the ``plot`` extra and is imported only when a figure is drawn; no backend and no global setting changes.
 """
 

@@ -20,12 +20,12 @@ from torchrl_maxmin.evaluation.tables import (
 )
 from torchrl_maxmin.evaluation.texts import calibration_texts, caveats, certificate_texts, description
 from torchrl_maxmin.evaluation.verdict import seeds_text, verdict
-from torchrl_maxmin.pages import Text, Verdict
+from torchrl_maxmin.pages import Text, add_results, verdict_markdown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["interval_text", "number_text", "rich_table", "verdict_text", "write_report"]
+__all__ = ["interval_text", "number_text", "rich_table", "write_cards", "write_report"]
 
 _SENTENCE = 2000  # characters shown of what is longer than a name
 
@@ -85,7 +85,7 @@ def write_report(
     calibration = calibration_texts(summary, markdown)
     parts = [
         f"# {title}",
-        verdict_text(verdict(summary, markdown)),
+        verdict_markdown(verdict(summary, markdown)),
         "## What was done\n\n" + description(summary, markdown),
         "## Win rates by group\n\n" + policy_table(summary),
         comparison_block(summary),
@@ -100,9 +100,16 @@ def write_report(
     return write_paragraphs(folder / "report.md", parts)
 
 
-def verdict_text(found: Verdict) -> str:
-    """Write a verdict as Markdown; its names must be safe already."""
-    return "\n\n".join([f"**{found.headline}**", "\n".join(f"- {line.text}" for line in found.lines)]).rstrip()
+def write_cards(folders: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+    """Add verdict and table to the model cards of policies, where their folders have one of ours.
+
+    Args:
+        folders: Folders by the names that the evaluation has for the policies.
+        summary: What :func:`summarise` returned.
+    """
+    found = verdict(summary, markdown)
+    for name, folder in folders.items():
+        add_results(folder, name, found, policy_table(summary))
 
 
 def training_labels(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +119,12 @@ def training_labels(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _paragraphs(texts: Sequence[Text]) -> str:
-    return "\n\n".join(f"**{text.text}**" if text.important else text.text for text in texts)
+    return "\n\n".join(_bold(text.text) if text.important else text.text for text in texts)
+
+
+def _bold(text: str) -> str:
+    head, colon, rest = text.partition(": ")
+    return f"**{head}:** {rest}" if colon else f"**{text}**"
 
 
 def rich_table(summary: Mapping[str, Any]) -> Table:
@@ -129,10 +141,11 @@ def rich_table(summary: Mapping[str, Any]) -> Table:
         >>> policy = {"win_rate_vs_sft": {"all": rate}, "worst_group_win_rate": 0.8, "kl": 3.0,
         ...           "average_over_groups": 0.8, "average_over_groups_interval": rate,
         ...           "average_over_people": 0.8, "average_over_people_interval": rate}
-        >>> table = rich_table({"groups": [{"name": "all", "share": 1.0}], "policies": {"maxmin": policy},
+        >>> policies = {"sft": policy, "maxmin": policy}
+        >>> table = rich_table({"groups": [{"name": "all", "share": 1.0}], "policies": policies,
         ...             "seeds": [0], "confidence": 0.95, "comparison": {}, "shares_are": "given"})
         >>> table.row_count, str(table.caption)
-        (1, 'With maxmin in place of sft, all (100% of people) gains; over all people, win rates rise.')
+        (2, 'With maxmin in place of sft, all (100% of people) gains; over all people, win rates rise.')
     """
     from rich.table import Table
     from rich.text import Text as Shown

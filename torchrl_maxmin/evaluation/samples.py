@@ -23,8 +23,8 @@ def responses_to_show(
 ) -> dict[str, Any]:
     """Choose prompts, and of every policy one response to each, drawn at random.
 
-    The disagreement of the groups on a prompt is the largest less the smallest change that a group sees from one
-    policy's response to the other's: from single to maxmin where both are there.
+    The disagreement of the groups on a prompt is the largest less the smallest change that a group sees
+    from one policy's response to the other's: from single to maxmin where both are there.
 
     Args:
         result: What was measured.
@@ -32,9 +32,10 @@ def responses_to_show(
         read: Gives the responses of a policy at places of its samples [N * M], as text.
 
     Returns:
-        ``scores``: ``utility`` of the response that is shown, or ``win rate`` of all the policy's responses to
-        that prompt against the reference's, where judges compared pairs; ``random`` and ``disagreement``: lists
-        of ``{prompt, prompt_index, responses: {policy: {text, scores: {group: number}}}}``.
+        ``scores``: ``utility`` of the response that is shown, or ``win rate`` of all the policy's responses
+        to that prompt against the reference's, where judges compared pairs; ``random`` and
+        ``disagreement``: lists of ``{prompt, prompt_index, responses}``, with ``{text, scores}`` of every
+        policy and the scores of every group.
     """
     rng = np.random.default_rng([result.seed, 7])
     count = result.num_prompts
@@ -50,6 +51,8 @@ def responses_to_show(
     chosen = np.sort(rng.choice(count, size=min(NUM_SHOWN, count), replace=False))
 
     def entries(places: np.ndarray) -> list[dict[str, Any]]:
+        if not len(places):
+            return []
         texts = {
             name: read(name, [int(n) * samples[name] + int(drawn[name][n]) for n in places])
             for name in result.policies

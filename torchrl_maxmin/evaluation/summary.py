@@ -147,7 +147,9 @@ def load_summary(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "summary.json"
     if not path.is_file():
-        raise UserError(f"no summary.json in {folder}; give the output folder of demo, evaluate or diagnose")
+        raise UserError(
+            f"no summary.json in {folder}; give the output folder of demo, evaluate, diagnose or reward"
+        )
     summary = json.loads(path.read_text(encoding="utf-8"))
     version = summary.setdefault("schema_version", 1)
     if version > SCHEMA_VERSION:
@@ -162,7 +164,7 @@ def load_summary(folder: str | Path) -> dict[str, Any]:
 
 
 def _add_changes(summary: dict[str, Any]) -> None:
-    """Add the differences of the averages where an earlier version left them out: numbers without intervals."""
+    """Add the averages' differences where an earlier version left them out: numbers without intervals."""
     compared = summary["comparison"]
     pairs = [summary["policies"].get(name) for name in (MAXMIN, BASELINE)]
     for key in ("average_over_groups", "average_over_people"):

@@ -30,6 +30,8 @@ _ROWS = {
 
 
 _TOTALS = ("worst group (biased low)", "average over groups", "average over people")
+
+
 def group_names(summary: Mapping[str, Any]) -> list[str]:
     """Return the groups in their order."""
     return [group["name"] for group in summary["groups"]]

@@ -9,7 +9,14 @@ from torchrl_maxmin.evaluation.verdict import judge_kinds, seeds_text
 from torchrl_maxmin.pages import Text
 from torchrl_maxmin.stats.text import ends_text, interval_text
 
-__all__ = ["WORST_OF_PAIRS", "calibration_texts", "caveats", "certificate_texts", "description", "oracle_text"]
+__all__ = [
+    "WORST_OF_PAIRS",
+    "calibration_texts",
+    "caveats",
+    "certificate_texts",
+    "description",
+    "oracle_text",
+]
 
 Show = Callable[..., str]
 
@@ -48,7 +55,9 @@ def oracle_text(summary: Mapping[str, Any]) -> str | None:
     if compared.get("oracle_ratio") is None:
         return None
     count = len(compared.get("oracle_ratio_per_seed") or summary["seeds"])
-    rests = "One seed: the interval holds the prompts alone, and two trainings of the same policy differ by more."
+    rests = (
+        "One seed: the interval holds the prompts alone, and two trainings of the same policy differ by more."
+    )
     if count > 1:
         rests = f"{count} seeds."
     ratio = interval_text(compared["oracle_ratio_interval"])
@@ -174,7 +183,9 @@ def _about_the_judge(summary: Mapping[str, Any], show: Show) -> list[str]:
     lines = ["Win rates are what the judge says; they are as good as the judge."]
     for extra in summary.get("extra", []):
         if extra.get("judge_first_place"):
-            bias = ", ".join(f"{show(name)} {value:+.3f}" for name, value in extra["judge_first_place"].items())
+            bias = ", ".join(
+                f"{show(name)} {value:+.3f}" for name, value in extra["judge_first_place"].items()
+            )
             lines.append(
                 f"Both orders were asked. What stood first won oftener by (seed {extra['seed']}): {bias}."
             )

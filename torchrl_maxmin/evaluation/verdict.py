@@ -14,7 +14,15 @@ from torchrl_maxmin.evaluation.results import REFERENCE
 from torchrl_maxmin.pages import KINDS, Line, Verdict
 from torchrl_maxmin.stats.text import interval_text, number_text
 
-__all__ = ["SHARES", "compared_policies", "direction", "judge_kinds", "not_established", "seeds_text", "verdict"]
+__all__ = [
+    "SHARES",
+    "compared_policies",
+    "direction",
+    "judge_kinds",
+    "not_established",
+    "seeds_text",
+    "verdict",
+]
 
 #: Whose shares weigh the people.
 SHARES = {
@@ -35,8 +43,8 @@ _OVER = {
 def verdict(summary: Mapping[str, Any], show: Callable[[Any], str] = str) -> Verdict:
     """Answer who gains and who pays, by groups and over all people.
 
-    A group gains, or loses, where the interval of its change leaves 0 out; otherwise it is not decided. Nothing
-    is claimed on groups that were found and are not established.
+    A group gains, or loses, where the interval of its change leaves 0 out; otherwise it is not decided.
+    Nothing is claimed on groups that were found and are not established.
 
     Args:
         summary: What :func:`~torchrl_maxmin.evaluation.summary.summarise` returned.
@@ -133,7 +141,9 @@ def _group_line(group: Mapping[str, Any], policy: str, baseline: str, show: Call
             "lose": f"prefers {REFERENCE} to {show(policy)}",
             "unsure": f"not decided between {show(policy)} and {REFERENCE}",
         }[kind]
-        return Line(kind, f"{who} {what}: win rate {interval_text(group['rate'])}, where 0.5 is no preference.")
+        return Line(
+            kind, f"{who} {what}: win rate {interval_text(group['rate'])}, where 0.5 is no preference."
+        )
     before, after = (number_text(group[key]["mean"], ".3f") for key in ("before", "rate"))
     change = interval_text(group["change"], "+.3f")
     moves = f"its win rate against {REFERENCE} is {after} under {policy}, {before} under {baseline}"
@@ -159,7 +169,11 @@ def _averages(
             kinds[key] = kind = direction(change)
             rates = [number_text(entry[key], ".3f") for entry in (own, before)]
             text = f"{over}: {rates[0]} under {policy}, {rates[1]} under {baseline}"
-            text += ", without an interval" if change["mean"] is None else f", a change of {interval_text(change, '+.3f')}"
+            text += (
+                ", without an interval"
+                if change["mean"] is None
+                else f", a change of {interval_text(change, '+.3f')}"
+            )
         lines.append(Line(kind, text + (", which is not decided." if kind == "unsure" else ".")))
     return kinds, lines
 
@@ -194,8 +208,12 @@ def _notes(summary: Mapping[str, Any]) -> list[Line]:
     lines = [f"{first} Each is a {confidence:.0%} interval by itself, not all of them at once."]
     kinds = judge_kinds(summary)
     if kinds == {"world"}:
-        lines.append("The world is synthetic and its conflict was chosen: the size of the effect says nothing of people.")
+        lines.append(
+            "The world is synthetic and its conflict was chosen: the size of the effect says nothing of "
+            "people."
+        )
     if kinds == {"reward heads"}:
-        lines.append("The judge is a reward model, not people: where the policies were trained on it, win rates "
+        lines.append("The judge is a reward model, not people: where the policies were trained on it, "
+        "win rates "
                      "are optimistic.")  # fmt: skip
     return [Line("note", line) for line in lines]

@@ -1,7 +1,8 @@
 """One page a result: a file of HTML that asks for nothing, runs nothing, and says first what was found.
 
-A page is plain data (:class:`Page`: a verdict, then sections of text, tables and charts), which the rooms that
-have results put together and :func:`write_page` renders. :func:`model_card` is the README of a policy's folder.
+A page is plain data (:class:`Page`: a verdict, then sections of text, tables and charts), which the rooms
+that have results put together and :func:`write_page` renders. :func:`model_card` is the README of a
+policy's folder.
 """
 
 from torchrl_maxmin.pages.card import add_results, model_card
@@ -23,6 +24,7 @@ from torchrl_maxmin.pages.document import (
     Term,
     Text,
     Verdict,
+    verdict_markdown,
     write_page,
 )
 
@@ -50,5 +52,6 @@ __all__ = [
     "curve_panel",
     "model_card",
     "strip_chart",
+    "verdict_markdown",
     "write_page",
 ]

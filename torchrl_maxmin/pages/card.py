@@ -12,7 +12,7 @@ import yaml
 
 from torchrl_maxmin.core.manifest import CARD
 from torchrl_maxmin.core.text_escape import markdown
-from torchrl_maxmin.pages.document import Verdict, templates
+from torchrl_maxmin.pages.document import Verdict, templates, verdict_markdown
 
 __all__ = ["add_results", "model_card"]
 
@@ -25,15 +25,17 @@ def model_card(folder: str | Path, settings: Mapping[str, Any]) -> Path:
 
     Args:
         folder: Of the policy.
-        settings: ``base_model``; ``adapter``: whether the folder holds an adapter alone; ``title``; ``data``: the
-            prompts; ``rows``: what it was trained with, by name.
+        settings: ``base_model``; ``adapter``, whether the folder holds an adapter alone; ``title``; ``data``,
+            the prompts; ``rows``, what it was trained with, by name.
 
     Returns:
         Path of the card.
     """
     path = Path(folder) / CARD
-    base = str(settings["base_model"])
-    metadata: dict[str, Any] = {} if Path(base).exists() else {"base_model": base}
+    base, local = str(settings["base_model"]), Path(str(settings["base_model"]))
+    metadata: dict[str, Any] = (
+        {} if local.exists() else {"base_model": base}
+    )  # the hub knows no folder of ours
     metadata |= {
         "library_name": "peft" if settings["adapter"] else "transformers",
         "pipeline_tag": "text-generation",
@@ -42,11 +44,16 @@ def model_card(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     }
     results = _results(path) or _NOT_MEASURED
     shown = {markdown(name): markdown(value) for name, value in settings["rows"].items()}
-    text = templates().get_template("card.md").render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
-        title=markdown(settings["title"]), base=markdown(base), data=markdown(settings["data"]), rows=shown,
-        begin=_BEGIN, end=_END, results=results,
-    )  # fmt: skip
+    given = {
+        "metadata": yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        "title": markdown(settings["title"]),
+        "base": markdown(local.name if local.exists() else base),
+        "data": markdown(settings["data"]),
+        "rows": shown,
+        "adapter": settings["adapter"],
+    }
+    template = templates().get_template("card.md")
+    text = template.render(begin=_BEGIN, end=_END, results=results, **given) + "\n"
     return _write(path, text)
 
 
@@ -65,8 +72,7 @@ def add_results(folder: str | Path, name: str, found: Verdict, table: str) -> bo
     path = Path(folder) / CARD
     if _results(path) is None:
         return False
-    lines = "\n".join(f"- {line.text}" for line in found.lines)
-    results = f"Evaluated as {markdown(name)}.\n\n**{found.headline}**\n\n{lines}\n\n{table}"
+    results = f"Evaluated as {markdown(name)}.\n\n{verdict_markdown(found)}\n\n{table}"
     text = path.read_text(encoding="utf-8")
     before, after = text[: text.index(_BEGIN)], text[text.index(_END) :]
     with suppress(OSError):

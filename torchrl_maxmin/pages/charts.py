@@ -58,7 +58,12 @@ class Strip:
 
 
 def strip_chart(
-    label: str, strips: Sequence[Strip], *, limits: tuple[float, float] | None = None, line: float = 0.0, at_line: str = ""
+    label: str,
+    strips: Sequence[Strip],
+    *,
+    limits: tuple[float, float] | None = None,
+    line: float = 0.0,
+    at_line: str = "",
 ) -> Any:
     """Draw numbers with intervals, one below the other.
 

@@ -32,6 +32,7 @@ __all__ = [
     "Term",
     "Text",
     "Verdict",
+    "verdict_markdown",
     "write_page",
 ]
 
@@ -67,6 +68,20 @@ class Verdict:
 
     headline: str
     lines: Sequence[Line] = ()
+
+
+def verdict_markdown(found: Verdict) -> str:
+    """Write a verdict as Markdown; its names must be safe for that already.
+
+    Example:
+        >>> print(verdict_markdown(Verdict("A gains.", [Line("gain", "By 0.1.")])))
+        **A gains.**
+        <BLANKLINE>
+        - By 0.1.
+    """
+    return "\n\n".join(
+        [f"**{found.headline}**", "\n".join(f"- {line.text}" for line in found.lines)]
+    ).rstrip()
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class Figures:
         places = []
         for key in path:
             # a name that somebody else gave is counted, not written: any text may be in it
-            plain = isinstance(key, int) or key.replace("_", "").isalnum() and key.isascii()
+            plain = isinstance(key, int) or (key.replace("_", "").isalnum() and key.isascii())
             places.append(str(key) if plain else f"#{list(value).index(key)}")
             value = value[key]
         return value, "/".join(places)
@@ -275,7 +290,9 @@ class Page:
         """Keys of the glossary that the page needs."""
         found = {term for section in self.sections for term in section.terms}
         tables = (block for section in self.sections for block in section.blocks if isinstance(block, Table))
-        return sorted(found | {head.term for table in tables for head in table.header if isinstance(head, Term)})
+        return sorted(
+            found | {head.term for table in tables for head in table.header if isinstance(head, Term)}
+        )
 
 
 @functools.cache
@@ -310,7 +327,9 @@ def render(page: Page) -> str:
 
     words = [(key, glossary()[key]) for key in page.terms]
     style = Markup((files("torchrl_maxmin.pages") / "templates" / "style.css").read_text(encoding="utf-8"))
-    return templates().get_template("page.html").render(page=page, words=words, glossary=glossary(), style=style)
+    return (
+        templates().get_template("page.html").render(page=page, words=words, glossary=glossary(), style=style)
+    )
 
 
 def write_page(path: str | Path, page: Page) -> Path:
@@ -323,7 +342,8 @@ def write_page(path: str | Path, page: Page) -> Path:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     text = write_page(folder + "/report.html", Page("Demo", Verdict("<b>A</b> gains"))).read_text()
+        ...     page = Page("Demo", Verdict("<b>A</b> gains"))
+        ...     text = write_page(folder + "/report.html", page).read_text()
         >>> "&lt;b&gt;A&lt;/b&gt; gains" in text, "<script" in text
         (True, False)
     """

@@ -30,7 +30,9 @@ def wants_blocks(
     return blocks or [Text("Nothing was found that sets the groups apart.")]
 
 
-def _features(figures: Figures, name: str, wants: Mapping[str, Any], path: Sequence[str | int]) -> Table | None:
+def _features(
+    figures: Figures, name: str, wants: Mapping[str, Any], path: Sequence[str | int]
+) -> Table | None:
     rows = []
     for n, entry in enumerate((wants["features"] or [])[:_SHOWN]):
         at = (*path, "features", n)
@@ -38,14 +40,19 @@ def _features(figures: Figures, name: str, wants: Mapping[str, Any], path: Seque
         numbers = [figures.number(".3f", *at, key) for key in ("weight", "others", "difference")]
         rows.append([entry["feature"], *numbers, sure])
     header = ["feature", "weight", "of the others", "difference", "told apart"]
-    return Table(f"{name}: features that it weighs otherwise, the surest first", header, rows) if rows else None
+    return (
+        Table(f"{name}: features that it weighs otherwise, the surest first", header, rows) if rows else None
+    )
 
 
 def _items(figures: Figures, name: str, wants: Mapping[str, Any], path: Sequence[str | int]) -> Table | None:
     items = wants["items"] or []
     apart = sorted(range(len(items)), key=lambda n: -abs(items[n]["difference"]))[:_SHOWN]
     rows = [
-        [items[n]["item"], *(figures.number(spec, *path, "items", n, key) for key, spec in _ITEM_NUMBERS.items())]
+        [
+            items[n]["item"],
+            *(figures.number(spec, *path, "items", n, key) for key, spec in _ITEM_NUMBERS.items()),
+        ]
         for n in sorted(apart, key=lambda n: items[n]["rank"])
     ]
     header = ["item", "rank", "rank by the others", "higher by", "score"]

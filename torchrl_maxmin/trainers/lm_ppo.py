@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.llm import AdaptiveKLController, ConstantKLController
 
 from torchrl_maxmin.collectors import GroupStatistics
-from torchrl_maxmin.core.distributed import across_ranks, rank, shares_rows
+from torchrl_maxmin.core.distributed import across_ranks, is_main_process, rank, shares_rows
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import resolve_device, write_config, write_json
 from torchrl_maxmin.core.run_folder import stage
@@ -40,6 +40,7 @@ from torchrl_maxmin.rollouts.ray_workers import ray_session
 from torchrl_maxmin.rollouts.vllm import VLLMEngine
 from torchrl_maxmin.rollouts.vllm_server import VLLMServer
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
+from torchrl_maxmin.trainers.card import write_card
 from torchrl_maxmin.trainers.learner import Learner
 from torchrl_maxmin.trainers.lm_workers import load_reference, start_workers
 from torchrl_maxmin.trainers.monitors import Metrics, Monitor, monitors_of_rewards
@@ -93,6 +94,8 @@ def train_policy(config: PPOConfig, parts: LanguageParts) -> Path:
             "kl_coef": float(parts.advantages.kl.coef),
             "warnings": warnings_of(config),
         }
+        if is_main_process():
+            write_card(config, outcome["group_weights"])
         write_json(folder / "summary.json", json.loads(json.dumps(outcome)))
     return folder
 

@@ -13,6 +13,7 @@ from torchrl_maxmin.clustering.unseen import left_out_text
 from torchrl_maxmin.core.checkpoint import save_checkpoint, saved_state
 from torchrl_maxmin.core.distributed import across_ranks, is_main_process, world_size
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
+from torchrl_maxmin.core.json_text import plain
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
 from torchrl_maxmin.core.run_folder import stage
@@ -26,6 +27,7 @@ from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.texts import TextEncoder, text_key
 from torchrl_maxmin.rewards import Calibration, MixtureFit, RewardMixture, fit_mixture
 from torchrl_maxmin.rewards.mixture_fit import held_pairs
+from torchrl_maxmin.rewards.report import write_reward_report
 from torchrl_maxmin.rewards.source import MixtureRewards, reference_rewards
 from torchrl_maxmin.rewards.user_groups import write_groups
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
@@ -61,7 +63,8 @@ def run_reward(config: RewardConfig) -> Path:
 
     The folder is a Hugging Face sequence classifier with K labels; beside it lie
     ``mixture.json`` (mixing weights and calibration), ``groups.csv`` (responsibilities by user,
-    :func:`~torchrl_maxmin.rewards.user_groups.read_groups`) and ``summary.json`` (figures).
+    :func:`~torchrl_maxmin.rewards.user_groups.read_groups`), ``summary.json`` (figures),
+    ``report.md`` and ``report.html``.
 
     Raises:
         UserError: before any work, for models, data or folders that cannot be used.
@@ -129,6 +132,8 @@ def run_reward(config: RewardConfig) -> Path:
     fit.model.save_pretrained(folder)
     if is_main_process():
         write_groups(folder / "groups.csv", list(fit.responsibilities), fit.responsibilities_matrix)
+    if is_main_process():
+        write_reward_report(folder, plain(figures))
     write_json(folder / "summary.json", figures)
     return folder
 
