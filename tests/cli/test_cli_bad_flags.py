@@ -236,9 +236,8 @@ def test_mistakes_in_a_recipe(refused, stage, here, text, message):
 
 
 def test_report_of_nothing(refused, here):
-    assert "no summary.json in nowhere; give the output folder of demo, evaluate, diagnose or reward" in refused(
-        "report", "nowhere"
-    )
+    missing = "no summary.json in nowhere; give the output folder of demo, evaluate, diagnose or reward"
+    assert missing in refused("report", "nowhere")
     (here / "reward").mkdir()
     (here / "reward" / "summary.json").write_text('{"num_groups": 2}')
     assert "reward holds no results by group; give the folder of demo" in refused("report", "reward")

@@ -11,9 +11,11 @@ import pytest
 import yaml
 from datasets import load_dataset
 from hostile import NAMES, USER_IDS, rendered, words
+from page_reader import check_sources, read_page
 from rich.console import Console
 
 from torchrl_maxmin.cli.main import main
+from torchrl_maxmin.core.manifest import require_whole
 from torchrl_maxmin.core.text_escape import terminal
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_summary
 from torchrl_maxmin.preferences import PreferenceDataset
@@ -30,7 +32,10 @@ def evaluation():
     rng = np.random.default_rng(0)
     groups = NAMES[:7]
     policies = ["sft", "single", "maxmin", *NAMES]
+    answer = {"text": NAMES[0], "scores": dict.fromkeys(groups, 0.5)}
+    asked = {"prompt": NAMES[7], "prompt_index": 0, "responses": dict.fromkeys(policies, answer)}
     extra = {
+        "responses": {"scores": "utility", "random": [asked], "disagreement": []},
         "em": {"user_accuracy": 0.9, "head_accuracy": dict.fromkeys(groups, 0.5), NAMES[0]: NAMES[1]},
         "certificate": {"value": None, "reason": f"no policy named {NAMES[0]!r}"},
         "calibration": {"used": NAMES[7], "worst_group": {NAMES[7]: groups[0], "none": groups[1]}},
@@ -77,6 +82,11 @@ def test_report_of_hostile_policies_and_groups(evaluation, tmp_path, capsys):
     for name in SHORT:
         assert terminal(name) in shown, name
     assert "report: " in out
+    page = read_page(tmp_path)
+    assert check_sources(page, evaluation) > 100
+    read = " ".join(" ".join(page.by_section.values()).split())
+    for name in SHORT[:7]:
+        assert " ".join(terminal(name).split()) in read, name
     svg = (tmp_path / "figures" / "win_rates.svg").read_text(encoding="utf-8")
     assert "<script" not in svg
 
@@ -100,6 +110,8 @@ def test_diagnose_and_its_report(kind, diagnosed, tmp_path, capsys):
     (tmp_path / "summary.json").write_text(hidden)
     _, text = report(tmp_path, capsys)
     rendered(text)
+    check_sources(read_page(tmp_path), json.loads(hidden))
+    assert not any(user in (folder / "report.html").read_text() for user in ("用户", "\u202egnp", "@SUM(A1)"))
 
 
 def test_reward_gives_back_every_id(diagnosed, tiny_model, tmp_path, capsys):
@@ -112,6 +124,13 @@ def test_reward_gives_back_every_id(diagnosed, tiny_model, tmp_path, capsys):
     for stream in capsys.readouterr():
         words(stream)
     assert list(read_groups(folder)) == USERS
+    page = read_page(folder)
+    check_sources(page, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    assert not any(user in (folder / "report.html").read_text() for user in ("用户", "\u202egnp", "@SUM(A1)"))
+    assert main(["report", str(folder)]) == 0
+    rendered((folder / "report.md").read_text(encoding="utf-8"))
+    require_whole(folder)
+    words(capsys.readouterr().out)
     path = folder / "groups.csv"
     assert pandas.read_csv(path)["user_json"].map(json.loads).tolist() == USERS
     table = load_dataset("csv", data_files=str(path), cache_dir=str(tmp_path), split="train")
