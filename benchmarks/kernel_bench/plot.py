@@ -1,8 +1,8 @@
 """One picture of a results folder: the roofline, and each measurement's share of its roof.
 
-Left, the textbook picture: operations per second against operations per byte, under the copy bandwidth and
-the rate of the library's matrix product. Right, every measurement by name: the time that the roof allows over
-the time that it took, which is what the left picture shows as distance.
+Above, the textbook picture: operations per second against operations per byte, under the copy bandwidth and
+the rate of the library's matrix product. Below, every measurement by name: the time that the roof allows over
+the time that it took, which is what the picture above shows as distance. Letters can be read where the picture is 560 pixels wide.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from pathlib import Path
 from .measure import Machine, Row, best_time
 from .report import PLOT, flop_rate, in_order, read_csv, read_environment
 
+FONT = 12
+# Okabe and Ito's, which colour-blind readers tell apart; shapes tell implementations apart, names operators
 COLOURS = {
     "em": "#0072B2",
     "heads": "#D55E00",
@@ -48,14 +50,15 @@ def plot_folder(folder: Path) -> Path:
     machine = Machine(stated["copy_bytes_per_second"], stated["gemm_flops_per_second"])
     rows = [row for row in in_order(read_csv(folder)) if row.floor_bytes and best_time(row) is not None]
     groups = list(dict.fromkeys((r.op, r.size, r.dtype, r.direction) for r in rows))
-    height = max(5.0, 1.5 + 0.24 * len(groups))
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, height), width_ratios=[1, 1.1], layout="constrained"
+    blocks = list(dict.fromkeys(group[:3] for group in groups))
+    below = 1.6 + 0.27 * (len(groups) + 1.3 * len(blocks))
+    figure, (above, shares) = plt.subplots(
+        2, 1, figsize=(7.2, 4.2 + below), height_ratios=[4.2, below], layout="constrained"
     )
-    draw_roofline(left, rows, machine)
-    draw_shares(right, rows, groups, machine)
-    figure.suptitle(f"Kernels on {stated['device']}")
-    figure.savefig(folder / PLOT, dpi=120)
+    draw_roofline(above, rows, machine)
+    draw_shares(shares, rows, groups, machine)
+    figure.suptitle(f"Kernels on {stated['device']}", fontsize=14)
+    figure.savefig(folder / PLOT, dpi=150)
     plt.close(figure)
     return folder / PLOT
 
@@ -74,7 +77,7 @@ def draw_roofline(axes, rows: Sequence[Row], machine: Machine) -> None:
             xytext=(-2, 3),
             textcoords="offset points",
             ha="right",
-            fontsize=8,
+            fontsize=FONT,
         )
     middle = (low * ridge) ** 0.5
     axes.annotate(
@@ -83,7 +86,7 @@ def draw_roofline(axes, rows: Sequence[Row], machine: Machine) -> None:
         xytext=(-6, 2),
         textcoords="offset points",
         ha="right",
-        fontsize=8,
+        fontsize=FONT,
     )
     for row in rows:
         taken = best_time(row)
@@ -91,31 +94,60 @@ def draw_roofline(axes, rows: Sequence[Row], machine: Machine) -> None:
             place = row.floor_flops / row.floor_bytes, row.floor_flops / (taken / 1e6)
             axes.plot(*place, **marker(row))
     axes.set(xscale="log", yscale="log", xlim=(low, high))
-    axes.set(xlabel="operations per byte (floor)", ylabel="operations per second (floor / time)")
-    axes.set_title("Roofline", fontsize=10)
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 4)  # room for names
+    axes.set_xlabel("operations per byte (floor)", fontsize=FONT)
+    axes.set_ylabel("operations per second (floor / time)", fontsize=FONT)
+    axes.tick_params(labelsize=FONT)
     axes.grid(alpha=0.25)
-    ops = dict.fromkeys(row.op for row in rows)
-    handles = [axes.plot([], [], "o", color=COLOURS[op], label=op)[0] for op in ops]
-    axes.legend(handles=handles, loc="lower right", fontsize=8)
+    label_operators(axes, rows)
+
+
+def label_operators(axes, rows: Sequence[Row]) -> None:
+    """Write each operator's name above its fastest measurement."""
+    for op in dict.fromkeys(row.op for row in rows):
+        places = [
+            (row.floor_flops / (best_time(row) / 1e6), row.floor_flops / row.floor_bytes)
+            for row in rows
+            if row.op == op and row.floor_flops and row.floor_bytes
+        ]
+        if places:
+            height, place = min(places)
+            axes.annotate(
+                op, (place, height), xytext=(0, -10), textcoords="offset points", ha="center", va="top",
+                fontsize=FONT, color=COLOURS.get(op, "0.4"), fontweight="bold",
+            )  # fmt: skip
 
 
 def draw_shares(axes, rows: Sequence[Row], groups: Sequence[tuple[str, ...]], machine: Machine) -> None:
-    """Draw one line a workload and direction, one marker an implementation."""
+    """Draw one line a direction under its workload's name, one marker an implementation."""
+    places, height, workload = {}, 0.0, None
+    for group in groups:
+        if group[:3] != workload:
+            height -= 1.3 if places else 0.0
+            workload = group[:3]
+            axes.text(
+                0.0, height, " ".join(workload), transform=axes.get_yaxis_transform(), va="center",
+                fontsize=FONT, fontweight="bold", bbox={"color": "white", "pad": 1},
+            )  # fmt: skip
+        height -= 1
+        places[group] = height
     for row in rows:
-        taken, place = best_time(row), groups.index((row.op, row.size, row.dtype, row.direction))
+        taken = best_time(row)
         if taken:
+            place = places[row.op, row.size, row.dtype, row.direction]
             axes.plot(100 * roof_seconds(row, machine) / (taken / 1e6), place, **marker(row))
     axes.axvline(100, color="0.35", linewidth=1.2)
-    axes.set_yticks(range(len(groups)), [" ".join(group) for group in groups], fontsize=7)
-    axes.set(xscale="log", xlabel="% of the roof (right is better)", ylim=(len(groups) - 0.5, -0.5))
-    axes.set_title("Share of the roof", fontsize=10)
+    axes.set_yticks(list(places.values()), [group[3] for group in places])
+    axes.set(xscale="log", ylim=(height - 0.7, 0.8))
+    axes.set_xlabel("% of the roof (right is better)", fontsize=FONT)
+    axes.tick_params(labelsize=FONT)
     axes.grid(alpha=0.25)
     names = dict.fromkeys(row.implementation for row in rows)
     handles = []
     for name in names:
         shape = marker_of(name)
         handles += axes.plot([], [], shape, color="0.2", markerfacecolor=fill(name, "0.2"), label=name)
-    axes.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=FONT, frameon=False)
 
 
 def marker_of(implementation: str) -> str:

@@ -15,6 +15,7 @@ from torchrl_maxmin.evaluation.plots import (
     DASHES,
     FONT,
     MARKERS,
+    WIDTH,
     add_legend,
     new_figure,
     tidy,
@@ -28,6 +29,8 @@ __all__ = ["ExactPanel", "plot_changes", "plot_frontier", "plot_series"]
 _SWEEPS = (COLOURS[0], COLOURS[4], "0.45")
 _NAMED = (COLOURS[1], COLOURS[5], COLOURS[3], COLOURS[2], COLOURS[6])
 _NAMED_MARKERS = ("s", "D", "^", "v", "*")
+#: What stands across: one group, and the averages, which may move apart.
+_ACROSS = ("majority", "average over groups", "average over people")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +58,7 @@ def plot_frontier(
     baseline: str = "single",
     exact: ExactPanel | None = None,
 ) -> list[Path]:
-    """Worst group against majority and against average, with intervals, and the exact optimum beside it.
+    """Worst group against majority and both averages, with intervals, and the exact optimum beside them.
 
     Args:
         points: Policy -> point, all on the same seeds and prompts.
@@ -64,7 +67,7 @@ def plot_frontier(
         named: Policies with a mark of their own in the legend.
         cost: Draw where the majority has lost this share of the baseline's win rate.
         baseline: That baseline.
-        exact: A third panel.
+        exact: A fourth panel.
 
     Returns:
         The three paths.
@@ -73,19 +76,17 @@ def plot_frontier(
         ImportError: If Matplotlib is missing.
         KeyError: If a line or ``named`` holds a policy that has no point.
     """
-    panels = 2 if exact is None else 3
-    figure = new_figure(5.2 * panels, 6.0)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for axis, of in zip(axes, ("majority", "average"), strict=False):
+    figure = new_figure(WIDTH, 7.4)
+    axes = figure.subplots(2, 2).ravel()
+    for axis, of in zip(axes, _ACROSS, strict=False):
         for index, (label, names) in enumerate(lines.items()):
             _draw_line(axis, [_place(points[name], of) for name in names], index, label)
         for index, name in enumerate(named):
             _draw_mark(axis, _place(points[name], of), index, name)
-        axis.set_xlabel(
-            f"{of}'s win rate" if of == "majority" else "win rate, average over groups", fontsize=FONT
-        )
+        axis.set_xlabel(f"{of}'s win rate" if of == "majority" else of, fontsize=FONT)
         tidy(axis)
-    axes[0].set_ylabel("worst group's win rate against sft", fontsize=FONT)
+    for axis in axes[::2]:
+        axis.set_ylabel("worst group's win rate", fontsize=FONT)
     if cost is not None:
         floor = (1 - cost) * points[baseline].majority_rate
         axes[0].axvline(floor, color="0.35", linewidth=1.4, linestyle=":", zorder=0)
@@ -95,7 +96,9 @@ def plot_frontier(
         )  # fmt: skip
     rows = [{"panel": "measured", **row} for row in frontier_rows(points.values())]
     if exact is not None:
-        rows += _draw_exact(axes[2], exact, list(named))
+        rows += _draw_exact(axes[3], exact, list(named))
+    else:
+        axes[3].set_visible(False)
     add_legend(figure, *axes[0].get_legend_handles_labels())
     fields = list(dict.fromkeys(key for row in rows for key in row))
     return write_figure(figure, path, [{field: row.get(field, "") for field in fields} for row in rows])
@@ -107,43 +110,60 @@ def plot_series(
     *,
     x: str,
     x_label: str,
-    panels: Mapping[str, str],
-    level: Mapping[str, float] | None = None,
+    key: str,
+    label: str,
+    level: float | None = None,
 ) -> list[Path]:
-    """Numbers with intervals against one variable, a line a series, on a logarithmic axis.
+    """Numbers with intervals, a line each, those of one value of a variable together.
+
+    Intervals lie one below the other, so that a wide one covers no other.
 
     Args:
         rows: ``{"series": ..., x: ..., key: mean, key + " low": ..., key + " high": ...}``.
         path: Where to write, without suffix.
-        x: Which column is the variable.
+        x: Which column is the variable, a share.
         x_label: What it is called.
-        panels: Column -> label of its panel's y axis.
-        level: Column -> where to draw a line across.
+        key: Which column is drawn.
+        label: What it is called.
+        level: Where to draw a line down.
 
     Returns:
         The three paths.
     """
-    figure = new_figure(5.6 * len(panels), 5.2)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     names = list(dict.fromkeys(row["series"] for row in rows))
-    ticks = sorted({float(row[x]) for row in rows})
-    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+    values = sorted({float(row[x]) for row in rows})
+    figure = new_figure(WIDTH, 0.29 * len(values) * (len(names) + 1.2) + 0.9)
+    axis, places, labels = figure.subplots(), [], []
+    height = 0.0
+    for value in values:
+        axis.text(0.0, height, f"{x_label} {value:.0%}", transform=axis.get_yaxis_transform(), va="center",
+                  fontsize=FONT, fontweight="bold", bbox={"color": "white", "pad": 1})  # fmt: skip
         for index, name in enumerate(names):
-            mine = sorted((row for row in rows if row["series"] == name), key=lambda row: row[x])
-            # Side by side, so that intervals at one share do not cover each other.
-            shift = 1.06 ** (index - (len(names) - 1) / 2)
-            places = np.array([row[x] for row in mine]) * shift
-            _draw_errors(axis, places, mine, key, index, name)
-        if level and key in level:
-            axis.axhline(level[key], color="0.35", linewidth=1.4, linestyle="--", zorder=1)
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel(x_label, fontsize=FONT)
-        axis.set_ylabel(label, fontsize=FONT)
-        tidy(axis)
-    add_legend(figure, *axes[0].get_legend_handles_labels())
+            for row in (row for row in rows if row["series"] == name and float(row[x]) == value):
+                height -= 1
+                places.append(height)
+                labels.append(name)
+                _draw_row(axis, height, row, key, index)
+        height -= 1.2
+    if level is not None:
+        axis.axvline(level, color="0.35", linewidth=1.4, linestyle="--", zorder=0)
+    axis.set_yticks(places, labels)
+    axis.set_ylim(height + 0.6, 0.7)
+    axis.set_xlim(-0.02, 1.02)
+    axis.set_xlabel(label, fontsize=FONT)
+    tidy(axis)
+    axis.grid(visible=False, axis="y")
+    axis.grid(axis="x", color="0.9", linewidth=0.8)
     return write_figure(figure, path, [dict(row) for row in rows])
+
+
+def _draw_row(axis: Any, height: float, row: Mapping[str, Any], key: str, index: int) -> None:
+    axis.errorbar(
+        [float(row[key])], [height], xerr=_errors([row], key), fmt=MARKERS[index], color=COLOURS[index],
+        markersize=7, elinewidth=2.0,
+    )  # fmt: skip
+    axis.text(1.02, height, f"{float(row[key]):.2f}", transform=axis.get_yaxis_transform(), va="center",
+              fontsize=FONT - 1)  # fmt: skip
 
 
 def plot_changes(
@@ -172,7 +192,7 @@ def plot_changes(
     conditions = {measure: [row for row in rows if row["measure"] == measure] for measure in panels}
     # One above the other on one axis, a condition as high as another: narrow enough for a page.
     heights = [len(found) + 0.5 for found in conditions.values()]
-    figure = new_figure(9.0, 0.38 * sum(heights) + 0.5 * len(panels) + 1.2)
+    figure = new_figure(WIDTH, 0.34 * sum(heights) + 0.5 * len(panels) + 1.2)
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axis, (measure, title) in zip(axes, panels.items(), strict=True):
         mine = conditions[measure]
@@ -198,15 +218,12 @@ def plot_changes(
 
 def _place(point: FrontierPoint, of: str) -> dict[str, float]:
     """Where a point stands in a panel, with the ends of both intervals."""
-    average = point.rates.average_over_groups
-    assert average is not None
-    groups, worst = point.rates.groups, point.rates.worst_group
-    k = point.majority
-    across = (
-        (groups.mean[k], groups.low[k], groups.high[k])
-        if of == "majority"
-        else (average.mean, average.low, average.high)
-    )
+    groups, worst, k = point.rates.groups, point.rates.worst_group, point.majority
+    if of == "majority":
+        across = groups.mean[k], groups.low[k], groups.high[k]
+    else:
+        average = getattr(point.rates, of.replace(" ", "_"))
+        across = average.mean, average.low, average.high
     upward = (worst.mean, worst.low, worst.high)
     keys = ("x", "x low", "x high", "y", "y low", "y high")
     return dict(zip(keys, map(float, across + upward), strict=True))
@@ -222,7 +239,7 @@ def _draw_line(axis: Any, places: list[dict[str, float]], index: int, label: str
         [place["x"] for place in places], [place["y"] for place in places],
         xerr=_errors(places, "x"), yerr=_errors(places, "y"), color=_SWEEPS[index % len(_SWEEPS)],
         linestyle=DASHES[index % len(DASHES)], linewidth=2.2, marker=MARKERS[index % len(MARKERS)],
-        markersize=5, elinewidth=1.2, label=label,
+        markersize=5, elinewidth=0.8, label=label,
     )  # fmt: skip
 
 
@@ -231,18 +248,8 @@ def _draw_mark(axis: Any, place: dict[str, float], index: int, label: str) -> No
     axis.errorbar(
         [place["x"]], [place["y"]], xerr=_errors([place], "x"), yerr=_errors([place], "y"),
         color=_NAMED[index % len(_NAMED)], linestyle="none", marker=marker,
-        markersize=17 if marker == "*" else 10, markeredgecolor="white", elinewidth=2.0, capsize=4,
+        markersize=16 if marker == "*" else 9, markeredgecolor="white", elinewidth=1.8, capsize=3,
         label=label, zorder=3,
-    )  # fmt: skip
-
-
-def _draw_errors(
-    axis: Any, places: np.ndarray, rows: Sequence[Mapping[str, Any]], key: str, index: int, label: str
-) -> None:
-    axis.errorbar(
-        places, [float(row[key]) for row in rows], yerr=_errors(rows, key), color=COLOURS[index],
-        linestyle=DASHES[index % len(DASHES)], linewidth=2.2, marker=MARKERS[index], markersize=7,
-        elinewidth=1.8, capsize=4, label=label,
     )  # fmt: skip
 
 

@@ -37,14 +37,14 @@ def write_report(homes: Sequence[Path], sizes: Sizes, folder: Path, minutes: flo
     lines, findings = _frontier(homes, sizes, folder)
     shares = share_rows(homes, sizes)
     write_csv(folder / "shares.csv", shares, ".6g")
-    gain = "worst group's gain, reference's sd"
     plot_series(
         shares,
         folder / "shares",
         x="share",
-        x_label="share of the minority",
-        panels={"worst": "worst group's win rate against sft", "worst gain": gain},
-        level={"worst": 0.5, "worst gain": 0.0},
+        x_label="minority of",
+        key="worst",
+        label="worst group's win rate against sft",
+        level=0.5,
     )
     robustness, assigned = robustness_rows(homes, sizes), assignment_rows(homes)
     write_csv(folder / "robustness.csv", robustness, ".6g")
@@ -127,7 +127,7 @@ def _frontier(homes: Sequence[Path], sizes: Sizes, folder: Path) -> tuple[list[s
         "about 0.09). `soft_min` (temperature .5) and `nash` weigh groups by share too. `nash` runs on win "
         "rates, with beta and the penalty for a response that does not end in that unit (divided by the "
         "square root of 12). One average counts groups alike, the other people (10:1). Numbers of the "
-        "picture: [frontier.csv](frontier.csv). In its right panel bars go from the smallest to the largest "
+        "picture: [frontier.csv](frontier.csv). In its last panel bars go from the smallest to the largest "
         "over seeds.",
         "",
         *_exact(exact_rows, sizes),

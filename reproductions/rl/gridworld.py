@@ -10,7 +10,7 @@ import torch
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_maxmin.evaluation.plots import COLOURS, FONT, new_figure, write_figure
+from torchrl_maxmin.evaluation.plots import COLOURS, FONT, WIDTH, new_figure, write_figure
 from torchrl_maxmin.trainers.env_ppo import load_env_policy
 
 PANELS = (
@@ -48,10 +48,12 @@ def draw_gridworld(output: Path, runs: Path) -> None:
     present = [panel for panel in PANELS if (runs / panel[0] / "seed-0/policy.safetensors").exists()]
     if not present:
         return
-    figure, rows = new_figure(3.8 * len(present), 4.9), []
+    figure, rows = new_figure(WIDTH, 4.2 * ((len(present) + 1) // 2)), []
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
-    axes = np.atleast_1d(figure.subplots(1, len(present)))
-    for axis, (name, title, pays) in zip(axes, present, strict=True):
+    axes = figure.subplots((len(present) + 1) // 2, 2, squeeze=False).ravel()
+    for axis in axes[len(present) :]:
+        axis.set_visible(False)
+    for axis, (name, title, pays) in zip(axes, present, strict=False):
         policy, env = load_env_policy(runs / name / "seed-0")
         cells = walks(env, policy, 0)
         share = visits(env, policy, 0)["both"]
@@ -72,7 +74,7 @@ def _draw_walks(axis: Any, cells: np.ndarray, size: int) -> None:
     for row, colour, name in ((0, COLOURS[2], "1"), (size - 1, COLOURS[1], "2")):
         axis.add_patch(_square(size - 1, row, colour))
         axis.text(size - 1, row, name, ha="center", va="center", fontsize=FONT + 7, color="white", zorder=3)
-    axis.text(0, 0, "start", ha="center", va="center", fontsize=FONT, zorder=3)
+    axis.text(0, 0.4, "start", ha="center", va="center", fontsize=FONT, zorder=3)
     for walk in cells:
         rows, columns = np.divmod(walk, size)
         away = rng.uniform(-0.28, 0.28, 2)

@@ -25,6 +25,7 @@ from torchrl_maxmin.evaluation.plots import (
     DASHES,
     FONT,
     MARKERS,
+    WIDTH,
     add_legend,
     new_figure,
     tidy,
@@ -156,8 +157,8 @@ def by_share(seed: int, worlds: int, prompts: int, responses: int) -> list[dict[
 
 def draw(folder: Path, fixed: list[dict[str, Any]], shares: list[dict[str, Any]]) -> None:
     """Gap against diversity, gap against share, and the theorem beside the measurement."""
-    figure = new_figure(14.4, 4.7)
-    left, middle, right = figure.subplots(1, 3)
+    figure = new_figure(WIDTH, 10.5)
+    left, middle, right = figure.subplots(3, 1)
     series = (("single gap, minority", "one reward for all"), ("maxmin gap, minority", "MaxMin"))
     rows: list[dict[str, Any]] = []
     for side, (key, name) in enumerate(series):
@@ -185,6 +186,7 @@ def draw(folder: Path, fixed: list[dict[str, Any]], shares: list[dict[str, Any]]
             for a, b, c, d in zip(x, y, low, high, strict=True)
         ]
     middle.set_xlim(0.03, 0.56)
+    middle.set_ylabel("minority's alignment gap", fontsize=FONT)
     middle.set_xlabel("share of the minority", fontsize=FONT)
     middle.set_title("by share, at four angles", fontsize=FONT + 1)
     x = np.array([row["epsilon(1-share)"] for row in fixed])
@@ -197,6 +199,7 @@ def draw(folder: Path, fixed: list[dict[str, Any]], shares: list[dict[str, Any]]
         _scatter(right, x, y, style, None if style == 0 else name)
         rows += [{"panel": "theorem", "series": name, "x": a, "y": b} for a, b in zip(x, y, strict=True)]
     right.set_yscale("log")
+    right.set_ylabel("gap, and its bound", fontsize=FONT)
     right.set_xlabel("epsilon (1 - share)", fontsize=FONT)
     right.set_title("theory beside measurement", fontsize=FONT + 1)
     for axis in (left, middle):

@@ -272,7 +272,7 @@ def test_series_and_changes_write_what_they_were_given(tmp_path):
         for name in ("single", "maxmin")
         for share in (0.01, 0.5)
     ]
-    written = plot_series(rows, tmp_path / "s", x="share", x_label="share", panels={"rate": "win rate"})
+    written = plot_series(rows, tmp_path / "s", x="share", x_label="share", key="rate", label="win rate")
     assert [float(row["share"]) for row in read(written[2])] == [0.01, 0.5, 0.01, 0.5]
     ends = {f"{policy}{end}": 0.5 for policy in ("a", "b") for end in ("", " low", " high")}
     changes = [{"condition": c, "measure": m, **ends} for c in ("x", "y") for m in ("worst", "mean")]

@@ -17,6 +17,7 @@ from torchrl_maxmin.evaluation.plots import (
     COLOURS,
     FONT,
     MARKERS,
+    WIDTH,
     Drawing,
     add_legend,
     figure_parts,
@@ -122,8 +123,9 @@ def plot_diagnosis(summary: Mapping[str, Any], path: str | Path) -> list[Path]:
         ImportError: If Matplotlib is missing.
     """
     groups = summary["groups"]
-    figure = new_figure(max(2 * (0.9 * len(groups) + 2.0), 8.4), 4.2)
-    left, right = figure.subplots(1, 2)
+    stacked = len(groups) > 3  # side by side, their names would cover one another
+    figure = new_figure(WIDTH, 6.6 if stacked else 3.9)
+    left, right = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
     rows: list[dict[str, Any]] = []
     series = [
         (left, "accuracy on held-out pairs", "accuracy", ("single", "mixture")),

@@ -97,8 +97,8 @@ def calibration_texts(summary: Mapping[str, Any], show: Show) -> list[Text]:
     if calibration.get("used") == "none":
         texts.append(
             Text(
-                "Uncalibrated: a constant added to a head, or an offset of its own for every prompt, leaves the "
-                "likelihood of all preferences as it is and changes whom this policy was trained for.",
+                "Uncalibrated: a constant added to a head, or an offset of its own for every prompt, leaves "
+                "the likelihood of all preferences as it is and changes whom this policy was trained for.",
                 important=True,
             )
         )
