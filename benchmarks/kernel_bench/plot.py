@@ -1,8 +1,9 @@
 """One picture of a results folder: the roofline, and each measurement's share of its roof.
 
 Above, the textbook picture: operations per second against operations per byte, under the copy bandwidth and
-the rate of the library's matrix product. Below, every measurement by name: the time that the roof allows over
-the time that it took, which is what the picture above shows as distance. Letters can be read where the picture is 560 pixels wide.
+the rate of the library's matrix product. Below, every measurement by name: the time that the roof allows
+over the time that it took, which is what the picture above shows as distance. Letters can be read where the
+picture is 560 pixels wide.
 """
 
 from collections.abc import Sequence

@@ -161,13 +161,8 @@ def stability_section(summary: Mapping[str, Any], figures: Figures) -> Section:
         blocks.append(Table("Whether the groups are found again", header, cells, words=True))
     changes = (summary.get("calibration") or {}).get("worst_group_changes")
     if changes is not None:
-        blocks.append(
-            Text(
-                "The worst group "
-                + ("changes with" if changes else "is the same under every")
-                + " convention of scale."
-            )
-        )
+        what = "changes with the" if changes else "is the same under every"
+        blocks.append(Text(f"The worst group {what} convention of scale."))
     meaning = "Whether the same would be found with another seed, other users or another convention."
     return Section(
         "stability",

@@ -75,7 +75,7 @@ def write_report(
         Drawing(
             "training",
             "Group utilities and weights over training",
-            "Thin lines are seeds, thick lines their mean. ",
+            "Thin lines are seeds, thick lines their mean, dotted lines the utilities of sft. ",
             None
             if not histories
             else lambda: plot_training(histories, place / "training", **training_labels(summary)),

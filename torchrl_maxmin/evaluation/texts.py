@@ -146,9 +146,9 @@ def caveats(summary: Mapping[str, Any], show: Show) -> list[str]:
     seeds = (
         "One seed: intervals hold prompts only, and say nothing about another training run."
         if count == 1
-        else f"{count} seeds are few: the bootstrap over few seeds (`bootstrap_low` and `bootstrap_high` in "
+        else f"{count} seeds are few: the bootstrap over few seeds (bootstrap_low and bootstrap_high in "
         "summary.json) is too narrow: simulated, a nominal 95% covers .86 to .89 with 3 seeds, .92 to .94 "
-        "with 6. The t intervals (`low` and `high`), which stand in the tables, cover .95 to .97, for "
+        "with 6. The t intervals (low and high), which stand in the tables, cover .95 to .97, for "
         "relative changes .93."
         if count < 10
         else f"{count} seeds: chance in training is measured by these alone."
