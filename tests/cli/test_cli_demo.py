@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from page_reader import check_sources, read_page
 from rounding import EPS, TINY_MODEL
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ from torchrl_maxmin.cli import demo as demo_module
 from torchrl_maxmin.cli.demo import WorldSizes
 from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.manifest import require_whole
 from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.evaluation import SeedResult
 from torchrl_maxmin.models import TokenPolicy
@@ -131,6 +133,14 @@ def test_summary_has_what_is_promised(folder):
 def test_report_and_figures(folder):
     report = (folder / "report.md").read_text()
     assert "synthetic" in report
+    summary = json.loads((folder / "summary.json").read_text())
+    page = read_page(folder)
+    assert check_sources(page, summary) > 100
+    assert page.heading == summary["verdict"]["headline"]
+    assert {"who", "groups", "responses", "training", "certificate", "calibration"} <= page.by_section.keys()
+    for policy in ("single", "maxmin", "oracle"):
+        assert page.heading in (folder / "seed-0" / policy / "README.md").read_text()
+        require_whole(folder / "seed-0" / policy)
     for name in ("win_rates", "training"):
         assert f"figures/{name}.png" in report
         for suffix in ("png", "csv"):
@@ -147,10 +157,9 @@ def test_report_verb_keeps_the_training_figure(folder, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {folder / 'report.md'}"
 
 
-def test_curves_are_true_utilities_less_those_of_the_reference(folder, seed):
+def test_curves_are_true_utilities_in_the_unit_of_the_tables(folder, seed):
     with (folder / "figures" / "training.csv").open() as file:
         rows = list(csv.DictReader(file))
-    start = SeedResult.load(seed / "evaluation" / "result").utilities["sft"].mean((0, 1))
     metrics = read_metrics(seed / "maxmin")
     found = {
         (int(row["iteration"]), row["group"]): float(row["value"])
@@ -159,7 +168,8 @@ def test_curves_are_true_utilities_less_those_of_the_reference(folder, seed):
     }
     for step, row in enumerate(metrics):
         for k, name in enumerate(("sentiment", "conciseness")):
-            assert found[step, name] == pytest.approx(row[f"monitor/{k}/mean"] - start[k])
+            assert found[step, name] == pytest.approx(row[f"monitor/{k}/mean"])
+    assert not any(row["policy"] == "single" and "weights" in row["metric"] for row in rows)
 
 
 def test_folder_holds_the_resolved_settings(folder, seed):

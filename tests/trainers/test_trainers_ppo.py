@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import trainers_rewards
+import yaml
 from rounding import SAMPLER, TINY_MODEL, float32_bound, log_prob_bar
 from safetensors.torch import load_file
 from trainers_runs import PPORun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.manifest import require_whole
 from torchrl_maxmin.core.run import read_metrics
 from torchrl_maxmin.models.output_head import OutputHead
 from torchrl_maxmin.rewards import Calibration, RewardMixture
@@ -274,6 +276,12 @@ def test_the_saved_policy_is_a_causal_language_model(make_config):
         assert torch.equal(again.state_dict()[name], value), name
     assert AutoTokenizer.from_pretrained(trainer.folder).get_vocab() == trainer.models.tokenizer.get_vocab()
     assert {p.name for p in trainer.folder.iterdir()} >= {"config.yaml", "summary.json", "metrics.jsonl"}
+    card = (trainer.folder / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("transformers", "text-generation")
+    assert "base_model" not in metadata, "a folder of ours is no model of the hub"
+    assert "| objective | min\\_of\\_means |" in card
+    require_whole(trainer.folder)
 
 
 def test_a_tokenizer_without_pad_token_starts_at_kl_zero(make_config, make_model):

@@ -76,7 +76,7 @@ def _cost(summary: Mapping[str, Any], figures: Figures) -> Section:
     )
     blocks: list[Any] = [Picture([chart], caption)]
     maxmin = summary["maxmin"]
-    rows = [
+    rows: list[list[Any]] = [
         [
             "under one reward",
             *(figures.number(".3f", "maxmin", "single_utilities", k) for k in range(len(summary["groups"]))),
@@ -102,7 +102,9 @@ def _cost(summary: Mapping[str, Any], figures: Figures) -> Section:
 
 
 def _groups(summary: Mapping[str, Any], figures: Figures) -> Section:
-    rows, header = [], ["group", "users", "share", Term("epsilon", "epsilon"), "distance to the mixture"]
+    rows: list[list[Any]] = []
+    header: list[str | Term] = ["group", "users", "share", Term("epsilon", "epsilon")]
+    header.append("distance to the mixture")
     for k, group in enumerate(summary["groups"]):
         cells = [
             figures.interval(".3f", "groups", k, key) for key in ("share", "epsilon", "distance_to_mixture")
@@ -128,7 +130,7 @@ def _accuracy(summary: Mapping[str, Any], figures: Figures) -> Section:
         for g in summary["groups"]
         if g["accuracy"]["single"] is None
     ]
-    rows = [
+    rows: list[list[Any]] = [
         [group["name"], figures.interval("+.3f", "groups", k, "accuracy", "difference")]
         for k, group in enumerate(summary["groups"])
         if group["accuracy"].get("difference")
@@ -157,7 +159,8 @@ def _wants(summary: Mapping[str, Any]) -> list[Section]:
 def _people(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
     if "describing" not in summary:
         return []
-    header, rows, tests = ["column", *(group["name"] for group in summary["groups"])], [], []
+    header, tests = ["column", *(group["name"] for group in summary["groups"])], []
+    rows: list[list[Any]] = []
     for column, found in summary["describing"]["columns"].items():
         path = ("describing", "columns", column, "groups")
         places = range(len(found["groups"]))
@@ -184,14 +187,14 @@ def _people(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
 def _stability(summary: Mapping[str, Any], figures: Figures) -> Section:
     blocks: list[Any] = []
     if found := summary["evidence"]:
-        rows = []
+        rows: list[list[Any]] = []
         for k, (group, own) in enumerate(zip(summary["groups"], found["groups"], strict=True)):
             cells = [
                 figures.interval(".3f", "evidence", "groups", k, name)
                 for name in ("jaccard", "correlation", "gain")
             ]
             rows.append([group["name"], own["reason"] or "yes", *cells])
-        header = [
+        header: list[str | Term] = [
             "group",
             Term("established", "established"),
             Term("same users in refits (Jaccard)", "jaccard"),
@@ -216,7 +219,7 @@ def _stability(summary: Mapping[str, Any], figures: Figures) -> Section:
 
 
 def _theory(summary: Mapping[str, Any], figures: Figures) -> Section:
-    rows = []
+    rows: list[list[Any]] = []
     for k, group in enumerate(summary["groups"]):
         path = ("groups", k)
         cells = [figures.number(".3g", *path, "lemma1", name) for name in ("bound", "measured")]
@@ -224,7 +227,7 @@ def _theory(summary: Mapping[str, Any], figures: Figures) -> Section:
             figures.number(".3g", *path, "theorem1", name) for name in ("printed", "squared", "measured")
         ]
         rows.append([group["name"], *cells])
-    header = [
+    header: list[str | Term] = [
         "group",
         "Lemma 1, bound",
         "parameters apart, measured",
@@ -235,7 +238,7 @@ def _theory(summary: Mapping[str, Any], figures: Figures) -> Section:
         "Bounds of the paper", [*header, Term("alignment gap in log odds, measured", "alignment_gap")], rows
     )
     assumed = [[item["assumption"], _HOLDS[item["holds"]], item["told"]] for item in summary["assumptions"]]
-    blocks = [
+    blocks: list[Any] = [
         table,
         Table("What the bounds assume", ["assumption", "here", "because"], assumed, words=True),
         Items(summary["proof_gaps"]),
@@ -256,11 +259,12 @@ def _warnings(summary: Mapping[str, Any], figures: Figures) -> Section:
     ]
     if summary.get("repeated_pairs"):
         lines.append(repeats_text(summary["repeated_pairs"]))
-    rows = [["users expected in a wrong group", figures.number(".1%", "misassignment", "balanced")]]
+    misassigned = figures.number(".1%", "misassignment", "balanced")
+    rows: list[list[Any]] = [["users expected in a wrong group", misassigned]]
     if summary.get("recovery"):
         label = "agreement with the groups that the data name (adjusted Rand index)"
         rows.append([label, figures.number(".3f", "recovery", "adjusted_rand_index")])
-    blocks = [Items(lines), Table("How far to trust the groups", ["", "value"], rows)]
+    blocks: list[Any] = [Items(lines), Table("How far to trust the groups", ["", "value"], rows)]
     return Section(
         "warnings", "Warnings", "What to know before the numbers are used.", blocks, ("misassigned",)
     )

@@ -164,7 +164,7 @@ def _relative(summary: Mapping[str, Any], figures: Figures) -> Table:
         "average_over_people_relative_change": "average over people",
         "majority_relative_change": f"majority ({compared['majority_group']})",
     }
-    rows = []
+    rows: list[list[Any]] = []
     for key, label in labels.items():
         seeds = " ".join(number_text(entry.get(key), "+.0%") for entry in compared["per_seed"])
         rows.append([label, figures.interval("+.1%", "comparison", f"{key}_interval"), seeds])
@@ -206,8 +206,8 @@ def _by_group(summary: Mapping[str, Any], figures: Figures) -> Section:
                             at_line=f"as good as {REFERENCE}")  # fmt: skip
         blocks.append(Picture([chart], f"Win rates against {REFERENCE}.{_rings(several)}"))
     names = group_names(summary)
-    header = ["policy", *names, *_TOTALS, Term("KL (nats)", "kl"), "length"]
-    rows = []
+    header: list[str | Term] = ["policy", *names, *_TOTALS, Term("KL (nats)", "kl"), "length"]
+    rows: list[list[Any]] = []
     for policy in summary["policies"]:
         rates = [figures.interval(".3f", "policies", policy, "win_rate_vs_sft", name) for name in names]
         sizes = [
@@ -236,7 +236,8 @@ def _pairs(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
     places = [n for n, pair in enumerate(summary.get("pairs", [])) if pair["other"] != REFERENCE]
     if not places:
         return []
-    names, rows = group_names(summary), []
+    names = group_names(summary)
+    rows: list[list[Any]] = []
     for n in places:
         pair = summary["pairs"][n]
         rates = [figures.interval(".3f", "pairs", n, "win_rate", name) for name in names]

@@ -30,7 +30,8 @@ def sizes_section(summary: Mapping[str, Any], figures: Figures) -> list[Section]
     policies = summary["policies"]
     if not all("length_correlation" in policy for policy in policies.values()):
         return []
-    names, rows = group_names(summary), []
+    names = group_names(summary)
+    rows: list[list[Any]] = []
     for policy in policies:
         utility = []
         for name in names:
@@ -43,7 +44,7 @@ def sizes_section(summary: Mapping[str, Any], figures: Figures) -> list[Section]
             figures.interval("+.2f", "policies", policy, "length_correlation", name) for name in names
         ]
         rows.append([policy, *utility, kl, length, *with_length])
-    header = [
+    header: list[str | Term] = [
         "policy",
         *(Term(f"utility, {name}", "utility") for name in names),
         Term("KL (nats)", "kl"),
@@ -157,7 +158,8 @@ def stability_section(summary: Mapping[str, Any], figures: Figures) -> Section:
             ]
         )
     if cells:
-        header = ["", Term("groups", "established"), "found again by refits (adjusted Rand index)", "doubts"]
+        header: list[str | Term] = ["", Term("groups", "established")]
+        header += ["found again by refits (adjusted Rand index)", "doubts"]
         blocks.append(Table("Whether the groups are found again", header, cells, words=True))
     changes = (summary.get("calibration") or {}).get("worst_group_changes")
     if changes is not None:

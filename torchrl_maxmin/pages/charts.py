@@ -153,7 +153,7 @@ def curve_panel(
         ]
         return "M" + " L".join(points) if points else ""
 
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for curve in curves:
         mean = _mean_of(curve.runs)
         seeds = [path(run) for run in curve.runs] if len(curve.runs) > 1 else []

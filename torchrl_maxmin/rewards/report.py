@@ -118,9 +118,10 @@ def reward_page(summary: Mapping[str, Any]) -> Page:
 
 
 def _groups(summary: Mapping[str, Any], figures: Figures) -> Section:
-    heldout, rows, strips = summary["heldout"], [], []
+    heldout, strips = summary["heldout"], []
+    rows: list[list[Any]] = []
     for k in range(summary["num_groups"]):
-        cells = [figures.count("users", k), figures.number(".3f", "mixing_weights", k)]
+        cells: list[Cell] = [figures.count("users", k), figures.number(".3f", "mixing_weights", k)]
         if accuracy := heldout.get("head_accuracy", []):
             cells.append(figures.number(".3f", "heldout", "head_accuracy", k))
             if accuracy[k] is not None:
@@ -140,8 +141,9 @@ def _groups(summary: Mapping[str, Any], figures: Figures) -> Section:
         )
     blocks.append(Table("The groups", header, rows))
     if "log_likelihood" in heldout:
-        likelihood = [["nats a pair", figures.number(".3f", "heldout", "log_likelihood")]]
-        blocks.append(Table("Held-out log-likelihood, where a coin gets -0.693", ["", "value"], likelihood))
+        likelihood = figures.number(".3f", "heldout", "log_likelihood")
+        label = "Held-out log-likelihood, where a coin gets -0.693"
+        blocks.append(Table(label, ["", "value"], [["nats a pair", likelihood]]))
     meaning = (
         "How many people each group has, and how well its reward predicts choices that it was not fitted to."
     )
@@ -164,12 +166,12 @@ def _wants(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
 def _stability(summary: Mapping[str, Any], figures: Figures) -> Section:
     blocks: list[Any] = []
     if evidence := summary.get("evidence"):
-        rows = []
+        rows: list[list[Any]] = []
         for k, own in enumerate(evidence["groups"]):
             path = ("evidence", "groups", k)
             cells = [figures.interval(".3f", *path, name) for name in ("jaccard", "correlation", "gain")]
             rows.append([f"group {k}", own["reason"] or "yes", *cells])
-        header = [
+        header: list[str | Term] = [
             "group",
             Term("established", "established"),
             Term("same users in refits (Jaccard)", "jaccard"),
