@@ -71,7 +71,7 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("ppo", "reward_funcs", "json:nothing", "write module:function"),
         ("ppo", "reward_funcs", "nowhere.json", "no world file"),
         ("ppo", "tau", "0", "--tau must be positive"),
-        ("ppo", "report_to", "file", "none of csv, tensorboard, wandb, mlflow"),
+        ("ppo", "report_to", "file", "none of csv, tensorboard, wandb, mlflow, trackio"),
         ("ppo", "cliprange", "1.5", "--cliprange must be above 0 and at most 1; it is 1.5"),
         ("ppo", "gamma", "1.1", "--gamma must be between 0 and 1"),
         ("ppo", "save_steps", "-1", "--save_steps must not be negative"),
@@ -128,8 +128,8 @@ def test_wrong_values(refused, stage, verb, name, value, message):
 
 
 def test_a_logger_whose_package_is_missing(refused, stage, monkeypatch):
-    monkeypatch.setattr("torchrl_maxmin.trainers.ppo_settings.find_spec", lambda package: None)
-    for verb in ("ppo", "ppo in an environment"):
+    monkeypatch.setattr("torchrl_maxmin.core.settings.find_spec", lambda package: None)
+    for verb in ("sft", "reward", "ppo", "ppo in an environment", "demo"):
         assert refused(*stage(verb, report_to="wandb")).endswith("needs its package: pip install wandb")
 
 

@@ -19,6 +19,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import resolve_device, write_config
 from torchrl_maxmin.core.run_folder import continued, how_to_go_on, is_unfinished, stage
+from torchrl_maxmin.core.settings import ReportSettings
 from torchrl_maxmin.core.tasks import Task, run_tasks
 from torchrl_maxmin.evaluation import SeedResult, rich_table, summarise, write_report, write_summary
 from torchrl_maxmin.evaluation.measure import EvaluateConfig, measure_policies
@@ -39,7 +40,7 @@ POLICIES = ("single", "maxmin", "oracle")
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(ReportSettings):
     """People with two tastes, from their preferences to results by group.
 
     Args:
@@ -73,6 +74,7 @@ class DemoConfig:
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
         World.preset(self.world)
+        self.check_report()
         if self.resume_from_checkpoint and not (self.resume_from_checkpoint == "last" and self.output_dir):
             raise UserError("--resume_from_checkpoint of the demo is last, of the run in --output_dir")
         unknown = [name for name in self.policies if name not in POLICIES]
@@ -234,6 +236,8 @@ def _seed_tasks(
 
     def settings_of(config_class: type, section: str, output: str, dataset: str, **fixed: Any) -> Any:
         fixed |= {"output_dir": str(home / output), "dataset_name": str(home / dataset)}
+        if config.report_to and issubclass(config_class, ReportSettings):  # what trains
+            fixed["report_to"] = config.report_to
         settings = _stage_config(config_class, recipe, section, seed=seed, device=device, **fixed)
         settings.check()
         return settings

@@ -20,6 +20,8 @@ from torchrl_maxmin.core.distributed import is_main_process, of_main_process
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.finite import NonFiniteError, nonfinite_batch
 from torchrl_maxmin.core.json_text import write_json_text
+from torchrl_maxmin.core.progress import console
+from torchrl_maxmin.core.text_escape import terminal
 
 __all__ = [
     "MetricsLog",
@@ -96,7 +98,8 @@ class MetricsLog:
 
     Args:
         folder: where the file goes.
-        report_to: a TorchRL logger (``csv``, ``tensorboard``, ``wandb``, ``mlflow``) or None.
+        report_to: a TorchRL logger (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``) or None;
+            one that fails is left out from then on, with a warning, and ends no run.
         keep: lines to keep of a file that is there already (on resume).
     """
 
@@ -105,13 +108,16 @@ class MetricsLog:
         if not self.writes:
             return
         self.path = folder / "metrics.jsonl"
-        kept = self.path.read_text().splitlines()[:keep] if keep else []
+        kept = self.path.read_text().splitlines()[:keep] if keep and self.path.is_file() else []
         self.path.write_text("".join(line + "\n" for line in kept))
-        self.logger = None
+        self.logger, self.report_to = None, report_to
         if report_to:
-            from torchrl.record.loggers import get_logger
+            try:
+                from torchrl.record.loggers import get_logger
 
-            self.logger = get_logger(report_to, str(folder / "logs"), folder.name)
+                self.logger = get_logger(report_to, str(folder / "logs"), folder.name)
+            except Exception as error:
+                self._leave_out(error)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of one step."""
@@ -122,8 +128,16 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.logger is not None:
-            for name, value in metrics.items():
-                self.logger.log_scalar(name, float(value), step=step)
+            try:
+                for name, value in metrics.items():
+                    self.logger.log_scalar(name, float(value), step=step)
+            except Exception as error:  # a full disk there, a network that is gone
+                self._leave_out(error)
+
+    def _leave_out(self, error: Exception) -> None:
+        words = terminal(error, 300) or type(error).__name__
+        console.print(f"warning: {self.report_to} fails, and is left out: {words}", soft_wrap=True)
+        self.logger = None
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:

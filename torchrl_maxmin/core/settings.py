@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 from torchrl_maxmin.core.errors import UserError
 
-__all__ = ["CheckedSettings"]
+__all__ = ["LOGGERS", "CheckedSettings", "ReportSettings"]
+
+#: loggers of TorchRL, and the packages that each needs
+LOGGERS = {
+    "csv": (),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+}
 
 
 class CheckedSettings:
@@ -44,3 +55,23 @@ class CheckedSettings:
                 raise UserError(f"--{name} must be a finite number; it is {value}")
             if not holds(value):
                 raise UserError(f"--{name} must {bounds}; it is {value}")
+
+
+@dataclass(kw_only=True)
+class ReportSettings(CheckedSettings):
+    """Where a stage that trains sends its metrics beside ``metrics.jsonl``.
+
+    Args:
+        report_to: also log to csv, tensorboard, wandb, mlflow or trackio; the same names everywhere
+            (docs/metrics.md). One that fails is left out, and ends no run.
+    """
+
+    report_to: str | None = None
+
+    def check_report(self) -> None:
+        """Raise :class:`UserError` for a logger that is unknown, or whose package is missing."""
+        if self.report_to is None:
+            return
+        self.require_known(report_to=tuple(LOGGERS))
+        if not all(find_spec(package) for package in LOGGERS[self.report_to]):
+            raise UserError(f"--report_to {self.report_to} needs its package: pip install {self.report_to}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.settings import CheckedSettings
+from torchrl_maxmin.core.settings import ReportSettings
 from torchrl_maxmin.rollouts.ray_workers import require_ray
 from torchrl_maxmin.welfare import (
     ADVERSARIES,
@@ -44,12 +43,10 @@ MAY_CHANGE = (
     "warn_ratio",
     "warn_value",
 )
-#: loggers of TorchRL, and the packages that each needs
-LOGGERS = {"csv": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
 
 @dataclass(kw_only=True)
-class PPOSettings(CheckedSettings):
+class PPOSettings(ReportSettings):
     """MaxMin PPO.
 
     Args:
@@ -101,7 +98,6 @@ class PPOSettings(CheckedSettings):
         warn_entropy: warn where the policy's entropy is below this part of what it was at first.
         warn_group: warn where a group that has all the weight falls by so many of its standard deviations.
         warn_value: warn where the value loss is so many times what it was.
-        report_to: also log to csv, tensorboard, wandb or mlflow.
         seed: seed of everything random.
         device: cpu, cuda or auto.
     """
@@ -143,7 +139,6 @@ class PPOSettings(CheckedSettings):
     warn_entropy: float = 0.05
     warn_group: float = 0.5
     warn_value: float = 100.0
-    report_to: str | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -165,12 +160,7 @@ class PPOSettings(CheckedSettings):
         )  # fmt: skip
         self.require_in_range(0, 1, "gamma", "lam", "max_staleness")
         self._check_workers()
-        if self.report_to:
-            self.require_known(report_to=tuple(LOGGERS))
-            if not all(find_spec(package) for package in LOGGERS[self.report_to]):
-                raise UserError(
-                    f"--report_to {self.report_to} needs its package: pip install {self.report_to}"
-                )
+        self.check_report()
         self.require_positive("welfare_parameter", "tau")
         if self.welfare in ("cvar", "generalized_gini") and not 0 < self.welfare_parameter <= 1:
             name = "level" if self.welfare == "cvar" else "ratio"

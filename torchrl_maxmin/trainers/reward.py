@@ -15,7 +15,7 @@ from torchrl_maxmin.core.distributed import across_ranks, is_main_process, world
 from torchrl_maxmin.core.errors import UnservedModelError, UserError
 from torchrl_maxmin.core.json_text import plain
 from torchrl_maxmin.core.progress import progress_bar
-from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
+from torchrl_maxmin.core.run import MetricsLog, resolve_device, seed_everything, write_json
 from torchrl_maxmin.core.run_folder import stage
 from torchrl_maxmin.models.language import TokenPolicy
 from torchrl_maxmin.models.loading import is_encoder, load_tokenizer, require_trunk
@@ -97,7 +97,16 @@ def run_reward(config: RewardConfig) -> Path:
     def save(state: dict[str, Any]) -> Path:
         return save_checkpoint(folder, len(state["history"]), state, config.save_total_limit or None)
 
+    log: MetricsLog | None = None
+
     def on_round(state: dict[str, Any]) -> None:
+        nonlocal log
+        earlier, record = len(state["history"]) - 1, state["history"][-1]
+        log = log or MetricsLog(folder, config.report_to, keep=earlier)
+        names = {"loss": "loss/reward"}
+        metrics = {names.get(name, name): value for name, value in record.items() if name != "round"}
+        metrics["em/repaired_groups"] = len(record["em/repaired_groups"])
+        log.write(earlier, metrics)
         if config.save_rounds and len(state["history"]) % config.save_rounds == 0:
             save(state)
 

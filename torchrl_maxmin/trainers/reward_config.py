@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.core.settings import ReportSettings
 from torchrl_maxmin.models.settings import ModelSettings, check_stop_strings
 from torchrl_maxmin.rewards.adapters import ADAPTERS
 from torchrl_maxmin.rewards.base import HEADS
@@ -17,7 +18,7 @@ __all__ = ["RewardConfig"]
 
 
 @dataclass
-class RewardConfig(ModelSettings, MixtureSettings):
+class RewardConfig(ModelSettings, MixtureSettings, ReportSettings):
     """A reward mixture learned from who preferred what.
 
     Args:
@@ -97,6 +98,7 @@ class RewardConfig(ModelSettings, MixtureSettings):
         """Raise :class:`UserError` for settings that cannot work."""
         super().check()
         self.check_model()
+        self.check_report()
         check_stop_strings(self.stop_strings)
         self.require_at_least(
             1,

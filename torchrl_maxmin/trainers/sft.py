@@ -14,6 +14,7 @@ from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.finite import require_finite_parameters
 from torchrl_maxmin.core.run import resolve_device, seed_everything, write_json
 from torchrl_maxmin.core.run_folder import stage
+from torchrl_maxmin.core.settings import ReportSettings
 from torchrl_maxmin.models.checkpointing import checkpoint_layers
 from torchrl_maxmin.models.loading import (
     ensure_pad_token,
@@ -47,7 +48,7 @@ SCHEDULES = (
 
 
 @dataclass
-class SFTConfig(ModelSettings, ChatSettings):
+class SFTConfig(ModelSettings, ChatSettings, ReportSettings):
     """Supervised fine-tuning of a causal language model.
 
     Args:
@@ -104,6 +105,7 @@ class SFTConfig(ModelSettings, ChatSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for settings that cannot work."""
         self.check_model()
+        self.check_report()
         self.require_seed()
         self.require_known(lr_scheduler_type=SCHEDULES)
         self.require_at_least(1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_length")

@@ -35,7 +35,7 @@ from torchrl_maxmin.core.distributed import (
 from torchrl_maxmin.core.interruption import Interrupted, signals_held
 from torchrl_maxmin.core.optimizers import MicroBatch, make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
-from torchrl_maxmin.core.run import require_finite
+from torchrl_maxmin.core.run import MetricsLog, require_finite
 from torchrl_maxmin.models.sequences import takes
 from torchrl_maxmin.models.sharding import shard
 
@@ -149,20 +149,24 @@ def train_language_model(
                 raise
         return accumulate(batch)  # not in the clause above: the error holds memory, too
 
+    log = MetricsLog(folder, config.report_to, keep=done)
     with signals_held() as waiting, progress_bar("fine-tuning the reference", total) as advance:
         advance(done)
         while done < total:
             batch = [rows[place] for place in next(batches)]
-            loss += accumulate(batch)
+            share = accumulate(batch)
+            loss += share
             parameters = [p for group in optimizer.groups for p in group]
             sum_gradients(parameters)
             norm = clip_gradients(parameters, 1.0)
             value, whole = float(loss + norm), partial(collate, batch)  # NaN in one step's loss stays
             require_finite(value, whole, Path(config.output_dir), "the sft loss or its gradient")
             optimizer.step()
+            mean = float(sum_over_ranks(share))
+            log.write(done, {"loss/sft": mean, "policy/grad_norm": norm, "lr": schedule.get_last_lr()[0]})
             schedule.step()
             done += 1
-            advance()
+            advance(note=f"loss {mean:.3f}")
             if config.save_steps and done % config.save_steps == 0:
                 checkpoint()
             if signum := waiting():
