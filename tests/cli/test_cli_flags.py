@@ -1,13 +1,12 @@
 """Flags, YAML and help: one set of keys, flags win, every key explained."""
 
 import dataclasses
-import re
 
 import pytest
 import yaml
 from cli_forms import FORMS, IN_ENV, config_class
 
-from torchrl_maxmin.cli.main import OTHERS, STAGES, main
+from torchrl_maxmin.cli.main import main
 from torchrl_maxmin.cli.parsing import config_from_mapping, mentions, parse_config
 from torchrl_maxmin.core.run import write_config
 from torchrl_maxmin.trainers.env_ppo_config import EnvPPOConfig
@@ -98,28 +97,6 @@ def test_a_written_config_reads_back_as_it_was(tmp_path, verb):
     assert moved == dataclasses.replace(config, output_dir="other")
 
 
-@pytest.mark.parametrize("verb", FORMS)
-def test_help_explains_every_field(verb, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit) as stop:
-        main([*verb.split(), "--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for name in ["config", *(field.name for field in dataclasses.fields(config_class(verb)))]:
-        entry = re.search(rf"^  --{name}[ ,][^\n]*(\n {{10,}}[^\n]*)*", text, flags=re.MULTILINE)
-        assert entry, f"--{name} is not in the help"
-        words = re.sub(r"\((required, )?type: .*", "", entry[0], flags=re.DOTALL)
-        words = re.sub(rf"--{name}\+?( {name.upper()}| \[ITEM,\.\.\.\]| {{true,false}})?,?", "", words)
-        assert re.search(r"[a-z]{3}", words), f"--{name} has no help: {entry[0]}"
-
-
-def test_help_of_ppo_says_that_there_is_another_form(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit):
-        main(["ppo", "--help"])
-    assert "in an environment with --env_id (ppo --env_id ID --help)" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("text", "config"),
     [
@@ -156,22 +133,6 @@ def test_the_environments_form_runs_on_flags_and_yaml(tmp_path, monkeypatch):
     flags = ["--env_options", '{"horizon": 4}', "--hidden_sizes", "8", "--seed", "2", "--output_dir", "o"]
     assert main(["ppo", "--env_id", "gridworld", *flags]) == 0
     assert given == [EnvPPOConfig(**keys, seed=2)] * 2
-
-
-@pytest.mark.parametrize("verb", list(OTHERS))
-def test_help_of_the_other_verbs(verb, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
-    assert stop.value.code == 0
-    assert f"usage: torchrl-maxmin {verb}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-def test_usage_names_every_verb(words, capsys):
-    assert main(words) == 0
-    text = capsys.readouterr().out
-    for verb in [*STAGES, *OTHERS]:
-        assert re.search(rf"^  {verb} ", text, flags=re.MULTILINE)
 
 
 def test_print_config_is_a_config(tmp_path, capsys):

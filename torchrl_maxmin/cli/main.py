@@ -1,4 +1,4 @@
-"""``torchrl-maxmin``: one verb a stage."""
+"""``torchrl-maxmin``: one verb a stage. What is imported here is imported by ``--help``: nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from torchrl_maxmin.cli.parsing import mentions, parse_config
-from torchrl_maxmin.core.errors import EngineError, LostRankError, SystemFailure, UserError
-from torchrl_maxmin.core.interruption import Interrupted
-from torchrl_maxmin.core.progress import quiet
+from torchrl_maxmin import __version__
+from torchrl_maxmin.cli.help import asks_for_help, stage_help
+from torchrl_maxmin.cli.parsing import closest, mentions, parse_config
+from torchrl_maxmin.core.errors import EngineError, Interrupted, LostRankError, SystemFailure, UserError
 from torchrl_maxmin.core.system_errors import explained
 from torchrl_maxmin.core.text_escape import terminal, terminal_lines
 
@@ -66,15 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         _say(_usage())
         return 0
-    quiet()
+    if verb == "--version":
+        _say(f"torchrl-maxmin {__version__}")
+        return 0
     try:
         with explained():
+            if (verb in STAGES or verb == "plan") and asks_for_help(arguments):
+                _say(_stage_help(verb, arguments))
+                raise SystemExit(0)  # as argparse, which the other verbs parse with
             if verb in STAGES:
                 return _run_stage(verb, arguments)
             if verb in OTHERS:
                 module, function, _ = OTHERS[verb]
                 return getattr(importlib.import_module(module), function)(arguments)
-        raise UserError(f"no verb {verb!r}; choose one of {', '.join([*STAGES, *OTHERS])}")
+        verbs = [*STAGES, *OTHERS]
+        near = closest(verb, [*verbs, "--version", "--help"], "")
+        raise UserError(f"no verb {verb!r}{near}; choose one of {', '.join(verbs)}")
     except UserError as error:
         if _rank():
             time.sleep(_PATIENCE_S)
@@ -94,7 +101,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _stage_help(verb: str, arguments: list[str]) -> str:
+    if verb == "plan":
+        return stage_help(verb, OTHERS[verb][-1], "torchrl_maxmin.trainers.plan", "PlanConfig", arguments)
+    in_env = verb == "ppo" and mentions(arguments, "env_id")
+    module, config, _, line = ENV_PPO if in_env else STAGES[verb]
+    return stage_help("ppo --env_id" if in_env else verb, line, module, config, arguments)
+
+
 def _run_stage(verb: str, arguments: list[str]) -> int:
+    from torchrl_maxmin.core.progress import quiet
+
+    quiet()
     stage = ENV_PPO if verb == "ppo" and mentions(arguments, "env_id") else STAGES[verb]
     module_name, config_name, function_name, line = stage
     module = importlib.import_module(module_name)
@@ -113,8 +131,8 @@ def _rank() -> int:
 
 def _usage() -> str:
     usage = "usage: torchrl-maxmin VERB [--flags]     (torchrl-maxmin VERB --help lists them)\n"
-    verbs = [f"  {name:<10}{row[-1]}" for name, row in (STAGES | OTHERS).items()]
-    return "\n".join([usage, *verbs])
+    verbs = [f"  {name:<12}{row[-1]}" for name, row in (STAGES | OTHERS).items()]
+    return "\n".join([usage, *verbs, "", "  --version   the version of this package"])
 
 
 def _say(text: str, error: bool = False) -> None:

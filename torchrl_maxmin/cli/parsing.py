@@ -12,11 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from torchrl_maxmin.core.errors import UserError
 
-__all__ = ["OneLineParser", "config_from_mapping", "mentions", "parse_config"]
+__all__ = ["OneLineParser", "closest", "config_from_mapping", "mentions", "parse_config"]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -46,7 +44,8 @@ def parse_config(verb: str, line: str, config_class: type, arguments: Sequence[s
     for word in words:
         name = word.partition("=")[0].removeprefix("--").removesuffix("+")
         if word.startswith("--") and name not in known:
-            raise UserError(f"unknown flag --{name}{_closest(name, known, '--') or hint}")
+            near = closest(name.replace("-", "_"), known, "--")
+            raise UserError(f"unknown flag --{name}{near or hint}")
     parser = _make_parser(config_class, prog=f"torchrl-maxmin {verb}", description=line, with_config=True)
     try:
         return _build(config_class, parser.parse_args(_config_first(words)))
@@ -69,6 +68,8 @@ def mentions(arguments: Sequence[str], name: str) -> bool:
 
 def _keys_of(path: str) -> set[Any]:
     """Read a YAML file's keys; none where it cannot be read, which the parser words."""
+    import yaml  # not where help is asked for
+
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -115,7 +116,14 @@ def _build(config_class: type, parsed: Any) -> Any:
     return config_class(**{name: values[name] for name in _names(config_class)})
 
 
-def _closest(name: str, known: Sequence[str], prefix: str) -> str:
+def closest(name: str, known: Sequence[str], prefix: str) -> str:
+    """Suggest what was meant; empty where nothing is near.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        prefix: dashes before the suggestion.
+    """
     close = get_close_matches(name, known, 1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
@@ -159,7 +167,7 @@ def _one_line(message: str, config_class: type, prefix: str) -> str:
     if stray := re.search(r"unrecognized arguments: (.*)", message):
         return f"{stray[1]!r} belongs to no flag"
     if unknown := re.search(r"Option '(.*)' is not accepted", message):
-        return f"unknown key {unknown[1]!r}{_closest(unknown[1], _names(config_class), '')}"
+        return f"unknown key {unknown[1]!r}{closest(unknown[1], _names(config_class), '')}"
     if message.startswith("Unexpected config"):
         return f"{prefix}config must be a YAML file of key: value lines"
     key = re.search(r'Parser key "([^"]+)"', message)

@@ -10,12 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from torchrl_maxmin.cli.parsing import OneLineParser, parse_config
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.progress import PlainConsole
-from torchrl_maxmin.core.text_escape import terminal
 
 __all__ = ["data", "env", "plan", "report", "training_histories"]
 
@@ -81,7 +77,10 @@ def data(arguments: list[str]) -> int:
         raise UserError(
             "--chat_template and --system_prompt need --model_name_or_path, whose tokens they make"
         )
+    from torchrl_maxmin.core.progress import quiet
     from torchrl_maxmin.preferences import PreferenceDataset
+
+    quiet()
 
     load = partial(
         PreferenceDataset.load,
@@ -101,7 +100,7 @@ def data(arguments: list[str]) -> int:
     report = load().check()
     if report.pairs > 1 and report.distinct_pairs == 1:
         raise UserError(f"all {report.pairs} pairs are copies of one pair; nothing can be learned from them")
-    PlainConsole().print(report)
+    _write(report)
     if given.model_name_or_path:
         from torchrl_maxmin.rewards.reader import load_reader
         from torchrl_maxmin.rewards.settings import tokens_report
@@ -119,10 +118,13 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("folder", help="folder with a summary.json")
     folder = Path(parser.parse_args(arguments).folder)
     table: Any
+    from torchrl_maxmin.core.progress import PlainConsole, quiet
+    from torchrl_maxmin.core.text_escape import terminal
     from torchrl_maxmin.diagnosis.report import verdict_table, write_diagnosis
     from torchrl_maxmin.evaluation import load_summary, rich_table, write_report
     from torchrl_maxmin.rewards.report import reward_verdict, write_reward_report
 
+    quiet()
     summary = load_summary(folder)
     if "proof_gaps" in summary:
         path, table = write_diagnosis(folder, summary), verdict_table(summary)
@@ -153,12 +155,13 @@ def training_histories(folder: Path, summary: Mapping[str, Any]) -> dict[str, li
         summary: its ``summary.json``.
     """
     from torchrl_maxmin.core.run import read_metrics
+    from torchrl_maxmin.evaluation.results import REFERENCE
 
     names = [group["name"] for group in summary["groups"]]
     histories: dict[str, list[list[dict[str, float]]]] = {}
     for entry in summary["policies"]["sft"]["per_seed"]:
         home = folder / f"seed-{entry['seed']}"
-        for kind in summary["policies"]:
+        for kind in (kind for kind in summary["policies"] if kind != REFERENCE):
             if (home / kind / "metrics.jsonl").is_file():
                 heads = _heads(home / f"reward_{kind}", names)
                 rows = [_of_groups(row, heads) for row in read_metrics(home / kind)]
@@ -206,8 +209,12 @@ def env(arguments: list[str]) -> int:
 def plan(arguments: list[str]) -> int:
     """``plan``: memory and time of a stage from a model's config."""
     line = "memory and time of a stage, from a model's config alone"
+    from rich.table import Table
+
+    from torchrl_maxmin.core.progress import quiet
     from torchrl_maxmin.trainers.plan import GB, PlanConfig, run_plan, verdict
 
+    quiet()
     config = parse_config("plan", line, PlanConfig, arguments)
     found = run_plan(config)
     settings = found.settings
@@ -222,7 +229,7 @@ def plan(arguments: list[str]) -> int:
     table.add_section()
     table.add_row("all", *(f"{phase.total / GB:.3f}" for phase in found.phases), style="bold")
     table.add_row("time", *(_duration(phase.seconds) for phase in found.phases))
-    PlainConsole().print(table)
+    _write(table)
     flops = ", ".join(f"{value / 1e9:,.0f} GFLOP/s {name}" for name, value in found.rates["flops"].items())
     _write(
         f"time of an iteration, by rates measured here just now on {found.rates['device']} ({flops}, "
@@ -250,5 +257,8 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds:.1f} s"
 
 
-def _write(text: str) -> None:
-    PlainConsole().print(text, soft_wrap=True)
+def _write(what: Any) -> None:
+    """Print a text, whose lines stay whole, or a table."""
+    from torchrl_maxmin.core.progress import PlainConsole
+
+    PlainConsole().print(what, soft_wrap=isinstance(what, str))

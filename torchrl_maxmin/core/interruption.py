@@ -6,38 +6,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torchrl_maxmin.core.distributed import shares_rows
+from torchrl_maxmin.core.errors import Interrupted
 
 __all__ = ["Interrupted", "signals_as_interruptions", "signals_held"]
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to end; no error of its own, so that no handler of errors takes it for one.
-
-    Args:
-        signum: SIGINT or SIGTERM.
-        text: what is saved, and how to go on.
-    """
-
-    def __init__(self, signum: int, text: str = ""):
-        super().__init__(text)
-        self.signum = signum
-
-    def __reduce__(self) -> tuple[type, tuple[int, str]]:  # goes from a worker to its parent
-        return type(self), (self.signum, str(self))
-
-    @classmethod
-    def at_checkpoint(cls, signum: int, path: Path) -> Interrupted:
-        """What to raise once a checkpoint is written."""
-        return cls(signum, f"all steps until then are in {path}")
-
-    @property
-    def name(self) -> str:
-        """What asked for it, in words."""
-        return "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name
 
 
 class _Request:
