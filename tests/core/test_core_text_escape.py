@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.table import Table
 
-from torchrl_maxmin.core.progress import PlainConsole, bars
+from torchrl_maxmin.core.progress import PlainConsole, drawn_bars
 from torchrl_maxmin.core.tables import markdown_table
 from torchrl_maxmin.core.text_escape import (
     cell,
@@ -89,7 +89,7 @@ def test_a_console_prints_strings_as_they_are(text):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bar_shows_a_name(name):
-    with bars() as progress:
+    with drawn_bars(silent=True) as progress:
         progress.live.console = PlainConsole(file=io.StringIO(), width=400, force_terminal=True)
         progress.add_task(name, total=1, note=name)
         table = progress.make_tasks_table(progress.tasks)

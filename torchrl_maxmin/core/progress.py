@@ -1,13 +1,15 @@
-"""Draw progress bars, or send them to the process that draws them; turn libraries' notices off."""
+"""Draw progress bars, as plain lines where no terminal shows them; or send them to the process that draws."""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -19,8 +21,11 @@ from torchrl_maxmin.core.text_escape import terminal, terminal_lines
 
 __all__ = [
     "PlainConsole",
+    "PlainLines",
     "bars",
     "console",
+    "drawn_bars",
+    "duration",
     "forward_to",
     "late_bar",
     "prefixed",
@@ -42,6 +47,7 @@ class PlainConsole(Console):
 
 console = PlainConsole(stderr=True)
 _PATIENCE_S = 2.0  # work that takes no longer gets no late bar
+_LINE_S = 30.0  # between two lines about the same work, where they are read later
 _INTERVAL_S = 0.2  # a bar that moves more often than this only costs time
 
 _queue: Any = None
@@ -63,8 +69,20 @@ def prefixed(prefix: str) -> Iterator[None]:
     _prefix = ""
 
 
-def bars() -> Progress:
-    """Make bars in the one look that they have."""
+def bars() -> Progress | PlainLines:
+    """Make bars in the one look that they have; plain lines where the output is no terminal."""
+    silent = bool(os.environ.get("TORCHRL_MAXMIN_QUIET"))
+    if not (console.is_terminal or console.is_jupyter):
+        return PlainLines(silent)
+    return drawn_bars(silent)
+
+
+def drawn_bars(silent: bool = False) -> Progress:
+    """Make the bars of a terminal.
+
+    Args:
+        silent: whether none is drawn.
+    """
     return Progress(
         _Words(lambda task: task.description, width=34),
         BarColumn(bar_width=28),
@@ -72,8 +90,99 @@ def bars() -> Progress:
         TimeElapsedColumn(),
         _Words(lambda task: task.fields["note"]),
         console=console,
-        disable=bool(os.environ.get("TORCHRL_MAXMIN_QUIET")),
+        disable=silent,
     )
+
+
+@dataclass
+class _Work:
+    """What one bar would show, and where its rate is counted from."""
+
+    title: str
+    total: int
+    note: str
+    done: int = 0
+    visible: bool = True
+    start: float = field(default_factory=time.monotonic)
+    counted_from: tuple[float, int] | None = None
+
+    def line(self, now: float) -> str:
+        """Step, rate, time left and note."""
+        since, before = self.counted_from or (self.start, 0)
+        rate = (self.done - before) / max(now - since, 1e-9)
+        words = [f"{terminal(self.title, most=60)}: {self.done:,}/{self.total:,}"]
+        if self.done >= self.total:
+            words.append(f"in {duration(now - self.start)}")
+        elif rate > 0:
+            # a rate below 1 a second reads better the other way round
+            words.append(f"{rate:,.1f} a second" if rate >= 1 else f"{duration(1 / rate)} each")
+            words.append(f"{duration((self.total - self.done) / rate)} left")
+        else:
+            words.append(f"for {duration(now - self.start)}")
+        return ", ".join([*words, *([terminal(self.note, most=60)] if self.note else [])])
+
+
+class PlainLines:
+    """Progress for a log: a line every 30 seconds about whatever is at work, and one at the end of each.
+
+    Args:
+        silent: whether nothing is written.
+        interval: seconds between two lines about the same work.
+    """
+
+    def __init__(self, silent: bool = False, interval: float = _LINE_S):
+        self.silent, self.interval = silent, interval
+        self.works: list[_Work] = []
+        self._over = threading.Event()
+        self._writer = threading.Thread(target=self._write_on, daemon=True)
+
+    def __enter__(self) -> PlainLines:
+        if not self.silent:
+            self._writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if not self.silent:
+            self._writer.join()
+
+    def add_task(self, description: str, total: int, note: str = "") -> int:
+        """Begin some work; returns its number."""
+        self.works.append(_Work(description, total, note))
+        return len(self.works) - 1
+
+    def update(
+        self, task: int, advance: int = 0, completed: int | None = None, note: str = "", visible: bool = True
+    ) -> None:
+        """Say how far some work is; at its end a line is written."""
+        work, now = self.works[task], time.monotonic()
+        before = work.done
+        work.done = work.done + advance if completed is None else completed
+        work.note, work.visible = note or work.note, visible
+        if now - work.start < 1:  # a run that goes on begins with what was done before
+            work.counted_from = now, work.done
+        if before < work.total <= work.done and visible and not self.silent:
+            console.print(work.line(now), soft_wrap=True)
+
+    def _write_on(self) -> None:
+        while not self._over.wait(self.interval):
+            for work in [*self.works]:
+                if work.visible and work.done < work.total:
+                    console.print(work.line(time.monotonic()), soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Word a time: seconds below two minutes, minutes below two hours, hours.
+
+    Example:
+        >>> duration(7.24), duration(600), duration(9000), duration(0.012)
+        ('7.2 s', '10 min', '2.5 h', '0.012 s')
+    """
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 class _Words(ProgressColumn):
@@ -156,6 +265,8 @@ def late_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
                 shown = done
 
         yield reach
+        if advance is not None and shown < total:  # at its end; what reads ahead says less
+            advance(total - shown)
 
 
 def quiet() -> None:

@@ -155,7 +155,8 @@ def train(
             if signum := waiting():
                 raise Interrupted.at_checkpoint(signum, checkpoint())
             worst, kl = (metrics.get(f"objective/{name}") for name in ("welfare", "kl"))
-            note = "no episode ended" if worst is None else f"worst group {worst:+.2f}"
+            group = metrics.get("maxmin/worst_group", math.nan)
+            note = "no episode ended" if worst is None else f"worst group {group:.0f} at {worst:+.2f}"
             advance(note=note if kl is None else f"{note}  kl {kl:z.1f}")
             gap = metrics.get("maxmin/duality_gap_high", math.inf)
             if finished := done == learner.num_iterations or gap <= stop_at_gap:
