@@ -38,7 +38,7 @@ setup(
     package_data={
         "maxmin_kernels": ["py.typed"],
         "torchrl_maxmin": ["py.typed", "moved.yaml"],
-        "torchrl_maxmin.cli.configs": ["*.yaml"],
+        "torchrl_maxmin.cli.configs": ["*.yaml", "recipes/*.yaml"],
         "torchrl_maxmin.pages": ["glossary.yaml"],
         "torchrl_maxmin.pages.templates": ["*"],
     },

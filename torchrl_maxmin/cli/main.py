@@ -51,11 +51,28 @@ ENV_PPO = (
     "run_env_ppo",
     "train for the worst-off group in an environment",
 )
+#: no stage, but as they are parsed
+PLAN = (
+    "torchrl_maxmin.trainers.plan",
+    "PlanConfig",
+    "run_plan",
+    "memory and time of a stage, from a model's config alone",
+)
 OTHERS = {
     "data": ("torchrl_maxmin.cli.tools", "data", "data check FILE: what is in a preference data set"),
-    "plan": ("torchrl_maxmin.cli.tools", "plan", "memory and time of a stage, from a model's config alone"),
+    "plan": ("torchrl_maxmin.cli.tools", "plan", PLAN[-1]),
     "report": ("torchrl_maxmin.cli.tools", "report", "report FOLDER: print and rewrite the report of a run"),
     "env": ("torchrl_maxmin.cli.tools", "env", "versions, for a bug report"),
+    "recipes": (
+        "torchrl_maxmin.cli.recipes",
+        "recipes",
+        "settings to start from: recipes lists them, recipes cp NAME copies one",
+    ),
+    "completion": (
+        "torchrl_maxmin.cli.completion",
+        "completion",
+        "completion bash|zsh|fish: a script that completes verbs and flags",
+    ),
 }
 
 
@@ -102,10 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stage_help(verb: str, arguments: list[str]) -> str:
-    if verb == "plan":
-        return stage_help(verb, OTHERS[verb][-1], "torchrl_maxmin.trainers.plan", "PlanConfig", arguments)
     in_env = verb == "ppo" and mentions(arguments, "env_id")
-    module, config, _, line = ENV_PPO if in_env else STAGES[verb]
+    module, config, _, line = ENV_PPO if in_env else (STAGES | {"plan": PLAN})[verb]
     return stage_help("ppo --env_id" if in_env else verb, line, module, config, arguments)
 
 

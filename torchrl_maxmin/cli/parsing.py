@@ -20,8 +20,15 @@ __all__ = ["OneLineParser", "closest", "config_from_mapping", "mentions", "parse
 class OneLineParser(argparse.ArgumentParser):
     """The parser of verbs without a config: a mistake is a :class:`UserError` instead of a usage text."""
 
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
-        """Raise :class:`UserError`."""
+        """Raise :class:`UserError`, with the flag that may have been meant."""
+        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            known = [word[2:] for action in self._actions for word in action.option_strings]
+            near = closest(unknown[1][2:].replace("-", "_"), known, "--")
+            message = f"unknown flag {unknown[1]}{near}"
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torchrl_maxmin.cli.parsing import OneLineParser, parse_config
 from torchrl_maxmin.core.errors import UserError
 
-__all__ = ["data", "env", "plan", "report", "training_histories"]
+__all__ = ["data", "data_parser", "env", "plan", "report", "training_histories"]
 
 PACKAGES = (
     "torchrl-maxmin",
@@ -36,8 +36,8 @@ _ROLES = {
 }
 
 
-def data(arguments: list[str]) -> int:
-    """``data check FILE``: one screen about a preference data set."""
+def data_parser() -> OneLineParser:
+    """Make the parser of ``data``."""
     parser = OneLineParser(prog="torchrl-maxmin data", description="Look at preference data.")
     parser.add_argument("action", choices=["check"], help="the one thing that data does")
     parser.add_argument(
@@ -70,7 +70,12 @@ def data(arguments: list[str]) -> int:
     parser.add_argument("--max_length", type=int, default=1024, help="longest text in tokens (default: 1024)")
     parser.add_argument("--chat_template", help="Jinja template or its file, for lists of messages; or none")
     parser.add_argument("--system_prompt", help="opens conversations that have no system message")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def data(arguments: list[str]) -> int:
+    """``data check FILE``: one screen about a preference data set."""
+    given = data_parser().parse_args(arguments)
     if given.max_length < 1:
         raise UserError("--max_length must be at least 1")
     if given.model_name_or_path is None and (given.chat_template or given.system_prompt):

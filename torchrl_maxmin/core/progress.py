@@ -103,7 +103,7 @@ class _Work:
     note: str
     done: int = 0
     visible: bool = True
-    start: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=lambda: time.monotonic())
     counted_from: tuple[float, int] | None = None
 
     def line(self, now: float) -> str:
