@@ -241,7 +241,7 @@ def write_preferences(
 ) -> World:
     """Let people compare pairs of the reference policy's responses.
 
-    Every user gets prompts of their own, two responses each, and picks one by Bradley-Terry
+    Every user gets prompts of their own, two different responses each, and picks one by Bradley-Terry
     sampling of their group's utility. Written: ``preferences.jsonl`` and
     ``preferences_test.jsonl`` with prompt, chosen, rejected, user_id, and a group column for
     evaluation only; ``world.json`` with the utilities' standard deviations.
@@ -265,7 +265,7 @@ def write_preferences(
     drawn: list[tuple[int, str, str, str]] = []
     with progress_bar("sampling pairs to compare", num_users * each) as advance:
         wanted = np.full(num_users, each)
-        for _ in range(_MAX_ROUNDS):  # two equal responses cannot be compared and are drawn again
+        for _ in range(_MAX_ROUNDS):  # equal responses cannot be compared, empty ones not read: drawn again
             users = np.repeat(np.arange(num_users), wanted)
             prompts = [known[i] for i in generator.integers(len(known), size=len(users))]
             for start in range(0, len(users), 512):
@@ -276,7 +276,7 @@ def write_preferences(
                 raw.append(world.raw_utilities(reviews))
                 for i, prompt in enumerate(part):
                     first, second = texts[2 * i], texts[2 * i + 1]
-                    if first != second:
+                    if first != second and first.strip() and second.strip():
                         drawn.append((users[start + i], prompt, first, second))
                         wanted[users[start + i]] -= 1
                         advance()
