@@ -97,7 +97,7 @@ evaluate: {num_samples: 2, certificate_prompts: 4, certificate_samples: 16}
 """
 CLOCK = {"wall_seconds", "frames_per_second", "seconds", "timings"}
 #: name their folder, or say when they were written, or show seconds
-APART = {"config.yaml", "run.json", "manifest.json", "report.md", "recipe.yaml", "kept.json"}
+APART = {"config.yaml", "run.json", "manifest.json", "report.md", "report.html", "recipe.yaml", "kept.json"}
 SECONDS = 900
 
 

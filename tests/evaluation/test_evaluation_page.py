@@ -155,15 +155,21 @@ def sign(low, high):
     return "unsure" if low is None or low <= 0 <= high else "gain" if low > 0 else "lose"
 
 
-def test_nothing_is_claimed_on_groups_that_are_not_established():
+def test_nothing_is_claimed_on_groups_that_are_not_established(tmp_path):
     groups = {"established": False, "reasons": ["refits find other users"]}
     judged = {"judge": "reward heads", "groups_found": groups}
-    found = verdict(summarise([make_result(0, extra=judged)], num_resamples=20))
+    summary = summarise([make_result(0, extra=judged)], num_resamples=20)
+    found = verdict(summary)
     text = " ".join([found.headline, *(line.text for line in found.lines)])
     assert found.headline.startswith("Nothing is claimed")
     assert "refits find other users" in text
     assert not any(name in text for name in NAMES)
     assert not any(line.kind in ("gain", "lose") for line in found.lines)
+    report = write_report(tmp_path, summary, figures=False).read_text()
+    page = read_page(tmp_path)
+    assert "not established" in page.by_section["who"]
+    for text in (report, *page.by_section.values()):
+        assert "in a group that gains" not in text
     true = verdict(summarise([make_result(0, extra=judged | {"judge": "world"})], num_resamples=20))
     assert "loses" in true.headline
     assert any("not established" in line.text for line in true.lines)
@@ -282,6 +288,11 @@ def test_a_model_card_takes_the_verdict_and_the_folder_stays_whole(tmp_path, sum
     assert (foreign / "README.md").read_text() == "somebody's own\n"
     require_whole(folder)
     assert digest_of_model(str(folder)) == digest
+    listed = json.loads((folder / "manifest.json").read_text())
+    assert list(listed["files"]) == ["model.safetensors"]
+    listed["files"]["README.md"] = {"sha256": "of an earlier version"}
+    (folder / "manifest.json").write_text(json.dumps(listed))
+    require_whole(folder)
     model_card(folder, about | {"title": "Other"})  # a run that goes on writes its card again
     assert summary["verdict"]["headline"] in card.read_text()
     write_cards({"maxmin": str(folder)}, summary)

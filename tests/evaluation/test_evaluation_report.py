@@ -97,6 +97,15 @@ def test_training_figure_and_its_numbers(tmp_path):
     assert len(plot_training(one_seed, tmp_path / "one")) == 3
 
 
+def test_one_reward_for_all_has_no_weights(tmp_path):
+    """Its one weight, 1, is that of everybody, and no group's."""
+    histories = make_histories()
+    histories["single"] = [[row | {"maxmin/weights/0": 1.0} for row in run] for run in histories["single"]]
+    rows = list(csv.DictReader(plot_training(histories, tmp_path / "training")[2].open()))
+    weighted = {row["policy"] for row in rows if row["metric"].startswith("maxmin/weights")}
+    assert weighted == {"maxmin"}
+
+
 def test_runs_of_different_lengths_are_drawn(tmp_path):
     histories = {"maxmin": [make_histories(length=n)["maxmin"][0] for n in (3, 5)]}
     rows = list(csv.DictReader(plot_training(histories, tmp_path / "training")[2].open()))

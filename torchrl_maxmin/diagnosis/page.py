@@ -74,7 +74,7 @@ def _cost(summary: Mapping[str, Any], figures: Figures) -> Section:
     caption = (
         "What each group loses against its own best policy, in deviations of its reward; less is better."
     )
-    blocks: list[Any] = [Picture([chart], caption)]
+    blocks: list[Any] = [*_doubt(summary), Picture([chart], caption)]
     maxmin = summary["maxmin"]
     rows: list[list[Any]] = [
         [
@@ -99,6 +99,13 @@ def _cost(summary: Mapping[str, Any], figures: Figures) -> Section:
     return Section(
         "cost", "Who pays", meaning, blocks, ("alignment_gap", "maxmin", "adversary", "t_interval")
     )
+
+
+def _doubt(summary: Mapping[str, Any]) -> list[Any]:
+    if len(summary["groups"]) < 2 or summary.get("established"):
+        return []
+    doubt = "The groups are not established: figures by group may be chance, and say nothing of anybody."
+    return [Text(doubt, important=True)]
 
 
 def _groups(summary: Mapping[str, Any], figures: Figures) -> Section:
@@ -148,10 +155,10 @@ def _wants(summary: Mapping[str, Any]) -> list[Section]:
     if len(groups) < 2 or "wants" not in groups[0]:
         return []
     named = [(group["name"], group["wants"]) for group in groups]
-    blocks = wants_blocks(Figures(summary), named, [("groups", k, "wants") for k in range(len(groups))])
-    if not summary.get("established"):
-        doubt = "The groups are not established: what follows may be chance, and says nothing of anybody."
-        blocks.insert(0, Text(doubt, important=True))
+    blocks: list[Any] = wants_blocks(
+        Figures(summary), named, [("groups", k, "wants") for k in range(len(groups))]
+    )
+    blocks = [*_doubt(summary), *blocks]
     meaning = "Each group against the others, these weighted by their shares."
     return [Section("wants", "What each group wants", meaning, blocks, ("established",))]
 
@@ -178,8 +185,7 @@ def _people(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
                 f"{column}: {related} (p = {found['p_holm']:.4g} by Holm over the columns; {found['test']})."
             )
     blocks: list[Any] = [Table("Columns by group", header, rows), Items(tests)]
-    if not summary.get("established"):
-        blocks.insert(0, Text("The groups are not established: what follows may be chance.", important=True))
+    blocks = [*_doubt(summary), *blocks]
     meaning = "This describes the groups and explains nothing: no column here is a cause."
     return [Section("people", "Who is in each group", meaning, blocks, ("misassigned",))]
 

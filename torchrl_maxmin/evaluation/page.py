@@ -21,12 +21,20 @@ from torchrl_maxmin.evaluation.policies import BASELINE
 from torchrl_maxmin.evaluation.results import REFERENCE
 from torchrl_maxmin.evaluation.tables import group_names, number_text
 from torchrl_maxmin.evaluation.texts import (
+    NOT_ESTABLISHED,
     WORST_OF_PAIRS,
     caveats,
     description,
     oracle_text,
 )
-from torchrl_maxmin.evaluation.verdict import SHARES, compared_policies, seeds_text, verdict
+from torchrl_maxmin.evaluation.verdict import (
+    SHARES,
+    compared_policies,
+    nothing_claimed,
+    people_text,
+    seeds_text,
+    verdict,
+)
 from torchrl_maxmin.pages import (
     Answer,
     Answers,
@@ -104,56 +112,54 @@ def evaluation_page(summary: Mapping[str, Any], histories: Mapping[str, Any] | N
 
 def _who_pays(summary: Mapping[str, Any], figures: Figures) -> Section:
     policy, baseline = compared_policies(summary)
-    blocks: list[Any] = []
-    compared = summary["comparison"]
+    blocks: list[Any] = _doubt(summary)
     if policy is not None and baseline == BASELINE:
-        rows = compared.get("changes_per_seed", [])
-        several = len(rows) > 1
-        strips = []
-        for k, group in enumerate(summary["groups"]):
-            name = group["name"]
-            seeds = [row["changes"][name] for row in rows] if several else []
-            cell = figures.interval("+.3f", "comparison", "changes", name)
-            strips.append(
-                Strip(
-                    name, f"{group['share']:.0%} of people", _mark(compared["changes"][name], seeds, k), cell
-                )
-            )
-        for key, (label, note) in _AVERAGES.items():
-            name = f"{key}_change"
-            if f"{name}_interval" in compared:
-                seeds = [row[name] for row in rows if name in row] if several else []
-                mark = _mark(compared[f"{name}_interval"], seeds, _AVERAGE_STYLE)
-                strips.append(
-                    Strip(label, note, mark, figures.interval("+.3f", "comparison", f"{name}_interval"))
-                )
-        chart = strip_chart(
-            f"change of the win rate, {policy} against {baseline}", strips, at_line="no change"
+        several = len(summary["comparison"].get("changes_per_seed", [])) > 1
+        title = f"change of the win rate, {policy} against {baseline}"
+        chart = strip_chart(title, _changes(summary, figures), at_line="no change")
+        caption = (
+            f"Change of the win rate against {REFERENCE} from {baseline} to {policy}, with its interval. "
+            f"Right of the line gains, left of it loses.{_rings(several)}"
         )
-        blocks.append(Picture([chart], f"Change of the win rate against {REFERENCE} from {baseline} to "
-        f"{policy}, with "
-                              f"its interval. Right of the line gains, left of it "
-                              f"loses.{_rings(several)}"))  # fmt: skip
-        people = compared["people"]
-        parts = [
-            f"{people['gain']:.0%} of the people are in a group that gains",
-            f"{people['lose']:.0%} in one that loses",
-        ]
-        if people["unsure"]:
-            parts.append(f"{people['unsure']:.0%} in one where neither is decided")
-        blocks.append(Text(f"{', '.join(parts)}. People are counted by {SHARES[summary['shares_are']]}."))
+        blocks.append(Picture([chart], caption))
+        if text := people_text(summary):
+            blocks.append(Text(f"{text} People are counted by {SHARES[summary['shares_are']]}."))
         blocks.append(_relative(summary, figures))
         if oracle := oracle_text(summary):
             blocks.append(Text(oracle))
     else:
-        blocks.append(Text(f"There is no pair of {BASELINE} and maxmin here, so that what MaxMin changes "
-        f"is not "
-                           f"known; the next section holds every policy against {REFERENCE}."))  # fmt: skip
-    meaning = (
-        "What changes for each group, and over everybody, when the policy takes the place of one "
-        "reward for all."
-    )
+        text = (
+            f"There is no pair of {BASELINE} and maxmin here, so that what MaxMin changes is not known; the "
+            f"next section holds every policy against {REFERENCE}."
+        )
+        blocks.append(Text(text))
+    meaning = "What changes for each group, and over everybody, in the place of one reward for all."
     return Section("who", "Who gains and who pays", meaning, blocks, ("averages", "win_rate", "t_interval"))
+
+
+def _doubt(summary: Mapping[str, Any]) -> list[Any]:
+    return [Text(NOT_ESTABLISHED, important=True)] if nothing_claimed(summary) else []
+
+
+def _changes(summary: Mapping[str, Any], figures: Figures) -> list[Strip]:
+    """Make a strip of the change of every group, and of both averages."""
+    compared = summary["comparison"]
+    rows = compared.get("changes_per_seed", [])
+    rows = rows if len(rows) > 1 else []
+    strips = []
+    for k, group in enumerate(summary["groups"]):
+        name = group["name"]
+        mark = _mark(compared["changes"][name], [row["changes"][name] for row in rows], k)
+        cell = figures.interval("+.3f", "comparison", "changes", name)
+        strips.append(Strip(name, f"{group['share']:.0%} of people", mark, cell))
+    for key, (label, note) in _AVERAGES.items():
+        name = f"{key}_change"
+        if f"{name}_interval" in compared:
+            seeds = [row[name] for row in rows if name in row]
+            mark = _mark(compared[f"{name}_interval"], seeds, _AVERAGE_STYLE)
+            cell = figures.interval("+.3f", "comparison", f"{name}_interval")
+            strips.append(Strip(label, note, mark, cell))
+    return strips
 
 
 def _relative(summary: Mapping[str, Any], figures: Figures) -> Table:
@@ -200,7 +206,7 @@ def _by_group(summary: Mapping[str, Any], figures: Figures) -> Section:
             strips.append(
                 Strip(label, "", mark, figures.interval(".3f", "policies", policy, f"{key}_interval"))
             )
-    blocks: list[Any] = []
+    blocks: list[Any] = _doubt(summary)
     if strips:
         chart = strip_chart(f"win rates against {REFERENCE}", strips, limits=(-0.02, 1.02), line=0.5,
                             at_line=f"as good as {REFERENCE}")  # fmt: skip

@@ -7,8 +7,8 @@ from typing import Any
 
 from torchrl_maxmin.core.tables import markdown_table
 from torchrl_maxmin.core.text_escape import markdown
-from torchrl_maxmin.evaluation.texts import WORST_OF_PAIRS, oracle_text
-from torchrl_maxmin.evaluation.verdict import SHARES
+from torchrl_maxmin.evaluation.texts import NOT_ESTABLISHED, WORST_OF_PAIRS, oracle_text
+from torchrl_maxmin.evaluation.verdict import SHARES, people_text
 from torchrl_maxmin.stats.text import ends_text, interval_text, number_text
 
 __all__ = [
@@ -106,13 +106,8 @@ def comparison_block(summary: Mapping[str, Any]) -> str:
     )
     if compared.get("people"):
         each = ((markdown(group), interval_text(c, "+.3f")) for group, c in compared["changes"].items())
-        changes = ", ".join(map(" ".join, each))
-        people = compared["people"]
-        unsure = f", {people['unsure']:.0%} in one whose interval holds 0" if people["unsure"] else ""
-        text += (
-            f" Change of the win rate by group: {changes}. {people['gain']:.0%} of the people are in a group "
-            f"that gains, {people['lose']:.0%} in one that loses{unsure}."
-        )
+        text += f" Change of the win rate by group: {', '.join(map(' '.join, each))}."
+        text += f" {people_text(summary) or NOT_ESTABLISHED}"
     head_to_head = summary["policies"][name].get("win_rate_vs_single")
     if head_to_head:
         rates = ", ".join(f"{markdown(group)} {interval_text(r)}" for group, r in head_to_head.items())

@@ -10,6 +10,7 @@ from torchrl_maxmin.pages import Text
 from torchrl_maxmin.stats.text import ends_text, interval_text
 
 __all__ = [
+    "NOT_ESTABLISHED",
     "WORST_OF_PAIRS",
     "calibration_texts",
     "caveats",
@@ -21,6 +22,11 @@ __all__ = [
 Show = Callable[..., str]
 
 _SENTENCE = 2000  # characters shown of what is longer than a name
+
+#: What stands over figures by group where nothing is claimed on the groups.
+NOT_ESTABLISHED = (
+    "The groups are not established: figures by group may be chance, and say nothing of anybody."
+)
 
 #: What the worst group says where two policies meet.
 WORST_OF_PAIRS = (

@@ -20,6 +20,8 @@ __all__ = [
     "direction",
     "judge_kinds",
     "not_established",
+    "nothing_claimed",
+    "people_text",
     "seeds_text",
     "verdict",
 ]
@@ -58,8 +60,8 @@ def verdict(summary: Mapping[str, Any], show: Callable[[Any], str] = str) -> Ver
     if policy is None:
         return Verdict(f"Only {REFERENCE} was evaluated: there is nothing to compare.")
     doubts = not_established(summary)
-    if doubts is not None and judge_kinds(summary) == {"reward heads"}:
-        why = "; ".join(show(reason) for reason in doubts) or "they do not beat one reward for all"
+    if nothing_claimed(summary):
+        why = "; ".join(show(reason) for reason in doubts or ()) or "they do not beat one reward for all"
         headline = "Nothing is claimed: the groups that were found are not established."
         return Verdict(headline, [Line("unsure", f"Why: {why}."), *_notes(summary)])
     groups = _by_group(summary, policy, baseline)
@@ -108,6 +110,21 @@ def not_established(summary: Mapping[str, Any]) -> list[str] | None:
     found = [extra.get("groups_found") or {} for extra in summary.get("extra", [])]
     doubted = [entry for entry in found if entry.get("established") is False]
     return [reason for entry in doubted for reason in entry.get("reasons", [])] if doubted else None
+
+
+def nothing_claimed(summary: Mapping[str, Any]) -> bool:
+    """Say whether the groups that are judged are those that were found, and are not established."""
+    return not_established(summary) is not None and judge_kinds(summary) == {"reward heads"}
+
+
+def people_text(summary: Mapping[str, Any]) -> str | None:
+    """Say how many people are in groups that gain and lose; None where nothing is known or claimed."""
+    people = summary["comparison"].get("people")
+    if not people or nothing_claimed(summary):
+        return None
+    unsure = f", {people['unsure']:.0%} in one whose interval holds 0" if people["unsure"] else ""
+    gain, lose = f"{people['gain']:.0%}", f"{people['lose']:.0%}"
+    return f"{gain} of the people are in a group that gains, {lose} in one that loses{unsure}."
 
 
 def seeds_text(summary: Mapping[str, Any]) -> str:
