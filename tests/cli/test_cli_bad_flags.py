@@ -10,9 +10,51 @@ from torchrl_maxmin.cli.main import main
 
 
 def test_unknown_verb(refused):
-    assert "choose one of demo, sft, reward, ppo, evaluate, diagnose, data, plan, report, env" in refused(
-        "trane"
-    )
+    verbs = "demo, sft, reward, ppo, evaluate, diagnose, data, plan, report, env, recipes, completion"
+    assert f"no verb 'xyz'; choose one of {verbs}" in refused("xyz")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evalute"], "no verb 'evalute'; did you mean evaluate?"),
+        (["rewards"], "did you mean reward?"),
+        (["--versoin"], "did you mean --version?"),
+        (["recipe"], "did you mean recipes?"),
+        (["sft", "--output-dir", "x"], "unknown flag --output-dir; did you mean --output_dir?"),
+        (["sft", "--lora-r=3"], "unknown flag --lora-r; did you mean --lora_r?"),
+        (["demo", "--seed", "3"], "unknown flag --seed; did you mean --seeds?"),
+        (["plan", "--model", "m"], "unknown flag --model; see torchrl-maxmin plan --help"),
+        (["plan", "--num_group", "2"], "did you mean --num_groups?"),
+        (["plan", "--stage", "dpo"], "missing --model_name_or_path"),
+        (
+            ["plan", "--model_name_or_path", "m", "--stage", "dpo"],
+            "--stage 'dpo' is none of ppo, sft, reward",
+        ),
+        (["data"], "required: action, dataset_name"),
+        (["data", "check"], "required: dataset_name"),
+        (
+            ["data", "check", "p.jsonl", "--user_colum", "u"],
+            "unknown flag --user_colum; did you mean --user_column?",
+        ),
+        (["data", "check", "p.jsonl", "--max_pairs", "many"], "invalid int value: 'many'"),
+        (["data", "check", "pairs.jsonl", "--max_length", "0"], "--max_length must be at least 1"),
+        (["report", "a", "b"], "unrecognized arguments: b"),
+        (["report", "--folder", "x"], "see torchrl-maxmin report --help"),
+        (["env", "torch"], "unrecognized arguments: torch"),
+        (["env", "--json"], "unknown flag --json; see torchrl-maxmin env --help"),
+        (["recipes", "mv", "x"], "recipes takes ls, or cp NAME [FILE], not 'mv'"),
+        (["recipes", "cp"], "needs the name of a recipe"),
+        (["recipes", "cp", "enviroment"], "no recipe 'enviroment'; did you mean environment?"),
+        (["recipes", "cp", "environment", "pairs.jsonl"], "pairs.jsonl is there already"),
+        (["recipes", "cp", "environment", "no/x.yaml"], "there is no folder no; make it"),
+        (["completion"], "required: shell"),
+        (["completion", "csh"], "choose from"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_that_no_verb_takes(refused, words, message):
+    assert message in refused(*words)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +163,9 @@ def test_words_that_belong_to_no_flag(refused, stage):
         ("demo", "pairs_per_user", "0", "--pairs_per_user must be at least 1"),
         ("demo", "num_workers", "-1", "--num_workers must be at least 0"),
         ("demo", "recipe", "nowhere.yaml", "no recipe file 'nowhere.yaml'"),
+        ("demo", "report_to", "tensorbord", "none of csv, tensorboard, wandb, mlflow, trackio"),
+        ("sft", "report_to", "tensorbord", "none of csv, tensorboard, wandb, mlflow, trackio"),
+        ("reward", "report_to", "tensorbord", "none of csv, tensorboard, wandb, mlflow, trackio"),
     ],
 )
 def test_wrong_values(refused, stage, verb, name, value, message):
