@@ -9,11 +9,9 @@ from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import Text
@@ -28,11 +26,14 @@ from torchrl_maxmin.preferences.judgements import (
 from torchrl_maxmin.preferences.report import DataReport, check_pairs, rating_notes
 from torchrl_maxmin.preferences.schemas.layouts import find_layout
 from torchrl_maxmin.preferences.schemas.pairs import LoadOptions, Origin, PairTable, build_pairs
-from torchrl_maxmin.preferences.texts import TextEncoder, text_key
+from torchrl_maxmin.preferences.texts import text_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SPREAD = 0x1E3779B97F4A7C15  # far apart codes for users; sums wrap around
 
-__all__ = ["USER_ALIASES", "PreferenceDataset", "Ranking", "encode"]
+__all__ = ["USER_ALIASES", "PreferenceDataset", "Ranking"]
 
 
 class Ranking(NamedTuple):
@@ -62,7 +63,7 @@ class PreferenceDataset:
         pairs: the texts and numbers of all pairs that were loaded.
         rows: int64 [P], the pairs of this data set among them.
         user_ids: one id a user, in order of first appearance, length U.
-        user_offsets: int64 [U + 1]; the pairs of user u are rows ``offsets[u]:offsets[u + 1]``.
+        offsets: int64 [U + 1], ``user_offsets`` without torch.
         groups: true group of every user, or None.
         origin: layout, columns, and what was left out.
 
@@ -77,7 +78,7 @@ class PreferenceDataset:
     pairs: PairTable
     rows: np.ndarray
     user_ids: list[str]
-    user_offsets: Tensor
+    offsets: np.ndarray
     groups: list[str] | None
     origin: Origin
 
@@ -193,14 +194,14 @@ class PreferenceDataset:
         codes, first, row_user = np.unique(pairs.users[rows], return_index=True, return_inverse=True)
         appearance = np.argsort(first)
         row_user = np.argsort(appearance)[row_user]
-        counts = torch.from_numpy(np.bincount(row_user, minlength=len(codes)))
+        counts = np.bincount(row_user, minlength=len(codes))
         kept = codes[appearance].tolist()
         _, first, choice = np.unique(pairs.choices[rows], return_index=True, return_inverse=True)
         return cls(
             pairs=pairs,
             rows=rows[np.lexsort((first[choice], row_user))],
             user_ids=[pairs.user_ids[code] for code in kept],
-            user_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+            offsets=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
             groups=None if pairs.groups is None else [pairs.groups[code] for code in kept],
             origin=origin,
         )
@@ -231,11 +232,11 @@ class PreferenceDataset:
     @cached_property
     def judgements(self) -> Judgements:
         """Which choices are one judgement; a user's with the same texts are, pairs either way round."""
-        offsets = self.choice_offsets.numpy()
+        offsets = self.choice_bounds
         starts, codes = offsets[:-1], PairCodes(*(values[self.rows] for values in self.pairs.codes))
         if len(starts) < len(self):
             codes = codes_of_choices(codes, offsets)
-        users, each = self.row_users.numpy()[starts], np.arange(len(starts))
+        users, each = self.users_of_rows[starts], np.arange(len(starts))
         weights, ids = self.pairs.weights[self.rows[starts]], self.ranking_ids[starts]
         if len(np.unique(codes.code + users * _SPREAD)) == len(starts):  # nothing to look for
             return Judgements(ids, weights, 0, 0, each, each)
@@ -243,7 +244,7 @@ class PreferenceDataset:
 
     def _at_rows(self, values: Any) -> np.ndarray:
         """Figures of choices [C] at their pairs [P]."""
-        return np.repeat(np.asarray(values), self.choice_offsets.diff().numpy())
+        return np.repeat(np.asarray(values), np.diff(self.choice_bounds))
 
     @property
     def weights(self) -> Tensor:
@@ -252,12 +253,12 @@ class PreferenceDataset:
         A likelihood that counts a tie once multiplies the choice's log-likelihood by it, in the E-step
         and in the M-step.
         """
-        return torch.from_numpy(self._at_rows(np.asarray(self.judgements.weights, np.float32)))
+        return _tensor(self._at_rows(np.asarray(self.judgements.weights, np.float32)))
 
     @property
     def distinct_rows(self) -> np.ndarray:
         """Pairs [P'] int64 that are left where repeats of a choice count with its first."""
-        offsets = self.choice_offsets.numpy()
+        offsets = self.choice_bounds
         return self.judgements.rows(None if len(offsets) == len(self) + 1 else offsets)
 
     @property
@@ -285,8 +286,18 @@ class PreferenceDataset:
             >>> PreferenceDataset.load(datasets.Dataset.from_list([row])).choice_offsets.tolist()
             [0, 2, 3]
         """
+        return _tensor(self.choice_bounds)
+
+    @cached_property
+    def choice_bounds(self) -> np.ndarray:
+        """:attr:`choice_offsets` without torch."""
         starts = np.flatnonzero(np.diff(self.pairs.choices[self.rows])) + 1
-        return torch.from_numpy(np.concatenate([[0], starts, [len(self)]]).astype(np.int64))
+        return np.concatenate([[0], starts, [len(self)]]).astype(np.int64)
+
+    @cached_property
+    def user_offsets(self) -> Tensor:
+        """Where each user begins, int64 [U + 1]: pairs of user u are rows ``offsets[u]:offsets[u + 1]``."""
+        return _tensor(self.offsets)
 
     @property
     def ignored_columns(self) -> list[str]:
@@ -301,7 +312,12 @@ class PreferenceDataset:
     @property
     def row_users(self) -> Tensor:
         """User index [P] of every pair."""
-        return torch.repeat_interleave(torch.arange(self.num_users), self.user_offsets.diff())
+        return _tensor(self.users_of_rows)
+
+    @property
+    def users_of_rows(self) -> np.ndarray:
+        """:attr:`row_users` without torch."""
+        return np.repeat(np.arange(self.num_users), np.diff(self.offsets))
 
     def user_values(self, column: str) -> list[str | None]:
         """The users' values [U] in one of ``describe_columns``; None where a user has none."""
@@ -323,7 +339,7 @@ class PreferenceDataset:
             >>> list(zip(data.chosen, data.rejected))
             [('c', 'a'), ('c', 'b'), ('a', 'b')]
         """
-        users, ids = self.row_users.numpy(), self.ranking_ids
+        users, ids = self.users_of_rows, self.ranking_ids
         order = np.lexsort((ids, users))
         last = np.append(np.diff(ids[order]) != 0, True)  # a judgement has one user
         ordered = self.select_rows(order)
@@ -348,7 +364,7 @@ class PreferenceDataset:
         """
         generator, ids = np.random.default_rng(seed), self.judgement_ids
         held: list[int] = []
-        for start, stop in pairwise(self.user_offsets.tolist()):
+        for start, stop in pairwise(self.offsets.tolist()):
             _, first, judgement = np.unique(ids[start:stop], return_index=True, return_inverse=True)
             drawn = generator.permutation(len(first))[: int(fraction * len(first))]
             mine = np.argsort(np.argsort(first))[judgement]
@@ -376,15 +392,7 @@ class PreferenceDataset:
             )
 
 
-def encode(tokenizer: Any, prompt: Text, completion: Text, max_length: int | None = None) -> list[int]:
-    """Return the token ids of one text: prompt, completion and EOS, as :class:`TextEncoder` makes them.
+def _tensor(values: np.ndarray) -> Tensor:
+    import torch  # a look at a file needs none
 
-    Longer texts lose tokens of the prompt's start, but for BOS, and never the end that a score is read at.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        prompt: a string or a list of messages.
-        completion: likewise.
-        max_length: most tokens.
-    """
-    return TextEncoder(tokenizer)([prompt], [completion], max_length)[0]
+    return torch.from_numpy(values)

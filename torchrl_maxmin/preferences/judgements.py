@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 __all__ = ["Judgements", "PairCodes", "codes_of_choices", "codes_of_differences", "count_once"]
 
@@ -186,6 +184,9 @@ def _distinct(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def _joined(users: np.ndarray, which: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
     """The smallest id [P] of the judgements that repeats make one with each row's."""
+    from scipy.sparse import coo_array  # only where a pair was asked again
+    from scipy.sparse.csgraph import connected_components
+
     count = len(users)
     own = np.arange(count) if ids is None else np.asarray(ids)
     sides = [_distinct(keys) for keys in ([users, own], [which])]

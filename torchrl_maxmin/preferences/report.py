@@ -151,7 +151,7 @@ def check_pairs(data: Any) -> DataReport:
     """Look at every pair of a :class:`PreferenceDataset` once and say what is there."""
     origin = data.origin
     texts = _scan(data)
-    users = data.row_users.numpy()
+    users = data.users_of_rows
     prompted = texts.prompt != hash("")
     prompts, seen_by = np.unique(_distinct(texts.prompt[prompted], users[prompted])[:, 0], return_counts=True)
     given = data.pairs.weights[data.rows]
@@ -162,7 +162,7 @@ def check_pairs(data: Any) -> DataReport:
         rows=origin.rows,
         pairs=len(data),
         users=data.num_users,
-        pairs_per_user=tuple(np.quantile(data.user_offsets.diff().numpy(), (0, 0.25, 0.5, 0.75, 1)).tolist()),
+        pairs_per_user=tuple(np.quantile(np.diff(data.offsets), (0, 0.25, 0.5, 0.75, 1)).tolist()),
         prompts=len(prompts),
         shared_prompts=float((seen_by > 1).sum() / max(1, len(prompts))),
         ties=origin.ties,
@@ -192,8 +192,8 @@ def check_pairs(data: Any) -> DataReport:
 
 def _likelihood(data: Any) -> tuple[str, np.ndarray]:
     """Name the likelihood of every kind of judgement; and the responses of each judgement."""
-    starts = data.choice_offsets[:-1].numpy()
-    rows = data.choice_offsets.diff().numpy()
+    starts = data.choice_bounds[:-1]
+    rows = np.diff(data.choice_bounds)
     halves = data.pairs.weights[data.rows][starts] < 1
     _, which = np.unique(data.ranking_ids[starts], return_inverse=True)
     strict = np.bincount(which, ~halves)

@@ -260,3 +260,17 @@ def read_texts(table: Any, column: str) -> list[Text]:
         UserError: for a cell that is neither; the message names row and column.
     """
     return [text_of(value, row, column) for row, value in enumerate(table[column][:])]
+
+
+def encode(tokenizer: Any, prompt: Text, completion: Text, max_length: int | None = None) -> list[int]:
+    """Return the token ids of one text: prompt, completion and EOS, as :class:`TextEncoder` makes them.
+
+    Longer texts lose tokens of the prompt's start, but for BOS, and never the end that a score is read at.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: a string or a list of messages.
+        completion: likewise.
+        max_length: most tokens.
+    """
+    return TextEncoder(tokenizer)([prompt], [completion], max_length)[0]
