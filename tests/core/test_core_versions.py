@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 import torchrl_maxmin
 from torchrl_maxmin.core import versions
+from torchrl_maxmin.core.versions import TESTED, untested
 
 ROOT = Path(torchrl_maxmin.__file__).resolve().parents[1]
 GOOD = {"torch": "2.13.0+cpu", "triton": "3.7.1", "torchrl": "0.14.1", "tensordict": "0.14.3"}
@@ -93,3 +94,19 @@ def test_both_ends_of_the_matrix_are_pairs():
         assert triton in bounds["triton"]
     assert plan.count("-m pytest") == 2
     assert plan.count("--constraint build/matrix/") == 2
+
+
+def test_what_is_called_tested_is_what_the_tests_install():
+    """The newest is that of constraints.txt; the oldest is named by the Makefile."""
+    oldest = re.search(r"^oldest := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for package, (*earlier, newest) in TESTED.items():
+        assert newest == constraints()[package]
+        assert all(f"{package}=={version}" in oldest[1].split() for version in earlier)
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [("2.13.0+cu128", ""), ("2.12.1", "untested: tests ran on 2.11.0 and 2.13.0")]
+)
+def test_an_untested_version_is_named(version, words):
+    assert untested("torch", version) == words
+    assert untested("a package nobody names", version) == ""

@@ -23,6 +23,7 @@ PACKAGES = (
     "triton",
     "transformers",
     "datasets",
+    "peft",
     "numpy",
     "scipy",
 )
@@ -200,10 +201,14 @@ def env(arguments: list[str]) -> int:
     parser.parse_args(arguments)
     import torch
 
+    from torchrl_maxmin.core.versions import untested
+
     lines = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
-            lines[package] = metadata.version(package)
+            installed = metadata.version(package)
+            note = untested(package, installed)
+            lines[package] = f"{installed}  ({note})" if note else installed
         except metadata.PackageNotFoundError:
             lines[package] = "not installed"
     lines["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -6,10 +6,39 @@ import warnings
 from collections.abc import Mapping
 from importlib import metadata
 
-__all__ = ["mismatches", "warn_of_mismatches"]
+__all__ = ["TESTED", "mismatches", "untested", "warn_of_mismatches"]
 
 #: Triton that each torch asks for in its own wheel; one built for CPUs asks for none, and hides a wrong one
 TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}
+#: versions that the whole test suite ran on: those of constraints.txt, and the oldest of make test-matrix
+TESTED: dict[str, tuple[str, ...]] = {
+    "torch": ("2.11.0", "2.13.0"),
+    "triton": ("3.6.0", "3.7.1"),
+    "torchrl": ("0.14.1",),
+    "tensordict": ("0.14.3",),
+    "transformers": ("5.23.0",),
+    "datasets": ("5.2.0",),
+    "peft": ("0.21.2",),
+    "numpy": ("2.3.5", "2.4.6"),
+    "scipy": ("1.17.1",),
+}
+
+
+def untested(package: str, version: str) -> str:
+    """Say of an installed version that no test ran on it, and on which they did; empty where they did.
+
+    Args:
+        package: its name.
+        version: what is installed.
+
+    Example:
+        >>> untested("torch", "2.13.0+cpu"), untested("torch", "2.14.0")
+        ('', 'untested: tests ran on 2.11.0 and 2.13.0')
+    """
+    tested = TESTED.get(package, ())
+    if not tested or version.split("+")[0] in tested:
+        return ""
+    return f"untested: tests ran on {' and '.join(tested)}"
 
 
 def mismatches(installed: Mapping[str, str]) -> list[str]:
