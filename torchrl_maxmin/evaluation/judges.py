@@ -96,8 +96,8 @@ def judge_pairs(
     Args:
         judges: Group name -> judge. Groups of one population may share a judge only by sharing a taste.
         prompts: N prompts.
-        responses: The policy's M responses to each prompt [N][M].
-        others: The other policy's responses [N][M'].
+        responses: The policy's M responses to each prompt, ``[N][M]``.
+        others: The other policy's responses, ``[N][M']``.
         both_orders: Ask (a, b) and (b, a) and average: language models favour a place. Costs twice.
 
     Returns:
