@@ -59,15 +59,15 @@ def stage_help(form: str, line: str, module: str, config: str, arguments: Sequen
         "",
         *(wrapped for part in text.summary.split("\n\n") for wrapped in _wrap(part, "")),
     ]  # fmt: skip
-    sections = {"required": required} if required else {}
+    sections: dict[str, list[str]] = {"required": required} if required else {}
     shown = set(required)
     for group, names in GROUPS.items():
         mine = [name for name in names if name in text.fields and name not in shown]
         sections[group] = mine if whole else [name for name in mine if name in COMMON]
-    for title, names in sections.items():
-        if names:
+    for title, listed in sections.items():
+        if listed:
             lines += ["", f"{title}:"]
-            for name in names:
+            for name in listed:
                 lines += _entry(text.fields[name], choices.get(name, ()))
     lines += ["", "settings and help:"]
     for name, (kind, words) in _OWN.items():

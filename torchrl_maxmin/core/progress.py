@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TimeElapsedColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -146,13 +154,18 @@ class PlainLines:
         if not self.silent:
             self._writer.join()
 
-    def add_task(self, description: str, total: int, note: str = "") -> int:
+    def add_task(self, description: str, total: int, note: str = "") -> TaskID:
         """Begin some work; returns its number."""
         self.works.append(_Work(description, total, note))
-        return len(self.works) - 1
+        return TaskID(len(self.works) - 1)
 
     def update(
-        self, task: int, advance: int = 0, completed: int | None = None, note: str = "", visible: bool = True
+        self,
+        task: TaskID,
+        advance: int = 0,
+        completed: int | None = None,
+        note: str = "",
+        visible: bool = True,
     ) -> None:
         """Say how far some work is; at its end a line is written."""
         work, now = self.works[task], time.monotonic()
