@@ -115,7 +115,8 @@ class MetricsLog:
             try:
                 from torchrl.record.loggers import get_logger
 
-                self.logger = get_logger(report_to, str(folder / "logs"), folder.name)
+                own = {"trackio_kwargs": {"project": "torchrl-maxmin"}}  # of the others' no option
+                self.logger = get_logger(report_to, str(folder / "logs"), folder.name, **own)
             except Exception as error:
                 self._leave_out(error)
 
