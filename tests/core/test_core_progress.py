@@ -26,10 +26,10 @@ def wait_until(holds):
     assert holds()
 
 
-def test_a_line_says_step_rate_time_left_and_the_note(monkeypatch):
+def test_a_line_says_step_rate_time_left_and_the_note(log, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    lines = PlainLines(silent=True)
+    lines = PlainLines()
     task = lines.add_task("ppo (maxmin)", total=200)
     lines.update(task, advance=100)  # goes on from there
     now[0] += 50

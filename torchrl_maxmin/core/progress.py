@@ -80,9 +80,8 @@ def prefixed(prefix: str) -> Iterator[None]:
 def bars() -> Progress | PlainLines:
     """Make bars in the one look that they have; plain lines where the output is no terminal."""
     silent = bool(os.environ.get("TORCHRL_MAXMIN_QUIET"))
-    if not (console.is_terminal or console.is_jupyter):
-        return PlainLines(silent)
-    return drawn_bars(silent)
+    drawn = silent or console.is_terminal or console.is_jupyter
+    return drawn_bars(silent) if drawn else PlainLines()
 
 
 def drawn_bars(silent: bool = False) -> Progress:
@@ -134,25 +133,22 @@ class PlainLines:
     """Progress for a log: a line every 30 seconds about whatever is at work, and one at the end of each.
 
     Args:
-        silent: whether nothing is written.
         interval: seconds between two lines about the same work.
     """
 
-    def __init__(self, silent: bool = False, interval: float = _LINE_S):
-        self.silent, self.interval = silent, interval
+    def __init__(self, interval: float = _LINE_S):
+        self.interval = interval
         self.works: list[_Work] = []
         self._over = threading.Event()
         self._writer = threading.Thread(target=self._write_on, daemon=True)
 
     def __enter__(self) -> PlainLines:
-        if not self.silent:
-            self._writer.start()
+        self._writer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        if not self.silent:
-            self._writer.join()
+        self._writer.join()
 
     def add_task(self, description: str, total: int, note: str = "") -> TaskID:
         """Begin some work; returns its number."""
@@ -174,7 +170,7 @@ class PlainLines:
         work.note, work.visible = note or work.note, visible
         if now - work.start < 1:  # a run that goes on begins with what was done before
             work.counted_from = now, work.done
-        if before < work.total <= work.done and visible and not self.silent:
+        if before < work.total <= work.done and visible:
             console.print(work.line(now), soft_wrap=True)
 
     def _write_on(self) -> None:
