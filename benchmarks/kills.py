@@ -195,7 +195,10 @@ def kill_and_finish(
     process = kill(words, f"{name}.log")
     ended = not process.is_alive() and process.exitcode is not None and process.exitcode >= 0
     if process.is_alive():
-        os.killpg(process.pid or 0, signal.SIGKILL)
+        try:
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        except ProcessLookupError:  # it has no session of its own yet
+            process.kill()
     process.join()
     again, log = start(words, place, f"{name}-again.log"), place / f"{name}-again.log"
     again.join(SECONDS)
