@@ -48,7 +48,8 @@ def run(values):
 def calls(request, tiny_model, prompt_file, tmp_path_factory):
     """By case what the second of two iterations sends, for all cases that are asked for at once."""
     folder = tmp_path_factory.mktemp("messages")
-    asked = {item.callspec.params["name"] for item in request.session.items if "calls" in item.fixturenames}
+    here = (item for item in request.session.items if item.path == request.path)
+    asked = {item.callspec.params["name"] for item in here if "calls" in item.fixturenames}
     cases = {name: case for name, case in CASES.items() if name in asked}
     configs = [
         dataclasses.asdict(
