@@ -46,9 +46,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# half a minute to install, which neither the demo nor the tests need
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 .PHONY: docs
 ## the pages as a site in build/site; a broken link or a warning fails
-docs: install
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=kernels:. $(BIN)/mkdocs build --strict $(ARGS)
 
 # Python 3.12 by its name, or one that pyenv holds

@@ -55,6 +55,6 @@ setup(
         "docs": DOCS,
         "test": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *NOTEBOOK, *TEST],
         "lint": LINT,
-        "all": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *NOTEBOOK, *TEST, *LINT, *DOCS],
+        "all": [*LLM, *PLOT, *MO, *SMOLLM, *RAY, *NOTEBOOK, *TEST, *LINT],
     },
 )
