@@ -46,7 +46,8 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "ppo": {
         "num_iterations": 12, "save_steps": 2, "rollout_batch_size": 16, "response_length": 8,
-        "calibration_prompts": 16, "dataset_name": "prompts.jsonl", "reward_funcs": "world.json",
+        "calibration_prompts": 16, "calibration": "sft_mean", "dataset_name": "prompts.jsonl",
+        "reward_funcs": "world.json",
     },
     "environment": {
         "env_id": "gridworld", "num_envs": 8, "frames_per_batch": 96, "total_frames": 1920, "save_steps": 4,
