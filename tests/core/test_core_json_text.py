@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from torchrl_maxmin.core.json_text import json_text, plain, write_json_text
@@ -63,3 +63,27 @@ def test_metrics_that_are_not_finite_are_null_in_the_log_and_nan_when_read(tmp_p
     assert math.isnan(row["kl"])
     assert math.isnan(row["loss"])
     assert row["reward"] == 0.5
+
+
+@given(place=st.integers(0, 10**6), change=st.sampled_from(["flip", "cut", "zeros"]), bit=st.integers(0, 7))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_metrics_are_left_out(tmp_path, place, change, bit):
+    """A line that is no row of numbers any more, and no other."""
+    log = MetricsLog(tmp_path)
+    for step in range(6):
+        log.write(step, {"loss": 0.5 * step, "objective/kl": float("nan")})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    place %= len(whole)
+    damaged = bytearray(whole)
+    if change == "flip":
+        damaged[place] ^= 1 << bit
+    elif change == "cut":
+        del damaged[place:]
+    else:
+        damaged[place : place + 4] = bytes(4)
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    untouched = [json.loads(line) for line in whole[:place].split(b"\n")[:-1]]
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows[: len(untouched)]] == [row["step"] for row in untouched]
+    MetricsLog(tmp_path, keep=4)
+    assert len(read_metrics(tmp_path)) <= 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -108,8 +109,8 @@ class MetricsLog:
         if not self.writes:
             return
         self.path = folder / "metrics.jsonl"
-        kept = self.path.read_text().splitlines()[:keep] if keep and self.path.is_file() else []
-        self.path.write_text("".join(line + "\n" for line in kept))
+        kept = _readable(self.path, keep) if keep and self.path.is_file() else []
+        self.path.write_text("".join(line + "\n" for line, _ in kept))
         self.logger, self.report_to = None, report_to
         if report_to:
             try:
@@ -142,9 +143,31 @@ class MetricsLog:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
-    """Read what :class:`MetricsLog` wrote; null, which stands for what is not finite, comes back as NaN."""
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: math.nan if n is None else n for name, n in row.items()} for row in rows]
+    """Read what :class:`MetricsLog` wrote; null, which stands for what is not finite, comes back as NaN.
+
+    Lines that are damaged are left out, with a warning.
+    """
+    rows = _readable(Path(folder) / "metrics.jsonl")
+    return [{name: math.nan if n is None else n for name, n in row.items()} for _, row in rows]
+
+
+def _readable(path: Path, most: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """The first lines of a file of metrics that are as they were written, each with its row."""
+    found = []
+    lines = [line for line in path.read_bytes().decode(errors="replace").split("\n") if line][:most]
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if (
+                isinstance(row, dict)
+                and "step" in row
+                and all(n is None or isinstance(n, int | float) for n in row.values())
+            ):
+                found.append((line, row))
+    if len(found) < len(lines):
+        text = f"warning: {len(lines) - len(found)} lines of {path} are damaged, and left out"
+        console.print(text, markup=False, soft_wrap=True)
+    return found
 
 
 def require_finite(value: float, batch: Any, folder: Path | None, what: str) -> None:
