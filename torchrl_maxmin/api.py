@@ -110,10 +110,11 @@ class Policy(StageResult):
     """What ``ppo`` trained: a policy, and how the worst-off group fared."""
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """What was logged, an entry an iteration."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+    def metrics(self) -> list[dict[str, float]]:
+        """What was logged, an entry an iteration; NaN stands for what is not finite."""
+        from torchrl_maxmin.core.run import read_metrics
+
+        return read_metrics(self.folder)
 
     def block(self) -> Block:
         """Collect the last group weights, and returns by group where the policy acts in an environment."""
