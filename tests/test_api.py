@@ -83,7 +83,7 @@ def test_an_environment_is_trained_in_by_its_name(tmp_path, monkeypatch):
 def test_an_argument_that_no_verb_has_is_named_with_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="fit_groups has no argument 'num_group'; did you mean num_groups"):
-        fit_groups("model", "pairs.jsonl", num_group=2)
+        fit_groups("model", [{"prompt": "a", "chosen": "b", "rejected": "c", "user_id": "d"}], num_group=2)
     with pytest.raises(UserError, match="train_policy needs dataset_name"):
         train_policy("model")
     with pytest.raises(UserError, match="cannot read data from a int"):

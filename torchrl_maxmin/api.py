@@ -184,6 +184,7 @@ def fit_groups(
     """
     from torchrl_maxmin.trainers.reward import RewardConfig, run_reward
 
+    _require_known(RewardConfig, "fit_groups", settings)  # before data are written
     folder = _folder(output_dir, "groups")
     settings |= {"model_name_or_path": _path(model_name_or_path), "dataset_name": _data(dataset_name, folder)}
     if settings.get("eval_dataset_name") is not None:
@@ -215,12 +216,14 @@ def train_policy(
     if "env_id" in settings:
         from torchrl_maxmin.trainers.env_ppo import EnvPPOConfig, run_env_ppo
 
+        _require_known(EnvPPOConfig, "train_policy", settings)
         given = {"model_name_or_path": model_name_or_path, "dataset_name": dataset_name, "groups": groups}
         for name in (name for name, value in given.items() if value is not None):
             raise UserError(f"{name} goes with a language model: leave it or env_id out")
         return Policy.load(run_env_ppo(_config(EnvPPOConfig, "train_policy", folder, settings)))
     from torchrl_maxmin.trainers.lm_ppo import PPOConfig, run_ppo
 
+    _require_known(PPOConfig, "train_policy", settings)
     if model_name_or_path is not None:
         settings["model_name_or_path"] = _path(model_name_or_path)
     if dataset_name is not None:
@@ -253,6 +256,7 @@ def evaluate(
     """
     from torchrl_maxmin.evaluation.measure import EvaluateConfig, run_evaluate
 
+    _require_known(EvaluateConfig, "evaluate", settings)
     folder = _folder(output_dir, "results")
     if isinstance(policies, Mapping):
         policies = [f"{name}={_path(policy)}" for name, policy in policies.items()]
@@ -268,14 +272,19 @@ def evaluate(
     return Results.load(run_evaluate(_config(EvaluateConfig, "evaluate", folder, settings)))
 
 
-def _config(config_class: type, function: str, folder: Path, settings: Mapping[str, Any]) -> Any:
-    """Build the config of a stage; a keyword that it has no field for is named, with the nearest one."""
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+def _require_known(config_class: type, function: str, settings: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` for a keyword that a config has no field for, with the nearest one."""
+    fields = [field.name for field in dataclasses.fields(config_class)]
     for name in settings:
         if name not in fields:
             close = get_close_matches(name, fields, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(f"{function} has no argument {name!r}{hint}")
+
+
+def _config(config_class: type, function: str, folder: Path, settings: Mapping[str, Any]) -> Any:
+    """Build the config of a stage; an argument that it lacks is named."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
     missing = (dataclasses.MISSING, dataclasses.MISSING)
     for name, field in fields.items():
         if (field.default, field.default_factory) == missing and name not in (*settings, "output_dir"):

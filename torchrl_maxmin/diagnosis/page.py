@@ -22,6 +22,7 @@ from torchrl_maxmin.pages import (
     strip_chart,
     write_page,
 )
+from torchrl_maxmin.pages.stability import stability_section
 from torchrl_maxmin.pages.wants import wants_blocks
 
 __all__ = ["diagnosis_page", "write_diagnosis_page"]
@@ -191,37 +192,10 @@ def _people(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
 
 
 def _stability(summary: Mapping[str, Any], figures: Figures) -> Section:
-    blocks: list[Any] = []
-    if found := summary["evidence"]:
-        rows: list[list[Any]] = []
-        for k, (group, own) in enumerate(zip(summary["groups"], found["groups"], strict=True)):
-            cells = [
-                figures.interval(".3f", "evidence", "groups", k, name)
-                for name in ("jaccard", "correlation", "gain")
-            ]
-            rows.append([group["name"], own["reason"] or "yes", *cells])
-        header: list[str | Term] = [
-            "group",
-            Term("established", "established"),
-            Term("same users in refits (Jaccard)", "jaccard"),
-        ]
-        header += [
-            "heads' correlation in refits",
-            Term("gain on left-out judgements, nats a choice", "heldout"),
-        ]
-        blocks.append(Table("Whether the groups are there", header, rows))
-        blocks.append(Code(found["report"], "Evidence for the groups"))
-    else:
-        blocks.append(Text("Whether the groups are found again was not asked."))
-    if starts := summary.get("restarts"):
-        blocks.append(Text(f"The groups were {starts['text']}."))
-    if lines := summary.get("left_out", {}).get("report"):
-        blocks.append(Items(lines))
-    meaning = (
-        "Whether the same groups are found with other users and other starts, and what was left "
-        "out to see it."
-    )
-    return Section("stability", "Stability", meaning, blocks, ("stability", "established", "jaccard"))
+    names = [group["name"] for group in summary["groups"]]
+    evidence = summary["evidence"]
+    reports = {"Evidence for the groups": evidence["report"]} if evidence else {}
+    return stability_section(summary, figures, names, reports, "The groups were")
 
 
 def _theory(summary: Mapping[str, Any], figures: Figures) -> Section:

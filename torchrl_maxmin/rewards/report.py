@@ -13,7 +13,6 @@ from torchrl_maxmin.pages import (
     Code,
     Curve,
     Figures,
-    Items,
     Line,
     Mark,
     Page,
@@ -29,6 +28,7 @@ from torchrl_maxmin.pages import (
     verdict_markdown,
     write_page,
 )
+from torchrl_maxmin.pages.stability import stability_section
 from torchrl_maxmin.pages.wants import wants_blocks
 from torchrl_maxmin.stats.text import interval_text
 
@@ -164,36 +164,10 @@ def _wants(summary: Mapping[str, Any], figures: Figures) -> list[Section]:
 
 
 def _stability(summary: Mapping[str, Any], figures: Figures) -> Section:
-    blocks: list[Any] = []
-    if evidence := summary.get("evidence"):
-        rows: list[list[Any]] = []
-        for k, own in enumerate(evidence["groups"]):
-            path = ("evidence", "groups", k)
-            cells = [figures.interval(".3f", *path, name) for name in ("jaccard", "correlation", "gain")]
-            rows.append([f"group {k}", own["reason"] or "yes", *cells])
-        header: list[str | Term] = [
-            "group",
-            Term("established", "established"),
-            Term("same users in refits (Jaccard)", "jaccard"),
-        ]
-        header += [
-            "heads' correlation in refits",
-            Term("gain on left-out judgements, nats a choice", "heldout"),
-        ]
-        blocks.append(Table("Whether the groups are there", header, rows))
-    else:
-        blocks.append(Text("Whether the groups are found again was not asked."))
-    if starts := summary.get("restarts"):
-        blocks.append(Text(f"The groups that EM began with were {starts['text']}."))
-    if choice := summary.get("choice"):
-        blocks.append(Code(choice["report"], "How the number of groups was chosen"))
-    if lines := summary.get("left_out", {}).get("report"):
-        blocks.append(Items(lines))
-    meaning = (
-        "Whether the same groups are found with other users and other starts, and what was left "
-        "out to see it."
-    )
-    return Section("stability", "Stability", meaning, blocks, ("stability", "established", "jaccard"))
+    names = [f"group {k}" for k in range(len(summary["mixing_weights"]))]
+    choice = summary.get("choice")
+    reports = {"How the number of groups was chosen": choice["report"]} if choice else {}
+    return stability_section(summary, figures, names, reports, "The groups that EM began with were")
 
 
 def _fitting(summary: Mapping[str, Any]) -> list[Section]:

@@ -141,7 +141,6 @@ def run_reward(config: RewardConfig) -> Path:
     fit.model.save_pretrained(folder)
     if is_main_process():
         write_groups(folder / "groups.csv", list(fit.responsibilities), fit.responsibilities_matrix)
-    if is_main_process():
         write_reward_report(folder, plain(figures))
     write_json(folder / "summary.json", figures)
     return folder
