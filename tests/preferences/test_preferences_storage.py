@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
 from torchrl_maxmin.preferences import PreferenceDataset, encode
-from torchrl_maxmin.preferences.io.columns import ArrowColumn, spill
+from torchrl_maxmin.preferences.io.table import ArrowColumn, spill
 
 
 @settings(max_examples=60, deadline=None)

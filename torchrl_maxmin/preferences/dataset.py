@@ -15,8 +15,9 @@ import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import Text
-from torchrl_maxmin.preferences.io.columns import PROMPT_ALIASES, USER_ALIASES, ArrowColumn
-from torchrl_maxmin.preferences.io.files import load_table, mixed_columns
+from torchrl_maxmin.preferences.io.columns import PROMPT_ALIASES, USER_ALIASES
+from torchrl_maxmin.preferences.io.sources import open_table
+from torchrl_maxmin.preferences.io.table import ArrowColumn
 from torchrl_maxmin.preferences.judgements import (
     Judgements,
     PairCodes,
@@ -109,7 +110,7 @@ class PreferenceDataset:
         """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.schemas.layouts.LAYOUTS`.
 
         Args:
-            source: what :func:`~torchrl_maxmin.preferences.io.files.load_table` takes.
+            source: what :func:`~torchrl_maxmin.preferences.io.sources.load_table` takes.
             user_column: the column that says who chose, or ``column.field``; found by alias when None.
                 ``"none"`` makes every row a user of its own.
             group_column: ground truth for evaluation; ``group_id``, ``group`` or ``data_subset`` where
@@ -161,8 +162,8 @@ class PreferenceDataset:
             "rejected": rejected_column,
         }
         columns = {role: column for role, column in asked.items() if column is not None}
-        table = load_table(source, split)
-        mixed = mixed_columns(table)
+        table = open_table(source, split)
+        mixed = table.mixed_columns
         named = {
             *USER_ALIASES,
             *PROMPT_ALIASES,

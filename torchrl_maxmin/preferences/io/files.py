@@ -1,4 +1,4 @@
-"""Tables in: a file or folder, a ``datasets.Dataset`` or a hub name, with the place of every mistake."""
+"""Files in: tables of JSON, CSV, Parquet and PrefLib, with the place of every mistake."""
 
 from __future__ import annotations
 
@@ -7,163 +7,33 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from typing import Any
 
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import late_bar
-from torchrl_maxmin.preferences.chat import Text
-from torchrl_maxmin.preferences.io.columns import in_batches, spill
 from torchrl_maxmin.preferences.io.preflib import read_preflib
-from torchrl_maxmin.preferences.texts import read_texts
+from torchrl_maxmin.preferences.io.table import in_batches
 
 with suppress(ImportError):  # it comes with datasets, and load_table says where that is missing
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-__all__ = ["READERS", "load_prompts", "load_table", "mixed_columns", "read_files", "require_columns"]
+__all__ = ["READERS", "first_line", "read_files"]
 
 Reach = Callable[[int], None]
 NumberedRow = tuple[int, dict[str, Any]]
 
-_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 _BATCH_ROWS = 5_000
 _BATCH_BYTES = 16 << 20  # of text; a batch ends at whichever comes first
 _CHUNK = 4 << 20  # characters of a JSON list
 _GAP = re.compile(r"[\s,]*")
 _CSV_BLOCK = 64 << 20  # a row of a csv file must fit into a block
 _SEPARATORS = "\t;|,"
-
-
-def load_table(source: str | Path | Any, split: str = "train") -> Dataset:
-    """Load rows from a file, a folder, a hub name or an object in memory.
-
-    Rows of a file are mapped from a temporary copy that goes away with the process: nothing is
-    written beside the file or kept in a cache. Hub data sets use the cache of ``datasets``
-    (``HF_HOME``).
-
-    Args:
-        source: ``.json``, ``.jsonl``, ``.csv``, ``.tsv``, ``.parquet`` or PrefLib's ``.soc`` or ``.soi``
-            file, a folder of such files, a folder that ``save_to_disk`` wrote, a hub name, or a
-            ``datasets.Dataset`` itself.
-        split: which split of a ``DatasetDict``, of a hub data set, or of a folder whose files
-            are named after their split.
-
-    Raises:
-        UserError: if there is nothing there, no such split, or a mistake in a file; the message
-            names the line where there are lines.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError("reading data needs datasets: pip install 'torchrl-maxmin[llm]'") from error
-    if isinstance(source, datasets.Dataset):
-        return source
-    if isinstance(source, datasets.DatasetDict):
-        return _pick_split(source, split)
-    if not isinstance(source, str | Path):
-        raise UserError(
-            f"cannot read data from a {type(source).__name__}; give a path, a hub name or a datasets.Dataset "
-            "(Dataset.from_list, Dataset.from_pandas)"
-        )
-    path = Path(source)
-    try:
-        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            loaded = datasets.load_from_disk(str(path))
-            return _pick_split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded
-        if path.exists():
-            return _read(_data_files(path, split))
-        if path.suffix in READERS:
-            raise UserError(f"cannot read data from {str(path)!r}: there is no such file; check the path")
-        return datasets.load_dataset(str(source), split=split)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"cannot read data from {str(source)!r} ({type(error).__name__}: {_first_line(error)}); "
-            "give a json, jsonl, csv, tsv or parquet file, a saved dataset, or a hub name that can be reached"
-        ) from error
-
-
-def _read(files: list[Path]) -> Dataset:
-    import datasets
-
-    mixed: dict[str, str] = {}
-    table = spill(read_files(files, mixed))
-    table = table.drop_columns([name for name in table.column_names if name in mixed])
-    # a fingerprint of our own: datasets would hash every byte of the table, in memory
-    loaded = datasets.Dataset(table, fingerprint=uuid4().hex)
-    loaded.mixed_columns = mixed
-    return loaded
-
-
-def mixed_columns(table: Dataset) -> dict[str, str]:
-    """Return the columns of a file that were left out as their rows disagree about the type, and where."""
-    return getattr(table, "mixed_columns", {})
-
-
-def _data_files(path: Path, split: str) -> list[Path]:
-    """The file itself, or the files of a folder that belong to the split, by name."""
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise UserError(f"{path} is none of {', '.join(READERS)}; convert it to one of these")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
-    found = sorted({file.suffix for file in files})
-    if len(found) != 1:
-        content = f"files of several kinds ({', '.join(found)})" if found else f"no {', '.join(READERS)} file"
-        raise UserError(f"the folder {path} holds {content}; name one file, or keep one kind in the folder")
-    of_split = {file: next((s for s in _SPLITS if file.stem.startswith(s)), None) for file in files}
-    if not any(of_split.values()):
-        return files
-    mine = [file for file, name in of_split.items() if name == split]
-    if not mine:
-        there = ", ".join(sorted({name for name in of_split.values() if name}))
-        raise UserError(f"no split {split!r} in the folder {path}; there are {there}")
-    return mine
-
-
-def _pick_split(splits: Any, split: str) -> Dataset:
-    if split not in splits:
-        raise UserError(f"no split {split!r} in the data; there are {', '.join(splits)}")
-    return splits[split]
-
-
-def require_columns(table: Dataset, wanted: Sequence[str], what: str) -> None:
-    """Raise :class:`UserError` naming the missing columns and those that are there."""
-    missing = [name for name in wanted if name not in table.column_names]
-    if missing:
-        mixed = mixed_columns(table)
-        lacks = f"{what} needs the column(s) {', '.join(missing)}; found {', '.join(table.column_names)}. "
-        raise UserError(mixed.get(missing[0], f"{lacks}Rename your columns to match"))
-
-
-def load_prompts(source: str | Path | Any, split: str, what: str) -> tuple[Dataset, list[Text]]:
-    """Load a table with a column prompt.
-
-    Args:
-        source: what :func:`load_table` takes.
-        split: which split of a data set that has several.
-        what: the stage, for messages.
-
-    Returns:
-        The table, and its prompts: strings or conversations.
-
-    Raises:
-        UserError: for no rows, no such column, or a cell that is no text.
-    """
-    table = load_table(source, split)
-    if len(table) == 0:
-        raise UserError(f"{source} has no prompts")
-    require_columns(table, ["prompt"], what)
-    return table, read_texts(table, "prompt")
 
 
 def read_files(paths: Iterable[Path], mixed: dict[str, str] | None = None) -> Iterator[pa.Table]:
@@ -193,7 +63,7 @@ def _unify(known: pa.Schema, schema: pa.Schema, where: str, mixed: dict[str, str
         try:
             known = pa.unify_schemas([known, pa.schema([column])], promote_options="permissive")
         except pa.ArrowException as error:
-            mixed[column.name] = f"{where}: a column changes its type ({_first_line(error)})"
+            mixed[column.name] = f"{where}: a column changes its type ({first_line(error)})"
     return known
 
 
@@ -294,7 +164,7 @@ def _to_arrow(path: Path, rows: list[NumberedRow], known: pa.Schema, mixed: dict
             raise UserError(f"{path}: column {name!r} holds half a character (a lone surrogate)") from error
         except (pa.ArrowException, OverflowError, TypeError) as error:
             reason = _mixture(name, rows) or _unlike_parts(name, rows)
-            mixed[name] = f"{path}: {reason or f'column {name!r}: {_first_line(error)}'}"
+            mixed[name] = f"{path}: {reason or f'column {name!r}: {first_line(error)}'}"
             continue
         if name in known.names and pa.types.is_null(column.type):
             column = pa.nulls(len(rows), known.field(name).type)
@@ -370,12 +240,13 @@ def _read_parquet(path: Path, reach: Reach, mixed: dict[str, str]) -> Iterator[p
                     column.validate(full=True)  # the reader does not look whether text is UTF-8
                 except pa.ArrowInvalid as error:
                     raise UserError(
-                        f"{path} is damaged in column {name!r} ({_first_line(error)}); write it again"
+                        f"{path} is damaged in column {name!r} ({first_line(error)}); write it again"
                     ) from error
             yield pa.Table.from_batches([batch])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, and not much of it."""
     return str(error).partition("\n")[0][:200]
 
 

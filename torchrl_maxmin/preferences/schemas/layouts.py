@@ -24,13 +24,13 @@ from torchrl_maxmin.preferences.io.columns import (
     rows_of,
     shown,
 )
-from torchrl_maxmin.preferences.io.files import require_columns
+from torchrl_maxmin.preferences.io.sources import require_columns
 from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked
 from torchrl_maxmin.preferences.schemas.ratings import CHOSEN, named, ratings, scores
 from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from torchrl_maxmin.preferences.io.table import Table
 
 __all__ = ["LAYOUTS", "find_layout"]
 
@@ -46,7 +46,7 @@ _PROMPT_KEYS = ("interaction_id", "prompt_id")
 
 
 def find_layout(
-    table: Dataset, name: str | None = None, columns: Mapping[str, str] | None = None
+    table: Table, name: str | None = None, columns: Mapping[str, str] | None = None
 ) -> tuple[Layout, Roles]:
     """Find the first layout that fits the columns of a table, or the one of this name.
 
@@ -96,7 +96,7 @@ def _find_pairs(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | Non
     return Roles(_prompt(paths, columns), sides, promptless=columns.get("prompt") == NO_PROMPT)
 
 
-def _pairs(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+def _pairs(table: Table, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
     """Chosen over rejected; without a prompt column both are whole transcripts."""
     first = next(rows_of(table, roles, [0]))
     chosen = cell(first, roles.responses[0])
@@ -117,7 +117,7 @@ def _find_summaries(paths: Sequence[str], columns: Mapping[str, str]) -> Roles |
     return Roles(prompt=prompt, responses=("summaries",), verdict=("choice",)) if prompt else None
 
 
-def _summaries(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+def _summaries(table: Table, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
     """The chosen one of two summaries, which are objects with a text."""
     verdicts = Verdicts(table, "choice", ("summary_0", "summary_1"), 2)
     for row, cells in enumerate(rows_of(table, roles)):
@@ -155,7 +155,7 @@ def _find_choices(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | N
     return Roles(_prompt(paths, columns), responses, verdict, promptless=promptless)
 
 
-def _choices(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+def _choices(table: Table, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
     """The winner over every other response, or a tie of two."""
     place = _flagged if len(roles.verdict) > 1 else _verdicts(table, roles)
     for row, cells in enumerate(rows_of(table, roles)):
@@ -163,13 +163,13 @@ def _choices(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptio
         yield _judge(row, prompt, texts, place(cells, len(texts), row))
 
 
-def _verdicts(table: Dataset, roles: Roles) -> Callable[[dict[str, Any], int, int], int]:
+def _verdicts(table: Table, roles: Roles) -> Callable[[dict[str, Any], int, int], int]:
     """Reads the winner's place from a row, given the number of responses."""
     (path,) = roles.verdict
     names: Sequence[str] = roles.responses
     count = len(names)
     if count == 1:
-        listed = table[0][names[0]]
+        listed = table.read(list(names), slice(1))[0][0]
         names, count = string.ascii_lowercase, len(listed) if isinstance(listed, list) else 2
     verdicts = Verdicts(table, path, names, count)
     return lambda cells, count, row: verdicts.place(cell(cells, path), count, row)
@@ -204,7 +204,7 @@ def _find_rankings(paths: Sequence[str], columns: Mapping[str, str]) -> Roles | 
     return Roles(prompt, (best_first,), promptless=not prompt)
 
 
-def _rankings(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+def _rankings(table: Table, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
     """All pairs of a ranking: a list best first, ranks of the responses, or their places best first."""
     for row, cells in enumerate(rows_of(table, roles)):
         prompt, texts = _texts(row, cells, roles)

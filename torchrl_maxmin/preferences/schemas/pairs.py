@@ -22,19 +22,18 @@ from torchrl_maxmin.preferences.io.columns import (
     Roles,
     column_paths,
     find_user_column,
-    in_batches,
     labels_of,
     outer_column,
     read_column,
     shown,
-    spill,
 )
+from torchrl_maxmin.preferences.io.table import in_batches, spill
 from torchrl_maxmin.preferences.judgements import PairCodes
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from torchrl_maxmin.preferences.io.table import Table
 
 
 _BATCH_PAIRS = 5_000
@@ -157,7 +156,7 @@ class Layout:
     name: str
     columns: str
     find: Callable[[Sequence[str], Mapping[str, str]], Roles | None]
-    judgements: Callable[[Dataset, Roles, np.ndarray, LoadOptions], Iterator[Judgement]]
+    judgements: Callable[[Table, Roles, np.ndarray, LoadOptions], Iterator[Judgement]]
     takes: frozenset[str] = frozenset()
     states_pairs: bool = False
 
@@ -226,7 +225,7 @@ class Origin:
 
 
 def build_pairs(
-    table: Dataset,
+    table: Table,
     layout: Layout,
     roles: Roles,
     user_column: str | None,
@@ -250,7 +249,6 @@ def build_pairs(
         raise UserError(
             f"lower_is_better is about scores, and the layout {layout.name} has none; leave it out"
         )
-    table = table.with_format(None)
     paths = column_paths(table)
     user_column = user_column or find_user_column(paths)
     if user_column == EACH_ROW and EACH_ROW not in paths:
@@ -284,11 +282,10 @@ def build_pairs(
     return PairTable(texts, *numbers, user_ids, groups, as_json, described), origin
 
 
-def _renderer(table: Dataset, roles: Roles, options: LoadOptions) -> Callable[[Judgement], Judgement]:
+def _renderer(table: Table, roles: Roles, options: LoadOptions) -> Callable[[Judgement], Judgement]:
     """Choose how texts become strings: transcripts, or json where messages stay."""
-    schema = table.features.arrow_schema
     names = {outer_column(table, path) for path in (*roles.prompt, *roles.responses)}
-    nested = any(pa.types.is_nested(schema.field(name).type) for name in names)
+    nested = any(pa.types.is_nested(table.schema.field(name).type) for name in names)
     return _as_json if nested and options.conversations == "messages" else _as_transcripts
 
 
@@ -302,7 +299,7 @@ def _as_transcripts(judgement: Judgement) -> Judgement:
     return judgement._replace(prompt=prompt, responses=responses)
 
 
-def _require(table: Dataset, paths: list[str], column: str, what: str) -> None:
+def _require(table: Table, paths: list[str], column: str, what: str) -> None:
     if column not in paths:
         raise UserError(
             f"preference data ({what} column) needs the column(s) {column}; "
@@ -311,7 +308,7 @@ def _require(table: Dataset, paths: list[str], column: str, what: str) -> None:
 
 
 def _user_groups(
-    table: Dataset, paths: list[str], column: str | None, users: np.ndarray, num_users: int, origin: Origin
+    table: Table, paths: list[str], column: str | None, users: np.ndarray, num_users: int, origin: Origin
 ) -> list[str] | None:
     """True group of every user, or None; a column that was not asked for must fit or is only noted."""
     if column is not None:
@@ -330,7 +327,7 @@ def _user_groups(
     return groups
 
 
-def _by_user(table: Dataset, column: str, users: np.ndarray, num_users: int) -> list[str]:
+def _by_user(table: Table, column: str, users: np.ndarray, num_users: int) -> list[str]:
     codes, names = labels_of(table, column, "group")
     by_user = np.empty(num_users, dtype=np.int64)
     by_user[users] = codes

@@ -19,19 +19,19 @@ from torchrl_maxmin.preferences.chat import split_prompt
 from torchrl_maxmin.preferences.io.columns import (
     Roles,
     cell,
-    in_batches,
     labels_of,
     read_column,
     rows_of,
     shown,
 )
+from torchrl_maxmin.preferences.io.table import in_batches
 from torchrl_maxmin.preferences.schemas.pairs import Comparison, Judgement, LoadOptions, best_of, ranked
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
     import pyarrow.compute as pc
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from torchrl_maxmin.preferences.io.table import Table
 
 __all__ = ["CHOSEN", "blocks_within", "named", "pairs_within", "ratings", "scores"]
 
@@ -44,7 +44,7 @@ _UNSURE_MARGIN = 0.5  # an unsure rating ties with both others
 Compose = Callable[[dict[str, Any]], tuple[Any, Any]]
 
 
-def scores(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+def scores(table: Table, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
     """One row a response: what a user scored higher over what they scored lower for the same prompt.
 
     Without prompts, all responses of one user are compared. Ids of items that are numbers are their names.
@@ -71,7 +71,7 @@ def named(item: Any) -> Any:
     return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
 
 
-def ratings(table: Dataset, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
+def ratings(table: Table, roles: Roles, users: np.ndarray, options: LoadOptions) -> Iterator[Judgement]:
     """One row a rating of a conversation as harmful: what a rater found safe over what they found harmful.
 
     The conversations differ, so each is a response as a whole, to an empty prompt.
@@ -213,7 +213,7 @@ def _pairs(
 
 
 def _within(
-    table: Dataset,
+    table: Table,
     roles: Roles,
     keys: np.ndarray,
     values: np.ndarray,
@@ -248,7 +248,7 @@ def _in_order(columns: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[codes]
 
 
-def _hashes(table: Dataset, roles: Roles) -> np.ndarray:
+def _hashes(table: Table, roles: Roles) -> np.ndarray:
     """A number [N] for every prompt, equal for equal prompts; the same for all where there is none."""
     if not roles.prompt:
         return np.zeros(len(table), np.int64)
@@ -256,7 +256,7 @@ def _hashes(table: Dataset, roles: Roles) -> np.ndarray:
     return np.fromiter((hash(repr(cell(row, roles.prompt[0]))) for row in cells), np.int64, len(table))
 
 
-def _numbers(table: Dataset, path: str) -> np.ndarray:
+def _numbers(table: Table, path: str) -> np.ndarray:
     """A column of numbers as float64 [N]; text that spells a number is one."""
     column = read_column(table, path)
     if not pa.types.is_nested(column.type):

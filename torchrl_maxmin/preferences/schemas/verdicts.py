@@ -15,7 +15,7 @@ with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
     import pyarrow.compute as pc
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from torchrl_maxmin.preferences.io.table import Table
 
 __all__ = ["TIE", "Verdicts", "rank_values"]
 
@@ -43,7 +43,7 @@ class Verdicts:
         UserError: when the numbers could mean two things.
     """
 
-    def __init__(self, table: Dataset, path: str, responses: Sequence[str], count: int):
+    def __init__(self, table: Table, path: str, responses: Sequence[str], count: int):
         self._path = path
         self._count = count
         self._responses = responses
@@ -133,7 +133,7 @@ def _ranks_of_order(value: Any, count: int) -> list[int] | None:
     return None
 
 
-def _distinct(table: Dataset, path: str) -> list[Any]:
+def _distinct(table: Table, path: str) -> list[Any]:
     column = read_column(table, path)
     if pa.types.is_nested(column.type):
         raise UserError(f"column {path!r} holds {column.type}, not the place or the name of a response")
