@@ -196,7 +196,8 @@ def masked_explained_variance(target: Tensor, prediction: Tensor, mask: Tensor |
         mask: boolean ``[*B]`` or ``[*B, 1]``; None for all.
 
     Returns:
-        ``[C]``: 1 for a perfect critic, 0 for a constant, below 0 for a harmful one.
+        ``[C]``: 1 for a perfect critic, 0 for a constant, below 0 for a harmful one; 0 where the target's
+        variance is below 1.2e-7 (float32's epsilon), as that of a KL that is nothing but rounding.
     """
     dims = list(range(target.ndim - 1))
     valid = torch.ones_like(target, dtype=torch.bool) if mask is None else expand_mask(mask, target)
@@ -207,7 +208,8 @@ def masked_explained_variance(target: Tensor, prediction: Tensor, mask: Tensor |
         centred = torch.where(valid, values - values.sum(dims) / count, 0.0)
         variances.append(centred.square().sum(dims) / count)
     unexplained, total = variances
-    return 1.0 - unexplained / (total + torch.finfo(torch.float32).eps)
+    varies = total > torch.finfo(torch.float32).eps
+    return torch.where(varies, 1.0 - unexplained / torch.where(varies, total, 1.0), 0.0)
 
 
 def ratio_statistics(log_ratio: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:

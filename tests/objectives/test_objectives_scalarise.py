@@ -99,6 +99,15 @@ def test_masked_mean_and_explained_variance_are_those_of_the_subset():
     assert masked_mean(values, torch.zeros_like(mask)).item() == 0.0
 
 
+def test_nothing_is_explained_of_a_target_that_is_rounding():
+    rounding = 1e-7 * torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+    prediction = 3e-4 * torch.randn(64, 1, generator=torch.Generator().manual_seed(1))
+    assert masked_explained_variance(rounding, prediction).tolist() == [0.0]
+    assert masked_explained_variance(torch.ones(4, 1), torch.zeros(4, 1)).tolist() == [0.0]
+    assert masked_explained_variance(1e3 * rounding, 1e3 * rounding).tolist() == [0.0]
+    assert masked_explained_variance(1e4 * rounding, 1e4 * rounding).tolist() == [1.0]
+
+
 def test_ratio_statistics_by_hand():
     log_ratio = torch.tensor([[1.0], [3.0], [99.0]]).log()
     statistics = ratio_statistics(log_ratio, torch.tensor([True, True, False]))
