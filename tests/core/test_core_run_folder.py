@@ -185,6 +185,27 @@ def test_damage_to_what_a_run_left(here):
         require_finished(folder)
 
 
+@pytest.mark.parametrize("change", [lambda text: text.replace(b"0.1", b"0.3"), lambda text: text[:-9], None])
+def test_the_settings_of_a_finished_run_are_its_own(here, change):
+    folder = make_stage()(Settings("out"))
+    path = folder / "config.yaml"
+    content = path.read_bytes()
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(content))
+    with pytest.raises(DamagedError, match=r"out/config.yaml is (damaged|missing)"):
+        require_finished(folder)
+    path.write_bytes(content)
+    require_finished(folder)
+
+
+def test_equal_results_in_two_folders_are_one_model(here):
+    first, second = (make_stage()(Settings(name)) for name in ("out", "other"))
+    assert (first / "config.yaml").read_bytes() != (second / "config.yaml").read_bytes()
+    assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
+
+
 @pytest.mark.parametrize("path", ["out", "new/and/deep"])
 def test_a_refusal_leaves_nothing(here, path):
     def refuse(config):

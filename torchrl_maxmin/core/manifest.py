@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchrl_maxmin.core.errors import UserError
 
-__all__ = ["CARD", "MANIFEST", "VIEWS", "DamagedError", "file_digest", "require_whole", "write_manifest"]
+__all__ = ["CARD", "MANIFEST", "VIEWS", "DamagedError", "file_digest", "require_digest", "require_whole", "write_manifest"]
 
 MANIFEST = "manifest.json"
 #: A model's card on the Hugging Face hub.
@@ -66,10 +66,15 @@ def require_whole(folder: str | Path) -> None:
     for name, digest in listed.items():
         if name in VIEWS:  # of an earlier version, which listed them
             continue
-        if not (folder / name).is_file():
-            raise DamagedError(f"{folder / name} is missing, which {path} lists; {_REMEDY}")
-        if file_digest(folder / name) != digest:
-            raise DamagedError(f"{folder / name} is damaged: not what was written (SHA-256); {_REMEDY}")
+        require_digest(folder / name, digest)
+
+
+def require_digest(path: Path, digest: str) -> None:
+    """Raise :class:`DamagedError` where a file is missing or its SHA-256 another one."""
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing, which was written; {_REMEDY}")
+    if file_digest(path) != digest:
+        raise DamagedError(f"{path} is damaged: not what was written (SHA-256); {_REMEDY}")
 
 
 _REMEDY = "take a copy of the folder that is whole, or make it again"

@@ -17,7 +17,14 @@ from torchrl_maxmin.core.distributed import of_main_process, restarted
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.finite import NonFiniteError, nonfinite_batch
 from torchrl_maxmin.core.interruption import Interrupted, signals_as_interruptions
-from torchrl_maxmin.core.manifest import MANIFEST, DamagedError, require_whole, write_manifest
+from torchrl_maxmin.core.manifest import (
+    MANIFEST,
+    DamagedError,
+    file_digest,
+    require_digest,
+    require_whole,
+    write_manifest,
+)
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.run import config_text, write_config, write_json
 from torchrl_maxmin.core.run_identity import MAY_CHANGE, identity_of, now, require_same
@@ -36,6 +43,7 @@ __all__ = [
 
 RUN, LOCK = "run.json", ".lock"
 _NEW, _BEGUN, _FINISHED = "new", "begun", "finished"
+_CONFIG_DIGEST = "config_sha256"  # of a finished run
 _FIELDS = ("schema_version", "verb", "settings", "inputs", "versions", "started", "resumed", "finished")
 
 
@@ -123,6 +131,7 @@ def require_finished(folder: str | Path) -> None:
     folder = Path(folder)
     if (folder / MANIFEST).is_file():
         require_whole(folder)
+        _require_own_config(folder)
     elif continued(folder):
         verb = _read(folder)["verb"]
         raise UserError(f"{folder} holds a run of {verb} that is not finished; {how_to_go_on(folder, verb)}")
@@ -271,6 +280,15 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
+def _require_own_config(folder: Path) -> None:
+    """Refuse settings that are not those of the run.
+
+    The manifest lists all but them: it is what a model is known by, wherever its folder was.
+    """
+    if continued(folder) and (digest := _read(folder).get(_CONFIG_DIGEST)) is not None:
+        require_digest(folder / "config.yaml", digest)
+
+
 def _only_begun(folder: Path, config: Any) -> bool:
     """Whether a folder without a run holds nothing, or what one that died as it began had written."""
     own = {LOCK, ".config.yaml.partial", "run.partial"}
@@ -287,7 +305,8 @@ def _close(folder: Path, result: str) -> None:
         folder,
         (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in own),
     )
-    write_json(folder / RUN, _read(folder) | {"finished": now()})
+    digest = file_digest(folder / "config.yaml")
+    write_json(folder / RUN, _read(folder) | {"finished": now(), _CONFIG_DIGEST: digest})
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -298,6 +317,6 @@ def _read(folder: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((folder / RUN).read_text())
-        return {name: content[name] for name in _FIELDS}
+        return {name: content[name] for name in _FIELDS} | {_CONFIG_DIGEST: content.get(_CONFIG_DIGEST)}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / RUN} is damaged; choose another --output_dir") from error
