@@ -75,6 +75,16 @@ def test_a_terminal_keeps_its_bars(monkeypatch):
     assert not isinstance(progress.bars(), PlainLines)
 
 
+def test_of_several_processes_one_writes(log, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with progress_bar("silent", 1) as advance:
+        advance()
+    monkeypatch.setenv("RANK", "0")
+    with progress_bar("heard", 1) as advance:
+        advance()
+    assert [line.partition(":")[0] for line in log()] == ["heard"]
+
+
 def test_a_late_bar_ends_at_its_total(log, monkeypatch):
     """What reads ahead of its place says less than there is when it comes to its end."""
     monkeypatch.setattr(progress, "_PATIENCE_S", -1.0)

@@ -78,8 +78,11 @@ def prefixed(prefix: str) -> Iterator[None]:
 
 
 def bars() -> Progress | PlainLines:
-    """Make bars in the one look that they have; plain lines where the output is no terminal."""
-    silent = bool(os.environ.get("TORCHRL_MAXMIN_QUIET"))
+    """Make bars in the one look that they have; plain lines where the output is no terminal.
+
+    Of processes that torchrun started, the first alone shows any.
+    """
+    silent = bool(os.environ.get("TORCHRL_MAXMIN_QUIET")) or os.environ.get("RANK", "0") != "0"
     drawn = silent or console.is_terminal or console.is_jupyter
     return drawn_bars(silent) if drawn else PlainLines()
 
