@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_ind
 from transformers import GPT2LMHeadModel
 
 from torchrl_maxmin.core.run import read_metrics
@@ -54,6 +54,12 @@ def curve_of(output: str | Path) -> dict[str, Any]:
     welfare = [row["objective/welfare"] for row in read_metrics(output)]
     last = welfare[-max(len(welfare) // 4, 1) :]
     return {"welfare": statistics.mean(last), "curve": [round(value, 4) for value in welfare]}
+
+
+def difference_interval(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """The mean of values less that of others drawn apart from them, with Welch's 95% interval."""
+    low, high = ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
+    return {"mean": statistics.mean(values) - statistics.mean(others), "low": float(low), "high": float(high)}
 
 
 def t_interval(values: Sequence[float]) -> dict[str, float | None]:
