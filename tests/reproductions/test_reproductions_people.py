@@ -9,7 +9,9 @@ import pytest
 from scipy.stats import chisquare
 from scripts import load_script
 
+from torchrl_maxmin.clustering.judged import judged_choices
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.diagnosis.figures import Fitter, misassignment
 from torchrl_maxmin.preferences import PreferenceDataset
 
 worlds = load_script("people/people_worlds.py")
@@ -244,6 +246,19 @@ def test_nothing_is_claimed_without_truth(figures, right):
 def test_expected_misassignment_is_held_against_the_true_one():
     figures = {"num_groups": 7, "expected_misassignment": 0.15, "true_misassignment": 0.171}
     assert [claim.right(figures) for claim in cells.CELLS["six"].claims] == [True, False]
+
+
+def test_misassignment_is_expected_of_the_groups_that_were_found(tmp_path):
+    """Fits of six tastes without some of the users, begun at random, end in other groups than the whole's."""
+    world = worlds.six_tastes(seed=2)
+    data, differences = cells._read(world, tmp_path)
+    truth = world.true_groups[[int(user[1:]) for user in data.user_ids]]
+    given = (differences, data.user_offsets, None, data.judgement_ids, data.choice_offsets)
+    choices = judged_choices(*given)[0].find_distinct()
+    fitter = Fitter({6: 1e-4}, 0, {"m_step": "exact", "num_restarts": 4, "convergence_tolerance": 1e-4})
+    mixture = fitter(choices, 6)
+    wrong = cells._misassignment(mixture.assignments.numpy(), truth)
+    assert misassignment(choices, mixture, fitter, 4)["plain"] == pytest.approx(wrong, abs=0.02)
 
 
 def test_cells_are_chosen_by_name_and_by_whether_they_must_show():

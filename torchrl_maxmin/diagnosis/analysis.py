@@ -220,7 +220,7 @@ def diagnose(
         prompts=shown, items=items, one_hot=contents.texts is None and items is not None, seed=seed,
         device=device,
     )  # fmt: skip
-    misassigned = misassignment(choices, num_groups, fitter, num_folds)
+    misassigned = misassignment(choices, mixture, fitter, num_folds)
     bound, eigenvalue = feature_constants(x)
     # Theorem 1 has rewards in log odds, not calibrated.
     raw = pair_outcome(margins_of(choices, mixture), margins_of(choices, single), beta)

@@ -346,13 +346,20 @@ def _off(margins: Tensor, choices: PairChoices) -> np.ndarray:
     return choices.at_rows(right - likeliest).squeeze(1).numpy()
 
 
-def misassignment(choices: PairChoices, num_groups: int, fitter: Fitter, num_folds: int) -> dict[str, float]:
-    """Estimate how many users sit in a wrong group, as posteriors of left-out users expect it."""
+def misassignment(
+    choices: PairChoices, mixture: LinearMixture, fitter: Fitter, num_folds: int
+) -> dict[str, float]:
+    """Estimate how many users sit in a wrong group of a fit, as posteriors of left-out users expect it.
+
+    The fits without some of the users begin at this one: another optimum would speak of other groups.
+    """
+    num_groups = len(mixture.log_prior)
     if num_groups == 1:
         return {"plain": 0.0, "balanced": 0.0, "balanced_high": 0.0}
     folds = user_folds(len(choices.user_offsets) - 1, num_folds, fitter.seed)
     settings = {"seed": fitter.seed, "l2": fitter.l2[num_groups], **fitter.settings}
-    left_out = leave_users_out(choices.to(fitter.device), num_groups, folds, **settings)
+    starts = [mixture.weight.to(fitter.device)] * len(folds)
+    left_out = leave_users_out(choices.to(fitter.device), num_groups, folds, starts=starts, **settings)
     plain, balanced = expected_misassignment(left_out.posterior)
     high = balanced_misassignment_bound(left_out.posterior, seed=fitter.seed)
     return {"plain": plain, "balanced": balanced, "balanced_high": high}
