@@ -167,7 +167,9 @@ def results_of(folder: Path) -> dict[str, Any]:
     return {name: content for name, content in left(folder).items() if "checkpoint-" not in name}
 
 
-def outcome(case: Case, status: int | None, said: str, found: dict[str, Any], expected: dict[str, Any]) -> str:
+def outcome(
+    case: Case, status: int | None, said: str, found: dict[str, Any], expected: dict[str, Any]
+) -> str:
     """What came of it, in a word or two."""
     if status is None:
         return "runs on"

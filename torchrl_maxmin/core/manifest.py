@@ -10,7 +10,16 @@ from pathlib import Path
 
 from torchrl_maxmin.core.errors import UserError
 
-__all__ = ["CARD", "MANIFEST", "VIEWS", "DamagedError", "file_digest", "require_digest", "require_whole", "write_manifest"]
+__all__ = [
+    "CARD",
+    "MANIFEST",
+    "VIEWS",
+    "DamagedError",
+    "file_digest",
+    "require_digest",
+    "require_whole",
+    "write_manifest",
+]
 
 MANIFEST = "manifest.json"
 #: A model's card on the Hugging Face hub.
