@@ -263,6 +263,9 @@ def test_other_stages_have_plans(config_only, planner, stage):
     config.check()
     plain = {phase.name: phase for phase in stage_phases(config.resolved(), planner)}
     assert plain["update"].total > plain["save"].total
+    again = replace(config, gradient_checkpointing=True)
+    less = {phase.name: phase for phase in stage_phases(again.resolved(), planner)}
+    assert less["update"].total <= plain["update"].total
     adapted = replace(config, **LORA)
     lora = {phase.name: phase for phase in stage_phases(adapted.resolved(), planner)}
     assert lora["update"].parts["gradients"] < plain["update"].parts["gradients"]

@@ -45,6 +45,7 @@ __all__ = [
     "takes",
     "text_config",
     "undisturbed",
+    "without_cache",
 ]
 
 #: the token, or the several tokens, that end a response; or what marks the ends in tokens [B, R]
@@ -181,8 +182,14 @@ def _parameters_of(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def takes(model: nn.Module, name: str) -> bool:
-    """Whether a module's ``forward`` has a parameter of that name."""
-    return name in _parameters_of(type(model).forward)
+    """Whether a module's ``forward``, beneath adapters, has a parameter of that name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in _parameters_of(type(base).forward)
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """Arguments of a model's call in training: layers that are computed again would add to a cache twice."""
+    return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl_maxmin.models.loading import load_config
 from torchrl_maxmin.models.lora import AdapterSwitch, LoraSettings
 from torchrl_maxmin.models.memory import log_probs_of, states_of, values_of
-from torchrl_maxmin.models.sequences import backbone_of, hidden_states, text_config
+from torchrl_maxmin.models.sequences import backbone_of, hidden_states, text_config, without_cache
 from torchrl_maxmin.rewards.adapters import adapter_names
 from torchrl_maxmin.trainers.plan_messages import gradient_messages, ppo_messages, reward_messages
 from torchrl_maxmin.trainers.plan_networks import Network, Reader, Size, reward_reader
@@ -267,7 +267,9 @@ def _sft(settings: Any, planner: Planner) -> list[Phase]:
     def loss(model: Any) -> Tensor:
         model.train()  # the Trainer of transformers keeps dropout
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        return model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, **without_cache(model)
+        ).loss
 
     accumulate = settings.gradient_accumulation_steps > 1
     how = {"accumulate": accumulate, "reuse": accumulate, "mapped": planner.mapped(size)}

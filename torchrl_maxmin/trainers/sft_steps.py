@@ -36,7 +36,7 @@ from torchrl_maxmin.core.interruption import Interrupted, signals_held
 from torchrl_maxmin.core.optimizers import MicroBatch, make_optimizer
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.core.run import MetricsLog, require_finite
-from torchrl_maxmin.models.sequences import takes
+from torchrl_maxmin.models.sequences import without_cache
 from torchrl_maxmin.models.sharding import shard
 
 __all__ = ["mean_over_tokens", "num_steps", "train_language_model"]
@@ -87,8 +87,7 @@ def train_language_model(
 
     model.to(device).train()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # layers that are computed again would add to a cache twice
-    options = {"use_cache": False} if takes(base, "use_cache") else {}
+    options = without_cache(model)
     memory = map_large_blocks(model)
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     if config.distributed == "fsdp2":
