@@ -36,8 +36,8 @@ _READ = {
     "sft": (*_TRAINING, "distributed", "max_length", "gradient_accumulation_steps"),
     "reward": (
         *_TRAINING,
-        *("num_groups", "adapters", "scoring_batch_size", "max_length", "gradient_accumulation_steps"),
-        "distributed",
+        *("num_groups", "adapters", "generation_batch_size", "scoring_batch_size", "max_length"),
+        *("gradient_accumulation_steps", "distributed"),
         *("response_length", "max_prompt_length", "calibration_prompts", "calibration_samples"),
     ),
 }

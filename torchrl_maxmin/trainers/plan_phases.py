@@ -342,7 +342,8 @@ def _reward(settings: Any, planner: Planner) -> list[Phase]:
     at_once = min(settings.generation_batch_size, samples)
     drawn, seconds = planner.sampling(base, at_once, settings.max_prompt_length, settings.response_length)
     gradients = {"reference weights": planner.size(base).weights, "gradients": size.gradients}
-    calibrate = Phase("calibrate", before | gradients | drawn, seconds * samples / at_once)
+    parts, flags = before | gradients | drawn, ("generation_batch_size",)
+    calibrate = Phase("calibrate", parts, seconds * samples / at_once, flags)
     width = text_config(load_config(settings.model_name_or_path)).hidden_size
     sent = reward_messages(settings, size, Size.of_heads(groups * width, tensors=1), passes=passes)
     return [

@@ -193,6 +193,7 @@ class _Reference:
             self.config.model_name_or_path,
             self.tokenizer,
             max_new_tokens=self.config.response_length,
+            generation_batch_size=self.config.generation_batch_size,
             stop_strings=self.config.stop_strings,
             device=self.device,
             **self.config.load_options(),

@@ -35,6 +35,7 @@ class RewardConfig(ModelSettings, MixtureSettings, ReportSettings):
         steps_per_round: optimizer steps a round.
         per_device_train_batch_size: pairs that are in memory with their gradients at once.
         gradient_accumulation_steps: batches of so many pairs that make an optimizer step.
+        generation_batch_size: most responses sampled at once for the calibration.
         scoring_batch_size: texts that are scored at once where no gradient is wanted.
         learning_rate: peak learning rate of the trunk.
         head_learning_rate: peak learning rate of the heads.
@@ -73,6 +74,7 @@ class RewardConfig(ModelSettings, MixtureSettings, ReportSettings):
     steps_per_round: int = 200
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
+    generation_batch_size: int = 512
     scoring_batch_size: int = SCORED_AT_ONCE
     learning_rate: float = 1e-5
     head_learning_rate: float = 1e-4
@@ -103,8 +105,8 @@ class RewardConfig(ModelSettings, MixtureSettings, ReportSettings):
         self.require_at_least(
             1,
             "num_rounds", "steps_per_round", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "scoring_batch_size", "num_restarts", "calibration_prompts", "calibration_samples",
-            "response_length",
+            "generation_batch_size", "scoring_batch_size", "num_restarts", "calibration_prompts",
+            "calibration_samples", "response_length",
         )  # fmt: skip
         self.require_at_least(
             0,
