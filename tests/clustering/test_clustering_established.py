@@ -8,6 +8,7 @@ from scipy.special import logsumexp
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.established import Mean, establish, evidence_for
 from torchrl_maxmin.clustering.heads import principal_axes
+from torchrl_maxmin.clustering.judged import judged_choices
 from torchrl_maxmin.clustering.left_out import gain_on_judgements
 from torchrl_maxmin.clustering.linear import fit_choices
 from torchrl_maxmin.clustering.scales import (
@@ -81,6 +82,7 @@ def test_planted_groups_are_established():
     assert evidence.agreement.high <= 1
     assert evidence.over_spectrum.low > 0
     assert evidence.gain.low > 0
+    assert all(group.beyond_others.low > 0 for group in evidence.groups)
     assert evidence.report().startswith("the groups are established\n")
 
 
@@ -118,6 +120,26 @@ def test_users_who_choose_with_noise_are_no_group():
     taste = planted((100,), strength=3.0)
     choices = pairs_of(taste * np.where(np.arange(100) % 2, 1.5, 0.15)[:, None])
     assert chosen(choices).num_groups == 1
+
+
+def test_people_who_choose_at_random_are_no_group_where_each_gave_one_ranking():
+    """Nobody has a second judgement: left-out users alone tell a taste from none."""
+    rng = np.random.default_rng(0)
+    taste, careful = rng.normal(size=8) * 1.5, np.arange(300) % 2
+    utilities = taste * np.where(careful, 1.0, 0.05)[:, None] + rng.gumbel(size=(300, 8))
+    orders = (-utilities).argsort(1)
+    better, worse = np.triu_indices(8, 1)
+    x = torch.from_numpy(np.eye(8)[orders[:, better]] - np.eye(8)[orders[:, worse]]).flatten(0, 1)
+    offsets = torch.arange(301) * len(better)
+    judgements = torch.arange(300).repeat_interleave(len(better))
+    choices = searched_choices(judged_choices(x, offsets, None, judgements)[0])
+    evidence = evidence_for(choices, 2, {1: 1e-3, 2: 1e-3})
+    assert evidence.gain is None
+    assert evidence.agreement.mean > 0.5  # every fit finds those who choose at random
+    assert not evidence.established
+    assert evidence.reasons == ["fewer than two groups hold by themselves"]
+    (reason,) = (group.reason for group in evidence.groups if group.reason)
+    assert "closely or hardly" in reason
 
 
 def test_random_choices_teach_nothing():

@@ -3,6 +3,8 @@
 EM gives as many groups as it is asked for. They are established only if fits to other users from other starts
 put the same people together, if they predict left-out judgements of their own users better than one reward
 does, and if left-out users are likelier to come from groups than from tastes that lie evenly between them.
+A group is established only if the other groups' tastes, followed closely, hardly or not at all, do not
+explain them as well: people who choose at random have no taste of their own.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class GroupEvidence:
         correlation: of the head with its match's, over the rows' margins, mean over refits, t interval.
         gain: nats a choice by which left-out judgements of its users are likelier than under one reward, mean
             over users, t interval; None where none was left out.
+        beyond_others: nats a user by which left-out users are likelier with the group than with the others
+            alone, mean over all users, t interval.
     """
 
     established: bool
@@ -84,6 +88,7 @@ class GroupEvidence:
     jaccard: Mean
     correlation: Mean
     gain: Mean | None
+    beyond_others: Mean
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def establish(
     Returns:
         The verdict: not established where the agreement of refits is below :data:`LEAST_AGREEMENT` or its
         interval reaches below 0, where left-out judgements are not seen to gain, or where groups are not seen
-        to beat a spectrum. A group but the largest must gain by itself.
+        to beat a spectrum. A group but the largest must gain by itself, and every one beyond the others.
     """
     num_groups = len(mixture.log_prior)
     short = {"short_rounds": SHORT_ROUNDS}
@@ -166,7 +171,7 @@ def establish(
         )
         gained = gain_on_judgements(choices, num_groups, fits, seed, reference=mixture.weight)
         advance()
-        over = _over_spectrum(choices, num_groups, fits[num_groups], num_folds, seed, advance)
+        over, beyond = _left_out_users(choices, mixture, fits[num_groups], num_folds, seed, advance)
     everyone = None if gained is None else _gain_a_choice(gained[0].sum(1), gained[1].sum(1))
     reasons = []
     if len(mixture.assignments.unique()) < num_groups:
@@ -195,7 +200,12 @@ def establish(
             reason = f"refits hold other people in it (Jaccard index {_text(jaccard[k])})"
         if reason is None and gained is not None and k != order[0] and (gain is None or not gain.above(0)):
             reason = "its own reward is not seen to predict its users' left-out judgements better"
-        evidence.append(GroupEvidence(reason is None, reason, jaccard[k], correlation[k], gain))
+        if reason is None and not beyond[k].above(0):
+            reason = (
+                "people who follow another group's reward, closely or hardly, explain left-out users as well "
+                f"({_text(beyond[k], '+.3f')} nats a user for the group)"
+            )
+        evidence.append(GroupEvidence(reason is None, reason, jaccard[k], correlation[k], gain, beyond[k]))
     if not reasons and sum(group.established for group in evidence) < 2:
         reasons.append("fewer than two groups hold by themselves")
     return Establishment(not reasons, reasons, agreement, everyone, over, evidence, num_refits)
@@ -280,39 +290,50 @@ def _unit_margins(choices: PairChoices, mixture: LinearMixture) -> Tensor:
     return torch.nn.functional.normalize(margins, dim=0).T
 
 
-def _over_spectrum(
+def _left_out_users(
     choices: PairChoices,
-    num_groups: int,
+    mixture: LinearMixture,
     fit: dict[str, Any],
     num_folds: int,
     seed: int,
     advance: Callable[[], None],
-) -> Mean:
-    """Nats a left-out user [U] by which groups beat a normal distribution of tastes like theirs.
+) -> tuple[Mean, list[Mean]]:
+    """Nats a left-out user by which groups beat tastes like theirs without gaps, and each the others alone.
 
-    It has the mean and the covariance of the groups' heads, times the spread that suits the users of the fit:
-    as much difference between people, of the same kind, without gaps.
+    The former are normal, with the mean and the covariance of the groups' heads, times the spread that suits
+    the users of the fit: as much difference between people, of the same kind. The latter have users follow
+    the heads that are left, or none, at scales that are fitted anew.
     """
-    num_users = len(choices.user_offsets) - 1
+    num_users, num_groups = len(choices.user_offsets) - 1, len(mixture.log_prior)
     folds = user_folds(num_users, num_folds, seed)
     sobol = qmc.Sobol(num_groups - 1, seed=seed).random(_HEADS)
     normal = torch.from_numpy(norm.ppf(np.clip(sobol, 1e-6, 1 - 1e-6))).to(choices.differences.device)
-    difference = np.zeros(num_users)
+    difference, beyond = np.zeros(num_users), np.zeros((num_groups, num_users))
     for fold in folds:
         inside = torch.ones(num_users, dtype=torch.bool)
         inside[fold] = False
         rest, outside = choices.take_users(inside.nonzero().flatten()), choices.take_users(fold)
         found = fit_choices(rest, num_groups, seed, **fit)
         mean, axes = _mean_and_axes(found)
-        grouped = _log_likelihood(rest, outside, found.weight.double(), found.log_prior)[1]
-        spread = [
-            _log_likelihood(rest, outside, mean + scale * normal @ axes, normal.new_zeros(len(normal)))
-            for scale in SPREADS
-        ]
+        scaled = [scaled_log_likelihood(part, found.weight.double()) for part in (rest, outside)]
+        grouped = _log_likelihood(*scaled, found.log_prior)[1]
+        coin = torch.zeros_like(found.weight[:1], dtype=torch.float64)
+        at_random = [part.user_log_likelihood(coin).expand(-1, num_groups, 1) for part in (rest, outside)]
+        or_none = [torch.cat(both, -1) for both in zip(scaled, at_random, strict=True)]
+        for k, own in enumerate(match_groups(found.weight, mixture.weight).tolist()):
+            others = torch.arange(num_groups, device=grouped.device) != own
+            alone = _log_likelihood(*(part[:, others] for part in or_none), found.log_prior[others])[1]
+            beyond[k, fold.numpy()] = (grouped - alone).cpu().numpy()
+        even = normal.new_zeros(len(normal))
+        spread = []
+        for scale in SPREADS:
+            tastes = mean + scale * normal @ axes
+            scaled = [scaled_log_likelihood(part, tastes) for part in (rest, outside)]
+            spread.append(_log_likelihood(*scaled, even))
         best = max(range(len(SPREADS)), key=lambda i: spread[i][0].sum().item())
         difference[fold.numpy()] = (grouped - spread[best][1]).cpu().numpy()
         advance()
-    return Mean.of(difference)
+    return Mean.of(difference), [Mean.of(values) for values in beyond]
 
 
 def _mean_and_axes(mixture: LinearMixture) -> tuple[Tensor, Tensor]:
@@ -324,14 +345,17 @@ def _mean_and_axes(mixture: LinearMixture) -> tuple[Tensor, Tensor]:
     return mean, size[:kept, None] * axes[:kept]
 
 
-def _log_likelihood(
-    known: PairChoices, other: PairChoices, weight: Tensor, log_prior: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of users of the fit [U] and of others [U'], with scales as the former have them."""
-    scaled = scaled_log_likelihood(known, weight)
+def _log_likelihood(known: Tensor, other: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of users of the fit [U] and of others [U'], with scales as the former have them.
+
+    Args:
+        known: what heads say of the former at all scales [U, K, A].
+        other: of the latter [U', K, A].
+        log_prior: log mixing weights [K].
+    """
     before = log_prior.double().log_softmax(-1)
-    scales = log_prior_of_scales(scaled, log_prior) if len(weight) <= 16 else None
+    scales = log_prior_of_scales(known, log_prior) if len(before) <= 16 else None
     if scales is None:  # only how often each scale is met is fitted, not each of many heads
-        summed = torch.logsumexp(scaled + before[:, None], 1, keepdim=True)
+        summed = torch.logsumexp(known + before[:, None], 1, keepdim=True)
         scales = before[:, None] + log_prior_of_scales(summed, before.new_zeros(1))
-    return tuple(log_likelihood_with(part, scales) for part in (scaled, scaled_log_likelihood(other, weight)))
+    return log_likelihood_with(known, scales), log_likelihood_with(other, scales)

@@ -198,13 +198,16 @@ def _evidence(summary: Mapping[str, Any]) -> list[str]:
     for group, own in zip(summary["groups"], found["groups"], strict=True):
         gain = "n/a" if own["gain"] is None else interval_text(own["gain"])
         shown = [interval_text(own[name]) for name in ("jaccard", "correlation")]
-        rows.append([markdown(group["name"]), _sentence(own["reason"] or "yes"), *shown, gain])
+        beyond = interval_text(own["beyond_others"]) if "beyond_others" in own else "n/a"  # n/a: of before
+        rows.append([markdown(group["name"]), _sentence(own["reason"] or "yes"), *shown, gain, beyond])
     header = ["group", "established", "same users in refits (Jaccard)", "heads' correlation in refits"]
-    table = markdown_table([*header, "gain on left-out judgements, nats a choice"], rows)
+    header += ["gain on left-out judgements, nats a choice", "gain over the other groups alone, nats a user"]
+    table = markdown_table(header, rows)
     about = (
         f"The {found['num_refits']} refits are to users drawn anew, from other starts; intervals are t over "
         "refits, or over users. Established groups are found again, predict left-out judgements better "
-        "than one reward, and explain left-out users better than tastes spread evenly between them."
+        "than one reward, and explain left-out users better than tastes spread evenly between them, and than "
+        "the other groups' tastes alone, followed closely, hardly or not at all."
     )
     return ["## Are the groups there?", fenced(found["report"]), table, about]
 

@@ -31,7 +31,8 @@ def stability_section(
         rows: list[list[Any]] = []
         for k, (name, own) in enumerate(zip(names, evidence["groups"], strict=True)):
             path = ("evidence", "groups", k)
-            cells = [figures.interval(".3f", *path, key) for key in ("jaccard", "correlation", "gain")]
+            measured = ("jaccard", "correlation", "gain", "beyond_others")
+            cells = [figures.interval(".3f", *path, key) if key in own else "n/a" for key in measured]
             rows.append([name, own["reason"] or "yes", *cells])
         header: list[str | Term] = [
             "group",
@@ -39,6 +40,7 @@ def stability_section(
             Term("same users in refits (Jaccard)", "jaccard"),
             "heads' correlation in refits",
             Term("gain on left-out judgements, nats a choice", "heldout"),
+            "gain over the other groups alone, nats a user",
         ]
         blocks.append(Table("Whether the groups are there", header, rows))
     else:
