@@ -22,7 +22,7 @@ from people_world import chosen_over, strict_rankings
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.core.progress import console
 from torchrl_maxmin.core.tables import write_csv
-from torchrl_maxmin.preferences.io.sources import load_table
+from torchrl_maxmin.preferences.io.files import load_table
 
 sys.path.append(str(Path(__file__).parents[1]))
 

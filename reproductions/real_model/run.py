@@ -31,7 +31,7 @@ from torchrl_maxmin.evaluation.results import SeedResult
 from torchrl_maxmin.models import TokenPolicy
 from torchrl_maxmin.models.loading import load_tokenizer
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
-from torchrl_maxmin.preferences.io.sources import load_prompts
+from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.source import MixtureRewards
 from torchrl_maxmin.trainers.lm_ppo import build_ppo, train_policy

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.models.loading import load_tokenizer
 from torchrl_maxmin.preferences import PreferenceDataset
-from torchrl_maxmin.preferences.io.sources import load_prompts
+from torchrl_maxmin.preferences.io.files import load_prompts
 
 run = load_script("real_model/run.py")
 

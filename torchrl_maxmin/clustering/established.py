@@ -315,21 +315,19 @@ def _left_out_users(
         rest, outside = choices.take_users(inside.nonzero().flatten()), choices.take_users(fold)
         found = fit_choices(rest, num_groups, seed, **fit)
         mean, axes = _mean_and_axes(found)
-        scaled = [scaled_log_likelihood(part, found.weight.double()) for part in (rest, outside)]
-        grouped = _log_likelihood(*scaled, found.log_prior)[1]
-        coin = torch.zeros_like(found.weight[:1], dtype=torch.float64)
-        at_random = [part.user_log_likelihood(coin).expand(-1, num_groups, 1) for part in (rest, outside)]
-        or_none = [torch.cat(both, -1) for both in zip(scaled, at_random, strict=True)]
+        known, other = (scaled_log_likelihood(part, found.weight.double()) for part in (rest, outside))
+        grouped = _log_likelihood(known, other, found.log_prior)[1]
+        known, other = (_or_at_random(*both) for both in ((known, rest), (other, outside)))
         for k, own in enumerate(match_groups(found.weight, mixture.weight).tolist()):
             others = torch.arange(num_groups, device=grouped.device) != own
-            alone = _log_likelihood(*(part[:, others] for part in or_none), found.log_prior[others])[1]
+            alone = _log_likelihood(known[:, others], other[:, others], found.log_prior[others])[1]
             beyond[k, fold.numpy()] = (grouped - alone).cpu().numpy()
         even = normal.new_zeros(len(normal))
         spread = []
         for scale in SPREADS:
             tastes = mean + scale * normal @ axes
-            scaled = [scaled_log_likelihood(part, tastes) for part in (rest, outside)]
-            spread.append(_log_likelihood(*scaled, even))
+            known, other = (scaled_log_likelihood(part, tastes) for part in (rest, outside))
+            spread.append(_log_likelihood(known, other, even))
         best = max(range(len(SPREADS)), key=lambda i: spread[i][0].sum().item())
         difference[fold.numpy()] = (grouped - spread[best][1]).cpu().numpy()
         advance()
@@ -343,6 +341,12 @@ def _mean_and_axes(mixture: LinearMixture) -> tuple[Tensor, Tensor]:
     _, size, axes = torch.linalg.svd(shares.sqrt().unsqueeze(1) * (weight - mean), full_matrices=False)
     kept = len(shares) - 1
     return mean, size[:kept, None] * axes[:kept]
+
+
+def _or_at_random(scaled: Tensor, choices: PairChoices) -> Tensor:
+    """What heads say of users at all scales [U, K, A], and at scale 0 [U, K, A + 1]."""
+    nothing = choices.differences.new_zeros(1, choices.differences.shape[1], dtype=torch.float64)
+    return torch.cat([scaled, choices.user_log_likelihood(nothing).expand(-1, scaled.shape[1], 1)], -1)
 
 
 def _log_likelihood(known: Tensor, other: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,3 +57,8 @@ class Interrupted(KeyboardInterrupt):
     def name(self) -> str:
         """What asked for it, in words."""
         return "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, and not much of it."""
+    return str(error).partition("\n")[0][:200]

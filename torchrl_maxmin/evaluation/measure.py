@@ -39,7 +39,7 @@ from torchrl_maxmin.models.loading import (
 from torchrl_maxmin.models.sampling import encode_prompts, sample_responses, to_texts
 from torchrl_maxmin.models.sequences import require_positions
 from torchrl_maxmin.preferences.chat import Text, is_conversational
-from torchrl_maxmin.preferences.io.sources import load_prompts
+from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.preferences.texts import plain_text
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.functions import extra_columns

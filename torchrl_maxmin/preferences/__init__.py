@@ -2,7 +2,7 @@
 
 from torchrl_maxmin._moved import moved_names
 from torchrl_maxmin.preferences.dataset import PreferenceDataset, Ranking
-from torchrl_maxmin.preferences.io.sources import load_table
+from torchrl_maxmin.preferences.io.files import load_table
 from torchrl_maxmin.preferences.report import DataReport
 from torchrl_maxmin.preferences.texts import encode
 

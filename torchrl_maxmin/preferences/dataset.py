@@ -16,7 +16,7 @@ import numpy as np
 from torchrl_maxmin.core.errors import UserError
 from torchrl_maxmin.preferences.chat import Text
 from torchrl_maxmin.preferences.io.columns import PROMPT_ALIASES, USER_ALIASES
-from torchrl_maxmin.preferences.io.sources import open_table
+from torchrl_maxmin.preferences.io.files import open_table
 from torchrl_maxmin.preferences.io.table import ArrowColumn
 from torchrl_maxmin.preferences.judgements import (
     Judgements,
@@ -24,9 +24,10 @@ from torchrl_maxmin.preferences.judgements import (
     codes_of_choices,
     count_once,
 )
-from torchrl_maxmin.preferences.report import DataReport, check_pairs, rating_notes
+from torchrl_maxmin.preferences.report import DataReport, check_pairs
 from torchrl_maxmin.preferences.schemas.layouts import find_layout
 from torchrl_maxmin.preferences.schemas.pairs import LoadOptions, Origin, PairTable, build_pairs
+from torchrl_maxmin.preferences.schemas.ratings import rating_notes
 from torchrl_maxmin.preferences.texts import text_key
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class PreferenceDataset:
         """Load preference data of any layout of :data:`~torchrl_maxmin.preferences.schemas.layouts.LAYOUTS`.
 
         Args:
-            source: what :func:`~torchrl_maxmin.preferences.io.sources.load_table` takes.
+            source: what :func:`~torchrl_maxmin.preferences.io.files.load_table` takes.
             user_column: the column that says who chose, or ``column.field``; found by alias when None.
                 ``"none"`` makes every row a user of its own.
             group_column: ground truth for evaluation; ``group_id``, ``group`` or ``data_subset`` where
@@ -182,7 +183,7 @@ class PreferenceDataset:
             if not mixed:
                 raise
             raise UserError(f"{error} (left out: {'; '.join(mixed.values())})") from error
-        origin.notes += rating_notes(origin)
+        origin.notes += rating_notes(origin) if origin.layout in ("scores", "ratings") else []
         origin.notes += [f"Left out: {reason}." for reason in mixed.values()]
         return cls._sorted(pairs, np.arange(len(pairs.users)), origin)
 

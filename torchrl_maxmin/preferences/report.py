@@ -15,7 +15,7 @@ from torchrl_maxmin.preferences.schemas.pairs import Origin
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["DataReport", "check_pairs", "rating_notes"]
+__all__ = ["DataReport", "check_pairs"]
 
 FEW_PAIRS = 5  # with fewer, most users cannot be placed in a group
 LONG_CHARACTERS = 4096  # about 1024 tokens, where the reward stage cuts by default
@@ -231,21 +231,6 @@ def _better(origin: Origin) -> str:
         if origin.layout == "scores"
         else ""
     )
-
-
-def rating_notes(origin: Origin) -> list[str]:
-    """Say what ratings were taken for, where their user has to know."""
-    options, left_out = origin.options, origin.beyond_cap
-    found = {
-        f"{left_out:,} pairs are left out: of one user's ratings (of one prompt) {options.max_pairs} pairs "
-        "at most are drawn at random; --max_pairs takes more.": left_out > 0,
-        "Pairs of one user's ratings share its noise and are not independent: taken pair by pair they can "
-        "carry groups that do not exist; --ratings blocks takes each rating once.": origin.pair_by_pair,
-        "Blocks of ratings have no ties, so that --ties halve changes nothing; --ratings pairs takes "
-        "them.": origin.layout in ("scores", "ratings")
-        and (options.ties, options.ratings) == ("halve", "blocks"),
-    }
-    return [note for note, holds in found.items() if holds]
 
 
 def _warnings(report: DataReport, origin: Origin) -> list[str]:

@@ -21,7 +21,7 @@ from torchrl_maxmin.models.loading import load_tokenizer, require_causal_lm
 from torchrl_maxmin.models.making import make_networks
 from torchrl_maxmin.models.sampling import encode_prompts
 from torchrl_maxmin.models.sequences import require_positions
-from torchrl_maxmin.preferences.io.sources import load_prompts
+from torchrl_maxmin.preferences.io.files import load_prompts
 from torchrl_maxmin.rewards import load_reward_model
 from torchrl_maxmin.rewards.base import RewardModel
 from torchrl_maxmin.rewards.functions import (

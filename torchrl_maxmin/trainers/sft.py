@@ -28,7 +28,7 @@ from torchrl_maxmin.models.sequences import max_positions, pad_right
 from torchrl_maxmin.models.settings import ModelSettings
 from torchrl_maxmin.preferences import load_table
 from torchrl_maxmin.preferences.chat import ChatSettings, Text, is_conversational, speaker_of, split_prompt
-from torchrl_maxmin.preferences.io.sources import mixed_columns, require_columns
+from torchrl_maxmin.preferences.io.files import mixed_columns, require_columns
 from torchrl_maxmin.preferences.texts import TextEncoder, cut_start, read_texts
 from torchrl_maxmin.stats.interval import SCHEMA_VERSION
 from torchrl_maxmin.trainers.sft_steps import train_language_model

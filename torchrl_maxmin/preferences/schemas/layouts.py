@@ -24,7 +24,7 @@ from torchrl_maxmin.preferences.io.columns import (
     rows_of,
     shown,
 )
-from torchrl_maxmin.preferences.io.sources import require_columns
+from torchrl_maxmin.preferences.io.files import require_columns
 from torchrl_maxmin.preferences.schemas.pairs import Judgement, Layout, LoadOptions, best_of, ranked
 from torchrl_maxmin.preferences.schemas.ratings import CHOSEN, named, ratings, scores
 from torchrl_maxmin.preferences.schemas.verdicts import TIE, Verdicts, rank_values

@@ -25,7 +25,14 @@ from torchrl_maxmin.preferences.io.columns import (
     shown,
 )
 from torchrl_maxmin.preferences.io.table import in_batches
-from torchrl_maxmin.preferences.schemas.pairs import Comparison, Judgement, LoadOptions, best_of, ranked
+from torchrl_maxmin.preferences.schemas.pairs import (
+    Comparison,
+    Judgement,
+    LoadOptions,
+    Origin,
+    best_of,
+    ranked,
+)
 
 with suppress(ImportError):  # without it there are no tables
     import pyarrow as pa
@@ -33,7 +40,7 @@ with suppress(ImportError):  # without it there are no tables
 if TYPE_CHECKING:
     from torchrl_maxmin.preferences.io.table import Table
 
-__all__ = ["CHOSEN", "blocks_within", "named", "pairs_within", "ratings", "scores"]
+__all__ = ["CHOSEN", "blocks_within", "named", "pairs_within", "rating_notes", "ratings", "scores"]
 
 CHOSEN = "if_chosen"  # a column that marks the one response that was chosen, which is no score
 
@@ -277,3 +284,20 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return float("nan")
+
+
+def rating_notes(origin: Origin) -> list[str]:
+    """Say what ratings were taken for, where their user has to know."""
+    options, left_out = origin.options, origin.beyond_cap
+    found = {
+        f"{left_out:,} pairs are left out: of one user's ratings (of one prompt) {options.max_pairs} pairs "
+        "at most are drawn at random; --max_pairs takes more.": left_out > 0,
+        "Pairs of one user's ratings share its noise and are not independent: taken pair by pair they can "
+        "carry groups that do not exist; --ratings blocks takes each rating once.": origin.pair_by_pair,
+        "Blocks of ratings have no ties, so that --ties halve changes nothing; --ratings pairs takes them.": (
+            options.ties,
+            options.ratings,
+        )
+        == ("halve", "blocks"),
+    }
+    return [note for note, holds in found.items() if holds]
