@@ -248,6 +248,18 @@ def test_expected_misassignment_is_held_against_the_true_one():
     assert [claim.right(figures) for claim in cells.CELLS["six"].claims] == [True, False]
 
 
+def test_six_tastes_are_found_where_most_starts_at_random_miss_them(tmp_path):
+    world = worlds.six_tastes(seed=3)
+    data, differences = cells._read(world, tmp_path)
+    users = [int(user[1:]) for user in data.user_ids]
+    given = (differences, data.user_offsets, None, data.judgement_ids, data.choice_offsets)
+    choices = judged_choices(*given)[0].find_distinct()
+    fitter = Fitter({6: 1e-4}, 0, {"m_step": "exact", "num_restarts": 4, "convergence_tolerance": 1e-4})
+    found = fitter(choices, 6).assignments.numpy(), world.posterior()[users].argmax(1)
+    wrong, least = (cells._misassignment(groups, world.true_groups[users]) for groups in found)
+    assert wrong == pytest.approx(least, abs=0.02)
+
+
 def test_misassignment_is_expected_of_the_groups_that_were_found(tmp_path):
     """Fits of six tastes without some of the users, begun at random, end in other groups than the whole's."""
     world = worlds.six_tastes(seed=2)

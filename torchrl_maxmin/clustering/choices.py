@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.distinct import DistinctChoices, distinct_choices, ranges
 from torchrl_maxmin.clustering.em import Expectation, UserRows, harden, posterior
-from torchrl_maxmin.clustering.luce import log_choices, loser_probabilities, offsets_of
+from torchrl_maxmin.clustering.luce import log_choices, loser_probabilities, offsets_of, weighted_sums
 from torchrl_maxmin.clustering.solvers import (
     BLOCK_ROWS_COPIED,
     ChoiceLosses,
@@ -224,6 +224,19 @@ class PairChoices(UserRows):
             margins = (self.differences[rows].to(weight.dtype) @ weight.T).double()
             for a, scale in enumerate(scales):
                 found[users, :, a] = block.log_likelihood_by_user(scale * margins)
+        return found
+
+    def user_slopes(self, head: Tensor) -> Tensor:
+        """Slope [U, D] in float64 of every user's log-likelihood at a head [D]."""
+        head = head.double()
+        found = head.new_empty(len(self.user_offsets) - 1, len(head))
+        for users, rows in user_blocks(self.user_offsets, BLOCK_ROWS_COPIED):
+            block, x = self._block(users, rows, torch.float64), self.differences[rows].double()
+            margins = x @ head.unsqueeze(1)
+            log_choice = log_choices(margins, block.choice_offsets)
+            slope = loser_probabilities(margins, log_choice, block.choice_offsets).squeeze(1)
+            slope = slope if block.row_weights is None else slope * block.row_weights
+            found[users] = weighted_sums(x, slope, block.user_offsets)
         return found
 
     def maximise(self, responsibilities: Tensor, start: Tensor, l2: float) -> Tensor:

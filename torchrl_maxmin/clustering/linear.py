@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchrl_maxmin.clustering.agreement import Restarts
 from torchrl_maxmin.clustering.choices import PairChoices
 from torchrl_maxmin.clustering.em import EMFit, EMSettings, Expectation, MStep, run_em
 from torchrl_maxmin.clustering.luce import log_choices
+from torchrl_maxmin.clustering.starts import MANY_GROUPS, informed_starts
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,8 @@ def fit_choices(
         choices: of all users.
         num_groups: K.
         seed: of the starts, where no generator is given.
-        num_restarts: random starts; K = 1 is convex and takes one.
+        num_restarts: random starts; K = 1 is convex and takes one. From four groups on one is random, and
+            :func:`~torchrl_maxmin.clustering.starts.informed_starts` gives as many more.
         generator: source of the starts; torch's own where there is no seed either.
         m_step: ``adam`` takes a few Adam steps; ``exact`` solves every M-step to convergence in float64, so
             that the penalised likelihood never falls, and repairs empty groups; ``gradient`` takes one Adam
@@ -232,8 +235,12 @@ def fit_choices(
     num_starts = num_restarts if num_groups > 1 and start is None else 1
     short = min(short_rounds, em.num_rounds) if num_starts > 1 else 0
     first = replace(em, num_rounds=short) if short else em
-    for _ in range(num_starts):
-        drawn = torch.randn(shape, generator=generator) * shape[1] ** -0.5 if start is None else start
+    many = num_groups >= MANY_GROUPS and num_starts > 1
+    num_random = 0 if start is not None else 1 if many else num_starts
+    given = [] if start is None else [start]
+    at_random = (torch.randn(shape, generator=generator) * shape[1] ** -0.5 for _ in range(num_random))
+    informed = informed_starts(choices, num_groups, num_starts, generator, em.l2) if many else ()
+    for drawn in chain(given, at_random, informed):
         weight = drawn.to(features)
         if m_step == "exact" and num_groups == 1:  # the plain model, which needs no EM
             everyone = torch.ones(len(choices.choices_by_user), 1, device=features.device)

@@ -104,13 +104,20 @@ def dual_terms(weights: Array, rewards: Array, beta: float, log_weights: Array) 
         ``beta log sum_i exp(log_weights_i + w . r_i / beta)`` ``[X]``, and the mean rewards under the
         tilted weights ``[X, K]``.
     """
-    tilted = log_weights + rewards @ weights / beta
+    log_totals, shares = _tilt(weights, rewards, beta, log_weights)
+    return beta * log_totals, np.matmul(shares[:, None], rewards)[:, 0]
+
+
+def _tilt(weights: Array, rewards: Array, beta: float, log_weights: Array) -> tuple[Array, Array]:
+    """Logarithm [X] of the sum of the tilted weights, and their shares [X, n] in it."""
+    scores = (rewards.reshape(-1, len(weights)) @ weights).reshape(log_weights.shape)
+    # prompts side by side: reductions over a few responses each take many times as long
+    tilted = np.ascontiguousarray((log_weights + scores / beta).T)
     # one exponential serves both: scipy's logsumexp and softmax would each take their own
-    top = tilted.max(1, keepdims=True)
+    top = tilted.max(0)
     masses = np.exp(tilted - top)
-    totals = masses.sum(1)
-    gradients = np.matmul(masses[:, None], rewards)[:, 0] / totals[:, None]
-    return beta * (top[:, 0] + np.log(totals)), gradients
+    totals = masses.sum(0)
+    return top + np.log(totals), (masses / totals).T
 
 
 def minimise_dual(rewards: Array, beta: float, log_weights: Array) -> tuple[Array, float, float]:
@@ -130,8 +137,9 @@ def minimise_dual(rewards: Array, beta: float, log_weights: Array) -> tuple[Arra
     scale = float(np.ptp(rewards, axis=(0, 1)).max()) or 1.0
 
     def scaled(weights: Array, temperature: float) -> tuple[float, Array]:
-        terms, gradients = dual_terms(weights, rewards, temperature, log_weights)
-        return float(terms.mean()) / scale, gradients.mean(0) / scale
+        log_totals, shares = _tilt(weights, rewards, temperature, log_weights)
+        gradient = shares.reshape(-1) @ rewards.reshape(-1, num_groups) / len(rewards)
+        return temperature * float(log_totals.mean()) / scale, gradient / scale
 
     weights = np.full(num_groups, 1.0 / num_groups)
     # At a small beta g is nearly piecewise linear: come down to it, each solution the next one's start.

@@ -1,0 +1,58 @@
+"""Where EM begins: heads drawn at random, and centres of what users want otherwise than everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torchrl_maxmin.clustering.choices import PairChoices
+
+__all__ = ["MANY_GROUPS", "informed_starts"]
+
+#: Groups from which the likelihood has so many optima that starts at random miss the best of them.
+MANY_GROUPS = 4
+_MOST_USERS = 20_000  # whose slopes are clustered
+_ROUNDS = 10
+_FAR = 0.5  # of the mean length of the moves, in that of the head of all: nearer or farther, more starts miss
+
+
+def informed_starts(
+    choices: PairChoices, num_groups: int, count: int, generator: torch.Generator | None, l2: float
+) -> Iterator[Tensor]:
+    """Yield heads [K, D] to begin at: everybody's, moved to where the users of a cluster want it moved.
+
+    What is clustered is the slope of each user's log-likelihood at the one head that serves all best, over
+    the root of the user's choices, by k-means from seeds far apart (Arthur and Vassilvitskii, 2007).
+
+    Args:
+        choices: of all users.
+        num_groups: K.
+        count: starts.
+        generator: of the seeds.
+        l2: penalty on the squared head of all, in units of choices.
+    """
+    everyone = torch.ones(len(choices.choices_by_user), 1, device=choices.features.device)
+    single = choices.maximise(everyone, torch.zeros_like(choices.features[:1]), l2)
+    slopes = choices.user_slopes(single[0]) / choices.choices_by_user.clamp_min(1).sqrt().unsqueeze(1)
+    drawn = torch.randperm(len(slopes), generator=generator)[:_MOST_USERS]
+    slopes, single = slopes.cpu()[drawn], single.cpu()
+    for _ in range(count):
+        centres = _centres(slopes, num_groups, generator)
+        length = _FAR * single.norm().clamp_min(1.0) / centres.norm(dim=1).mean().clamp_min(1e-12)
+        yield single + length * centres
+
+
+def _centres(points: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Centres [K, D] of points [U, D] by k-means, each seed drawn by its squared distance to the others."""
+    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    while len(centres) < count:
+        chance = torch.cdist(points, centres).amin(1).square() + 1e-12
+        centres = torch.cat([centres, points[torch.multinomial(chance, 1, generator=generator)]])
+    for _ in range(_ROUNDS):
+        nearest = torch.cdist(points, centres).argmin(1)
+        sizes = nearest.bincount(minlength=count).unsqueeze(1)
+        means = torch.zeros_like(centres).index_add_(0, nearest, points) / sizes.clamp_min(1)
+        centres = torch.where(sizes > 0, means, centres)
+    return centres
