@@ -169,6 +169,7 @@ def test_cpu_blocks_never_cut_a_user(monkeypatch, block):
     whole = em_responsibilities(chosen, rejected, offsets, log_prior, backend="torch")
     gradient = em_backward_naive(chosen, rejected, offsets, *whole)
     monkeypatch.setattr("maxmin_kernels.em.cpu.BLOCK_PAIRS", block)
+    monkeypatch.setattr("maxmin_kernels.em.cpu.BACKWARD_PAIRS", block)
     interleaved = torch.stack([offsets, offsets], -1)[:, 0]
     for actual, expected in zip(em_forward_cpu(chosen, rejected, interleaved, log_prior), whole, strict=True):
         torch.testing.assert_close(actual, expected)

@@ -12,6 +12,7 @@ from .._backend import accumulate_dtype
 from .naive import margins, posterior, user_of_pair
 
 BLOCK_PAIRS = 131_072
+BACKWARD_PAIRS = 32_768  # whose weights and both gradients stay in the cache, too
 RUN_PAIRS = 128  # added up in the scores' own precision; the runs of one user are added up in float64
 
 
@@ -106,8 +107,8 @@ def em_backward_cpu(
     grad_rejected = (
         chosen.new_empty(0) if rejected is None else torch.empty(rejected.shape, dtype=rejected.dtype)
     )
-    for low in range(0, chosen.shape[0], BLOCK_PAIRS):
-        block = slice(low, low + BLOCK_PAIRS)
+    for low in range(0, chosen.shape[0], BACKWARD_PAIRS):
+        block = slice(low, low + BACKWARD_PAIRS)
         in_place = chosen.dtype == dtype
         slope = grad_chosen[block] if in_place else torch.empty(chosen[block].shape, dtype=dtype)
         if rejected is None:
@@ -117,6 +118,8 @@ def em_backward_cpu(
         slope.sigmoid_().mul_(weights.index_select(0, users[block]))
         if not in_place:
             grad_chosen[block] = slope
-        if rejected is not None:
+        if rejected is not None and rejected.dtype == dtype:
+            torch.neg(slope, out=grad_rejected[block])
+        elif rejected is not None:
             grad_rejected[block].copy_(slope).neg_()
     return grad_chosen, grad_rejected
