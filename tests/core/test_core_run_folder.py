@@ -110,6 +110,16 @@ def test_what_was_damaged_is_made_again(here, capsys):
         require_finished(folder)
 
 
+def test_damaged_settings_are_written_again(here, capsys):
+    path = make_stage()(Settings("out")) / "config.yaml"
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    make_stage()(Settings("out", resume_from_checkpoint="last"))
+    assert "config.yaml is damaged" in " ".join(capsys.readouterr().err.split())
+    assert path.read_bytes() == content
+    require_finished("out")
+
+
 def test_another_verb_is_refused(here):
     make_stage()(Settings("out"))
 

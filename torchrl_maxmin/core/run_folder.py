@@ -274,6 +274,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether all that a finished run wrote is still as it was; what is not is said, and made again."""
     try:
         require_whole(folder)
+        _require_own_config(folder)
     except DamagedError as error:
         console.print(f"! {error}; the run goes on", markup=False, soft_wrap=True)
         return False
