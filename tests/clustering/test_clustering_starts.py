@@ -55,3 +55,19 @@ def test_starts_are_one_head_moved_to_where_users_want_it():
     found = torch.stack([fit.assignments[k::5].bincount(minlength=5) for k in range(5)])
     assert found.amax(1).sum() > 0.8 * 250
     assert sorted(found.argmax(1).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_of_many_users_a_part_is_asked(monkeypatch):
+    choices = choices_of(users=40)
+    few = [*informed_starts(choices, 4, 1, torch.Generator().manual_seed(0), 1e-4)]
+    asked = []
+    monkeypatch.setattr("torchrl_maxmin.clustering.starts.MOST_USERS", 10)
+    slopes = PairChoices.user_slopes
+    monkeypatch.setattr(
+        PairChoices,
+        "user_slopes",
+        lambda self, head: asked.append(len(self.user_offsets) - 1) or slopes(self, head),
+    )
+    (start,) = informed_starts(choices, 4, 1, torch.Generator().manual_seed(0), 1e-4)
+    assert asked == [10]
+    assert start.shape == few[0].shape

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import PairChoices
 
-__all__ = ["MANY_GROUPS", "informed_starts"]
+__all__ = ["MANY_GROUPS", "MOST_USERS", "informed_starts"]
 
 #: Groups from which the likelihood has so many optima that starts at random miss the best of them.
 MANY_GROUPS = 4
-_MOST_USERS = 20_000  # whose slopes are clustered
+#: Users who are asked; of more a part is drawn.
+MOST_USERS = 20_000
 _ROUNDS = 10
 _FAR = 0.5  # of the mean length of the moves, in that of the head of all: nearer or farther, more starts miss
 
@@ -33,10 +34,13 @@ def informed_starts(
         generator: of the seeds.
         l2: penalty on the squared head of all, in units of choices.
     """
+    drawn = torch.randperm(len(choices.user_offsets) - 1, generator=generator)
+    if len(drawn) > MOST_USERS:  # their slopes alone could fill the memory
+        choices = choices.take_users(drawn[:MOST_USERS].sort().values)
+        drawn = torch.arange(MOST_USERS)
     everyone = torch.ones(len(choices.choices_by_user), 1, device=choices.features.device)
     single = choices.maximise(everyone, torch.zeros_like(choices.features[:1]), l2)
     slopes = choices.user_slopes(single[0]) / choices.choices_by_user.clamp_min(1).sqrt().unsqueeze(1)
-    drawn = torch.randperm(len(slopes), generator=generator)[:_MOST_USERS]
     slopes, single = slopes.cpu()[drawn], single.cpu()
     for _ in range(count):
         centres = _centres(slopes, num_groups, generator)
