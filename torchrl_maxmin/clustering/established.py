@@ -34,7 +34,7 @@ from torchrl_maxmin.clustering.scales import (
     log_prior_of_scales,
     scaled_log_likelihood,
 )
-from torchrl_maxmin.clustering.selection import L2_CANDIDATES, SEARCH
+from torchrl_maxmin.clustering.selection import L2_CANDIDATES, SEARCH, coin_log_likelihood
 from torchrl_maxmin.core.progress import progress_bar
 from torchrl_maxmin.stats import interval_over_users
 
@@ -345,8 +345,8 @@ def _mean_and_axes(mixture: LinearMixture) -> tuple[Tensor, Tensor]:
 
 def _or_at_random(scaled: Tensor, choices: PairChoices) -> Tensor:
     """What heads say of users at all scales [U, K, A], and at scale 0 [U, K, A + 1]."""
-    nothing = choices.differences.new_zeros(1, choices.differences.shape[1], dtype=torch.float64)
-    return torch.cat([scaled, choices.user_log_likelihood(nothing).expand(-1, scaled.shape[1], 1)], -1)
+    coin = coin_log_likelihood(choices).to(scaled)
+    return torch.cat([scaled, coin[:, None, None].expand(-1, scaled.shape[1], 1)], -1)
 
 
 def _log_likelihood(known: Tensor, other: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from torchrl_maxmin.clustering.choices import PairChoices
@@ -43,20 +44,8 @@ def informed_starts(
     slopes = choices.user_slopes(single[0]) / choices.choices_by_user.clamp_min(1).sqrt().unsqueeze(1)
     slopes, single = slopes.cpu()[drawn], single.cpu()
     for _ in range(count):
-        centres = _centres(slopes, num_groups, generator)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        found, _ = kmeans2(slopes.numpy(), num_groups, _ROUNDS, minit="++", missing="warn", rng=seed)
+        centres = torch.from_numpy(found)
         length = _FAR * single.norm().clamp_min(1.0) / centres.norm(dim=1).mean().clamp_min(1e-12)
         yield single + length * centres
-
-
-def _centres(points: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Centres [K, D] of points [U, D] by k-means, each seed drawn by its squared distance to the others."""
-    centres = points[torch.randint(len(points), (1,), generator=generator)]
-    while len(centres) < count:
-        chance = torch.cdist(points, centres).amin(1).square() + 1e-12
-        centres = torch.cat([centres, points[torch.multinomial(chance, 1, generator=generator)]])
-    for _ in range(_ROUNDS):
-        nearest = torch.cdist(points, centres).argmin(1)
-        sizes = nearest.bincount(minlength=count).unsqueeze(1)
-        means = torch.zeros_like(centres).index_add_(0, nearest, points) / sizes.clamp_min(1)
-        centres = torch.where(sizes > 0, means, centres)
-    return centres
