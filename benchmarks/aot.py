@@ -230,13 +230,16 @@ def log_probs_cases() -> list[Case]:
                 )
             )
             missing = {} if entropy else _without("entropy", "grad_entropy")
+            # Rows are aligned, and so are all blocks of the vocabulary but the last.
+            missing |= {name: value for name, value in constants.items() if name != "V"}
+            divisible = ("stride", "grad_stride", *(["V"] if vocabulary % 16 == 0 else []))
             for out in ("fp32", "bf16"):
                 cases.append(
                     Case(
                         f"log_probs_backward {out} {name}",
                         log_probs.log_probs_backward_kernel,
-                        types | {"p_grad": f"*{out}"},
-                        constants | missing,
+                        types | {"p_grad": f"*{out}", "grad_stride": "i32", "V": "i32"},
+                        missing,
                         divisible,
                     )
                 )

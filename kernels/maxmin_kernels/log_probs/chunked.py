@@ -1,7 +1,14 @@
-"""The loop over chunks of tokens: one library matrix product and one pass over the logits per chunk."""
+"""The loops over the logits, which never stand in memory whole: a chunk of tokens in the forward pass, a block
+of the vocabulary in the backward pass.
+
+Forward, a row's sum needs all of its logits. Backward, the sum is known, so each logit's gradient follows from
+that logit alone, and blocks of the vocabulary can be taken for all rows at once: the gradient of ``lm_head`` is
+then written once, a block at a time, and what has to be added up is that of the hidden states, which is smaller
+by V / N.
+"""
 
 import math
-from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,26 +17,61 @@ from torch import Tensor
 from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu
 from .transform import LogitTransform
 
-# Elements of one chunk of logits, and the least rows with which a matrix product is still efficient.
-_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
+# Elements of logits in memory at once, and the least rows with which a matrix product is still efficient.
+_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 _LEAST_ROWS = {"cpu": 256, "cuda": 256}
+# Rows of a matrix in low precision start at multiples of this, else the library's products are slow.
+_ALIGNED = 64
 
 
 def pick_chunk_size(rows: int, vocabulary: int, device: str) -> int:
     """Return the tokens per chunk: as few equal chunks as the budget allows, one if the problem is small."""
     most = max(_ELEMENTS[device] // max(vocabulary, 1), _LEAST_ROWS[device])
-    chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+    return equal_parts(rows, most)
 
 
-def block_rows(lm_head: Tensor, device: str) -> int:
+def equal_parts(total: int, most: int) -> int:
+    """Return the size of as few equal parts as there can be with at most ``most`` in each."""
+    parts = max(1, -(-total // most))
+    return max(1, -(-total // parts))
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the logits that the backward pass holds at once."""
+
+    rows: int
+    columns: int
+
+
+def pick_tile(rows: int, width: int, vocabulary: int, device: str, chunk_size: int, widened: bool) -> Tile:
+    """Return the tile of the backward pass.
+
+    All rows, so that nothing but the hidden states' gradient is added up, unless there are more of them than
+    the vocabulary has tokens.
+
+    Args:
+        rows: Tokens.
+        width: Of the hidden states.
+        vocabulary: Rows of ``lm_head``.
+        device: ``cpu`` or ``cuda``.
+        chunk_size: Tokens per chunk of the forward pass, for as many elements at once; 0 picks.
+        widened: Whether a block of ``lm_head`` is copied in a wider dtype, so that it has a limit as well.
+    """
+    budget = chunk_size * vocabulary or _ELEMENTS[device]
+    part = equal_parts(rows, max(vocabulary, budget // max(vocabulary, 1)))
+    least = 1 if chunk_size else _LEAST_ROWS[device]
+    columns = max(budget // part, least, 1)
+    if widened:
+        columns = min(columns, block_rows(width, device))
+    columns = equal_parts(vocabulary, columns)
+    if not chunk_size and columns < vocabulary:
+        columns = -(-columns // _ALIGNED) * _ALIGNED
+    return Tile(part, min(columns, vocabulary))
+
+
+def block_rows(width: int, device: str) -> int:
     """Return the rows of an output layer that are widened at once, where it is not wide by itself."""
-    return max(1, _ELEMENTS[device] // 2 // max(lm_head.shape[1], 1))
-
-
-def _blocks(lm_head: Tensor) -> Iterator[slice]:
-    rows = block_rows(lm_head, lm_head.device.type)
-    return (slice(start, start + rows) for start in range(0, lm_head.shape[0], rows))
+    return max(1, _ELEMENTS[device] // 2 // max(width, 1))
 
 
 def _product_dtype(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> torch.dtype:
@@ -38,59 +80,44 @@ def _product_dtype(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> torch.
     return hidden.dtype if low else wide
 
 
-def _logits(hidden: Tensor, lm_head: Tensor, wide: torch.dtype, buffer: Tensor | None = None) -> Tensor:
-    """Return one chunk of logits; low-precision factors still give float32 sums.
+def _logits_buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return room for ``[rows, columns]``, used again and again; rows are aligned on CUDA.
 
-    They are put in the first rows of a buffer of the wide dtype, where there is one.
+    Fresh pages would be cleared by the system, which takes a sixth of the time of a product.
     """
-    if hidden.dtype == lm_head.dtype != wide:
-        return torch.mm(hidden, lm_head.mT, out_dtype=wide)
-    if buffer is None:
-        logits = hidden.new_empty(hidden.shape[0], lm_head.shape[0])
-    else:
-        logits = buffer[: hidden.shape[0]]
+    stride = -(-columns // _ALIGNED) * _ALIGNED if like.is_cuda else columns
+    return like.new_empty(rows, stride, dtype=dtype)[:, :columns]
+
+
+def _put_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, add: bool = False) -> Tensor:
+    """Write ``alpha * left @ right`` into the total, or add it; sums are at least float32."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right, beta=int(add), alpha=alpha)
+    if not left.is_cuda or left.dtype in (torch.float32, torch.float64):
+        product = torch.mm(left, right)
+        if alpha != 1.0:
+            product.mul_(alpha)
+        return total.add_(product) if add else total.copy_(product)
+    return _put_wide_product(total, left, right, alpha, add)
+
+
+def _put_wide_product(total: Tensor, left: Tensor, right: Tensor, alpha: float, add: bool) -> Tensor:
+    """Do so with factors in low precision, whose product the library can write in float32."""
+    wide: dict[str, Any] = {"out_dtype": total.dtype, "out": total}
+    if not add and alpha == 1.0:
+        return torch.mm(left, right, **wide)
+    return torch.addmm(total, left, right, beta=int(add), alpha=alpha, **wide)
+
+
+def _put_logits(logits: Tensor, hidden: Tensor, lm_head: Tensor) -> Tensor:
+    """Write a chunk of logits; an output layer of another dtype is widened in blocks."""
     if hidden.dtype == lm_head.dtype:
-        return torch.mm(hidden, lm_head.mT, out=logits)
-    for block in _blocks(lm_head):
-        torch.mm(hidden, lm_head[block].to(wide).mT, out=logits[:, block])
-    return logits
-
-
-def _chunk_buffer(hidden: Tensor, vocabulary: int, chunk: int, wide: torch.dtype) -> Tensor | None:
-    """Room for a chunk's logits; None on CUDA, whose allocator hands out the last chunk's again.
-
-    The system clears fresh pages, which takes a sixth of the time of a product.
-    """
-    if hidden.is_cuda:
-        return None
-    return hidden.new_empty(min(chunk, hidden.shape[0]), vocabulary, dtype=wide)
-
-
-def _grad_hidden(grad: Tensor, lm_head: Tensor, wide: torch.dtype, scale: float) -> Tensor:
-    """Return the gradient of one chunk of hidden states, ``scale * grad @ lm_head``."""
-    if grad.dtype != lm_head.dtype:
-        total = grad.new_zeros(grad.shape[0], lm_head.shape[1])
-        for block in _blocks(lm_head):
-            total.addmm_(grad[:, block], lm_head[block].to(wide))
-    elif scale == 1.0:
-        return grad @ lm_head
-    else:
-        total = _logits(grad, lm_head.mT, wide)
-    return total if scale == 1.0 else total.mul_(scale)
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    """Return ``total + left @ right`` in the wide dtype, in place of the total."""
-    if total is None:
-        return _logits(left, right.mT, wide)
-    if left.dtype == wide:
-        return total.addmm_(left, right)
-    # Rows of the vocabulary in turn: a wide product of low-precision factors cannot be added in place.
-    rows = max(1, _ELEMENTS["cuda"] // right.shape[1])
-    for start in range(0, left.shape[0], rows):
+        return _put_product(logits, hidden, lm_head.mT)
+    rows = block_rows(lm_head.shape[1], lm_head.device.type)
+    for start in range(0, lm_head.shape[0], rows):
         block = slice(start, start + rows)
-        total[block] += _logits(left[block], right.mT, wide)
-    return total
+        _put_product(logits[:, block], hidden, lm_head[block].to(hidden.dtype).mT)
+    return logits
 
 
 def _row_kernels(hidden: Tensor, wide: torch.dtype) -> bool:
@@ -142,9 +169,10 @@ def rows_backward(
     grad_entropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """Return the gradient with respect to one chunk of logits. Overwrites the logits.
+    """Return the gradient with respect to one block of logits. Overwrites the logits.
 
-    ``d log p_target / dx = onehot - p`` and ``dH / dx = -p (log p + H)``, both over T.
+    ``d log p_target / dx = onehot - p`` and ``dH / dx = -p (log p + H)``, both over T. Targets are columns of
+    the block; one outside is in another block.
     """
     if temperature != 1.0:
         logits.div_(temperature)
@@ -158,7 +186,10 @@ def rows_backward(
     if slope is not None:
         grad.mul_(slope.neg() if slope.shape[-1] == 1 else slope.neg_())  # a matrix is the entropy's own
     if grad_log_probs is not None:
-        grad.scatter_add_(-1, targets.unsqueeze(-1), grad_log_probs.unsqueeze(-1))
+        last = logits.shape[-1] - 1
+        inside = (targets >= 0) & (targets <= last)
+        columns = targets.clamp(0, last).unsqueeze(-1)
+        grad.scatter_add_(-1, columns, grad_log_probs.where(inside, 0.0).unsqueeze(-1))
     return grad if temperature == 1.0 else grad.div_(temperature)
 
 
@@ -183,10 +214,11 @@ def chunked_forward(
     transform = LogitTransform(bias, logit_scale, softcap).to(wide)
     chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
     outputs = [hidden.new_empty(rows, dtype=wide) for _ in range(3 if entropy else 2)]
-    buffer = _chunk_buffer(hidden, vocabulary, chunk, wide)
+    buffer = _logits_buffer(hidden, min(chunk, rows), vocabulary, wide)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        logits = _logits(hidden[part].to(dtype), lm_head, wide, buffer)
+        states = hidden[part].to(dtype)
+        logits = _put_logits(buffer[: states.shape[0]], states, lm_head)
         if kernels:
             from .triton_kernels import log_probs_forward
 
@@ -194,7 +226,6 @@ def chunked_forward(
         else:
             logits = transform.capped_(transform.uncapped_(logits))
             results = rows_forward(logits, targets[part], temperature, entropy)
-        del logits  # before the next chunk's are made, so that there is one chunk at a time
         for out, result in zip(outputs, results, strict=True):
             out[part] = result
     return outputs[0], outputs[2] if entropy else hidden.new_empty(0, dtype=wide), outputs[1]
@@ -218,51 +249,58 @@ def chunked_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, lm_head and bias, each empty (``[0]``) if it is not needed."""
-    rows, vocabulary = hidden.shape[0], lm_head.shape[0]
+    (rows, width), vocabulary = hidden.shape, lm_head.shape[0]
     wide = accumulate_dtype(hidden, lm_head, bias)
     kernels = _row_kernels(hidden, wide)
     hidden, lm_head = hidden.detach(), lm_head.detach()
     dtype = _product_dtype(hidden, lm_head, wide)
     transform = LogitTransform(bias, logit_scale, softcap).to(wide)
-    chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
-    buffer = _chunk_buffer(hidden, vocabulary, chunk, wide)
+    tile = pick_tile(rows, width, vocabulary, hidden.device.type, chunk_size, lm_head.dtype != dtype)
+    # What is added up is so in the wide dtype, one tile after the other: the same sum every time.
+    once = tile.columns >= vocabulary
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
-    # Chunks add up in the wide dtype, one after the other: the same sum every time.
-    d_lm_head: Tensor | None = None
+    total = None if once or hidden.dtype == wide else hidden.new_empty(tile.rows, width, dtype=wide)
+    lm_head_dtype = lm_head.dtype if tile.rows >= rows else wide
+    d_lm_head = lm_head.new_empty(lm_head.shape if need_lm_head else (0,), dtype=lm_head_dtype)
     d_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=wide)
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
+    buffer = _logits_buffer(hidden, min(tile.rows, rows), tile.columns, wide)
+    narrow = buffer if dtype == wide else _logits_buffer(hidden, *buffer.shape, dtype)
+    for start in range(0, rows, tile.rows):
+        part = slice(start, min(start + tile.rows, rows))
         states = hidden[part].to(dtype)
-        logits = _logits(states, lm_head, wide, buffer)
+        size = states.shape[0]
         row_args = (
-            targets[part],
             entropy[part] if entropy.numel() else None,
             logsumexp[part],
             None if grad_log_probs is None else grad_log_probs[part].to(wide),
             None if grad_entropy is None else grad_entropy[part].to(wide),
             temperature,
         )
-        if kernels:
-            from .triton_kernels import log_probs_backward
+        d_states = d_hidden[part] if total is None else total[:size]
+        for first in range(0, vocabulary, tile.columns):
+            block = slice(first, min(first + tile.columns, vocabulary))
+            weights = lm_head[block].to(dtype)
+            logits = _put_product(buffer[:size, : weights.shape[0]], states, weights.mT)
+            targets_here = targets[part] - first
+            transform_here = transform.of_block(block)
+            if kernels:
+                from .triton_kernels import log_probs_backward
 
-            grad = log_probs_backward(logits, *row_args, transform, out_dtype=dtype)
-        else:
-            slope = transform.slope(transform.uncapped_(logits))
-            grad = rows_backward(transform.capped_(logits), *row_args)
-            grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
-            del slope
-        if need_bias:
-            d_bias += grad.sum(0, dtype=wide)
-        if need_hidden:
-            d_hidden[part] = _grad_hidden(grad, lm_head, wide, logit_scale)
-        if need_lm_head:
-            d_lm_head = _add_product(d_lm_head, grad.mT, states, wide)
-        # Freed before the next chunk's logits are made, so that there is one chunk at a time.
-        del logits, grad
-    if not need_lm_head:
-        d_lm_head = lm_head.new_empty(0)
-    elif d_lm_head is None:
-        d_lm_head = torch.zeros_like(lm_head)
-    elif logit_scale != 1.0:
-        d_lm_head.mul_(logit_scale)
+                grad = narrow[:size, : weights.shape[0]]
+                log_probs_backward(logits, targets_here, *row_args, transform_here, out=grad)
+            else:
+                slope = transform_here.slope(transform_here.uncapped_(logits))
+                grad = rows_backward(transform_here.capped_(logits), targets_here, *row_args)
+                grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
+                del slope
+            if need_bias:
+                d_bias[block] += grad.sum(0, dtype=wide)
+            if need_hidden:
+                _put_product(d_states, grad, weights, logit_scale, add=first > 0)
+            if need_lm_head:
+                _put_product(d_lm_head[block], grad.mT, states, logit_scale, add=start > 0)
+        if need_hidden and total is not None:
+            d_hidden[part] = d_states
+    if need_lm_head and rows == 0:
+        d_lm_head.zero_()
     return d_hidden, d_lm_head.to(lm_head.dtype), d_bias.to(wide if bias is None else bias.dtype)

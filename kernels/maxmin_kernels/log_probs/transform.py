@@ -35,6 +35,10 @@ class LogitTransform(NamedTuple):
         bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
         return self._replace(bias=bias)
 
+    def of_block(self, block: slice) -> "LogitTransform":
+        """Return that of some tokens of the vocabulary."""
+        return self if self.bias is None else self._replace(bias=self.bias[block])
+
     def uncapped_(self, product: Tensor) -> Tensor:
         """Scale ``h W^T`` and add the bias, in place."""
         if self.logit_scale != 1.0:

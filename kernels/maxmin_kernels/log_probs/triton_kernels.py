@@ -115,12 +115,14 @@ def log_probs_backward_kernel(
     logit_scale,
     softcap,
     stride,
-    V: tl.constexpr,
+    grad_stride,
+    V,
     BLOCK_V: tl.constexpr,
 ):
     """Write ``g (onehot - p) - g_H p (log p + H)``, over T, for one row and BLOCK_V tokens.
 
-    With a cap times its derivative: the gradient of ``logit_scale h W^T + bias``.
+    With a cap times its derivative: the gradient of ``logit_scale h W^T + bias``. The gradient may lie where
+    the logits do.
     """
     i_n = tl.program_id(0).to(tl.int64)
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -141,7 +143,7 @@ def log_probs_backward_kernel(
     b_grad = (b_grad - b_p * b_slope) / temperature
     if softcap is not None:
         b_grad *= cap_slope(b_x, softcap)
-    tl.store(p_grad + i_n * V + o_v, b_grad.to(p_grad.dtype.element_ty), mask=m_v)
+    tl.store(p_grad + i_n * grad_stride + o_v, b_grad.to(p_grad.dtype.element_ty), mask=m_v)
 
 
 def row_config(vocabulary: int) -> dict[str, int]:
@@ -191,22 +193,21 @@ def log_probs_backward(
     temperature: float,
     transform: LogitTransform = PLAIN,
     *,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Launch :func:`log_probs_backward_kernel`; return the gradient in ``out_dtype``."""
+    out: Tensor,
+) -> None:
+    """Launch :func:`log_probs_backward_kernel`; the gradient goes to ``out``, which may be the logits."""
     rows, vocabulary = logits.shape
-    grad = logits.new_empty(rows, vocabulary, dtype=out_dtype)
     config = row_config(vocabulary)
     grad_entropy = None if entropy is None else grad_entropy
     with on_device_of(logits):
         log_probs_backward_kernel[(rows, triton.cdiv(vocabulary, config["BLOCK_V"]))](
             logits,
             *contiguous(targets, entropy, logsumexp, grad_log_probs, grad_entropy),
-            grad,
+            out,
             temperature=temperature,
             stride=logits.stride(0),
+            grad_stride=out.stride(0),
             V=vocabulary,
             **transform_arguments(transform),
             **config,
         )
-    return grad
