@@ -48,12 +48,18 @@ WOULD_WAIT = ("aten::_local_scalar_dense", "aten::nonzero")
 PHASES = {"generate": (TokenPolicy, "forward"), "update": (Learner, "update")}
 
 
+def _word(number: int) -> str:
+    """A word of its own for every number, of vowels and other letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return letters[number % 26] + (_word(number // 26 - 1) if number >= 26 else "")
+
+
 def write_model(folder: Path, shape: dict[str, Any]) -> None:
     """Write a random model and a tokenizer of as many words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    words += [f"{'aeiou'[i % 5]}{i}" for i in range(shape["vocab_size"] - len(words))]
+    words += [_word(i) for i in range(shape["vocab_size"] - len(words))]
     table = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     table.pre_tokenizer = pre_tokenizers.Whitespace()
     tokens = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
@@ -66,7 +72,9 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
 def settings(folder: Path, device: str, small: bool, iterations: int) -> PPOConfig:
     """Write model and prompts; returns the settings of ``ppo``."""
     write_model(folder / "model", SMALL if small else LARGE)
-    lines = [json.dumps({"prompt": " ".join(f"a{5 * (i + 7 * j) % 500}" for j in range(24))}) for i in range(256)]
+    lines = [
+        json.dumps({"prompt": " ".join(_word((i + 7 * j) % 500) for j in range(24))}) for i in range(256)
+    ]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
     return PPOConfig(
         model_name_or_path=str(folder / "model"),
@@ -242,7 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = settings(Path(folder), given.device, given.small, given.iterations)
         result = profiled(config) if given.profile else measured(config)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    stated = {"device": device, "torch": torch.__version__, "settings": "small" if given.small else "135M, bfloat16"}
+    stated = {
+        "device": device,
+        "torch": torch.__version__,
+        "settings": "small" if given.small else "135M, bfloat16",
+    }
     path = given.output / ("profile.json" if given.profile else "model.json")
     path.write_text(json.dumps(stated | result, indent=2) + "\n")
     print(json.dumps(result, indent=1)[:4000])

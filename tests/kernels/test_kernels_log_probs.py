@@ -1,14 +1,22 @@
 """Log-probabilities and entropies from hidden states."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, LOW_BAR, PROPERTY, gradients, log_probs_oracle, rms_error
 from maxmin_kernels import token_log_probs
 from maxmin_kernels.log_probs import chunked
-from maxmin_kernels.log_probs.chunked import chunked_backward, chunked_forward, pick_chunk_size
+from maxmin_kernels.log_probs.chunked import (
+    blocks,
+    chunked_backward,
+    chunked_forward,
+    pick_chunk_size,
+    pick_tile,
+)
 from maxmin_kernels.log_probs.transform import PLAIN, LogitTransform
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -176,7 +184,7 @@ def test_never_holds_more_than_a_chunk_of_logits(transform):
             hidden, lm_head, *vectors, 1.0, 8, True, True, *transform, transform.bias is not None
         )
     assert log_probs.shape == (64,)
-    assert 0 < largest.bytes <= 8 * 100 * 4
+    assert 0 < largest.bytes <= 8 * 100 * 4 * (1 if hidden.device.type == "cpu" else 6)  # aligned rows
 
 
 @pytest.mark.cpu  # a GPU multiplies half precision as it is
@@ -186,7 +194,8 @@ def test_never_holds_more_than_a_chunk_of_logits(transform):
 )
 def test_an_output_layer_in_half_precision_is_widened_in_blocks(transform, dtype, monkeypatch):
     """Neither pass holds a float32 copy of it, and both compute what one product would."""
-    monkeypatch.setitem(chunked._ELEMENTS, "cpu", 2 * 16 * 30)  # seven blocks of 30 rows, the last of 23
+    # seven blocks of 30 rows, the last of 23
+    monkeypatch.setattr(chunked, "budget_elements", lambda device: 2 * 16 * 30)
     hidden, lm_head, targets = make(24, 16, 203, dtype)
     ones = torch.ones(24)
     with LargestTensor() as largest:
@@ -211,10 +220,71 @@ def test_an_output_layer_in_half_precision_is_widened_in_blocks(transform, dtype
 def test_small_problems_run_in_one_chunk_and_large_ones_in_equal_chunks():
     assert pick_chunk_size(64 * 64, 203, "cpu") == 64 * 64
     assert pick_chunk_size(0, 203, "cpu") == 1
-    for device in ("cpu", "cuda"):
+    for device, most in (("cpu", 256), ("cuda", 2**28 // 151_936)):
         chunk = pick_chunk_size(65_537, 151_936, device)
-        assert 60 <= chunk <= 256
+        assert 60 <= chunk <= most
         assert -(-65_537 // chunk) * chunk - 65_537 < chunk
+
+
+def test_a_gpu_gives_logits_a_hundredth_of_its_memory(monkeypatch):
+    def elements(gigabytes):
+        chunked.budget_elements.cache_clear()
+        memory = SimpleNamespace(total_memory=gigabytes * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes > 0)
+        return chunked.budget_elements("cuda")
+
+    try:
+        found = [elements(gigabytes) for gigabytes in (2, 24, 80, 0, 140)]
+    finally:
+        chunked.budget_elements.cache_clear()
+    assert found[0] == 2**25
+    assert 6 * found[2] / (80 * 2**30) == pytest.approx(0.01, rel=0.01)
+    assert found[2] == found[3]
+    assert found == sorted(found)
+
+
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 64),
+    st.integers(1, 3000),
+    st.integers(0, 50),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(deadline=None)
+def test_tiles_cover_all_logits_once_within_the_budget(rows, width, vocabulary, chunk_size, widened, aligned):
+    tile = pick_tile(rows, width, vocabulary, "cpu", chunk_size, widened)
+    assert tile.rows >= 1
+    assert 1 <= tile.columns <= vocabulary
+    if chunk_size and chunk_size * vocabulary >= tile.rows:
+        assert min(tile.rows, rows) * tile.columns <= chunk_size * vocabulary
+    covered = [i for block in blocks(vocabulary, tile.columns, aligned) for i in range(vocabulary)[block]]
+    assert covered == list(range(vocabulary))
+
+
+def test_what_is_odd_of_a_vocabulary_is_a_block_of_its_own():
+    assert [(b.start, b.stop) for b in blocks(50257, 50257, True)] == [(0, 50240), (50240, 50257)]
+    assert [(b.start, b.stop) for b in blocks(50257, 50257, False)] == [(0, 50257)]
+    assert [(b.start, b.stop) for b in blocks(17, 17, True)] == [(0, 17)]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("rows", [5, 40])
+def test_rows_and_vocabulary_in_parts_give_the_same_gradients(rows, chunk_size, monkeypatch):
+    """More rows than tokens too, where gradients of both matrices are added up."""
+    monkeypatch.setattr(chunked, "budget_elements", lambda device: 64)
+    monkeypatch.setattr(chunked, "_LEAST_ROWS", 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, lm_head, targets = make(rows, 4, 9, dtype)
+        leaves = [hidden.requires_grad_(), lm_head.requires_grad_()]
+        log_probs, entropy = token_log_probs(*leaves, targets, entropy=True, chunk_size=chunk_size)
+        reference = token_log_probs(*(x.double() for x in leaves), targets, entropy=True, backend="torch")
+        actual = torch.autograd.grad(log_probs.sum() + entropy.sum(), leaves)
+        expected = torch.autograd.grad(sum(x.sum() for x in reference), leaves)
+        for a, b in zip(actual, expected, strict=True):
+            assert a.dtype == dtype
+            assert rms_error(a, b) < LOW_BAR.get(dtype, 2e-6)
 
 
 def test_backend_torch_is_the_same_function_and_differentiable_twice():

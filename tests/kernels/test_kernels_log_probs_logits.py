@@ -303,7 +303,7 @@ def test_fake_tensors_have_the_dtypes_of_real_ones():
 
 def test_autocast_leaves_the_bias_in_its_dtype():
     hidden, lm_head, bias, targets = make(5, 4, 9)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(hidden.device.type, torch.bfloat16):
         log_probs, _ = token_log_probs(hidden, lm_head, targets, bias=bias, softcap=2.0)
     expected, _ = oracle(hidden.bfloat16(), lm_head.bfloat16(), bias, targets, softcap=2.0)
     torch.testing.assert_close(log_probs.double(), expected, rtol=2e-6, atol=1e-5)

@@ -221,8 +221,8 @@ def test_gradients_that_are_there_count_once():
 def test_the_operator_holds_what_is_counted_for_it(dtype, entropy, monkeypatch):
     """Real passes of the chunks, operation by operation, against the formula for the whole operator."""
     rows, width, vocabulary = 60, 16, 2000
-    monkeypatch.setitem(chunked._ELEMENTS, "cpu", 20 * vocabulary)
-    monkeypatch.setitem(chunked._LEAST_ROWS, "cpu", 1)
+    monkeypatch.setattr(chunked, "budget_elements", lambda device: 20 * vocabulary)
+    monkeypatch.setattr(chunked, "_LEAST_ROWS", 1)
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
     head, targets = torch.randn(vocabulary, width).to(dtype), torch.zeros(rows, dtype=torch.int64)
     with Footprint() as forward:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from maxmin_kernels.log_probs.chunked import block_rows, pick_chunk_size
+from maxmin_kernels.log_probs.chunked import block_rows, pick_chunk_size, pick_tile
 from torch import Tensor, nn
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -196,19 +196,26 @@ def _logits_bytes(func: Any, args: Any, device: str) -> float:
     entropy = args[6] is not None if backward else args[4]
     (rows, width), vocabulary = hidden.shape, head.shape[0]
     low = device == "cuda" and hidden.dtype == head.dtype and hidden.element_size() == 2
-    chunk = min((args[8] if backward else args[5]) or pick_chunk_size(rows, vocabulary, device), rows)
-    logits = 4.0 * chunk * vocabulary
-    states = 4.0 * chunk * width
-    block = 0.0 if low or head.element_size() > 2 else 4.0 * width * min(block_rows(head, device), vocabulary)
-    both = logits * (2 if entropy else 1)
-    held = states if hidden.element_size() == 2 and not low else 0.0
+    narrow_states = hidden.element_size() == 2 and not low
+    widened = head.element_size() == 2 and not low
+    copies = 2 if entropy else 1
     if not backward:
-        return max(logits + held + block, both)
-    if args[9] and block:
-        held += states  # the gradient of a chunk adds up in float32
-    if args[10] and head.element_size() == 2:
-        held += 4.0 * head.numel()  # and that of the output layer
-    return both + held + block + (logits / 2 if low else 0.0)
+        chunk = min(args[5] or pick_chunk_size(rows, vocabulary, device), rows)
+        logits = 4.0 * chunk * vocabulary
+        held = 4.0 * chunk * width if narrow_states else 0.0
+        held += 4.0 * width * min(block_rows(width, device), vocabulary) if widened else 0.0
+        return max(logits + held, logits * copies)
+    tile = pick_tile(rows, width, vocabulary, device, args[8], widened)
+    logits = 4.0 * min(tile.rows, rows) * tile.columns
+    states, block = 4.0 * min(tile.rows, rows) * width, 4.0 * tile.columns * width
+    held = (states if narrow_states else 0.0) + (block if widened else 0.0) + (logits / 2 if low else 0.0)
+    if args[9] and hidden.element_size() == 2:
+        held += states * (1 if low else 2)  # the sum over blocks, and a product that cannot be added in place
+    if args[10] and tile.rows < rows:
+        held += 4.0 * head.numel()  # the sum over parts of the rows
+    elif args[10] and widened:
+        held += block
+    return logits * copies + held
 
 
 def fake_copy(model: nn.Module) -> nn.Module:

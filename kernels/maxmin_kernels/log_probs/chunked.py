@@ -1,13 +1,13 @@
-"""The loops over the logits, which never stand in memory whole: a chunk of tokens in the forward pass, a block
-of the vocabulary in the backward pass.
+"""The loops over the logits, of which a part stands in memory at a time.
 
-Forward, a row's sum needs all of its logits. Backward, the sum is known, so each logit's gradient follows from
-that logit alone, and blocks of the vocabulary can be taken for all rows at once: the gradient of ``lm_head`` is
-then written once, a block at a time, and what has to be added up is that of the hidden states, which is smaller
-by V / N.
+Forward it is a chunk of tokens, since a row's sum needs all of its logits. Backward, the sum is known and each
+gradient follows from its logit alone, so that it is a block of the vocabulary for all tokens: the gradient of
+``lm_head`` is written once, and what has to be added up is that of the hidden states, smaller by V / N.
 """
 
+import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +18,31 @@ from .._backend import accumulate_dtype, require_triton, use_triton_on_cpu
 from .transform import LogitTransform
 
 # Elements of logits in memory at once, and the least rows with which a matrix product is still efficient.
-_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
-_LEAST_ROWS = {"cpu": 256, "cuda": 256}
-# Rows of a matrix in low precision start at multiples of this, else the library's products are slow.
+_CPU_ELEMENTS = 2**22
+_LEAST_ROWS = 256
+# A GPU gives them a hundredth of its memory, within bounds: larger blocks, fewer sums to add up.
+_CUDA_ELEMENTS = (2**25, 3 * 2**26)
+_USUAL_MEMORY = 80 * 2**30
+# Matrices in low precision whose sizes and rows are no multiples of this are slow in the library's products.
 _ALIGNED = 64
 
 
-def pick_chunk_size(rows: int, vocabulary: int, device: str) -> int:
+@functools.cache
+def budget_elements(device: torch.device | str) -> int:
+    """Return how many logits may stand in memory at once on a device; of a GPU that is not there, 80 GB's."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _CPU_ELEMENTS
+    there = torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(device).total_memory if there else _USUAL_MEMORY
+    least, most = _CUDA_ELEMENTS
+    # Four bytes of the logit and two of its gradient.
+    return min(max(memory // 100 // 6, least), most)
+
+
+def pick_chunk_size(rows: int, vocabulary: int, device: torch.device | str) -> int:
     """Return the tokens per chunk: as few equal chunks as the budget allows, one if the problem is small."""
-    most = max(_ELEMENTS[device] // max(vocabulary, 1), _LEAST_ROWS[device])
-    return equal_parts(rows, most)
+    return equal_parts(rows, max(budget_elements(device) // max(vocabulary, 1), _LEAST_ROWS))
 
 
 def equal_parts(total: int, most: int) -> int:
@@ -43,7 +58,9 @@ class Tile(NamedTuple):
     columns: int
 
 
-def pick_tile(rows: int, width: int, vocabulary: int, device: str, chunk_size: int, widened: bool) -> Tile:
+def pick_tile(
+    rows: int, width: int, vocabulary: int, device: torch.device | str, chunk_size: int, widened: bool
+) -> Tile:
     """Return the tile of the backward pass.
 
     All rows, so that nothing but the hidden states' gradient is added up, unless there are more of them than
@@ -53,25 +70,37 @@ def pick_tile(rows: int, width: int, vocabulary: int, device: str, chunk_size: i
         rows: Tokens.
         width: Of the hidden states.
         vocabulary: Rows of ``lm_head``.
-        device: ``cpu`` or ``cuda``.
+        device: Whose memory sets the limit.
         chunk_size: Tokens per chunk of the forward pass, for as many elements at once; 0 picks.
         widened: Whether a block of ``lm_head`` is copied in a wider dtype, so that it has a limit as well.
     """
-    budget = chunk_size * vocabulary or _ELEMENTS[device]
+    budget = chunk_size * vocabulary or budget_elements(device)
     part = equal_parts(rows, max(vocabulary, budget // max(vocabulary, 1)))
-    least = 1 if chunk_size else _LEAST_ROWS[device]
-    columns = max(budget // part, least, 1)
+    columns = max(budget // part, 1 if chunk_size else _LEAST_ROWS)
     if widened:
         columns = min(columns, block_rows(width, device))
     columns = equal_parts(vocabulary, columns)
-    if not chunk_size and columns < vocabulary:
+    if columns < vocabulary and not chunk_size:
         columns = -(-columns // _ALIGNED) * _ALIGNED
     return Tile(part, min(columns, vocabulary))
 
 
-def block_rows(width: int, device: str) -> int:
+def block_rows(width: int, device: torch.device | str) -> int:
     """Return the rows of an output layer that are widened at once, where it is not wide by itself."""
-    return max(1, _ELEMENTS[device] // 2 // max(width, 1))
+    return max(1, budget_elements(device) // 2 // max(width, 1))
+
+
+def blocks(total: int, size: int, aligned: bool) -> Iterator[slice]:
+    """Cut a vocabulary into blocks; if ``aligned``, what is left over beyond a multiple of 64 by itself.
+
+    An odd number of columns makes a product in low precision eight times slower (50257 on an H200).
+    """
+    for start in range(0, total, size):
+        end = min(start + size, total)
+        odd = (end - start) % _ALIGNED if aligned and end - start > _ALIGNED else 0
+        yield slice(start, end - odd)
+        if odd:
+            yield slice(end - odd, end)
 
 
 def _product_dtype(hidden: Tensor, lm_head: Tensor, wide: torch.dtype) -> torch.dtype:
@@ -111,11 +140,9 @@ def _put_wide_product(total: Tensor, left: Tensor, right: Tensor, alpha: float, 
 
 def _put_logits(logits: Tensor, hidden: Tensor, lm_head: Tensor) -> Tensor:
     """Write a chunk of logits; an output layer of another dtype is widened in blocks."""
-    if hidden.dtype == lm_head.dtype:
-        return _put_product(logits, hidden, lm_head.mT)
-    rows = block_rows(lm_head.shape[1], lm_head.device.type)
-    for start in range(0, lm_head.shape[0], rows):
-        block = slice(start, start + rows)
+    (vocabulary, width), low = lm_head.shape, hidden.dtype != logits.dtype
+    size = vocabulary if hidden.dtype == lm_head.dtype else block_rows(width, lm_head.device)
+    for block in blocks(vocabulary, size, low):
         _put_product(logits[:, block], hidden, lm_head[block].to(hidden.dtype).mT)
     return logits
 
@@ -212,7 +239,7 @@ def chunked_forward(
     hidden, lm_head = hidden.detach(), lm_head.detach()
     dtype = _product_dtype(hidden, lm_head, wide)
     transform = LogitTransform(bias, logit_scale, softcap).to(wide)
-    chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device.type)
+    chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device)
     outputs = [hidden.new_empty(rows, dtype=wide) for _ in range(3 if entropy else 2)]
     buffer = _logits_buffer(hidden, min(chunk, rows), vocabulary, wide)
     for start in range(0, rows, chunk):
@@ -255,16 +282,18 @@ def chunked_backward(
     hidden, lm_head = hidden.detach(), lm_head.detach()
     dtype = _product_dtype(hidden, lm_head, wide)
     transform = LogitTransform(bias, logit_scale, softcap).to(wide)
-    tile = pick_tile(rows, width, vocabulary, hidden.device.type, chunk_size, lm_head.dtype != dtype)
-    # What is added up is so in the wide dtype, one tile after the other: the same sum every time.
-    once = tile.columns >= vocabulary
+    low = dtype != wide
+    tile = pick_tile(rows, width, vocabulary, hidden.device, chunk_size, lm_head.dtype != dtype)
+    columns = list(blocks(vocabulary, tile.columns, low))
+    # What is added up is so in the wide dtype, one block after the other: the same sum every time.
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
-    total = None if once or hidden.dtype == wide else hidden.new_empty(tile.rows, width, dtype=wide)
+    added = need_hidden and len(columns) > 1 and hidden.dtype != wide
+    total = hidden.new_empty(tile.rows, width, dtype=wide) if added else None
     lm_head_dtype = lm_head.dtype if tile.rows >= rows else wide
     d_lm_head = lm_head.new_empty(lm_head.shape if need_lm_head else (0,), dtype=lm_head_dtype)
     d_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=wide)
     buffer = _logits_buffer(hidden, min(tile.rows, rows), tile.columns, wide)
-    narrow = buffer if dtype == wide else _logits_buffer(hidden, *buffer.shape, dtype)
+    narrow = _logits_buffer(hidden, *buffer.shape, dtype) if low else buffer
     for start in range(0, rows, tile.rows):
         part = slice(start, min(start + tile.rows, rows))
         states = hidden[part].to(dtype)
@@ -277,30 +306,43 @@ def chunked_backward(
             temperature,
         )
         d_states = d_hidden[part] if total is None else total[:size]
-        for first in range(0, vocabulary, tile.columns):
-            block = slice(first, min(first + tile.columns, vocabulary))
+        for block in columns:
             weights = lm_head[block].to(dtype)
             logits = _put_product(buffer[:size, : weights.shape[0]], states, weights.mT)
-            targets_here = targets[part] - first
-            transform_here = transform.of_block(block)
-            if kernels:
-                from .triton_kernels import log_probs_backward
-
-                grad = narrow[:size, : weights.shape[0]]
-                log_probs_backward(logits, targets_here, *row_args, transform_here, out=grad)
-            else:
-                slope = transform_here.slope(transform_here.uncapped_(logits))
-                grad = rows_backward(transform_here.capped_(logits), targets_here, *row_args)
-                grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
-                del slope
+            block_args = (targets[part] - block.start, *row_args, transform.of_block(block))
+            grad = narrow[:size, : weights.shape[0]]
+            # The gradient of the bias is a sum over rows of what is not rounded yet.
+            out = logits if need_bias else grad
+            found = _gradient_of_logits(logits, *block_args, kernels=kernels, out=out)
             if need_bias:
-                d_bias[block] += grad.sum(0, dtype=wide)
+                d_bias[block] += found.sum(0)
+            grad = grad.copy_(found) if found.dtype != dtype else found
             if need_hidden:
-                _put_product(d_states, grad, weights, logit_scale, add=first > 0)
+                _put_product(d_states, grad, weights, logit_scale, add=block.start > 0)
             if need_lm_head:
                 _put_product(d_lm_head[block], grad.mT, states, logit_scale, add=start > 0)
-        if need_hidden and total is not None:
+        if total is not None:
             d_hidden[part] = d_states
     if need_lm_head and rows == 0:
         d_lm_head.zero_()
     return d_hidden, d_lm_head.to(lm_head.dtype), d_bias.to(wide if bias is None else bias.dtype)
+
+
+def _gradient_of_logits(logits: Tensor, *args: Any, kernels: bool, out: Tensor) -> Tensor:
+    """Return the gradient of ``scale h W^T + bias``. Overwrites the logits.
+
+    Args:
+        logits: A block of ``h W^T``.
+        *args: Those of :func:`rows_backward`, and the transform of the block.
+        kernels: Whether one Triton kernel does it all.
+        out: Where a kernel writes to; may be the logits.
+    """
+    if kernels:
+        from .triton_kernels import log_probs_backward
+
+        log_probs_backward(logits, *args, out=out)
+        return out
+    *row_args, transform = args
+    slope = transform.slope(transform.uncapped_(logits))
+    grad = rows_backward(transform.capped_(logits), *row_args)
+    return grad if slope is None else grad.mul_(slope)
