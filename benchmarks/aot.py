@@ -158,10 +158,13 @@ def em_cases() -> list[Case]:
     ]:
         types = {f"p_{n}": f"*{dtype}" for n in ("chosen", "rejected", "grad_chosen", "grad_rejected")}
         constants = {"K": k, "STRIDE_CHOSEN": k, "STRIDE_REJECTED": k}
-        constants |= em.segment_config(mean * 1000, 1000, k)
-        for kernel in (em.em_forward_kernel, em.em_backward_kernel):
+        configs = {
+            em.em_forward_kernel: em.forward_config(k),
+            em.em_backward_kernel: em.backward_config(mean * 1000, 1000, k),
+        }
+        for kernel, config in configs.items():
             name = f"{kernel.__name__.removesuffix('_kernel')} {dtype} K={k} mean={mean}"
-            cases.append(Case(name, kernel, types | plan | floats, constants))
+            cases.append(Case(name, kernel, types | plan | floats, constants | config))
     for k in (2, 8, 16):
         cases.append(
             Case(f"em_finish K={k}", em.em_finish_kernel, plan | floats, {"K": k, **em.finish_config(k)})

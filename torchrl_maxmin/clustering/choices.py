@@ -14,9 +14,9 @@ from torchrl_maxmin.clustering.distinct import DistinctChoices, distinct_choices
 from torchrl_maxmin.clustering.em import Expectation, UserRows, harden, posterior
 from torchrl_maxmin.clustering.luce import log_choices, loser_probabilities, offsets_of, weighted_sums
 from torchrl_maxmin.clustering.solvers import (
-    BLOCK_ROWS_COPIED,
     ChoiceLosses,
     minimise,
+    rows_copied,
     tiled_margins,
     tiled_slope_sum,
 )
@@ -172,7 +172,8 @@ class PairChoices(UserRows):
         if self.distinct is not None and not gradient:
             return self._expectation_by_distinct(weight, log_prior, assignment)
         if block_rows is None:
-            block_rows = BLOCK_ROWS if weight.dtype == self.differences.dtype else BLOCK_ROWS_COPIED
+            copied = rows_copied(self.differences)
+            block_rows = max(BLOCK_ROWS, copied) if weight.dtype == self.differences.dtype else copied
         wide = self.wide if weight.dtype == torch.float64 and self.distinct is None else None
         read = self.differences if wide is None else wide
         for users, rows in user_blocks(self.user_offsets, block_rows):
@@ -219,7 +220,7 @@ class PairChoices(UserRows):
                 log_choice = log_choices(scale * margins, self.distinct.choice_offsets)
                 found[..., a] = self.sum_by_user(log_choice, self.distinct.index)
             return found
-        for users, rows in user_blocks(self.user_offsets, BLOCK_ROWS_COPIED):
+        for users, rows in user_blocks(self.user_offsets, rows_copied(self.differences)):
             block = self._block(users, rows, torch.float64)
             margins = (self.differences[rows].to(weight.dtype) @ weight.T).double()
             for a, scale in enumerate(scales):
@@ -230,7 +231,7 @@ class PairChoices(UserRows):
         """Slope [U, D] in float64 of every user's log-likelihood at a head [D]."""
         head = head.double()
         found = head.new_empty(len(self.user_offsets) - 1, len(head))
-        for users, rows in user_blocks(self.user_offsets, BLOCK_ROWS_COPIED):
+        for users, rows in user_blocks(self.user_offsets, rows_copied(self.differences)):
             block, x = self._block(users, rows, torch.float64), self.differences[rows].double()
             margins = x @ head.unsqueeze(1)
             log_choice = log_choices(margins, block.choice_offsets)

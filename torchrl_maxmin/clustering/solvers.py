@@ -20,6 +20,8 @@ NEWTON_MAX_FEATURES = 1024
 
 #: Rows that are worked on at a time where a block of the features is copied, to compute in a wider type.
 BLOCK_ROWS_COPIED = 8192
+#: Numbers of such a block on a GPU, where a block costs launches and waits: 1 GB in float64.
+_BLOCK_NUMBERS = 2**27
 _TILE_ROWS = 1024
 _MAX_STEPS = 100
 # A Newton step that promises less than this share of the loss is taken in full, and is the last:
@@ -111,13 +113,22 @@ def _lbfgs(losses: ConvexLosses, start: Tensor) -> Tensor:
     return torch.from_numpy(found.x).to(start.device).view_as(start)
 
 
+def rows_copied(features: Tensor) -> int:
+    """Return the rows of features [P, D] that are copied at once on their device."""
+    if features.device.type == "cpu":
+        return BLOCK_ROWS_COPIED
+    return max(BLOCK_ROWS_COPIED, _BLOCK_NUMBERS // max(features.shape[1], 1))
+
+
 # -- choices ---------------------------------------------------------------------------------------
 
-# Products of many rows with few columns: in tiles they take about 0.6 of the plain product's time.
+# Products of many rows with few columns: in tiles they take about 0.6 of the plain product's time on a CPU.
 
 
 def tiled_margins(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T [P, K]."""
+    if x.device.type != "cpu":
+        return x @ weight.T
     margins = x.new_empty(len(x), len(weight))
     tiles, tiled = _tiles(x)
     by_tile = torch.bmm(weight.expand(len(tiles), -1, -1), tiles.transpose(1, 2))
@@ -128,6 +139,8 @@ def tiled_margins(x: Tensor, weight: Tensor) -> Tensor:
 
 def tiled_slope_sum(slope: Tensor, x: Tensor) -> Tensor:
     """slope.T @ x [K, D]."""
+    if x.device.type != "cpu":
+        return slope.T @ x
     tiles, tiled = _tiles(x)
     by_tile = torch.bmm(_tiles(slope)[0].transpose(1, 2), tiles)
     return by_tile.sum(0).addmm_(slope[tiled:].T, x[tiled:])
@@ -165,11 +178,11 @@ class ChoiceLosses:
     def _cuts(self) -> list[tuple[slice, slice]]:
         """Blocks of whole choices: (choices, rows)."""
         if self.choice_offsets is None:
-            starts = range(0, len(self.differences), BLOCK_ROWS_COPIED)
-            parts = [slice(low, low + BLOCK_ROWS_COPIED) for low in starts]
+            size = rows_copied(self.differences)
+            parts = [slice(low, low + size) for low in range(0, len(self.differences), size)]
             return [(part, part) for part in parts]
         offsets = self.choice_offsets
-        rows = torch.arange(0, len(self.differences), BLOCK_ROWS_COPIED, device=offsets.device)
+        rows = torch.arange(0, len(self.differences), rows_copied(self.differences), device=offsets.device)
         cuts = sorted({*torch.searchsorted(offsets, rows).tolist(), len(offsets) - 1})
         return [(slice(i, j), slice(int(offsets[i]), int(offsets[j]))) for i, j in pairwise(cuts)]
 

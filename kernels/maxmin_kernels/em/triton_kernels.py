@@ -4,9 +4,9 @@ Names: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_``
 ``[BLOCK_S segments, BLOCK_P pairs, BLOCK_K groups]``.
 
 ``logsigmoid(m) = min(m, 0) - log(1 + exp(-|m|))``. The factors ``1 + exp(-|m|)`` lie in (1, 2], so each lane
-multiplies at most 64 of them and takes one logarithm at the end: one exponential per pair and group, no
-logarithm. The product is a chain of fused multiply-adds, each of which rounds once: at most 6e-8 per pair,
-which is also what float32 holds of ``log(1 + x)`` near x = 1.
+multiplies at most 64 of them, the lanes' significands, at most 64 in [1, 2), are multiplied in turn, and a
+segment takes one logarithm: one exponential per pair and group. The products round once a factor: at most 6e-8
+per pair, which is also what float32 holds of ``log(1 + x)`` near x = 1.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,25 @@ from .plan import SEGMENT_PAIRS, build_plan, plan_of
 def exp_minus_abs(b_m):
     """Return ``exp(-|m|)``; one multiplication serves the sign and the base."""
     return tl.exp2(tl.abs(b_m) * -1.4426950408889634)
+
+
+@triton.jit
+def add_and_multiply(b_sum, b_product, b_other_sum, b_other_product):
+    """Combine two parts of a sum and of a product."""
+    return b_sum + b_other_sum, b_product * b_other_product
+
+
+@triton.jit
+def log_sum(b_linear, b_product):
+    """Return ``sum(linear - log(product))`` over axis 1 of at most 64 lanes, with one logarithm.
+
+    The powers of two go to the sum, so that the product of the rest is below 2^64. Products are at least 1.
+    """
+    b_bits = b_product.to(tl.int32, bitcast=True)
+    b_linear -= ((b_bits >> 23) - 127).to(tl.float32) * 0.6931471805599453
+    b_rest = ((b_bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    b_sum, b_product = tl.reduce((b_linear, b_rest), 1, add_and_multiply)
+    return b_sum - tl.log(b_product)
 
 
 @triton.jit
@@ -114,10 +133,9 @@ def em_forward_kernel(
         )  # fmt: skip
         # P (1 + x) as P x + P in one instruction, rounded once.
         b_product = tl.fma(b_product, tl.where(m_load, exp_minus_abs(b_m), 0.0), b_product)
-        # A NaN may be lost here: the product keeps it.
-        b_linear += tl.minimum(b_m, 0.0)
+        b_linear += tl.minimum(b_m, 0.0, propagate_nan=tl.PropagateNan.ALL)
         i_p += BLOCK_P
-    b_sum = tl.sum(b_linear - tl.log(b_product), axis=1)
+    b_sum = log_sum(b_linear, b_product)
 
     b_slot = tl.load(p_segment_slot + o_s, mask=m_s, other=-1)
     m_split = (b_slot >= 0)[:, None] & m_k[None, :]
@@ -212,11 +230,21 @@ def em_backward_kernel(
         i_p += BLOCK_P
 
 
-def segment_config(pairs: int, segments: int, groups: int) -> dict[str, int]:
-    """Return the tile: as many pairs across as a user has on average, about 1024 elements in all.
+def forward_config(groups: int) -> dict[str, int]:
+    """Return the tile of the sums: 16 pairs across, the fewest with which a lane multiplies at most 64 factors.
 
-    At least 16 pairs across, so that a lane multiplies at most SEGMENT_PAIRS / 16 = 64 factors.
+    What a segment costs besides its pairs is shared by more threads the more segments there are in a tile; more
+    than 16 would wait for the longest of them.
     """
+    block_k = next_power_of_2(groups)
+    block_p = SEGMENT_PAIRS // 64
+    block_s = min(max(1, 1024 // (block_k * block_p)), 16)
+    num_warps = min(max(block_s * block_p * block_k // 256, 1), 16)
+    return {"BLOCK_S": block_s, "BLOCK_P": block_p, "BLOCK_K": block_k, "num_warps": num_warps}
+
+
+def backward_config(pairs: int, segments: int, groups: int) -> dict[str, int]:
+    """Return the tile: as many pairs across as a user has on average, about 1024 elements in all."""
     block_k = next_power_of_2(groups)
     mean = next_power_of_2(pairs // max(segments, 1))
     block_p = min(max(mean, SEGMENT_PAIRS // 64), 64)
@@ -254,7 +282,7 @@ def em_forward(
     chosen, rejected, log_prior = _rows(chosen), _rows(rejected), log_prior.contiguous()
     # n > C pairs make ceil(n / C) <= 2 n / C segments.
     partial = resp.new_empty(2 * pairs // SEGMENT_PAIRS, groups)
-    config = segment_config(pairs, segments, groups)
+    config = forward_config(groups)
     with on_device_of(chosen):
         em_forward_kernel[(triton.cdiv(segments, config["BLOCK_S"]),)](
             chosen,
@@ -307,7 +335,7 @@ def em_backward(
     if pairs == 0:
         return grad_chosen, grad_rejected
     chosen, rejected = _rows(chosen), _rows(rejected)
-    config = segment_config(pairs, segments, groups)
+    config = backward_config(pairs, segments, groups)
     with on_device_of(chosen):
         em_backward_kernel[(triton.cdiv(segments, config["BLOCK_S"]),)](
             chosen,
