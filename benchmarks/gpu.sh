@@ -4,12 +4,13 @@
 #
 #     bash benchmarks/gpu.sh env gate tests            # is every kernel right on this GPU?
 #     bash benchmarks/gpu.sh bench [--budget 400]      # how fast is it, and against what?
-#     bash benchmarks/gpu.sh demo                      # does the whole job run on it?
+#     bash benchmarks/gpu.sh main                      # does the whole job run on it, and a model of 135M in bf16?
+#     bash benchmarks/gpu.sh profile                   # where does an iteration of PPO spend its time?
 #     bash benchmarks/gpu.sh rehearse                  # all of it, small, on the CPU in Triton's interpreter
 #
 # Results go to $OUT, by default benchmarks/results: gpu.log (what all steps print), summary.txt (a line a step),
-# DEVICE/ (kernels.csv, environment.json, kernels.png) and demo.json, each written as it comes. PYTHON names the
-# interpreter, BUDGET what --budget does; a missing package can be given through PYTHONPATH (gpu_wheels.sh);
+# DEVICE/ (kernels.csv, environment.json, kernels.png), demo.json, model.json and profile.json, each written as it
+# comes; main is the steps demo and model. PYTHON names the interpreter, BUDGET what --budget does; a missing package can be given through PYTHONPATH (gpu_wheels.sh);
 # where there is no git, COMMIT says which commit runs. Every step has a time limit of its own, after which it
 # is interrupted and keeps what it has; one that fails does not stop the others.
 # Exit status: 0 all well, 1 a step failed, 2 no GPU or no such step.
@@ -18,8 +19,8 @@ set -u
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 budget="${BUDGET:-400}"
-parts=("env gate tests" "bench" "demo")
-declare -A limits=([device]=40 [env]=20 [gate]=220 [tests]=260 [bench]=520 [demo]=300)
+parts=("env gate tests" "bench" "demo model" "profile")
+declare -A limits=([device]=40 [env]=20 [gate]=220 [tests]=260 [bench]=520 [demo]=300 [model]=200 [profile]=300)
 grace=10        # seconds from the interruption of a step to its end
 part_limit=590  # seconds of a part
 patience=1      # times as long as that may a step take
@@ -29,7 +30,8 @@ mode=gpu
 steps=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        env | gate | tests | bench | demo) steps+=("$1") ;;
+        env | gate | tests | bench | demo | model | profile) steps+=("$1") ;;
+        main) steps+=(demo model) ;;
         rehearse) mode=rehearse ;;
         --budget)
             budget="${2:-}"
@@ -37,7 +39,7 @@ while [ $# -gt 0 ]; do
             ;;
         --budget=*) budget="${1#--budget=}" ;;
         *)
-            echo "gpu.sh: no step $1; choose from env gate tests, bench, demo, or rehearse" >&2
+            echo "gpu.sh: no step $1; choose from env gate tests, bench, main, profile, or rehearse" >&2
             exit 2
             ;;
     esac
@@ -146,6 +148,24 @@ run_demo() {
         --policies maxmin "${small[@]}" --output_dir "$elsewhere/demo"
     [ ! -f "$elsewhere/demo/summary.json" ] || cp "$elsewhere/demo/summary.json" "$out/demo.json"
     rm -rf "$elsewhere"
+}
+
+# run_ppo NAME FLAGS...: PPO of a language model of a real size, random and in bfloat16
+run_ppo() {
+    local name="$1" small=()
+    shift
+    lacks "$name" torchrl tensordict transformers peft jsonargparse docstring_parser yaml rich && return
+    [ "$mode" = gpu ] || small=(--small)
+    step "$name" env -u TRITON_INTERPRET "$python" "$root/benchmarks/contestants/gpu_ppo.py" --device "$device" \
+        --output "$out" "${small[@]}" "$@"
+}
+
+run_model() {
+    run_ppo model
+}
+
+run_profile() {
+    run_ppo profile --profile
 }
 
 # check_promises: what the rehearsal holds: every part's limits in sum, and number, depth and names of the files

@@ -69,8 +69,8 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def settings(folder: Path, device: str, small: bool, iterations: int) -> PPOConfig:
-    """Write model and prompts; returns the settings of ``ppo``."""
+def settings(folder: Path, device: str, small: bool, rows: int, tokens: int) -> PPOConfig:
+    """Write model and prompts; returns the settings of ``ppo`` with rollouts of this size."""
     write_model(folder / "model", SMALL if small else LARGE)
     lines = [
         json.dumps({"prompt": " ".join(_word((i + 7 * j) % 500) for j in range(24))}) for i in range(256)
@@ -84,11 +84,11 @@ def settings(folder: Path, device: str, small: bool, iterations: int) -> PPOConf
         use_peft=True,
         dtype="bfloat16",
         device=device,
-        num_iterations=iterations,
-        rollout_batch_size=8 if small else 256,
-        mini_batch_size=4 if small else 64,
+        num_iterations=3,
+        rollout_batch_size=8 if small else rows,
+        mini_batch_size=4 if small else rows // 4,
         num_ppo_epochs=1,
-        response_length=8 if small else 128,
+        response_length=8 if small else tokens,
         calibration_prompts=8 if small else 64,
     )
 
@@ -192,7 +192,8 @@ def profiled(config: PPOConfig) -> dict[str, Any]:
     """Train, and return the profile of the last iteration."""
     watch = Watch(config.num_iterations - 1)
     run_watched(config, watch)
-    events = watch.profiler.events() or []
+    events = list(watch.profiler.events() or [])
+    # Each phase ends with a wait for the device, so that its kernels lie within its span.
     spans = {name: [e.time_range for e in events if e.name == name and not _on_device(e)] for name in PHASES}
     device_us: Counter[str] = Counter()
     launches: Counter[str] = Counter()
@@ -202,14 +203,13 @@ def profiled(config: PPOConfig) -> dict[str, Any]:
         if _on_device(event):
             if event.name not in PHASES:
                 kernels[event.name] += event.time_range.elapsed_us()
+                device_us[_phase(event, spans)] += event.time_range.elapsed_us()
             continue
         phase = _phase(event, spans)
         if event.name in (*WAITS, *WOULD_WAIT):
             waits[phase][event.name] += 1
         if event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")):
             launches[phase] += 1
-        for kernel in event.kernels:
-            device_us[phase] += kernel.duration
     whole = watch.rows[-1]
     steps = config.rollout_batch_size // config.mini_batch_size * config.num_ppo_epochs
     total = sum(kernels.values()) or 1
@@ -243,11 +243,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--profile", action="store_true", help="one iteration, operation by operation")
     parser.add_argument("--small", action="store_true", help="a model and a rollout of a few rows")
-    parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--output", type=Path, required=True, help="folder of the result")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        config = settings(Path(folder), given.device, given.small, given.iterations)
+        # A profile has every launch: a tenth as many of them.
+        size = (64, 16) if given.profile else (256, 64)
+        config = settings(Path(folder), given.device, given.small, *size)
         result = profiled(config) if given.profile else measured(config)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     stated = {

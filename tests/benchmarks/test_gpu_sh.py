@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 GPU_SH = ROOT / "benchmarks" / "gpu.sh"
 GPU_WHEELS = ROOT / "benchmarks" / "gpu_wheels.sh"
-PARTS = (("env", "gate", "tests"), ("bench",), ("demo",))
+PARTS = (("env", "gate", "tests"), ("bench",), ("demo", "model"), ("profile",))
 PART_SECONDS, FILES, DEPTH = 590, 8, 2
 
 # A Python with a GPU: every step succeeds, says what it was called with, and leaves what the real one leaves.
@@ -29,6 +29,8 @@ case "$*" in
         for i in $(seq 70); do echo x >"$folder/seed-0/maxmin/deep/$i"; done
         echo "{}" >"$folder/summary.json"
         echo "stub demo $*"; [ -z "$SLOW" ] || sleep 60 ;;
+    *gpu_ppo.py*--profile*) echo "{}" >"$OUT/profile.json"; echo "stub profile $*" ;;
+    *gpu_ppo.py*) echo "{}" >"$OUT/model.json"; echo "stub model $*" ;;
     *) echo "stub $*" ;;
 esac
 """
@@ -95,6 +97,8 @@ def test_all_parts_leave_few_files_not_deep(gpu_sh):
         "gpu.log",
         "summary.txt",
         "demo.json",
+        "model.json",
+        "profile.json",
         "kernels.csv",
         "environment.json",
         "kernels.png",
@@ -103,6 +107,10 @@ def test_all_parts_leave_few_files_not_deep(gpu_sh):
     assert re.findall(r"^== (\w+)", log, flags=re.MULTILINE) == [name for part in PARTS for name in part]
     assert "--device cuda" in log
     assert "-n 8" in log
+
+
+def test_main_is_the_demo_and_a_model_of_a_real_size(gpu_sh):
+    assert outcomes(gpu_sh("main")) == ["demo: ok", "model: ok"]
 
 
 def test_a_failed_step_stops_no_other(gpu_sh):
@@ -114,6 +122,8 @@ def test_a_failed_step_stops_no_other(gpu_sh):
         "tests: skipped",
         "bench: ok",
         "demo: skipped",
+        "model: skipped",
+        "profile: skipped",
     ]
     assert "not installed: pytest torchrl" in result.stdout
 
