@@ -23,6 +23,8 @@ __all__ = [
 
 # Written by the value estimators: False where a step was displaced, and has neither advantage nor target.
 SHIFTED_VALID = "shifted_valid"
+# No tensor: what the host knows of the lengths of rows of responses, see models.row_lengths.
+ROW_LENGTHS = "row_lengths"
 
 
 def mask_keys(key: NestedKey | None) -> tuple[NestedKey, ...]:

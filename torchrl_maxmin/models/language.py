@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import of_main_process, over_ranks, shares_rows
+from torchrl_maxmin.masks import ROW_LENGTHS
 from torchrl_maxmin.models.checks import check_model
 from torchrl_maxmin.models.decoding import (
     LARGE_VOCABULARY,
@@ -31,6 +32,7 @@ from torchrl_maxmin.models.loading import (
     plain_generation,
 )
 from torchrl_maxmin.models.output_head import OutputHead
+from torchrl_maxmin.models.row_lengths import row_lengths, to_device
 from torchrl_maxmin.models.sequences import (
     NO_TOKENS,
     Ends,
@@ -319,7 +321,7 @@ class TokenPolicy(TensorDictModuleBase):
         Others are computed. A loss that scores and then values the same rows runs the model once.
         """
         kept, self._states = self._states, None
-        if kept is not None and all(torch.equal(kept[0][key], tensordict[key]) for key in SCORED):
+        if kept is not None and _same_rows(kept[0], tensordict):
             return kept[1]
         with torch.no_grad():
             return self.states(tensordict)
@@ -335,24 +337,36 @@ class TokenPolicy(TensorDictModuleBase):
         action, mask = tensordict["action"], tensordict["action_mask"]
         states = self.states(tensordict)
         if self.keep_states and torch.is_grad_enabled():  # no rollout's states stay in memory
-            self._states = tensordict.select(*SCORED), states.detach()
+            self._states = tensordict.select(*SCORED, ROW_LENGTHS, strict=False), states.detach()
         output = self.model.get_output_embeddings()
         bias = getattr(output, "bias", None)
         if bias is not None and self.head.bias_scale != 1.0:
             bias = bias * self.head.bias_scale
+        index = to_device(row_lengths(tensordict).token_index(action.shape[-1]), action.device)
         log_prob, token_entropy = token_log_probs(
-            states[mask].to(output.weight.dtype),
+            states.flatten(0, 1).index_select(0, index).to(output.weight.dtype),
             output.weight,
-            action[mask],
+            action.flatten().index_select(0, index),
             temperature=self.temperature,
             entropy=entropy,
             logit_scale=self.head.logit_scale,
             softcap=self.head.softcap,
             bias=bias,
         )
-        blank = torch.zeros(action.shape, dtype=log_prob.dtype, device=action.device)
-        scattered = blank.masked_scatter(mask, log_prob)
-        return scattered, None if token_entropy is None else blank.masked_scatter(mask, token_entropy)
+        blank = torch.zeros(action.numel(), dtype=log_prob.dtype, device=action.device)
+
+        def scattered(values: Tensor) -> Tensor:
+            return blank.index_copy(0, index, values).view(action.shape).masked_fill(~mask, 0.0)
+
+        return scattered(log_prob), None if token_entropy is None else scattered(token_entropy)
+
+
+def _same_rows(kept: TensorDictBase, tensordict: TensorDictBase) -> bool:
+    """Whether two batches are the same rows: by what the host has of them, where it has anything."""
+    lengths = kept.get_non_tensor(ROW_LENGTHS, None)
+    if lengths is not None:
+        return lengths is tensordict.get_non_tensor(ROW_LENGTHS, None)
+    return all(torch.equal(kept[key], tensordict[key]) for key in SCORED)
 
 
 class TokenScorer(TensorDictModuleBase):

@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
+from torchrl_maxmin.models.row_lengths import row_lengths, takes_whole_mask
 
 __all__ = [
     "NO_TOKENS",
@@ -197,15 +198,30 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)
 
 
-def hidden_states(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+def causal_mask(mask: Tensor) -> Tensor:
+    """What each of the tokens [B, T] may look at, itself and real ones before it: bool [B, 1, T, T]."""
+    before = torch.ones(mask.shape[-1:] * 2, dtype=torch.bool, device=mask.device).tril()
+    return mask[:, None, None, :] & before
+
+
+def hidden_states(backbone: nn.Module, tokens: Tensor, mask: Tensor, whole_mask: bool = False) -> Tensor:
     """Run a trunk on padded tokens; hidden states [B, T, H].
+
+    Args:
+        backbone: the trunk.
+        tokens: [B, T] int64.
+        mask: [B, T] bool, True at real tokens.
+        whole_mask: give attention its mask [B, 1, T, T] where it takes one, so that nothing waits for the
+            device to say whether any token is masked.
 
     Position ids are counted over real tokens only, so that padding on either side leaves
     every real token where it would be without padding (absolute positions included). A trunk
     that takes none (ALiBi, recurrent ones) finds its positions in the mask, or has none.
     """
-    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask.long()}
+    inputs: dict[str, Any] = {"input_ids": tokens}
     taken = _parameters_of(type(backbone).forward)
+    whole = whole_mask and takes_whole_mask(backbone)
+    inputs["attention_mask"] = causal_mask(mask) if whole else mask.long()
     if "position_ids" in taken:
         inputs["position_ids"] = position_ids(mask)
     if "use_cache" in taken:
@@ -323,19 +339,19 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
 
     Reads ``prompt_tokens``, ``prompt_mask`` [B, P] (padded left) and ``action``,
     ``action_mask`` [B, R] (padded right). The state at column t has seen the prompt and
-    the response up to t - 1. Columns after the longest response are zero.
+    the response up to t - 1. Columns after the longest response are zero. One wait for the device, none with
+    the rows' :class:`~torchrl_maxmin.models.row_lengths.RowLengths`.
 
     Raises:
         ValueError: for a prompt without tokens.
     """
     prompt, action = tensordict["prompt_tokens"], tensordict["action"]
     prompt_mask, action_mask = tensordict["prompt_mask"], tensordict["action_mask"]
-    extremes = torch.stack([action_mask.sum(-1).max(), prompt_mask.sum(-1).min()])
-    longest, shortest_prompt = extremes.tolist()  # one wait for the device
-    if shortest_prompt < 1:
+    lengths = row_lengths(tensordict)
+    if lengths.shortest_prompt < 1:
         raise ValueError(NO_TOKENS)
-    longest = max(longest, 1)
+    longest = lengths.longest
     tokens = torch.cat([prompt, action[:, : longest - 1]], -1)
     mask = torch.cat([prompt_mask, action_mask[:, : longest - 1]], -1)
-    states = hidden_states(backbone, tokens, mask)[:, prompt.shape[-1] - 1 :]
-    return nn.functional.pad(states, (0, 0, 0, action.shape[-1] - longest))
+    states = hidden_states(backbone, tokens, mask, whole_mask=True)
+    return nn.functional.pad(states[:, prompt.shape[-1] - 1 :], (0, 0, 0, action.shape[-1] - longest))

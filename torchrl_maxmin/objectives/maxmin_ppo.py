@@ -23,6 +23,7 @@ from torchrl.objectives.utils import (
 )
 
 from torchrl_maxmin.masks import (
+    ROW_LENGTHS,
     expand_mask,
     fill_masked,
     masked_explained_variance,
@@ -157,7 +158,7 @@ class MaxMinPPOLoss(VectorPPOLoss):
             )
         mask = validity_mask(minibatch, self._loss_mask_key)
         steps = minibatch.get(self.tensor_keys.advantage)[..., 0] if mask is None else mask
-        count = steps.new_tensor(steps.numel() if mask is None else int(mask.sum()), dtype=torch.int64)
+        count = steps.new_full((), steps.numel(), dtype=torch.int64) if mask is None else mask.sum()
         minibatch = minibatch.copy()
         return minibatch.set(self.tensor_keys.num_valid, count.expand(minibatch.batch_size)).split(size)
 
@@ -375,7 +376,7 @@ class MaxMinPPOLoss(VectorPPOLoss):
             else contextlib.nullcontext()
         ):
             # A selection, so that the actor's entries do not end up in the caller's data.
-            scored = actor(tensordict.select(*actor.in_keys, strict=False))
+            scored = actor(tensordict.select(*actor.in_keys, ROW_LENGTHS, strict=False))
         log_prob = scored.get(keys.log_prob)
         expected = tensordict.get(keys.sample_log_prob).shape
         if log_prob.shape != expected:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from torchrl_maxmin.core.distributed import (
 )
 from torchrl_maxmin.core.optimizers import MicroBatch, make_optimizer
 from torchrl_maxmin.core.run import require_finite
-from torchrl_maxmin.masks import SHIFTED_VALID
+from torchrl_maxmin.masks import ROW_LENGTHS, SHIFTED_VALID
 from torchrl_maxmin.models.networks import Networks
+from torchrl_maxmin.models.row_lengths import RowLengths, to_device
 from torchrl_maxmin.objectives import MaxMinPPOLoss
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 
@@ -92,10 +93,11 @@ class Learner:
             return max(num_iterations - iteration, 0) / max(num_iterations - warmup, 1)
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, rate)
-        device = roles["policy"][0].device
-        self.generator = torch.Generator(device) if shares_rows() else None
+        self.device = roles["policy"][0].device
+        self.generator = torch.Generator() if shares_rows() else None
+        # Of the numbers of the rows alone: the host knows which ones a minibatch has.
         self.buffer = ReplayBuffer(
-            storage=LazyTensorStorage(rollout_size, device=device),
+            storage=LazyTensorStorage(rollout_size, device="cpu"),
             sampler=SamplerWithoutReplacement(),
             batch_size=mini_batch_size,
             generator=self.generator,
@@ -112,28 +114,39 @@ class Learner:
         """
         if self.generator is not None:  # all processes deal the same minibatches
             self.generator.manual_seed(of_main_process(lambda: int(torch.randint(2**62, ()))))
+        lengths = rows.get_non_tensor(ROW_LENGTHS, None)
+        rows = rows.exclude(ROW_LENGTHS).to(self.device)
         self.buffer.empty()
-        self.buffer.extend(rows)
-        records = []
-        for minibatch in (batch for _ in range(self.num_epochs) for batch in self.buffer):
-            losses = self.accumulate(minibatch)
+        self.buffer.extend(torch.arange(len(rows)))
+        records, values, dealt = [], [], []
+        for index in (part for _ in range(self.num_epochs) for part in self.buffer):
+            minibatch = rows[to_device(index, self.device)]
+            losses = self.accumulate(minibatch, None if lengths is None else lengths[index])
             norms = [clip_gradients(parameters, self.max_grad_norm) for parameters in self.optimizer.groups]
-            value = (losses["loss"] + sum(norms)).item()  # one wait for the device a step
-            require_finite(value, minibatch, self.folder, "the PPO loss or its gradient")
+            values.append(losses["loss"] + sum(norms))
             self.optimizer.step()
             records.append(losses)
+            dealt.append(index)
+        # one wait for the device a rollout
+        for value, index in zip(torch.stack(values).tolist(), dealt, strict=True):
+            what = "the PPO loss or its gradient"
+            require_finite(value, lambda index=index: rows[index.to(self.device)], self.folder, what)
         return torch.stack(records).mean(0).to_dict()
 
-    def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
+    def accumulate(self, minibatch: TensorDictBase, lengths: RowLengths | None = None) -> TensorDictBase:
         """Compute the gradient of a minibatch; returns the loss's outputs, and ``loss``, their sum.
 
         Where memory does not suffice, micro-batches are halved, once in a run.
+
+        Args:
+            minibatch: batch size [N].
+            lengths: of its rows, where they are responses.
         """
         whole = len(minibatch) <= self.micro_batch.size and world_size() == 1
         outputs: list[TensorDictBase] = []
         networks = losses = loss = None
         try:
-            for part in [minibatch] if whole else self._parts(minibatch):
+            for part in self._parts(minibatch, lengths, whole):
                 each: list[TensorDictBase] = []
                 networks = self.loss.losses_by_network(part)  # in memory one at a time
                 while True:
@@ -156,22 +169,30 @@ class Learner:
                 raise
             outputs, networks, losses, loss = [], None, None, None  # free what they hold
         if not outputs:  # not in the clause above: the error holds memory, too
-            return self.accumulate(minibatch)
+            return self.accumulate(minibatch, lengths)
         for parameters in self.optimizer.groups:
             sum_gradients(parameters)
         return outputs[0] if whole else self.loss.merge(_of_all_ranks(outputs, len(minibatch)), minibatch)
 
-    def _parts(self, minibatch: TensorDictBase) -> Sequence[TensorDictBase]:
-        """This process's micro-batches of a minibatch."""
-        if world_size() == 1:
-            return self.loss.micro_batches(minibatch, self.micro_batch.size)
-        (counted,) = self.loss.micro_batches(minibatch, len(minibatch))
-        index, real = (of_share.to(minibatch.device) for of_share in share_of_rows(len(minibatch)))
-        mine, key = counted[index], self.loss.loss_mask_key
-        key = SHIFTED_VALID if key == "auto" else key
-        mask = mine.get(key, None)
-        mine[key] = real if mask is None else mask & real.unsqueeze(-1)
-        return mine.split(self.micro_batch.size)
+    def _parts(
+        self, minibatch: TensorDictBase, lengths: RowLengths | None, whole: bool
+    ) -> Iterator[TensorDictBase]:
+        """This process's micro-batches of a minibatch, with the lengths of their rows."""
+        index = torch.arange(len(minibatch))
+        if whole:
+            parts = [minibatch]
+        elif world_size() == 1:
+            parts = self.loss.micro_batches(minibatch, self.micro_batch.size)
+        else:
+            (counted,) = self.loss.micro_batches(minibatch, len(minibatch))
+            index, real = share_of_rows(len(minibatch))
+            mine, key = counted[index.to(self.device)], self.loss.loss_mask_key
+            key = SHIFTED_VALID if key == "auto" else key
+            mask, real = mine.get(key, None), real.to(self.device)
+            mine[key] = real if mask is None else mask & real.unsqueeze(-1)
+            parts = mine.split(self.micro_batch.size)
+        for part, rows in zip(parts, index.split(len(parts[0])), strict=True):
+            yield part if lengths is None else part.copy().set_non_tensor(ROW_LENGTHS, lengths[rows])
 
     def state_dict(self) -> dict[str, Any]:
         """The state of optimizer and schedule, and the micro-batches that memory sufficed for."""

@@ -78,6 +78,8 @@ class PPOConfig(PPOSettings, EngineSettings, ChatSettings):
         rollout_batch_size: responses a rollout.
         response_length: most tokens of a response.
         max_prompt_length: longest prompt in tokens; longer ones lose their start.
+        fixed_shapes: run all columns of an update, padding too, so that every one has the same shapes, as CUDA
+            graphs and torch.compile need them.
         missing_eos_penalty: taken from every calibrated reward of a response that does not end.
         dataset_split: split of the prompts.
     """
@@ -112,6 +114,7 @@ class PPOConfig(PPOSettings, EngineSettings, ChatSettings):
     rollout_batch_size: int = 64
     response_length: int = 53
     max_prompt_length: int = 512
+    fixed_shapes: bool = False
     missing_eos_penalty: float = 1.0
     dataset_split: str = "train"
 

@@ -10,8 +10,9 @@ from maxmin_kernels import token_gae
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from torchrl_maxmin.masks import whiten
+from torchrl_maxmin.masks import ROW_LENGTHS, whiten
 from torchrl_maxmin.models.full import LanguageNetworks
+from torchrl_maxmin.models.row_lengths import RowLengths
 from torchrl_maxmin.objectives import grpo_advantage, kl_estimate, rloo_advantage, scalarise_advantage
 from torchrl_maxmin.trainers.ppo import Metrics
 from torchrl_maxmin.trainers.ppo_config import PPOConfig
@@ -32,6 +33,7 @@ def make_advantages(
     """The advantages that ``--advantage`` asks for; arguments as :class:`LanguageAdvantages` takes them."""
     common: dict[str, Any] = {"models": models, "kl": kl, "kl_estimator": config.kl_estimator, "fresh": fresh}
     common["importance_sampling_cap"] = config.largest_importance_weight
+    common["fixed_shapes"] = config.fixed_shapes
     common["compare_sampler"] = config.samples_in_vllm and not config.truncated
     if config.advantage == "gae":
         return TokenAdvantages(**common, gamma=config.gamma, lmbda=config.lam)
@@ -71,6 +73,7 @@ class LanguageAdvantages(ABC):
         importance_sampling_cap: most that a token counts for being likelier to the trainer than to the
             sampler; 0 takes the two to be the same.
         compare_sampler: measure how far the two are apart in every rollout, with a cap of 0 too.
+        fixed_shapes: take all columns of the rows for real, so that an update's shapes are those of the rows.
     """
 
     def __init__(
@@ -82,7 +85,9 @@ class LanguageAdvantages(ABC):
         fresh: bool,
         importance_sampling_cap: float = 0.0,
         compare_sampler: bool = False,
+        fixed_shapes: bool = False,
     ):
+        self.fixed_shapes = fixed_shapes
         self.models, self.kl, self.kl_estimator, self.fresh = models, kl, kl_estimator, fresh
         self.importance_sampling_cap, self.compare_sampler = importance_sampling_cap, compare_sampler
 
@@ -124,6 +129,7 @@ class LanguageAdvantages(ABC):
         # the controller takes the penalty that each response paid
         self.kl.update([-coef * metrics["objective/kl"]] * len(rows))
         self.kl.coef = float(self.kl.coef)
+        rows.set_non_tensor(ROW_LENGTHS, (RowLengths.full if self.fixed_shapes else RowLengths.of)(rows))
         return rows, metrics
 
     @abstractmethod

@@ -5,8 +5,8 @@ Names: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_``
 
 ``logsigmoid(m) = min(m, 0) - log(1 + exp(-|m|))``. The factors ``1 + exp(-|m|)`` lie in (1, 2], so each lane
 multiplies at most 64 of them, the lanes' significands, at most 64 in [1, 2), are multiplied in turn, and a
-segment takes one logarithm: one exponential per pair and group. The products round once a factor: at most 6e-8
-per pair, which is also what float32 holds of ``log(1 + x)`` near x = 1.
+segment takes one logarithm: one exponential per pair and group. The products round once a factor: at most
+6e-8 per pair, which is also what float32 holds of ``log(1 + x)`` near x = 1.
 """
 
 from collections.abc import Sequence
@@ -231,7 +231,7 @@ def em_backward_kernel(
 
 
 def forward_config(groups: int) -> dict[str, int]:
-    """Return the tile of the sums: 16 pairs across, the fewest with which a lane multiplies at most 64 factors.
+    """Return the tile of the sums: 16 pairs across, the fewest for at most 64 factors a lane.
 
     One warp for about 512 elements, so that sums stay within it, and few segments, since all wait for the
     longest: measured on an H200, against tiles of 256 to 4096 elements and 1 to 4 warps.

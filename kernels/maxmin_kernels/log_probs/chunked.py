@@ -1,7 +1,7 @@
 """The loops over the logits, of which a part stands in memory at a time.
 
-Forward it is a chunk of tokens, since a row's sum needs all of its logits. Backward, the sum is known and each
-gradient follows from its logit alone, so that it is a block of the vocabulary for all tokens: the gradient of
+Forward it is a chunk of tokens, since a row's sum needs all of its logits. Backward, the sum is known and
+each gradient follows from its logit alone, so that it is a block of the vocabulary for all tokens: that of
 ``lm_head`` is written once, and what has to be added up is that of the hidden states, smaller by V / N.
 """
 
