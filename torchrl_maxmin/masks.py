@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -11,19 +12,22 @@ from torch import Tensor
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 
 __all__ = [
+    "RowLengths",
     "expand_mask",
     "fill_masked",
     "mask_keys",
     "masked_explained_variance",
     "masked_mean",
     "ratio_statistics",
+    "row_lengths",
+    "to_device",
     "validity_mask",
     "whiten",
 ]
 
 # Written by the value estimators: False where a step was displaced, and has neither advantage nor target.
 SHIFTED_VALID = "shifted_valid"
-# No tensor: what the host knows of the lengths of rows of responses, see models.row_lengths.
+# No tensor, but the :class:`RowLengths` of the rows.
 ROW_LENGTHS = "row_lengths"
 
 
@@ -240,3 +244,55 @@ def ratio_statistics(log_ratio: Tensor, mask: Tensor | None = None) -> dict[str,
         "max_ratio": largest.squeeze(),
         "mean_ratio": ratio.sum() / count,
     }
+
+
+class RowLengths(NamedTuple):
+    """How many real tokens each row of responses has, on the CPU: no update waits for the device to say it.
+
+    Attributes:
+        prompt: of the prompts int64 [B], padded left.
+        response: of the responses int64 [B], padded right.
+
+    Example:
+        >>> lengths = RowLengths(torch.tensor([2, 3]), torch.tensor([1, 4]))
+        >>> lengths.take(torch.tensor([1])).response.tolist()
+        [4]
+        >>> lengths.token_index(4).tolist()
+        [0, 4, 5, 6, 7]
+    """
+
+    prompt: Tensor
+    response: Tensor
+
+    @classmethod
+    def of(cls, rows: TensorDictBase) -> RowLengths:
+        """Those of ``prompt_mask`` [B, P] and ``action_mask`` [B, R]: one wait for the device."""
+        return cls(*torch.stack([rows["prompt_mask"].sum(-1), rows["action_mask"].sum(-1)]).cpu())
+
+    @classmethod
+    def full(cls, rows: TensorDictBase) -> RowLengths:
+        """As many as the masks have columns: no wait, and shapes that are always the same."""
+        shapes = (rows[key].shape for key in ("prompt_mask", "action_mask"))
+        return cls(*(torch.full((num_rows,), width) for num_rows, width in shapes))
+
+    def take(self, index: Tensor) -> RowLengths:
+        """Those of some of the rows."""
+        return RowLengths(self.prompt[index], self.response[index])
+
+    def token_index(self, width: int) -> Tensor:
+        """Places of the responses' tokens among ``width`` columns, rows one after the other."""
+        real = torch.arange(width) < self.response.unsqueeze(-1)
+        return real.flatten().nonzero().squeeze(-1)
+
+
+def row_lengths(tensordict: TensorDictBase) -> RowLengths:
+    """The lengths that came with the rows, or else those of their masks."""
+    found = tensordict.get_non_tensor(ROW_LENGTHS, None)
+    return RowLengths.of(tensordict) if found is None else found
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU without waiting for what the device has still to do."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

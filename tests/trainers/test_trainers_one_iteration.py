@@ -60,7 +60,7 @@ def test_an_iteration_goes_through_few_files_and_functions(make_config, tiny_mod
     assert {"trainers/ppo.py", "trainers/learner.py"} < set(own)  # the counter sees the iteration
     listing = "\n".join(f"{file}: {sorted(name for name, _ in own[file])}" for file in sorted(own))
     assert len(own) <= 12, listing
-    assert sum(map(len, own.values())) <= 49, listing
+    assert sum(map(len, own.values())) <= 57, listing  # eight let nothing wait for the device
     whole = {(place.split(" -> ")[-1], name) for place, names in seen.items() for name, _ in names}
     assert len({file for file, _ in whole}) <= 26
-    assert len(whole) <= 88  # of them some ten say how many processes there are
+    assert len(whole) <= 96  # of them some ten say how many processes there are

@@ -16,7 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.distributed import of_main_process, over_ranks, shares_rows
-from torchrl_maxmin.masks import ROW_LENGTHS
+from torchrl_maxmin.masks import ROW_LENGTHS, row_lengths, to_device
 from torchrl_maxmin.models.checks import check_model
 from torchrl_maxmin.models.decoding import (
     LARGE_VOCABULARY,
@@ -32,7 +32,6 @@ from torchrl_maxmin.models.loading import (
     plain_generation,
 )
 from torchrl_maxmin.models.output_head import OutputHead
-from torchrl_maxmin.models.row_lengths import row_lengths, to_device
 from torchrl_maxmin.models.sequences import (
     NO_TOKENS,
     Ends,
@@ -354,11 +353,11 @@ class TokenPolicy(TensorDictModuleBase):
             bias=bias,
         )
         blank = torch.zeros(action.numel(), dtype=log_prob.dtype, device=action.device)
-
-        def scattered(values: Tensor) -> Tensor:
-            return blank.index_copy(0, index, values).view(action.shape).masked_fill(~mask, 0.0)
-
-        return scattered(log_prob), None if token_entropy is None else scattered(token_entropy)
+        log_prob = blank.index_copy(0, index, log_prob).view(action.shape).masked_fill(~mask, 0.0)
+        if token_entropy is not None:
+            token_entropy = blank.index_copy(0, index, token_entropy).view(action.shape)
+            token_entropy = token_entropy.masked_fill(~mask, 0.0)
+        return log_prob, token_entropy
 
 
 def _same_rows(kept: TensorDictBase, tensordict: TensorDictBase) -> bool:

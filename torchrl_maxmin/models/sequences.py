@@ -7,6 +7,7 @@ token ids: a model may emit its own pad token, and a pad id may equal another sp
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, reduce
@@ -18,7 +19,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.models.row_lengths import row_lengths, takes_whole_mask
+from torchrl_maxmin.masks import row_lengths
 
 __all__ = [
     "NO_TOKENS",
@@ -44,6 +45,7 @@ __all__ = [
     "segment_ids",
     "states_width",
     "takes",
+    "takes_whole_mask",
     "text_config",
     "undisturbed",
     "without_cache",
@@ -198,6 +200,21 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)
 
 
+def takes_whole_mask(backbone: nn.Module) -> bool:
+    """Whether a trunk takes a mask [B, 1, T, T] as it is, and so reads none to learn if it can do without.
+
+    So do models of transformers that make their mask by its common function, for PyTorch's
+    ``scaled_dot_product_attention``; not where layers have windows, and masks of their own.
+    """
+    config = getattr(backbone, "config", None)
+    if config is None or text_config(config) is not config:
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windowed = getattr(config, "sliding_window", None) or kinds - {"full_attention"}
+    common = hasattr(sys.modules[type(backbone).__module__], "create_causal_mask")
+    return config._attn_implementation == "sdpa" and common and not windowed
+
+
 def causal_mask(mask: Tensor) -> Tensor:
     """What each of the tokens [B, T] may look at, itself and real ones before it: bool [B, 1, T, T]."""
     before = torch.ones(mask.shape[-1:] * 2, dtype=torch.bool, device=mask.device).tril()
@@ -340,7 +357,7 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     Reads ``prompt_tokens``, ``prompt_mask`` [B, P] (padded left) and ``action``,
     ``action_mask`` [B, R] (padded right). The state at column t has seen the prompt and
     the response up to t - 1. Columns after the longest response are zero. One wait for the device, none with
-    the rows' :class:`~torchrl_maxmin.models.row_lengths.RowLengths`.
+    the rows' :class:`~torchrl_maxmin.masks.RowLengths`.
 
     Raises:
         ValueError: for a prompt without tokens.
@@ -348,9 +365,9 @@ def predicting_states(backbone: nn.Module, tensordict: TensorDictBase) -> Tensor
     prompt, action = tensordict["prompt_tokens"], tensordict["action"]
     prompt_mask, action_mask = tensordict["prompt_mask"], tensordict["action_mask"]
     lengths = row_lengths(tensordict)
-    if lengths.shortest_prompt < 1:
+    if lengths.prompt.min() < 1:
         raise ValueError(NO_TOKENS)
-    longest = lengths.longest
+    longest = max(int(lengths.response.max()), 1)
     tokens = torch.cat([prompt, action[:, : longest - 1]], -1)
     mask = torch.cat([prompt_mask, action_mask[:, : longest - 1]], -1)
     states = hidden_states(backbone, tokens, mask, whole_mask=True)

@@ -25,9 +25,8 @@ from torchrl_maxmin.core.distributed import (
 )
 from torchrl_maxmin.core.optimizers import MicroBatch, make_optimizer
 from torchrl_maxmin.core.run import require_finite
-from torchrl_maxmin.masks import ROW_LENGTHS, SHIFTED_VALID
+from torchrl_maxmin.masks import ROW_LENGTHS, SHIFTED_VALID, to_device
 from torchrl_maxmin.models.networks import Networks
-from torchrl_maxmin.models.row_lengths import RowLengths, to_device
 from torchrl_maxmin.objectives import MaxMinPPOLoss
 from torchrl_maxmin.trainers.ppo_settings import PPOSettings
 
@@ -121,7 +120,9 @@ class Learner:
         records, values, dealt = [], [], []
         for index in (part for _ in range(self.num_epochs) for part in self.buffer):
             minibatch = rows[to_device(index, self.device)]
-            losses = self.accumulate(minibatch, None if lengths is None else lengths[index])
+            if lengths is not None:
+                minibatch.set_non_tensor(ROW_LENGTHS, lengths.take(index))
+            losses = self.accumulate(minibatch)
             norms = [clip_gradients(parameters, self.max_grad_norm) for parameters in self.optimizer.groups]
             values.append(losses["loss"] + sum(norms))
             self.optimizer.step()
@@ -133,20 +134,16 @@ class Learner:
             require_finite(value, lambda index=index: rows[index.to(self.device)], self.folder, what)
         return torch.stack(records).mean(0).to_dict()
 
-    def accumulate(self, minibatch: TensorDictBase, lengths: RowLengths | None = None) -> TensorDictBase:
+    def accumulate(self, minibatch: TensorDictBase) -> TensorDictBase:
         """Compute the gradient of a minibatch; returns the loss's outputs, and ``loss``, their sum.
 
         Where memory does not suffice, micro-batches are halved, once in a run.
-
-        Args:
-            minibatch: batch size [N].
-            lengths: of its rows, where they are responses.
         """
         whole = len(minibatch) <= self.micro_batch.size and world_size() == 1
         outputs: list[TensorDictBase] = []
         networks = losses = loss = None
         try:
-            for part in self._parts(minibatch, lengths, whole):
+            for part in [minibatch] if whole else self._parts(minibatch):
                 each: list[TensorDictBase] = []
                 networks = self.loss.losses_by_network(part)  # in memory one at a time
                 while True:
@@ -169,30 +166,24 @@ class Learner:
                 raise
             outputs, networks, losses, loss = [], None, None, None  # free what they hold
         if not outputs:  # not in the clause above: the error holds memory, too
-            return self.accumulate(minibatch, lengths)
+            return self.accumulate(minibatch)
         for parameters in self.optimizer.groups:
             sum_gradients(parameters)
         return outputs[0] if whole else self.loss.merge(_of_all_ranks(outputs, len(minibatch)), minibatch)
 
-    def _parts(
-        self, minibatch: TensorDictBase, lengths: RowLengths | None, whole: bool
-    ) -> Iterator[TensorDictBase]:
-        """This process's micro-batches of a minibatch, with the lengths of their rows."""
-        index = torch.arange(len(minibatch))
-        if whole:
-            parts = [minibatch]
-        elif world_size() == 1:
-            parts = self.loss.micro_batches(minibatch, self.micro_batch.size)
-        else:
-            (counted,) = self.loss.micro_batches(minibatch, len(minibatch))
+    def _parts(self, minibatch: TensorDictBase) -> Iterator[TensorDictBase]:
+        """This process's micro-batches of a minibatch, each with its rows' lengths, if there are any."""
+        index, lengths = torch.arange(len(minibatch)), minibatch.get_non_tensor(ROW_LENGTHS, None)
+        (mine,) = self.loss.micro_batches(minibatch, len(minibatch))
+        if world_size() > 1:
             index, real = share_of_rows(len(minibatch))
-            mine, key = counted[index.to(self.device)], self.loss.loss_mask_key
+            mine, key = mine[index.to(self.device)], self.loss.loss_mask_key
             key = SHIFTED_VALID if key == "auto" else key
             mask, real = mine.get(key, None), real.to(self.device)
             mine[key] = real if mask is None else mask & real.unsqueeze(-1)
-            parts = mine.split(self.micro_batch.size)
-        for part, rows in zip(parts, index.split(len(parts[0])), strict=True):
-            yield part if lengths is None else part.copy().set_non_tensor(ROW_LENGTHS, lengths[rows])
+        size = self.micro_batch.size
+        for part, rows in zip(mine.split(size), index.split(size), strict=True):
+            yield part if lengths is None else part.copy().set_non_tensor(ROW_LENGTHS, lengths.take(rows))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of optimizer and schedule, and the micro-batches that memory sufficed for."""

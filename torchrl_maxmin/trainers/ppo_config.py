@@ -78,8 +78,8 @@ class PPOConfig(PPOSettings, EngineSettings, ChatSettings):
         rollout_batch_size: responses a rollout.
         response_length: most tokens of a response.
         max_prompt_length: longest prompt in tokens; longer ones lose their start.
-        fixed_shapes: run all columns of an update, padding too, so that every one has the same shapes, as CUDA
-            graphs and torch.compile need them.
+        fixed_shapes: run all columns in every update, padding too, so that all have the same shapes, as
+            CUDA graphs and torch.compile need them.
         missing_eos_penalty: taken from every calibrated reward of a response that does not end.
         dataset_split: split of the prompts.
     """

@@ -10,9 +10,8 @@ from maxmin_kernels import token_gae
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from torchrl_maxmin.masks import ROW_LENGTHS, whiten
+from torchrl_maxmin.masks import ROW_LENGTHS, RowLengths, whiten
 from torchrl_maxmin.models.full import LanguageNetworks
-from torchrl_maxmin.models.row_lengths import RowLengths
 from torchrl_maxmin.objectives import grpo_advantage, kl_estimate, rloo_advantage, scalarise_advantage
 from torchrl_maxmin.trainers.ppo import Metrics
 from torchrl_maxmin.trainers.ppo_config import PPOConfig

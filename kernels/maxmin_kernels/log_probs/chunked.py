@@ -321,6 +321,7 @@ def chunked_backward(
                 _put_product(d_states, grad, weights, logit_scale, add=block.start > 0)
             if need_lm_head:
                 _put_product(d_lm_head[block], grad.mT, states, logit_scale, add=start > 0)
+            del found, grad, weights  # before the next block's are made
         if total is not None:
             d_hidden[part] = d_states
     if need_lm_head and rows == 0:
