@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, LOW_BAR, PROPERTY, gradients, log_probs_oracle, rms_error
 from maxmin_kernels import token_log_probs
+from maxmin_kernels._backend import INTERPRET
 from maxmin_kernels.log_probs import chunked
 from maxmin_kernels.log_probs.chunked import (
     blocks,
     chunked_backward,
     chunked_forward,
+    keeps,
+    kept_rows,
     pick_chunk_size,
     pick_tile,
 )
@@ -177,9 +180,8 @@ class LargestTensor(TorchDispatchMode):
 def test_never_holds_more_than_a_chunk_of_logits(transform):
     hidden, lm_head, targets = make(64, 4, 100)
     with LargestTensor() as largest:
-        log_probs, entropy, total = chunked_forward(hidden, lm_head, targets, 1.0, True, 8, *transform)
-        ones = torch.ones(64)
-        vectors = targets, entropy, total, ones, ones
+        log_probs, *vectors = chunked_forward(hidden, lm_head, targets, 1.0, True, 8, *transform, False)
+        vectors = targets, *vectors, torch.ones(64), torch.ones(64)
         chunked_backward(
             hidden, lm_head, *vectors, 1.0, 8, True, True, *transform, transform.bias is not None
         )
@@ -199,9 +201,9 @@ def test_an_output_layer_in_half_precision_is_widened_in_blocks(transform, dtype
     hidden, lm_head, targets = make(24, 16, 203, dtype)
     ones = torch.ones(24)
     with LargestTensor() as largest:
-        log_probs, entropy, total = chunked_forward(hidden, lm_head, targets, 0.7, True, 5, *transform)
+        outputs = chunked_forward(hidden, lm_head, targets, 0.7, True, 5, *transform, False)
         grad, *_ = chunked_backward(
-            hidden, lm_head, targets, entropy, total, ones, ones, 0.7, 5, True, False, *transform, False
+            hidden, lm_head, targets, *outputs[1:], ones, ones, 0.7, 5, True, False, *transform, False
         )
     assert largest.bytes < 203 * 16 * 4
     assert grad.dtype == dtype
@@ -212,7 +214,7 @@ def test_an_output_layer_in_half_precision_is_widened_in_blocks(transform, dtype
     every = (logits / 0.7).log_softmax(-1)
     expected = every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
     sum(x.sum() for x in expected).backward()
-    for actual, reference in zip((log_probs, entropy), expected, strict=True):
+    for actual, reference in zip(outputs[:2], expected, strict=True):
         torch.testing.assert_close(actual.double(), reference.detach(), rtol=2e-6, atol=1e-5)
     assert rms_error(grad, leaf.grad) < LOW_BAR[dtype]
 
@@ -269,22 +271,44 @@ def test_what_is_odd_of_a_vocabulary_is_a_block_of_its_own():
     assert [(b.start, b.stop) for b in blocks(17, 17, True)] == [(0, 17)]
 
 
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("chunk_size", [None, 1, 3])
 @pytest.mark.parametrize("rows", [5, 40])
-def test_rows_and_vocabulary_in_parts_give_the_same_gradients(rows, chunk_size, monkeypatch):
+def test_rows_and_vocabulary_in_parts_give_the_same_gradients(rows, chunk_size, entropy, monkeypatch):
     """More rows than tokens too, where gradients of both matrices are added up."""
     monkeypatch.setattr(chunked, "budget_elements", lambda device: 64)
     monkeypatch.setattr(chunked, "_LEAST_ROWS", 2)
     for dtype in (torch.float32, torch.bfloat16):
         hidden, lm_head, targets = make(rows, 4, 9, dtype)
         leaves = [hidden.requires_grad_(), lm_head.requires_grad_()]
-        log_probs, entropy = token_log_probs(*leaves, targets, entropy=True, chunk_size=chunk_size)
-        reference = token_log_probs(*(x.double() for x in leaves), targets, entropy=True, backend="torch")
-        actual = torch.autograd.grad(log_probs.sum() + entropy.sum(), leaves)
-        expected = torch.autograd.grad(sum(x.sum() for x in reference), leaves)
+        options = {"entropy": entropy, "temperature": 0.7}
+        outputs = token_log_probs(*leaves, targets, chunk_size=chunk_size, **options)
+        reference = token_log_probs(*(x.double() for x in leaves), targets, backend="torch", **options)
+        actual, expected = (
+            torch.autograd.grad(sum(x.square().sum() for x in every if x is not None), leaves)
+            for every in (outputs, reference)
+        )
         for a, b in zip(actual, expected, strict=True):
             assert a.dtype == dtype
             assert rms_error(a, b) < LOW_BAR.get(dtype, 2e-6)
+
+
+@pytest.mark.cpu  # a GPU keeps nothing
+@pytest.mark.skipif(INTERPRET, reason="Triton's kernels keep nothing")
+def test_the_last_of_several_chunks_saves_the_backward_pass_its_product():
+    """With the same gradients twice over one forward pass; nothing is kept where no gradient is wanted."""
+    hidden, lm_head, targets = make(7, 4, 9)
+    leaves = [hidden.requires_grad_(), lm_head.requires_grad_()]
+    log_probs, _ = token_log_probs(*leaves, targets, chunk_size=3)
+    rows = {saved.shape for saved in log_probs.grad_fn.saved_tensors if saved is not None}
+    assert (1, 9) in rows
+    first, second = (torch.autograd.grad(log_probs.sum(), leaves, retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert [keeps(*leaves), keeps(hidden.detach(), lm_head.detach())] == [True, False]
+    with torch.no_grad():
+        assert not keeps(*leaves)
+    assert [kept_rows(n, 9, "cpu", 3) for n in (1, 3, 4, 6, 7)] == [0, 0, 1, 3, 1]
 
 
 def test_backend_torch_is_the_same_function_and_differentiable_twice():
@@ -346,8 +370,10 @@ def test_opcheck(rows, entropy):
     hidden, lm_head, targets = make(rows, 4, 9)
     forward = torch.ops.maxmin.token_log_probs.default
     leaves = hidden.requires_grad_(), lm_head.requires_grad_()
-    torch.library.opcheck(forward, (*leaves, targets, 0.7, entropy, 4, None, 1.0, None))
-    vectors = torch.rand(rows if entropy else 0), torch.rand(rows) + 9, torch.randn(rows), None
+    keep = not entropy and keeps(*leaves)
+    torch.library.opcheck(forward, (*leaves, targets, 0.7, entropy, 4, None, 1.0, None, keep))
+    kept = torch.rand(kept_rows(rows, 9, "cpu", 4) if keep else 0, 9)
+    vectors = torch.rand(rows if entropy else 0), torch.rand(rows) + 9, kept, torch.randn(rows), None
     backward = torch.ops.maxmin.token_log_probs_backward.default
     plain = hidden.detach(), lm_head.detach(), targets
     torch.library.opcheck(backward, (*plain, *vectors, 0.7, 4, True, entropy, None, 1.0, None, False))

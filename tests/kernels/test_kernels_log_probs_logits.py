@@ -262,8 +262,8 @@ def test_opcheck(logit_scale, softcap, biased, rows):
     bias = bias.requires_grad_() if biased else None
     forward = torch.ops.maxmin.token_log_probs.default
     leaves = hidden.requires_grad_(), lm_head.requires_grad_()
-    torch.library.opcheck(forward, (*leaves, targets, 0.7, True, 4, bias, logit_scale, softcap))
-    vectors = torch.rand(rows), torch.rand(rows) + 9, torch.randn(rows), torch.randn(rows)
+    torch.library.opcheck(forward, (*leaves, targets, 0.7, True, 4, bias, logit_scale, softcap, False))
+    vectors = torch.rand(rows), torch.rand(rows) + 9, torch.rand(0, 9), torch.randn(rows), torch.randn(rows)
     backward = torch.ops.maxmin.token_log_probs_backward.default
     plain = hidden.detach(), lm_head.detach(), targets, *vectors, 0.7, 4, True, True
     detached = bias.detach() if biased else None

@@ -231,8 +231,10 @@ def test_the_operator_holds_what_is_counted_for_it(dtype, entropy, monkeypatch):
     with Footprint() as backward:
         total.backward()
     with Footprint() as real_forward:
-        _, entropies, logsumexp = chunked_forward(hidden, head, targets, 1.0, entropy, 0, None, 1.0, None)
-    vectors = targets, entropies, logsumexp, torch.ones(rows), torch.ones(rows) if entropy else None
+        _, entropies, logsumexp, kept = chunked_forward(
+            hidden, head, targets, 1.0, entropy, 0, None, 1.0, None, not entropy
+        )
+    vectors = targets, entropies, logsumexp, kept, torch.ones(rows), torch.ones(rows) if entropy else None
     with Footprint() as real_backward:
         chunked_backward(hidden, head, *vectors, 1.0, 0, True, False, None, 1.0, None, False)
     for counted, real in ((forward, real_forward), (backward, real_backward)):

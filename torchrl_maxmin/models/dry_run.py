@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from maxmin_kernels.log_probs.chunked import block_rows, pick_chunk_size, pick_tile
+from maxmin_kernels.log_probs.chunked import block_rows, kept_rows, pick_chunk_size, pick_tile
 from torch import Tensor, nn
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -127,6 +127,8 @@ class Footprint(TorchDispatchMode):
         for x in tree_iter((args, kwargs)):
             if isinstance(x, Tensor):  # made outside: what shares its storage is nothing new
                 self._known.setdefault(x.untyped_storage(), True)
+        if func._schema.name == "maxmin::token_log_probs" and self.device != "cpu":
+            args = (*args[:-1], False)  # a GPU keeps no probabilities for the backward pass
         out = func(*args, **(kwargs or {}))
         made = [self.adopt(x) for x in tree_iter(out) if isinstance(x, Tensor)]
         logits = _logits_bytes(func, args, self.device) if func.namespace == "maxmin" else 0.0
@@ -193,7 +195,7 @@ def _logits_bytes(func: Any, args: Any, device: str) -> float:
         return 0.0
     backward = func._schema.name.endswith("backward")
     hidden, head = args[:2]
-    entropy = args[6] is not None if backward else args[4]
+    entropy = args[7] is not None if backward else args[4]
     (rows, width), vocabulary = hidden.shape, head.shape[0]
     low = device == "cuda" and hidden.dtype == head.dtype and hidden.element_size() == 2
     narrow_states = hidden.element_size() == 2 and not low
@@ -204,16 +206,18 @@ def _logits_bytes(func: Any, args: Any, device: str) -> float:
         logits = 4.0 * chunk * vocabulary
         held = 4.0 * chunk * width if narrow_states else 0.0
         held += 4.0 * width * min(block_rows(width, device), vocabulary) if widened else 0.0
-        return max(logits + held, logits * copies)
-    tile = pick_tile(rows, width, vocabulary, device, args[8], widened)
+        # a result, which lies among them
+        kept = kept_rows(rows, vocabulary, device, args[5]) if args[9] else 0
+        return max(logits + held, logits * copies) - 4.0 * kept * vocabulary
+    tile = pick_tile(rows, width, vocabulary, device, args[9], widened)
     logits = 4.0 * min(tile.rows, rows) * tile.columns
     states, block = 4.0 * min(tile.rows, rows) * width, 4.0 * tile.columns * width
     held = (states if narrow_states else 0.0) + (block if widened else 0.0) + (logits / 2 if low else 0.0)
-    if args[9] and hidden.element_size() == 2:
+    if args[10] and hidden.element_size() == 2:
         held += states * (1 if low else 2)  # the sum over blocks, and a product that cannot be added in place
-    if args[10] and tile.rows < rows:
+    if args[11] and tile.rows < rows:
         held += 4.0 * head.numel()  # the sum over parts of the rows
-    elif args[10] and widened:
+    elif args[11] and widened:
         held += block
     return logits * copies + held
 

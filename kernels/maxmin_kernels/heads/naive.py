@@ -1,6 +1,7 @@
 """The minimum over reward heads in plain PyTorch: easy to read, differentiable by autograd."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import accumulate_dtype, without_autocast
@@ -39,7 +40,9 @@ def min_over_heads_naive(
         lowest = candidates.isnan() | (head_mask & (candidates == minimum.unsqueeze(-1)))
         argmin = lowest.int().argmax(dim=-1)
         minimum = candidates.gather(-1, argmin.unsqueeze(-1)).squeeze(-1)
-    weights = torch.exp(-_above_minimum(candidates, minimum.detach()) / temperature)
+    # Where the minimum is infinite, inf - inf counts as zero above it; a NaN comes back with the minimum.
+    above = (candidates - minimum.detach().unsqueeze(-1)).nan_to_num(0.0, torch.inf, -torch.inf)
+    weights = (above * (-1 / temperature)).exp()
     heads: int | Tensor = rewards.shape[-1]
     if head_mask is not None:
         weights, heads = weights.masked_fill(~head_mask, 0.0), head_mask.sum().clamp(min=1)
@@ -74,9 +77,7 @@ def linear_rewards(
         # A copy without what the padding holds, for 0 * NaN is NaN in the gradient of the weight.
         hidden = torch.where(row_mask.unsqueeze(-1), hidden, 0.0)
     with without_autocast(hidden):
-        rewards = hidden @ weight.to(dtype).mT
-    if bias is not None:
-        rewards = rewards + bias.to(dtype)
+        rewards = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     if shift is not None:
         rewards = rewards - shift.to(dtype)
     if scale is not None:

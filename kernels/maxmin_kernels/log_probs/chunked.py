@@ -157,6 +157,13 @@ def _row_kernels(hidden: Tensor, wide: torch.dtype) -> bool:
     return use_triton_on_cpu(hidden)
 
 
+def keeps(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass can follow, on the CPU in PyTorch, that probabilities are kept for."""
+    there = [x for x in tensors if x is not None]
+    plain = not there[0].is_cuda and not use_triton_on_cpu(*there)
+    return plain and torch.is_grad_enabled() and any(x.requires_grad for x in there)
+
+
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
     if not targets.is_cuda and targets.numel():
         low, high = (int(x) for x in targets.aminmax())
@@ -166,9 +173,22 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
             )
 
 
-def _log_smallest(dtype: torch.dtype) -> float:
-    """Return where ``exp`` is e * tiny: subnormal results, below tiny, cost a CPU ten times more."""
-    return math.log(torch.finfo(dtype).tiny) + 1.0
+def _log_smallest(dtype: torch.dtype, terms: int = 1) -> float:
+    """Return where ``exp`` is e * tiny, times the terms of a sum that will divide it.
+
+    Subnormal numbers, below tiny, cost a CPU ten times more.
+    """
+    return math.log(torch.finfo(dtype).tiny) + 1.0 + math.log(terms)
+
+
+def kept_rows(rows: int, vocabulary: int, device: torch.device | str, chunk_size: int) -> int:
+    """Return the tokens of the last chunk, whose probabilities can be kept for the backward pass.
+
+    They save it that much of its product, and are no more than stood in memory before. None where there is
+    but one chunk, which takes little time.
+    """
+    chunk = chunk_size or pick_chunk_size(rows, vocabulary, device)
+    return rows - (rows - 1) // chunk * chunk if rows > chunk else 0
 
 
 def rows_forward(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> list[Tensor]:
@@ -177,7 +197,7 @@ def rows_forward(logits: Tensor, targets: Tensor, temperature: float, entropy: b
         logits.div_(temperature)
     picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     highest = logits.amax(-1, keepdim=True)
-    below = logits.sub_(highest).clamp_(min=_log_smallest(logits.dtype))
+    below = logits.sub_(highest).clamp_(min=_log_smallest(logits.dtype, logits.shape[-1]))
     weights = below.exp() if entropy else below.exp_()
     total = weights.sum(-1)
     log_total = total.log()
@@ -213,11 +233,16 @@ def rows_backward(
     if slope is not None:
         grad.mul_(slope.neg() if slope.shape[-1] == 1 else slope.neg_())  # a matrix is the entropy's own
     if grad_log_probs is not None:
-        last = logits.shape[-1] - 1
-        inside = (targets >= 0) & (targets <= last)
-        columns = targets.clamp(0, last).unsqueeze(-1)
-        grad.scatter_add_(-1, columns, grad_log_probs.where(inside, 0.0).unsqueeze(-1))
+        _add_at_targets(grad, targets, grad_log_probs)
     return grad if temperature == 1.0 else grad.div_(temperature)
+
+
+def _add_at_targets(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    """Add a value at each row's target, where that is a column."""
+    last = grad.shape[-1] - 1
+    inside = (targets >= 0) & (targets <= last)
+    columns = targets.clamp(0, last).unsqueeze(-1)
+    return grad.scatter_add_(-1, columns, values.where(inside, 0.0).unsqueeze(-1))
 
 
 def chunked_forward(
@@ -230,8 +255,12 @@ def chunked_forward(
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(log_probs [N], entropy [N] or [0], logsumexp [N])``; ``chunk_size`` 0 picks one."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``(log_probs [N], entropy [N] or [0], logsumexp [N], kept [M, V])``; ``chunk_size`` 0 picks one.
+
+    Kept are the probabilities of the last M rows, if ``keep``: M is 0, or that of :func:`kept_rows`.
+    """
     rows, vocabulary = hidden.shape[0], lm_head.shape[0]
     _check_targets(targets, vocabulary)
     wide = accumulate_dtype(hidden, lm_head, bias)
@@ -242,6 +271,7 @@ def chunked_forward(
     chunk = chunk_size or pick_chunk_size(rows, vocabulary, hidden.device)
     outputs = [hidden.new_empty(rows, dtype=wide) for _ in range(3 if entropy else 2)]
     buffer = _logits_buffer(hidden, min(chunk, rows), vocabulary, wide)
+    kept = hidden.new_empty(0, vocabulary, dtype=wide)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         states = hidden[part].to(dtype)
@@ -255,7 +285,10 @@ def chunked_forward(
             results = rows_forward(logits, targets[part], temperature, entropy)
         for out, result in zip(outputs, results, strict=True):
             out[part] = result
-    return outputs[0], outputs[2] if entropy else hidden.new_empty(0, dtype=wide), outputs[1]
+    if keep and (size := kept_rows(rows, vocabulary, hidden.device, chunk_size)):
+        kept = buffer[:size]  # holds exp(x - max), the largest of which is 1
+        kept.div_(kept.sum(-1, keepdim=True))
+    return outputs[0], outputs[2] if entropy else hidden.new_empty(0, dtype=wide), outputs[1], kept
 
 
 def chunked_backward(
@@ -264,6 +297,7 @@ def chunked_backward(
     targets: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
+    kept: Tensor,
     grad_log_probs: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
@@ -294,34 +328,46 @@ def chunked_backward(
     d_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=wide)
     buffer = _logits_buffer(hidden, min(tile.rows, rows), tile.columns, wide)
     narrow = _logits_buffer(hidden, *buffer.shape, dtype) if low else buffer
+    fresh = rows - kept.shape[0]
     for start in range(0, rows, tile.rows):
         part = slice(start, min(start + tile.rows, rows))
         states = hidden[part].to(dtype)
         size = states.shape[0]
+        d_states = d_hidden[part] if total is None else total[:size]
+        # Of the rows behind, the probabilities are at hand.
+        to_do = slice(start, max(start, min(part.stop, fresh)))
+        at_hand = slice(to_do.stop, part.stop)
         row_args = (
-            entropy[part] if entropy.numel() else None,
-            logsumexp[part],
-            None if grad_log_probs is None else grad_log_probs[part].to(wide),
-            None if grad_entropy is None else grad_entropy[part].to(wide),
+            entropy[to_do] if entropy.numel() else None,
+            logsumexp[to_do],
+            None if grad_log_probs is None else grad_log_probs[to_do].to(wide),
+            None if grad_entropy is None else grad_entropy[to_do].to(wide),
             temperature,
         )
-        d_states = d_hidden[part] if total is None else total[:size]
         for block in columns:
             weights = lm_head[block].to(dtype)
-            logits = _put_product(buffer[:size, : weights.shape[0]], states, weights.mT)
-            block_args = (targets[part] - block.start, *row_args, transform.of_block(block))
-            grad = narrow[:size, : weights.shape[0]]
-            # The gradient of the bias is a sum over rows of what is not rounded yet.
-            out = logits if need_bias else grad
-            found = _gradient_of_logits(logits, *block_args, kernels=kernels, out=out)
+            n, width_here = to_do.stop - start, weights.shape[0]
+            grad = narrow[:size, :width_here]
+            if n:
+                logits = _put_product(buffer[:n, :width_here], states[:n], weights.mT)
+                block_args = (targets[to_do] - block.start, *row_args, transform.of_block(block))
+                # The gradient of the bias is a sum over rows of what is not rounded yet.
+                out = logits if need_bias else grad[:n]
+                grad_here = _gradient_of_logits(logits, *block_args, kernels=kernels, out=out)
+            if n < size:
+                known = kept[at_hand.start - fresh : at_hand.stop - fresh, block]
+                gains = grad_log_probs[at_hand].to(wide) / temperature
+                torch.mul(known, gains.neg().unsqueeze(-1), out=grad[n:])
+                _add_at_targets(grad[n:], targets[at_hand] - block.start, gains)
+                grad_here = grad
             if need_bias:
-                d_bias[block] += found.sum(0)
-            grad = grad.copy_(found) if found.dtype != dtype else found
+                d_bias[block] += grad_here.sum(0)
+            grad = grad.copy_(grad_here) if grad_here.dtype != dtype else grad_here
             if need_hidden:
                 _put_product(d_states, grad, weights, logit_scale, add=block.start > 0)
             if need_lm_head:
                 _put_product(d_lm_head[block], grad.mT, states, logit_scale, add=start > 0)
-            del found, grad, weights  # before the next block's are made
+            del grad_here, grad, weights  # before the next block's are made
         if total is not None:
             d_hidden[part] = d_states
     if need_lm_head and rows == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._autograd import differentiable_once
 from .._backend import Backend, accumulate_dtype, check_call, without_autocast
 from .._vmap import fold_vmap, loop_vmap
-from .chunked import chunked_backward, chunked_forward
+from .chunked import chunked_backward, chunked_forward, keeps, kept_rows
 from .naive import token_log_probs_naive
 from .transform import LogitTransform
 
@@ -31,11 +31,13 @@ _log_probs_backward_op = _operator("token_log_probs_backward", chunked_backward)
 
 
 @_log_probs_op.register_fake
-def _log_probs_fake(hidden: Tensor, lm_head: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, entropy, _, bias, *_ = args
-    rows, dtype = hidden.shape[0], accumulate_dtype(hidden, lm_head, bias)
+def _log_probs_fake(hidden: Tensor, lm_head: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, entropy, chunk_size, bias, _, _, keep = args
+    (rows, vocabulary), dtype = (hidden.shape[0], lm_head.shape[0]), accumulate_dtype(hidden, lm_head, bias)
     log_probs = hidden.new_empty(rows, dtype=dtype)
-    return log_probs, hidden.new_empty(rows if entropy else 0, dtype=dtype), torch.empty_like(log_probs)
+    entropies = hidden.new_empty(rows if entropy else 0, dtype=dtype)
+    kept = kept_rows(rows, vocabulary, hidden.device, chunk_size) if keep else 0
+    return log_probs, entropies, torch.empty_like(log_probs), hidden.new_empty(kept, vocabulary, dtype=dtype)
 
 
 @_log_probs_backward_op.register_fake
@@ -48,16 +50,18 @@ def _log_probs_backward_fake(hidden: Tensor, lm_head: Tensor, *args: Any) -> tup
 
 
 def _log_probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, lm_head, targets, ctx.temperature, _, ctx.chunk_size, bias, ctx.logit_scale, ctx.softcap = inputs
-    _, entropy, logsumexp = output
+    hidden, lm_head, targets, ctx.temperature, _, ctx.chunk_size, bias, ctx.logit_scale, ctx.softcap, _ = (
+        inputs
+    )
+    _, entropy, logsumexp, kept = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(logsumexp)
-    ctx.save_for_backward(hidden, lm_head, targets, entropy, logsumexp, bias)
+    ctx.mark_non_differentiable(logsumexp, kept)
+    ctx.save_for_backward(hidden, lm_head, targets, entropy, logsumexp, kept, bias)
 
 
 @differentiable_once
 def _log_probs_autograd(
-    ctx: Any, saved: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, _: Any
+    ctx: Any, saved: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, *_: Any
 ) -> Any:
     need = [ctx.needs_input_grad[i] for i in (0, 1, 6)]
     *tensors, bias = saved
@@ -74,7 +78,7 @@ def _log_probs_autograd(
         need[2],
     )
     d_hidden, d_lm_head, d_bias = (grad if n else None for grad, n in zip(grads, need, strict=True))
-    return d_hidden, d_lm_head, None, None, None, None, d_bias, None, None
+    return d_hidden, d_lm_head, None, None, None, None, d_bias, None, None, None
 
 
 _log_probs_op.register_autograd(_log_probs_autograd, setup_context=_log_probs_setup)
@@ -116,7 +120,9 @@ def token_log_probs(
         logit_scale: s, finite and not 0 (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
         softcap: c > 0 or None (Gemma 2's ``final_logit_softcapping``).
         bias: ``[V]`` floating point or None, added after scaling and before the cap, in float32.
-        chunk_size: Tokens per chunk; None keeps the logits of a chunk near 16 MB (CPU) or 128 MB.
+        chunk_size: Tokens per chunk; None takes 256, or what gives 16 MB of logits (CPU), or what gives them
+            a hundredth of a GPU's memory. On the CPU the last chunk's probabilities are kept for the backward
+            pass, unless there is an entropy or a soft cap.
         backend: ``"auto"`` or ``"torch"`` (the full logits, differentiable every way).
 
     Returns:
@@ -164,7 +170,8 @@ def token_log_probs(
         hidden, lm_head = hidden.to(low), lm_head.to(low)
     if backend == "torch":
         return token_log_probs_naive(hidden, lm_head, targets, temperature, entropy, **transform._asdict())
-    log_probs, entropies, _ = _log_probs_op(
-        hidden, lm_head, targets, temperature, entropy, chunk_size or 0, *transform
+    keep = not entropy and softcap is None and keeps(hidden, lm_head, bias)
+    log_probs, entropies, *_ = _log_probs_op(
+        hidden, lm_head, targets, temperature, entropy, chunk_size or 0, *transform, keep
     )
     return log_probs, entropies if entropy else None
