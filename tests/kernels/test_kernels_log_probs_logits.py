@@ -301,6 +301,7 @@ def test_fake_tensors_have_the_dtypes_of_real_ones():
         assert bias.grad.shape == (9,)
 
 
+@pytest.mark.real_device
 def test_autocast_leaves_the_bias_in_its_dtype():
     hidden, lm_head, bias, targets = make(5, 4, 9)
     with torch.autocast(hidden.device.type, torch.bfloat16):

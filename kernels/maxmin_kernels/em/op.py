@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import differentiable_once
-from .._backend import Backend, accumulate_dtype, check_call, kernel_operator
+from .._backend import Backend, accumulate_dtype, call, check_call, kernel_operator
 from .._vmap import loop_vmap
 from .cpu import em_backward_cpu, em_forward_cpu
 from .naive import em_backward_naive, em_responsibilities_naive
@@ -156,7 +156,7 @@ def em_responsibilities(
             check_user_offsets(user_offsets, chosen.shape[0])
         outputs = em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
     else:
-        outputs = _em_op(chosen, rejected, user_offsets, log_prior, [] if plan is None else list(plan))
+        outputs = call(_em_op, chosen, rejected, user_offsets, log_prior, [] if plan is None else list(plan))
     if not return_mass:
         return outputs
     # A sum over [U, K], not over the scores: a library reduction is as good as a kernel of our own.

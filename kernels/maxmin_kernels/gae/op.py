@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import Backend, accumulate_dtype, check_call, kernel_operator
+from .._backend import Backend, accumulate_dtype, call, check_call, kernel_operator
 from .._vmap import fold_rows_vmap
 from .naive import discounted_sum_in_place, token_gae_naive, vector_gae_naive
 
@@ -229,7 +229,7 @@ def vector_gae(
             outputs = vector_gae_naive(*signals, gamma, lmbda, mask, weights, return_moments)
         else:
             outputs = _wanted(
-                _gae_op(*signals, mask, weights, gamma, lmbda, return_moments), weights, return_moments
+                call(_gae_op, *signals, mask, weights, gamma, lmbda, return_moments), weights, return_moments
             )
     if len(batch) != 1:
         outputs = tuple(out.reshape(*batch, *out.shape[1:]) if out.ndim == 3 else out for out in outputs)
@@ -332,7 +332,16 @@ def token_gae(
             return token_gae_naive(
                 terminal_reward, value, mask, gamma, lmbda, *log_probs, kl_coef, group_weights, return_moments
             )
-        outputs = _token_gae_op(
-            terminal_reward, value, mask, *log_probs, group_weights, gamma, lmbda, kl_coef, return_moments
+        outputs = call(
+            _token_gae_op,
+            terminal_reward,
+            value,
+            mask,
+            *log_probs,
+            group_weights,
+            gamma,
+            lmbda,
+            kl_coef,
+            return_moments,
         )
     return _wanted(outputs, group_weights, return_moments)

@@ -41,12 +41,12 @@ def min_over_heads_naive(
         argmin = lowest.int().argmax(dim=-1)
         minimum = candidates.gather(-1, argmin.unsqueeze(-1)).squeeze(-1)
     # Where the minimum is infinite, inf - inf counts as zero above it; a NaN comes back with the minimum.
-    above = (candidates - minimum.detach().unsqueeze(-1)).nan_to_num(0.0, torch.inf, -torch.inf)
-    weights = (above * (-1 / temperature)).exp()
+    below = (minimum.detach().unsqueeze(-1) - candidates).nan_to_num(0.0, torch.inf, -torch.inf)
+    weights = below.exp_() if temperature == 1.0 else below.div_(temperature).exp_()
     heads: int | Tensor = rewards.shape[-1]
     if head_mask is not None:
         weights, heads = weights.masked_fill(~head_mask, 0.0), head_mask.sum().clamp(min=1)
-    softmin = minimum.detach() - temperature * (weights.sum(dim=-1) / heads).log()
+    softmin = torch.sub(minimum.detach(), (weights.sum(dim=-1) / heads).log(), alpha=temperature)
     if row_mask is not None:
         minimum, softmin = torch.where(row_mask, minimum, 0.0), torch.where(row_mask, softmin, 0.0)
         argmin = argmin.masked_fill(~row_mask, 0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import differentiable_once
-from .._backend import Backend, accumulate_dtype, check_call, kernel_operator, without_autocast
+from .._backend import Backend, accumulate_dtype, call, check_call, kernel_operator, without_autocast
 from .._vmap import fold_rows_vmap, fold_vmap
 from .naive import (
     linear_rewards,
@@ -263,7 +263,7 @@ def min_over_heads(
         )
     rows = math.prod(batch)
     row_mask = None if row_mask is None else row_mask.reshape(rows)
-    *lowest, sums = _min_op(rewards.reshape(rows, heads), temperature, head_mask, row_mask, return_sums)
+    *lowest, sums = call(_min_op, rewards.reshape(rows, heads), temperature, head_mask, row_mask, return_sums)
     outputs = tuple(out.reshape(batch) for out in lowest)
     return (*outputs, sums) if return_sums else outputs
 
@@ -353,5 +353,7 @@ def reward_heads_min(
             row_mask=row_mask,
             return_sums=return_sums,
         )
-    outputs = _heads_op(hidden, weight, bias, shift, scale, temperature, head_mask, row_mask, return_sums)
+    outputs = call(
+        _heads_op, hidden, weight, bias, shift, scale, temperature, head_mask, row_mask, return_sums
+    )
     return outputs if return_sums else outputs[:-1]

@@ -327,7 +327,7 @@ def chunked_backward(
     d_lm_head = lm_head.new_empty(lm_head.shape if need_lm_head else (0,), dtype=lm_head_dtype)
     d_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=wide)
     buffer = _logits_buffer(hidden, min(tile.rows, rows), tile.columns, wide)
-    narrow = _logits_buffer(hidden, *buffer.shape, dtype) if low else buffer
+    narrow = _logits_buffer(hidden, buffer.shape[0], buffer.shape[1], dtype) if low else buffer
     fresh = rows - kept.shape[0]
     for start in range(0, rows, tile.rows):
         part = slice(start, min(start + tile.rows, rows))
@@ -354,7 +354,7 @@ def chunked_backward(
                 # The gradient of the bias is a sum over rows of what is not rounded yet.
                 out = logits if need_bias else grad[:n]
                 grad_here = _gradient_of_logits(logits, *block_args, kernels=kernels, out=out)
-            if n < size:
+            if n < size and grad_log_probs is not None:  # nothing is kept where there is an entropy
                 known = kept[at_hand.start - fresh : at_hand.stop - fresh, block]
                 gains = grad_log_probs[at_hand].to(wide) / temperature
                 torch.mul(known, gains.neg().unsqueeze(-1), out=grad[n:])
