@@ -195,13 +195,14 @@ def profiled(config: PPOConfig) -> dict[str, Any]:
     events = list(watch.profiler.events() or [])
     # Each phase ends with a wait for the device, so that its kernels lie within its span.
     spans = {name: [e.time_range for e in events if e.name == name and not _on_device(e)] for name in PHASES}
+    on_host = {event.name for event in events if not _on_device(event)}
     device_us: Counter[str] = Counter()
     launches: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
     waits: dict[str, Counter[str]] = {name: Counter() for name in (*PHASES, "rest")}
     for event in events:
         if _on_device(event):
-            if event.name not in PHASES:
+            if event.name not in on_host:  # else an annotation, as long as all that it is of
                 kernels[event.name] += event.time_range.elapsed_us()
                 device_us[_phase(event, spans)] += event.time_range.elapsed_us()
             continue

@@ -148,7 +148,7 @@ def draw_shares(axes, rows: Sequence[Row], groups: Sequence[tuple[str, ...]], ma
     for name in names:
         shape = marker_of(name)
         handles += axes.plot([], [], shape, color="0.2", markerfacecolor=fill(name, "0.2"), label=name)
-    axes.figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=FONT, frameon=False)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=FONT, frameon=False)
 
 
 def marker_of(implementation: str) -> str:
