@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --device cuda
     python benchmarks/kernels.py --device cpu --only em gae --quick
+    python benchmarks/kernels.py --only log_probs --chunk 256 512 1024 2048 4096
     python benchmarks/kernels.py --markdown        # tables of all results that are there
     python benchmarks/kernels.py --plot-only       # their pictures
 
@@ -11,6 +12,7 @@ go to one folder a device under --output.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -26,7 +28,7 @@ from kernel_bench.gate import Check, closest, run_gate, worst_by_op
 from kernel_bench.host import host_rows
 from kernel_bench.measure import Machine, Row, compare, run
 from kernel_bench.sizes import cpu_workloads, cuda_workloads
-from kernel_bench.workloads import AUTOTUNED, DEFAULT, Workload, dtype_name
+from kernel_bench.workloads import AUTOTUNED, DEFAULT, LogProbs, Workload, dtype_name
 
 RESULTS = Path(__file__).parent / "results"
 OPS = ("em", "heads", "gae", "token_gae", "log_probs")
@@ -53,6 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="compiled baselines that have not begun by then, counted from the start, are skipped",
     )
+    add("--chunk", nargs="+", type=int, default=[], metavar="N", help="log-probs with N tokens a chunk, too")
     add("--output", type=Path, default=RESULTS)
     add("--gate-only", action="store_true", help="time nothing")
     add("--plot-only", action="store_true", help="draw the pictures of the results that are there")
@@ -62,6 +65,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: there is no CUDA device; use --device cpu")
     if args.threads < 1:
         parser.error("--threads must be at least 1")
+    if any(size < 1 for size in args.chunk):
+        parser.error("--chunk takes tokens, at least 1")
     if args.compile is None:
         args.compile = "none" if args.quick else "autotune" if args.device == "cuda" else "default"
     return args
@@ -75,6 +80,8 @@ def chosen_workloads(args: argparse.Namespace, device: Device) -> list[Workload]
     for workload in sizes:
         if args.only and workload.op not in args.only:
             continue
+        if isinstance(workload, LogProbs):
+            workload = dataclasses.replace(workload, chunks=tuple(args.chunk))
         while workload.working_bytes() > free and (smaller := workload.smaller()) is not None:
             workload = smaller
         fitting.append(workload)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: What is compared with if it can be imported; otherwise the report says that it was left out.
-LIBRARIES = {name: importlib.util.find_spec(name) is not None for name in ("torchrl", "liger_kernel")}
+_NAMES = ("torchrl", "liger_kernel", "cut_cross_entropy")
+LIBRARIES = {name: importlib.util.find_spec(name) is not None for name in _NAMES}
 
 
 def wide(tensor: Tensor, compute: torch.dtype | None = None) -> Tensor:
@@ -132,3 +133,11 @@ def log_probs_liger(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> tuple[T
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return (-LigerFusedLinearCrossEntropyLoss(reduction="none")(lm_head, hidden, targets),)
+
+
+def log_probs_cut(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> tuple[Tensor]:
+    """Apple's cut cross-entropy without reduction, negated; small gradients are kept, as ours are."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    exact = {"filter_eps": None, "reduction": "none"}
+    return (-linear_cross_entropy(hidden, lm_head, targets, **exact),)

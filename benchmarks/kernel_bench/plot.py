@@ -30,6 +30,7 @@ MARKERS = {
     "torchrl vec": "P",
     "torchrl loop": "X",
     "liger": "*",
+    "cut cross-entropy": "d",
 }
 
 

@@ -44,12 +44,12 @@ def test_memory_leaves_out_the_gradient_that_both_return():
     gradient = 50257 * 8 * 4
     size = "N=512 H=8 V=50257"
     rows = [
-        row("log_probs", size, direction="both", wall_us=17.0, peak_bytes=gradient + 300),
+        row("log_probs", size, direction="both", wall_us=11.0, peak_bytes=gradient + 300),
         row("log_probs", size, "eager", "both", wall_us=10.0, peak_bytes=gradient + 1000),
     ]
     assert outcomes("cpu", rows) == {
         "log-probs: peak beyond inputs and lm_head's gradient, ours / eager": (0.3, "pass"),
-        "log-probs both: ours / eager": (1.7, "pass"),
+        "log-probs both: ours / eager": (1.1, "pass"),
     }
 
 
@@ -57,7 +57,7 @@ def test_shares_and_skew_on_a_gpu():
     size = "P=5e7 K=4"  # scaled down to fit
     rows = [
         row(
-            "em", size, wall_us=99.0, device_us=10.0, floor_bytes=8_000_000, floor_flops=1, peak_bytes=80_000
+            "em", size, wall_us=99.0, device_us=10.0, floor_bytes=8_200_000, floor_flops=1, peak_bytes=80_000
         ),
         row("em", size, "eager", wall_us=60.0, device_us=25.0),
         row("em", size, "torch.compile default", wall_us=60.0, device_us=13.0),
@@ -72,7 +72,7 @@ def test_shares_and_skew_on_a_gpu():
         "E-step K=4 float32: peak over the bytes of inputs and outputs": "pass",
         "E-step, one user with a tenth of the pairs / none": "pass",
     }
-    assert found["E-step K=4 float32: share of copy bandwidth"][0] == pytest.approx(0.8)
+    assert found["E-step K=4 float32: share of copy bandwidth"][0] == pytest.approx(0.82)
     assert found["E-step K=4 float32: fastest torch.compile / ours"][0] == pytest.approx(1.1)
     assert found["E-step, one user with a tenth of the pairs / none"][0] == pytest.approx(1.1)
 
@@ -103,8 +103,8 @@ def test_different_sizes_are_not_compared():
 
 
 def test_calls_on_tiny_inputs():
-    rows = [Row("vector_gae", "", "float32", "host", "ours", wall_us=41.0)]
-    assert outcomes("cuda", rows) == {"vector_gae: microseconds a call on tiny inputs": (41.0, "miss")}
+    rows = [Row("vector_gae", "", "float32", "host", "ours", wall_us=251.0)]
+    assert outcomes("cuda", rows) == {"vector_gae: microseconds a call on tiny inputs": (251.0, "miss")}
 
 
 def test_shares_and_ratios():

@@ -65,7 +65,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "memory and speed": (
         *("device", "distributed", "per_device_train_batch_size", "generation_batch_size"),
         *("scoring_batch_size", "gradient_checkpointing", "bf16", "tf32", "load_in_4bit"),
-        *("feature_cache", "feature_dtype", "num_workers", "stage", "gpus", "memory_gb"),
+        *("feature_cache", "feature_dtype", "num_workers", "fixed_shapes", "stage", "gpus", "memory_gb"),
         *("network_gb_per_s", "network_latency_us"),
     ),
     "logging": (

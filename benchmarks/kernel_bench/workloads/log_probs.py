@@ -21,6 +21,7 @@ class LogProbs(Workload):
     vocabulary: int
     dtype: torch.dtype = torch.float32
     compile_modes: tuple[str, ...] = DEFAULT
+    chunks: tuple[int, ...] = ()  # further sizes of a chunk, in tokens
 
     op: ClassVar[str] = "log_probs"
 
@@ -52,9 +53,20 @@ class LogProbs(Workload):
         def liger(i: Inputs) -> tuple[Tensor, ...]:
             return baselines.log_probs_liger(i["hidden"], i["lm_head"], i["targets"])
 
+        def cut(i: Inputs) -> tuple[Tensor, ...]:
+            return baselines.log_probs_cut(i["hidden"], i["lm_head"], i["targets"])
+
+        def chunked(size: int) -> Implementation:
+            def call(i: Inputs) -> tuple[Tensor, ...]:
+                return (token_log_probs(i["hidden"], i["lm_head"], i["targets"], chunk_size=size)[0],)
+
+            return Implementation(f"ours, chunk {size}", call)
+
         plain = Implementation("eager", eager)
         fused = Implementation("liger", liger, "liger_kernel", graph=False)
-        return [Implementation("ours", ours), plain, fused, *with_compiled(plain, self.compile_modes)]
+        cut_cross_entropy = Implementation("cut cross-entropy", cut, "cut_cross_entropy", graph=False)
+        found = [Implementation("ours", ours), *map(chunked, self.chunks), plain, fused, cut_cross_entropy]
+        return [*found, *with_compiled(plain, self.compile_modes)]
 
     def working_bytes(self) -> int:
         logits = self.rows * self.vocabulary
