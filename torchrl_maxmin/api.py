@@ -45,13 +45,15 @@ class StageResult:
         Raises:
             UserError: where there is none, or the run has not come to its end.
         """
+        from torchrl_maxmin.core.json_text import complete
         from torchrl_maxmin.core.run_folder import require_finished
 
         require_finished(folder)
         path = Path(folder) / "summary.json"
         if not path.is_file():
             raise UserError(f"{folder} holds no summary.json, which a finished run writes last")
-        return cls(Path(folder), json.loads(path.read_text()))
+        with complete(path):
+            return cls(Path(folder), json.loads(path.read_text(encoding="utf-8")))
 
     def block(self) -> Block:
         """Collect what is shown."""

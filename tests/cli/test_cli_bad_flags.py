@@ -288,6 +288,26 @@ def test_report_of_nothing(refused, here):
     assert "reward holds no results by group; give the folder of demo" in refused("report", "reward")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b'{"policies": {"maxmin": {}}', b'{"policies": {"maxmin": {}}}', b"\xff{}", b"[]", b'{"proof_gaps": 3}'],
+    ids=["cut", "lacks figures", "no text", "a list", "a number"],
+)
+def test_report_of_a_damaged_summary(refused, here, content):
+    """What a flipped bit or a full disk leaves is said in a line, and the other files stay."""
+    (here / "results").mkdir()
+    (here / "results" / "summary.json").write_bytes(content)
+    assert "results/summary.json is not what was written there" in refused("report", "results")
+    assert [path.name for path in (here / "results").iterdir()] == ["summary.json"]
+
+
+def test_settings_that_are_no_text(refused, here):
+    (here / "settings.yaml").write_bytes(b"seed: \xe5\n")
+    said = refused("ppo", "--config", "settings.yaml", "--output_dir", "out")
+    assert "settings.yaml is no text in UTF-8" in said
+    assert "recipe settings.yaml is no YAML" in refused("demo", "--recipe", "settings.yaml")
+
+
 # -- through the shell -----------------------------------------------------------------------------
 
 

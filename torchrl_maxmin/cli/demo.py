@@ -179,7 +179,7 @@ def _read_recipe(path: str | None) -> dict[str, dict[str, Any]]:
         raise UserError(f"no recipe file {path!r}")
     try:
         given = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is no YAML: {error}") from error
     if not isinstance(given, dict) or not all(isinstance(section, dict) for section in given.values()):
         raise UserError(f"recipe {path} must hold sections ({', '.join(shipped)}) of key: value lines")

@@ -58,6 +58,15 @@ def parse_config(verb: str, line: str, config_class: type, arguments: Sequence[s
         return _build(config_class, parser.parse_args(_config_first(words)))
     except argparse.ArgumentError as error:
         raise UserError(_one_line(str(error), config_class, "--") + hint) from error
+    except UnicodeDecodeError as error:
+        files = " or ".join(_config_files(words))
+        raise UserError(f"{files} is no text in UTF-8 ({error}); save it so, or write it again") from error
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    """List the YAML files that ``--config`` names."""
+    files = [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    return files + [after for word, after in pairwise(arguments) if word == "--config"]
 
 
 def mentions(arguments: Sequence[str], name: str) -> bool:
@@ -67,10 +76,8 @@ def mentions(arguments: Sequence[str], name: str) -> bool:
         arguments: words after the verb.
         name: the field.
     """
-    files = [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
-    files += [after for word, after in pairwise(arguments) if word == "--config"]
     flagged = any(word.partition("=")[0] == f"--{name}" for word in arguments)
-    return flagged or any(name in keys for keys in map(_keys_of, files))
+    return flagged or any(name in keys for keys in map(_keys_of, _config_files(arguments)))
 
 
 def _keys_of(path: str) -> set[Any]:

@@ -124,6 +124,7 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("folder", help="folder with a summary.json")
     folder = Path(parser.parse_args(arguments).folder)
     table: Any
+    from torchrl_maxmin.core.json_text import complete
     from torchrl_maxmin.core.progress import PlainConsole, quiet
     from torchrl_maxmin.core.text_escape import terminal
     from torchrl_maxmin.diagnosis.report import verdict_table, write_diagnosis
@@ -132,17 +133,18 @@ def report(arguments: list[str]) -> int:
 
     quiet()
     summary = load_summary(folder)
-    if "proof_gaps" in summary:
-        path, table = write_diagnosis(folder, summary), verdict_table(summary)
-    elif "policies" in summary:
-        path = write_report(folder, summary, histories=training_histories(folder, summary))
-        table = rich_table(summary)
-    elif "mixing_weights" in summary:
-        path, table = write_reward_report(folder, summary), terminal(reward_verdict(summary).headline)
-    else:
-        raise UserError(
-            f"{folder} holds no results by group; give the folder of demo, evaluate, diagnose or reward"
-        )
+    with complete(folder / "summary.json"):
+        if "proof_gaps" in summary:
+            path, table = write_diagnosis(folder, summary), verdict_table(summary)
+        elif "policies" in summary:
+            path = write_report(folder, summary, histories=training_histories(folder, summary))
+            table = rich_table(summary)
+        elif "mixing_weights" in summary:
+            path, table = write_reward_report(folder, summary), terminal(reward_verdict(summary).headline)
+        else:
+            raise UserError(
+                f"{folder} holds no results by group; give the folder of demo, evaluate, diagnose or reward"
+            )
     PlainConsole().print(table, markup=False)
     _write(f"page: {path.with_suffix('.html')}")
     _write(f"report: {path}")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["json_text", "plain", "write_json_text"]
+from torchrl_maxmin.core.errors import UserError
+
+__all__ = ["complete", "json_text", "plain", "write_json_text"]
 
 
 def plain(value: Any) -> Any:
@@ -46,3 +50,21 @@ def json_text(content: Any, indent: int | None = 2) -> str:
 def write_json_text(path: Path, content: Any) -> None:
     """Write content as a JSON file; half a character becomes its own escape, which JSON reads back."""
     path.write_text(json_text(content) + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[None]:
+    """Whatever is missing from a summary, or is not what was written there, as one :class:`UserError`.
+
+    Args:
+        path: of the file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not what was written there ({type(error).__name__}: {error}); it was changed or "
+            "damaged: run the verb that wrote it again"
+        ) from error

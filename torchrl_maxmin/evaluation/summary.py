@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_maxmin.core.errors import UserError
-from torchrl_maxmin.core.json_text import plain, write_json_text
+from torchrl_maxmin.core.json_text import complete, plain, write_json_text
 from torchrl_maxmin.evaluation.comparison import MAXMIN, ORACLE, comparison_summary
 from torchrl_maxmin.evaluation.policies import BASELINE, NO_INTERVAL, pairs_summary, policy_summary
 from torchrl_maxmin.evaluation.results import REFERENCE, SeedResult
@@ -150,17 +150,20 @@ def load_summary(folder: str | Path) -> dict[str, Any]:
         raise UserError(
             f"no summary.json in {folder}; give the output folder of demo, evaluate, diagnose or reward"
         )
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    version = summary.setdefault("schema_version", 1)
-    if version > SCHEMA_VERSION:
-        raise UserError(f"{path} has schema_version {version}, this version reads {SCHEMA_VERSION}; upgrade")
-    if version < 2:
-        summary = _upgraded(summary)
-    if version < 3 and "policies" in summary:
-        _add_averages(summary)
-    if "policies" in summary:
-        _add_changes(summary)
-    return summary | {"schema_version": SCHEMA_VERSION}
+    with complete(path):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        version = summary.setdefault("schema_version", 1)
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema_version {version}, this version reads {SCHEMA_VERSION}; upgrade"
+            )
+        if version < 2:
+            summary = _upgraded(summary)
+        if version < 3 and "policies" in summary:
+            _add_averages(summary)
+        if "policies" in summary:
+            _add_changes(summary)
+        return summary | {"schema_version": SCHEMA_VERSION}
 
 
 def _add_changes(summary: dict[str, Any]) -> None:
