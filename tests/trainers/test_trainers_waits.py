@@ -138,7 +138,7 @@ def test_a_whole_mask_is_what_attention_makes_of_padding(tiny_model, make_model)
     trunk = sequences.backbone_of(AutoModelForCausalLM.from_pretrained(tiny_model)).eval()
     assert sequences.takes_whole_mask(trunk)
     expected, found = (sequences.hidden_states(trunk, tokens, mask, whole) for whole in (False, True))
-    assert torch.equal(expected[mask], found[mask])
+    torch.testing.assert_close(found[mask], expected[mask])
     trunk.config._attn_implementation = "eager"
     assert not sequences.takes_whole_mask(trunk)
 
@@ -172,7 +172,7 @@ def test_with_fixed_shapes_every_update_is_the_same_operations(fixed_shapes, lea
     without, _ = learner_and_rows(False)
     without.accumulate(rows[index])
     for actual, expected in zip(gradients(learner), gradients(without), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        assert (actual - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 
 
 def gradients(learner):
