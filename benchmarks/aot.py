@@ -49,7 +49,7 @@ class Aim(NamedTuple):
 
 
 AIMS = [
-    Aim(r"em_forward \w+ K=[1-8] ", "registers", 88),
+    Aim(r"em_forward \w+ K=[1-8] ", "registers", 112),
     Aim(r"em_forward fp32 K=[48] ", "instructions_per_exp", 16),
     Aim(r"em_forward (bf16|fp16) K=[48] ", "instructions_per_exp", 19),
     Aim(r"em_forward fp32 K=(4|8|16|32) ", "narrow_bulk_loads", 0),
