@@ -31,7 +31,8 @@ def no_interpreter_run(device):
 
 @pytest.mark.usefixtures("no_interpreter_run")
 @pytest.mark.parametrize(
-    "room", ["heads", "heads_masks", "em", "gae", "token_gae", "log_probs", "log_probs_logits"]
+    "room",
+    ["heads", "heads_masks", "em", "gae", "token_gae", "log_probs", "log_probs_chunks", "log_probs_logits"],
 )
 def test_triton_kernels_pass_the_same_tests_in_the_interpreter(room):
     # Triton reads the variable when it is imported, so a process of its own.

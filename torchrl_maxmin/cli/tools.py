@@ -181,8 +181,11 @@ def _heads(reward: Path, names: Sequence[str]) -> list[int] | None:
     """Return the reward head of each group; None where they are not the same groups."""
     if not (reward / "summary.json").is_file():
         return list(range(len(names)))  # trained on the groups' own utilities
-    matched = json.loads((reward / "summary.json").read_text()).get("head_of_group", {})
-    heads = [matched.get(name) for name in names]
+    from torchrl_maxmin.core.json_text import complete
+
+    with complete(reward / "summary.json"):
+        matched = json.loads((reward / "summary.json").read_text(encoding="utf-8")).get("head_of_group", {})
+        heads = [matched.get(name) for name in names]
     return heads if sorted(map(str, heads)) == sorted(map(str, range(len(names)))) else None
 
 

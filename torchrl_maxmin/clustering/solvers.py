@@ -122,13 +122,11 @@ def rows_copied(features: Tensor) -> int:
 
 # -- choices ---------------------------------------------------------------------------------------
 
-# Products of many rows with few columns: in tiles they take about 0.6 of the plain product's time on a CPU.
+# Products of many rows with few columns: in tiles they take about 0.7 of the plain product's time.
 
 
 def tiled_margins(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T [P, K]."""
-    if x.device.type != "cpu":
-        return x @ weight.T
     margins = x.new_empty(len(x), len(weight))
     tiles, tiled = _tiles(x)
     by_tile = torch.bmm(weight.expand(len(tiles), -1, -1), tiles.transpose(1, 2))
@@ -139,8 +137,6 @@ def tiled_margins(x: Tensor, weight: Tensor) -> Tensor:
 
 def tiled_slope_sum(slope: Tensor, x: Tensor) -> Tensor:
     """slope.T @ x [K, D]."""
-    if x.device.type != "cpu":
-        return slope.T @ x
     tiles, tiled = _tiles(x)
     by_tile = torch.bmm(_tiles(slope)[0].transpose(1, 2), tiles)
     return by_tile.sum(0).addmm_(slope[tiled:].T, x[tiled:])

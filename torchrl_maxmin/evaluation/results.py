@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_maxmin.core.json_text import write_json_text
+from torchrl_maxmin.core.json_text import complete, write_json_text
 from torchrl_maxmin.stats.rates import win_matrix
 
 __all__ = ["REFERENCE", "SeedResult"]
@@ -158,13 +158,15 @@ class SeedResult:
 
         Raises:
             FileNotFoundError: If ``folder`` holds no saved result.
+            UserError: If its record is damaged.
         """
         folder = Path(folder)
         for name in (_ARRAYS_FILE, _JSON_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no saved result: {name} is missing")
-        record = json.loads((folder / _JSON_FILE).read_text(encoding="utf-8"))
-        policies = record.pop("policies")
+        with complete(folder / _JSON_FILE):
+            record = json.loads((folder / _JSON_FILE).read_text(encoding="utf-8"))
+            policies = record.pop("policies")
         with np.load(folder / _ARRAYS_FILE, allow_pickle=False) as archive:
             for name in _FIELDS:
                 there = [policy for policy in policies if f"{name}/{policy}" in archive]

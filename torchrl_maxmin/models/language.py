@@ -334,14 +334,16 @@ class TokenPolicy(TensorDictModuleBase):
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and token entropies, both [B, R] and zero where masked."""
         action, mask = tensordict["action"], tensordict["action_mask"]
-        states = self.states(tensordict)
+        lengths = row_lengths(tensordict)
+        # given to the trunk too, which would wait for the same lengths
+        states = self.states(tensordict.copy().set_non_tensor(ROW_LENGTHS, lengths))
         if self.keep_states and torch.is_grad_enabled():  # no rollout's states stay in memory
             self._states = tensordict.select(*SCORED, ROW_LENGTHS, strict=False), states.detach()
         output = self.model.get_output_embeddings()
         bias = getattr(output, "bias", None)
         if bias is not None and self.head.bias_scale != 1.0:
             bias = bias * self.head.bias_scale
-        index = to_device(row_lengths(tensordict).token_index(action.shape[-1]), action.device)
+        index = to_device(lengths.token_index(action.shape[-1]), action.device)
         log_prob, token_entropy = token_log_probs(
             states.flatten(0, 1).index_select(0, index).to(output.weight.dtype),
             output.weight,
