@@ -301,6 +301,17 @@ def test_report_of_a_damaged_summary(refused, here, content):
     assert [path.name for path in (here / "results").iterdir()] == ["summary.json"]
 
 
+def test_a_damaged_record_is_named(here):
+    from torchrl_maxmin.core.errors import UserError
+    from torchrl_maxmin.evaluation.results import SeedResult
+
+    (here / "result").mkdir()
+    for name in ("arrays.npz", "result.json"):
+        (here / "result" / name).write_text('{"groups": ')
+    with pytest.raises(UserError, match="result.json is not what was written there"):
+        SeedResult.load(here / "result")
+
+
 def test_settings_that_are_no_text(refused, here):
     (here / "settings.yaml").write_bytes(b"seed: \xe5\n")
     said = refused("ppo", "--config", "settings.yaml", "--output_dir", "out")
