@@ -308,7 +308,7 @@ def test_a_damaged_record_is_named(here):
     (here / "result").mkdir()
     for name in ("arrays.npz", "result.json"):
         (here / "result" / name).write_text('{"groups": ')
-    with pytest.raises(UserError, match="result.json is not what was written there"):
+    with pytest.raises(UserError, match=r"result\.json is not what was written there"):
         SeedResult.load(here / "result")
 
 
