@@ -56,7 +56,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "eval_episodes": 64,
     },
     "evaluate": {
-        "policies": "[sft=model, maxmin=other]", "dataset_name": "prompts.jsonl", "judge": "world.json",
+        "policies": "[sft=model, maxmin=other, third=third, fourth=fourth, fifth=fifth, sixth=sixth]",
+        "dataset_name": "prompts.jsonl", "judge": "world.json",
         "response_length": 12, "num_samples": 8, "dataset_split": "train",
     },
     "demo": {
@@ -73,7 +74,7 @@ config = GPT2Config(
     vocab_size=len(tokenizer), n_positions=64, n_layer=2, n_embd=32, n_head=2,
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
 )
-for seed, name in enumerate(("model", "other")):
+for seed, name in enumerate(("model", "other", "third", "fourth", "fifth", "sixth")):
     torch.manual_seed(seed)
     GPT2LMHeadModel(config).save_pretrained(name)
     tokenizer.save_pretrained(name)

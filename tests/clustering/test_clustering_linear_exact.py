@@ -330,6 +330,23 @@ def test_one_pass_gives_the_gradient_of_the_observed_likelihood(weighted, block_
     torch.testing.assert_close(step.gradient, weight.grad, atol=1e-9, rtol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "features", "groups"), [(0, 3, 2), (3, 7, 1), (1025, 130, 2), (2500, 64, 8)]
+)
+def test_products_with_few_columns(monkeypatch, rows, features, groups, onednn, dtype):
+    if not onednn:
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, features), (rows, groups), (groups, features))
+    x, slope, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    close = {"rtol": 2e-2, "atol": 1.0} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    margins, slope_sum = solvers.narrow_margins(x, weight), solvers.narrow_slope_sum(slope, x)
+    torch.testing.assert_close(margins.double(), x.double() @ weight.double().T, **close)
+    torch.testing.assert_close(slope_sum.double(), slope.double().T @ x.double(), **close)
+
+
 def test_blocks_hold_whole_users():
     offsets = torch.tensor([0, 3, 3, 10, 11, 30, 31, 31])
     for block_rows in (1, 4, 12, 100):

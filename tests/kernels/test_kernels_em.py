@@ -169,11 +169,25 @@ def test_cpu_blocks_never_cut_a_user(monkeypatch, block):
     whole = em_responsibilities(chosen, rejected, offsets, log_prior, backend="torch")
     gradient = em_backward_naive(chosen, rejected, offsets, *whole)
     monkeypatch.setattr("maxmin_kernels.em.cpu.BLOCK_PAIRS", block)
-    monkeypatch.setattr("maxmin_kernels.em.cpu.BACKWARD_PAIRS", block)
     interleaved = torch.stack([offsets, offsets], -1)[:, 0]
     for actual, expected in zip(em_forward_cpu(chosen, rejected, interleaved, log_prior), whole, strict=True):
         torch.testing.assert_close(actual, expected)
     for actual, expected in zip(em_backward_cpu(chosen, rejected, offsets, *whole), gradient, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("both", [True, False], ids=["both", "margins"])
+def test_cpu_backward_gathers_rows_of_every_width(monkeypatch, groups, low, both):
+    monkeypatch.setattr("maxmin_kernels.em.cpu.BLOCK_PAIRS", 16)
+    chosen, rejected, offsets, log_prior = make([0, 3, 0, 40, 7, 1, 0, 0, 8, 0], groups)
+    chosen, rejected = chosen.to(low), rejected if both else None  # of two precisions, too
+    arguments = (chosen, rejected, offsets)
+    outputs = em_responsibilities(*arguments, log_prior, backend="torch")
+    results = zip(em_backward_cpu(*arguments, *outputs), em_backward_naive(*arguments, *outputs), strict=True)
+    for actual, expected in results:
         torch.testing.assert_close(actual, expected)
 
 

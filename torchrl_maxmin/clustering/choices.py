@@ -16,16 +16,16 @@ from torchrl_maxmin.clustering.luce import log_choices, loser_probabilities, off
 from torchrl_maxmin.clustering.solvers import (
     ChoiceLosses,
     minimise,
+    narrow_margins,
+    narrow_slope_sum,
     rows_copied,
-    tiled_margins,
-    tiled_slope_sum,
 )
 from torchrl_maxmin.preferences.dataset import PreferenceDataset
 
 __all__ = ["PairChoices", "choice_offsets_of", "fit_device", "row_weights_of", "user_blocks"]
 
 #: Rows that are worked on at a time: few blocks, as each costs a fixed time, and little memory.
-BLOCK_ROWS = 262_144
+BLOCK_ROWS = 65_536
 #: Most that a float64 copy of the features may take.
 MOST_WIDE_BYTES = 256 * 2**20
 
@@ -180,7 +180,7 @@ class PairChoices(UserRows):
             x = read[rows].to(weight.dtype)
             block = self._block(users, rows, weight.dtype)
             row_weights, offsets = block.row_weights, block.user_offsets
-            margins = tiled_margins(x, weight)
+            margins = narrow_margins(x, weight)
             responsibilities[users], log_likelihood[users], _ = block.expectation_of(
                 margins, log_prior, assignment
             )
@@ -193,7 +193,7 @@ class PairChoices(UserRows):
                 slope *= responsibilities[users].repeat_interleave(offsets.diff(), 0, output_size=len(x))
                 if row_weights is not None:
                     slope *= row_weights.unsqueeze(-1)
-                slope_sum += tiled_slope_sum(slope, x)
+                slope_sum += narrow_slope_sum(slope, x)
         return Expectation(responsibilities, log_likelihood, slope_sum if gradient else None)
 
     def _block(self, users: slice, rows: slice, dtype: torch.dtype) -> UserRows:

@@ -1,5 +1,7 @@
 """The minimum over reward heads in plain PyTorch: easy to read, differentiable by autograd."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,15 +71,16 @@ def linear_rewards(
     shift: Tensor | None,
     scale: Tensor | None,
     row_mask: Tensor | None,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> Tensor:
-    """Return ``(h W^T + b - shift) / scale``, ``[N, K]``, 0 in padded rows."""
+    """Return ``(h W^T + b - shift) / scale``, ``[N, K]``, 0 in padded rows; ``product`` is ``h W^T + b``."""
     dtype = accumulate_dtype(hidden, weight, bias, shift, scale)
     hidden = hidden.to(dtype)
     if row_mask is not None:
         # A copy without what the padding holds, for 0 * NaN is NaN in the gradient of the weight.
         hidden = torch.where(row_mask.unsqueeze(-1), hidden, 0.0)
     with without_autocast(hidden):
-        rewards = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+        rewards = product(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     if shift is not None:
         rewards = rewards - shift.to(dtype)
     if scale is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._autograd import differentiable_once
 from .._backend import Backend, accumulate_dtype, call, check_call, kernel_operator, without_autocast
+from .._narrow import narrow_linear
 from .._vmap import fold_rows_vmap, fold_vmap
 from .naive import (
     linear_rewards,
@@ -120,7 +121,7 @@ def _heads_op(
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return rewards, minimum, argmin, softmin and head sums (empty unless ``sums``)."""
-    rewards = linear_rewards(hidden, weight, bias, shift, scale, row_mask)
+    rewards = linear_rewards(hidden, weight, bias, shift, scale, row_mask, narrow_linear)
     masks = {"head_mask": head_mask, "row_mask": row_mask}
     lowest: Any = min_over_heads_naive(rewards, temperature, **masks, return_sums=sums)
     return (rewards, *lowest) if sums else (rewards, *lowest, rewards.new_empty(0))
