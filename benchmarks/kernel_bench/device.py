@@ -4,9 +4,12 @@ Wall time is what one call costs its caller; on a GPU ``triton.testing.do_bench`
 clearing the L2 cache. Device time, on a GPU only, is that of a CUDA graph that holds the call once for each
 of several sets of inputs which together are larger than the L2 cache: no launch overhead, no warm cache. Peak
 memory is what was allocated above what lay there before the call: PyTorch's own count on a GPU, the
-profiler's record of every allocation on a CPU, both exact, unlike the size of the process.
+profiler's record of every allocation on a CPU, both exact, unlike the size of the process. On a CPU memory
+that is freed stays with the process: else any call may pay for mapping it again, or not, by what was freed
+before it, and a call of three milliseconds then takes six.
 """
 
+import ctypes
 import gc
 import importlib
 import platform
@@ -20,6 +23,7 @@ import torch
 
 Call = Callable[[], Any]
 QUANTILES = [0.5, 0.2, 0.8]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class Times(NamedTuple):
@@ -48,6 +52,14 @@ def repeat(call: Call, least: int, seconds: float, after: Call | None = None) ->
     return times
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, up to a gigabyte in pieces of up to 32 MB, its limit."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
 class Cpu:
     """A CPU with a fixed number of threads."""
 
@@ -56,6 +68,7 @@ class Cpu:
 
     def __init__(self, threads: int, quick: bool = False) -> None:
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self.quick = quick
 
     def synchronize(self) -> None:

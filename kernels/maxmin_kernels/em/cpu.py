@@ -104,11 +104,7 @@ def as_numbers(rows: Tensor) -> Tensor:
 def em_backward_cpu(
     chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, responsibilities: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of chosen and rejected as :func:`em_backward_naive`.
-
-    Where the scores have the precision of the sums, the gradient of rejected holds each pair's weights first:
-    nothing of the size of the scores is needed but the two gradients.
-    """
+    """Return the gradients of chosen and rejected as :func:`em_backward_naive`."""
     dtype, pairs = responsibilities.dtype, chosen.shape[0]
     weights = as_numbers(responsibilities * grad.to(dtype).unsqueeze(-1))
     users = user_of_pair(user_offsets.int() if pairs < 2**31 else user_offsets, pairs)
@@ -116,24 +112,25 @@ def em_backward_cpu(
     grad_rejected = (
         chosen.new_empty(0) if rejected is None else torch.empty(rejected.shape, dtype=rejected.dtype)
     )
+    # The weights go to a buffer that stays: fresh memory would be mapped by the one thread that gathers them.
+    buffer = torch.empty(min(pairs, BLOCK_PAIRS), chosen.shape[1], dtype=dtype)
+    gathered = as_numbers(buffer)
     for low in range(0, pairs, BLOCK_PAIRS):
         block = slice(low, low + BLOCK_PAIRS)
         slope = grad_chosen[block]
         if slope.dtype != dtype:
             slope = torch.empty(slope.shape, dtype=dtype)
-        share = grad_rejected[block]
-        if rejected is None or share.dtype != dtype:
-            share = torch.empty_like(slope)
         if rejected is None:
             slope.copy_(chosen[block]).neg_()
         else:
             difference(rejected[block], chosen[block], slope)
-        torch.index_select(weights, 0, users[block], out=as_numbers(share))
-        slope.sigmoid_().mul_(share)
+        rows = slice(len(slope))
+        torch.index_select(weights, 0, users[block], out=gathered[rows])
+        slope.sigmoid_().mul_(buffer[rows])
         if chosen.dtype != dtype:
             grad_chosen[block] = slope
-        if rejected is not None:
-            torch.neg(slope, out=share)
-            if rejected.dtype != dtype:
-                grad_rejected[block] = share
+        if rejected is not None and rejected.dtype == dtype:
+            torch.neg(slope, out=grad_rejected[block])
+        elif rejected is not None:
+            grad_rejected[block].copy_(slope).neg_()
     return grad_chosen, grad_rejected
