@@ -101,12 +101,13 @@ def em_calls() -> Iterator[Traffic]:
         resp, grad = torch.rand(len(counts), groups), torch.randn(len(counts))
         backward = torch.ops.maxmin.em_backward
         yield measure(
-            f"em backward {kind}, {users}", backward, *scores, offsets, resp, grad, **_segments(plan)
+            f"em backward {kind}, {users}", backward, *scores, offsets, resp, grad, **_kept(plan, groups)
         )
 
 
-def _segments(plan: Any) -> dict[str, Tensor]:
-    return {"segment_offsets": plan.segment_offsets, "segment_user": plan.segment_user}
+def _kept(plan: Any, groups: int) -> dict[str, Tensor]:
+    segments = {"segment_offsets": plan.segment_offsets, "segment_user": plan.segment_user}
+    return {"odds": torch.empty(0, groups), **segments}
 
 
 def other_calls() -> Iterator[Traffic]:

@@ -29,6 +29,13 @@ def use_triton_on_cpu(*tensors: Tensor | None) -> bool:
     return INTERPRET and not any(t is not None and t.dtype == torch.float64 for t in tensors)
 
 
+def keeps(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass can follow, on the CPU in PyTorch, for which something can be kept."""
+    there = [x for x in tensors if x is not None]
+    plain = not there[0].is_cuda and not use_triton_on_cpu(*there)
+    return plain and torch.is_grad_enabled() and any(x.requires_grad for x in there)
+
+
 def require_triton() -> None:
     """Raise one clear error if Triton is missing.
 

@@ -9,8 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, INTERPRET, LOW_BAR, PROPERTY, em_oracle, gradients, rms_error
 from maxmin_kernels import em_responsibilities, plan_users
-from maxmin_kernels.em.cpu import em_backward_cpu, em_forward_cpu
-from maxmin_kernels.em.naive import em_backward_naive
 from maxmin_kernels.em.plan import SEGMENT_PAIRS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -160,35 +158,6 @@ def test_a_user_of_more_segments_than_one_tile_of_the_last_sum():
     like = em_responsibilities(chosen, rejected, offsets, log_prior)[1]
     expected = em_oracle(chosen, rejected, offsets, log_prior)[1]
     assert ((like - expected).abs() <= 2e-6 * expected.abs() + 1e-7).all()
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("block", [1, 7, 64])
-def test_cpu_blocks_never_cut_a_user(monkeypatch, block):
-    chosen, rejected, offsets, log_prior = make([0, 3, 0, 40, 7, 1, 0, 0, 8, 0], 3)
-    whole = em_responsibilities(chosen, rejected, offsets, log_prior, backend="torch")
-    gradient = em_backward_naive(chosen, rejected, offsets, *whole)
-    monkeypatch.setattr("maxmin_kernels.em.cpu.BLOCK_PAIRS", block)
-    interleaved = torch.stack([offsets, offsets], -1)[:, 0]
-    for actual, expected in zip(em_forward_cpu(chosen, rejected, interleaved, log_prior), whole, strict=True):
-        torch.testing.assert_close(actual, expected)
-    for actual, expected in zip(em_backward_cpu(chosen, rejected, offsets, *whole), gradient, strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, None], ids=str)
-def test_cpu_backward_gathers_rows_of_every_width(monkeypatch, groups, low, other):
-    monkeypatch.setattr("maxmin_kernels.em.cpu.BLOCK_PAIRS", 16)
-    chosen, rejected, offsets, log_prior = make([0, 3, 0, 40, 7, 1, 0, 0, 8, 0], groups)
-    chosen, rejected = chosen.to(low), None if other is None else rejected.to(other)
-    arguments = (chosen, rejected, offsets)
-    outputs = em_responsibilities(*arguments, log_prior, backend="torch")
-    results = zip(em_backward_cpu(*arguments, *outputs), em_backward_naive(*arguments, *outputs), strict=True)
-    for actual, expected in results:
-        torch.testing.assert_close(actual, expected)
 
 
 def test_plan_and_repetition_give_equal_bits():
@@ -353,14 +322,16 @@ def test_opcheck(counts):
     forward = torch.ops.maxmin.em_responsibilities.default
     for given_plan in ([], plan):
         leaves = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
-        torch.library.opcheck(forward, (*leaves, offsets, log_prior.clone().requires_grad_(), given_plan))
+        for keep in (False, not INTERPRET):
+            arguments = (*leaves, offsets, log_prior.clone().requires_grad_(), given_plan, keep)
+            torch.library.opcheck(forward, arguments)
     margins = chosen.clone().requires_grad_(), None
-    torch.library.opcheck(forward, (*margins, offsets, log_prior.clone().requires_grad_(), plan))
-    resp, grad = torch.rand(len(counts), 3), torch.randn(len(counts))
+    torch.library.opcheck(forward, (*margins, offsets, log_prior.clone().requires_grad_(), plan, False))
+    resp, grad, odds = torch.rand(len(counts), 3), torch.randn(len(counts)), torch.empty(0, 3)
     backward = torch.ops.maxmin.em_backward.default
     for segments in ((None, None), plan[:2]):
-        torch.library.opcheck(backward, (chosen, rejected, offsets, resp, grad, *segments))
-    torch.library.opcheck(backward, (chosen, None, offsets, resp, grad, *plan[:2]))
+        torch.library.opcheck(backward, (chosen, rejected, offsets, resp, grad, odds, *segments))
+    torch.library.opcheck(backward, (chosen, None, offsets, resp, grad, odds, *plan[:2]))
 
 
 @pytest.mark.real_device

@@ -120,7 +120,7 @@ class OnCuda:
     is_cuda, dtype = True, torch.float32
 
 calls = [
-    lambda: _em_op.cuda(x, x, offsets, torch.zeros(3), []),
+    lambda: _em_op.cuda(x, x, offsets, torch.zeros(3), [], False),
     lambda: _gae_op.cuda(x[None], x[None], x[None], end, end, None, None, 0.9, 0.9, False),
     lambda: _heads_op.cuda(x, x, None, None, None, 1.0, None, None, False),
     lambda: _min_op.cuda(x, 1.0, None, None, False),

@@ -22,17 +22,19 @@ def difference(minuend: Tensor, subtrahend: Tensor, buffer: Tensor) -> Tensor:
     return buffer.copy_(minuend).sub_(subtrahend)
 
 
-def surprise(chosen: Tensor, rejected: Tensor | None, buffer: Tensor) -> Tensor:
-    """Return ``-logsigmoid(chosen - rejected)`` in `buffer`; infinite where a margin is below -88 in float32.
+def surprise(chosen: Tensor, rejected: Tensor | None, odds: Tensor, buffer: Tensor) -> Tensor:
+    """Return ``-logsigmoid(chosen - rejected)`` in `buffer`, and ``exp(rejected - chosen)`` in `odds`.
 
-    ``log(1 + 2^x)`` in place: ``logsigmoid`` writes a second output, and ``exp`` takes three times ``exp2``.
+    ``log(1 + odds)``: ``logsigmoid`` writes a second output, and ``exp`` takes three times ``exp2``. Both are
+    infinite where a margin is below -88 in float32. The two may be one tensor.
     """
-    margin = buffer.copy_(chosen) if rejected is None else difference(chosen, rejected, buffer)
-    return margin.mul_(-1 / math.log(2)).exp2_().log1p_()
+    margin = odds.copy_(chosen) if rejected is None else difference(chosen, rejected, odds)
+    return torch.log1p(margin.mul_(-1 / math.log(2)).exp2_(), out=buffer)
 
 
-def exact_surprise(chosen: Tensor, rejected: Tensor | None, buffer: Tensor) -> Tensor:
-    """Return the same at any margin, slower."""
+def exact_surprise(chosen: Tensor, rejected: Tensor | None, odds: Tensor, buffer: Tensor) -> Tensor:
+    """Return the same at any margin, slower; the odds end at the largest number."""
+    odds.clamp_(max=torch.finfo(odds.dtype).max)
     return F.logsigmoid(margins(chosen, rejected, buffer.dtype)).neg_()
 
 
@@ -60,9 +62,13 @@ def log_likelihoods(
     rejected: Tensor | None,
     user_offsets: Tensor,
     dtype: torch.dtype,
-    measure: Callable[[Tensor, Tensor | None, Tensor], Tensor],
+    odds: Tensor | None,
+    measure: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Return each user's log-likelihood under each group [U, K] float64; a block holds whole users."""
+    """Return each user's log-likelihood under each group [U, K] float64; a block holds whole users.
+
+    The odds [P, K] are written, if wanted.
+    """
     users = user_offsets.shape[0] - 1
     sums = torch.zeros(users, chosen.shape[1], dtype=torch.float64)
     cuts = torch.searchsorted(user_offsets, torch.arange(0, chosen.shape[0], BLOCK_PAIRS)).unique()
@@ -74,63 +80,88 @@ def log_likelihoods(
     add_up = bag_sums if short else sums_by_user
     for (first, low), (last, high) in blocks:
         if low < high:
-            other = None if rejected is None else rejected[low:high]
-            values = measure(chosen[low:high], other, buffer[: high - low])
+            other, room = None if rejected is None else rejected[low:high], buffer[: high - low]
+            values = measure(chosen[low:high], other, room if odds is None else odds[low:high], room)
             offsets = user_offsets[first : last + 1] - low
             torch.neg(add_up(values, offsets, rows[: high - low]), out=sums[first:last])
     return sums
 
 
 def em_forward_cpu(
-    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return responsibilities and log-likelihood as :func:`em_responsibilities_naive`, without a gradient."""
+    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return responsibilities and log-likelihood as :func:`em_responsibilities_naive`, without a gradient.
+
+    Last come the odds against each choice [P, K], from which its gradient is had faster; [0, K] if not kept.
+    """
     dtype = accumulate_dtype(chosen, rejected, log_prior)
-    inputs = (chosen, rejected, user_offsets.contiguous(), dtype)
+    odds = torch.empty(chosen.shape if keep else (0, chosen.shape[1]), dtype=dtype)
+    inputs = (chosen, rejected, user_offsets.contiguous(), dtype, odds if keep else None)
     sums = log_likelihoods(*inputs, surprise)
     if not (known := sums.isfinite()).all():  # a huge margin, or what the scores held
         sums = torch.where(known, sums, log_likelihoods(*inputs, exact_surprise))
     prior = log_prior.double()
     responsibilities, log_likelihood = posterior(sums + prior, prior)
-    return responsibilities.to(dtype), log_likelihood.to(dtype)
+    return responsibilities.to(dtype), log_likelihood.to(dtype), odds
 
 
 def as_numbers(rows: Tensor) -> Tensor:
-    """Return a view in which a row of 8 or 16 bytes is one number: `index_select` takes half the time."""
+    """Return a view in which a row of 8 or 16 bytes is one number, which takes half the time to gather."""
     number = {8: torch.complex64, 16: torch.complex128}.get(rows.shape[1] * rows.element_size())
     return rows if number is None else rows.view(number).squeeze(1)
 
 
+def gather(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """Return ``rows[index]`` in `out`, by `take` where a row is a number: in parallel, as what follows is."""
+    rows, numbers = as_numbers(rows), as_numbers(out)
+    if rows.ndim == 1:
+        torch.take(rows, index, out=numbers)
+    else:
+        torch.index_select(rows, 0, index, out=numbers)
+    return out
+
+
 def em_backward_cpu(
-    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, responsibilities: Tensor, grad: Tensor
+    chosen: Tensor,
+    rejected: Tensor | None,
+    user_offsets: Tensor,
+    responsibilities: Tensor,
+    grad: Tensor,
+    odds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of chosen and rejected as :func:`em_backward_naive`."""
+    """Return the gradients of chosen and rejected as :func:`em_backward_naive`, from the odds if kept.
+
+    The gradient of rejected holds each pair's weights first, where it has their precision.
+    """
     dtype, pairs = responsibilities.dtype, chosen.shape[0]
-    weights = as_numbers(responsibilities * grad.to(dtype).unsqueeze(-1))
-    users = user_of_pair(user_offsets.int() if pairs < 2**31 else user_offsets, pairs)
+    weights = responsibilities * grad.to(dtype).unsqueeze(-1)
+    users = user_of_pair(user_offsets, pairs)
     grad_chosen = torch.empty(chosen.shape, dtype=chosen.dtype)
     grad_rejected = (
         chosen.new_empty(0) if rejected is None else torch.empty(rejected.shape, dtype=rejected.dtype)
     )
-    # The weights go to a buffer that stays: fresh memory would be mapped by the one thread that gathers them.
-    buffer = torch.empty(min(pairs, BLOCK_PAIRS), chosen.shape[1], dtype=dtype)
-    gathered = as_numbers(buffer)
     for low in range(0, pairs, BLOCK_PAIRS):
         block = slice(low, low + BLOCK_PAIRS)
-        slope = grad_chosen[block]
+        slope, share = grad_chosen[block], grad_rejected[block]
         if slope.dtype != dtype:
             slope = torch.empty(slope.shape, dtype=dtype)
-        if rejected is None:
-            slope.copy_(chosen[block]).neg_()
+        if rejected is None or share.dtype != dtype:
+            share = torch.empty_like(slope)
+        gather(weights, users[block], share)
+        if odds is not None and len(odds):
+            # Of a point that is not negative this is share * odds / (1 + odds), whatever the point.
+            against = odds[block]
+            torch.ops.aten.log_sigmoid_backward.grad_input(share, against, against, grad_input=slope)
         else:
-            difference(rejected[block], chosen[block], slope)
-        rows = slice(len(slope))
-        torch.index_select(weights, 0, users[block], out=gathered[rows])
-        slope.sigmoid_().mul_(buffer[rows])
+            if rejected is None:
+                slope.copy_(chosen[block]).neg_()
+            else:
+                difference(rejected[block], chosen[block], slope)
+            slope.sigmoid_().mul_(share)
         if chosen.dtype != dtype:
             grad_chosen[block] = slope
-        if rejected is not None and rejected.dtype == dtype:
-            torch.neg(slope, out=grad_rejected[block])
-        elif rejected is not None:
-            grad_rejected[block].copy_(slope).neg_()
+        if rejected is not None:
+            torch.neg(slope, out=share)
+            if rejected.dtype != dtype:
+                grad_rejected[block] = share
     return grad_chosen, grad_rejected

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from .._autograd import differentiable_once
-from .._backend import Backend, accumulate_dtype, call, check_call, kernel_operator
+from .._backend import Backend, accumulate_dtype, call, check_call, keeps, kernel_operator
 from .._vmap import loop_vmap
 from .cpu import em_backward_cpu, em_forward_cpu
 from .naive import em_backward_naive, em_responsibilities_naive
 from .plan import UserPlan, check_offsets_shape, check_user_offsets
+
+#: Numbers that a CPU keeps for the gradient, 64 MB in float32; of more pairs they are computed again.
+KEPT_ODDS = 2**24
 
 
 @kernel_operator(
@@ -22,19 +25,34 @@ from .plan import UserPlan, check_offsets_shape, check_user_offsets
     check=lambda chosen, _, user_offsets, *rest: check_user_offsets(user_offsets, chosen.shape[0]),
 )
 def _em_op(
-    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    forward = em_responsibilities_naive if chosen.is_cuda else em_forward_cpu
-    return forward(chosen, rejected, user_offsets, log_prior)
+    chosen: Tensor,
+    rejected: Tensor | None,
+    user_offsets: Tensor,
+    log_prior: Tensor,
+    plan: Sequence[Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return responsibilities, log-likelihood, and the odds that a CPU keeps for the gradient, or [0, K]."""
+    if not chosen.is_cuda:
+        return em_forward_cpu(chosen, rejected, user_offsets, log_prior, keep)
+    found = em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
+    return *found, found[0].new_empty(0, chosen.shape[1])
 
 
 @_em_op.register_fake
 def _em_fake(
-    chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, log_prior: Tensor, plan: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    users, groups = user_offsets.shape[0] - 1, chosen.shape[1]
+    chosen: Tensor,
+    rejected: Tensor | None,
+    user_offsets: Tensor,
+    log_prior: Tensor,
+    plan: Sequence[Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (pairs, groups), users = chosen.shape, user_offsets.shape[0] - 1
+    shapes = ((users, groups), (users,), (pairs if keep else 0, groups))
     dtype = accumulate_dtype(chosen, rejected, log_prior)
-    return chosen.new_empty(users, groups, dtype=dtype), chosen.new_empty(users, dtype=dtype)
+    responsibilities, log_likelihood, odds = (chosen.new_empty(shape, dtype=dtype) for shape in shapes)
+    return responsibilities, log_likelihood, odds
 
 
 @kernel_operator("em_backward", "em.em_backward", floats=(0, 1, 3))
@@ -44,11 +62,13 @@ def _em_backward_op(
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
+    odds: Tensor,
     segment_offsets: Tensor | None,
     segment_user: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    backward = em_backward_naive if chosen.is_cuda else em_backward_cpu
-    return backward(chosen, rejected, user_offsets, responsibilities, grad)
+    if chosen.is_cuda:
+        return em_backward_naive(chosen, rejected, user_offsets, responsibilities, grad)
+    return em_backward_cpu(chosen, rejected, user_offsets, responsibilities, grad, odds)
 
 
 @_em_backward_op.register_fake
@@ -57,26 +77,27 @@ def _em_backward_fake(chosen: Tensor, rejected: Tensor | None, *args: Any) -> tu
     return chosen.new_empty(chosen.shape), d_rejected
 
 
-def _em_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    chosen, rejected, user_offsets, log_prior, plan = inputs
+def _em_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    chosen, rejected, user_offsets, log_prior, plan, _ = inputs
+    responsibilities, _, odds = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[0])
+    ctx.mark_non_differentiable(responsibilities, odds)
     # The prior is no term of the gradient, but a cause: the responsibilities depend on it.
-    ctx.save_for_backward(chosen, rejected, user_offsets, log_prior, output[0], *plan[:2])
+    ctx.save_for_backward(chosen, rejected, user_offsets, log_prior, responsibilities, odds, *plan[:2])
 
 
 @differentiable_once
-def _em_autograd(ctx: Any, saved: Any, _: Any, grad: Tensor) -> Any:
-    chosen, rejected, user_offsets, log_prior, responsibilities, *segments = saved
+def _em_autograd(ctx: Any, saved: Any, _: Any, grad: Tensor, __: Any) -> Any:
+    chosen, rejected, user_offsets, log_prior, responsibilities, odds, *segments = saved
     need = ctx.needs_input_grad
     d_chosen = d_rejected = d_prior = None
     if need[0] or need[1]:
         d_chosen, d_rejected = _em_backward_op(
-            chosen, rejected, user_offsets, responsibilities, grad, *(segments or (None, None))
+            chosen, rejected, user_offsets, responsibilities, grad, odds, *(segments or (None, None))
         )
     if need[3]:
         d_prior = (responsibilities * grad.unsqueeze(-1)).sum(0).to(log_prior.dtype)
-    return d_chosen, d_rejected if need[1] else None, None, d_prior, [None] * len(need[4])
+    return d_chosen, d_rejected if need[1] else None, None, d_prior, [None] * len(need[4]), None
 
 
 _em_op.register_autograd(_em_autograd, setup_context=_em_setup)
@@ -106,7 +127,7 @@ def em_responsibilities(
 
     A user without pairs gets the prior. A user whose every group has likelihood zero gets the prior and
     log-likelihood -inf. A NaN stays with its user. A prior weight of zero (log -inf) is allowed. No atomics:
-    equal inputs give bit-equal outputs.
+    equal inputs give bit-equal outputs. A CPU keeps the odds ``exp(r - c)`` for the gradient, up to 64 MB.
 
     Args:
         chosen: ``[P, K]`` rewards of the chosen responses, rows sorted by user; float32, bfloat16 or float16
@@ -156,7 +177,9 @@ def em_responsibilities(
             check_user_offsets(user_offsets, chosen.shape[0])
         outputs = em_responsibilities_naive(chosen, rejected, user_offsets, log_prior)
     else:
-        outputs = call(_em_op, chosen, rejected, user_offsets, log_prior, [] if plan is None else list(plan))
+        keep = chosen.numel() <= KEPT_ODDS and keeps(chosen, rejected)
+        tensors = [] if plan is None else list(plan)
+        outputs = call(_em_op, chosen, rejected, user_offsets, log_prior, tensors, keep)[:2]
     if not return_mass:
         return outputs
     # A sum over [U, K], not over the scores: a library reduction is as good as a kernel of our own.

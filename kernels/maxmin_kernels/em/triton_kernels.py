@@ -270,15 +270,19 @@ def em_forward(
     user_offsets: Tensor,
     log_prior: Tensor,
     tensors: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Launch :func:`em_forward_kernel`, and :func:`em_finish_kernel` if some user may be split."""
+    _: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch :func:`em_forward_kernel`, and :func:`em_finish_kernel` if some user may be split.
+
+    Nothing is kept for the gradient: the third output is empty.
+    """
     (pairs, groups), users = chosen.shape, user_offsets.shape[0] - 1
     plan = plan_of(tensors, user_offsets, pairs)
     segments = plan.segment_user.shape[0]
     resp = chosen.new_empty(users, groups, dtype=torch.float32)
-    like = resp.new_empty(users)
+    like, nothing = resp.new_empty(users), resp.new_empty(0, groups)
     if users == 0:
-        return resp, like
+        return resp, like, nothing
     chosen, rejected, log_prior = _rows(chosen), _rows(rejected), log_prior.contiguous()
     # n > C pairs make ceil(n / C) <= 2 n / C segments.
     partial = resp.new_empty(2 * pairs // SEGMENT_PAIRS, groups)
@@ -311,7 +315,7 @@ def em_forward(
                 K=groups,
                 **finish_config(groups),
             )
-    return resp, like
+    return resp, like, nothing
 
 
 def em_backward(
@@ -320,6 +324,7 @@ def em_backward(
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
+    _: Tensor,
     segment_offsets: Tensor | None,
     segment_user: Tensor | None,
 ) -> tuple[Tensor, Tensor]:

@@ -157,13 +157,6 @@ def _row_kernels(hidden: Tensor, wide: torch.dtype) -> bool:
     return use_triton_on_cpu(hidden)
 
 
-def keeps(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass can follow, on the CPU in PyTorch, that probabilities are kept for."""
-    there = [x for x in tensors if x is not None]
-    plain = not there[0].is_cuda and not use_triton_on_cpu(*there)
-    return plain and torch.is_grad_enabled() and any(x.requires_grad for x in there)
-
-
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
     if not targets.is_cuda and targets.numel():
         low, high = (int(x) for x in targets.aminmax())

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .._autograd import differentiable_once
-from .._backend import Backend, accumulate_dtype, check_call, without_autocast
+from .._backend import Backend, accumulate_dtype, check_call, keeps, without_autocast
 from .._vmap import fold_vmap, loop_vmap
-from .chunked import chunked_backward, chunked_forward, keeps, kept_rows
+from .chunked import chunked_backward, chunked_forward, kept_rows
 from .naive import token_log_probs_naive
 from .transform import LogitTransform
 
