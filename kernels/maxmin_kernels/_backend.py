@@ -32,7 +32,7 @@ def use_triton_on_cpu(*tensors: Tensor | None) -> bool:
 def keeps(*tensors: Tensor | None) -> bool:
     """Whether a backward pass can follow, on the CPU in PyTorch, for which something can be kept."""
     there = [x for x in tensors if x is not None]
-    plain = not there[0].is_cuda and not use_triton_on_cpu(*there)
+    plain = there[0].device.type == "cpu" and not use_triton_on_cpu(*there)
     return plain and torch.is_grad_enabled() and any(x.requires_grad for x in there)
 
 

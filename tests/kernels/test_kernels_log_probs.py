@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernels_oracles import COMPILER, LOW_BAR, PROPERTY, gradients, log_probs_oracle, rms_error
 from maxmin_kernels import token_log_probs
-from maxmin_kernels.log_probs.chunked import keeps, kept_rows
+from maxmin_kernels._backend import keeps
+from maxmin_kernels.log_probs.chunked import kept_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 INF = float("inf")

@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_oracles import LOW_BAR, rms_error
 from maxmin_kernels import token_log_probs
-from maxmin_kernels._backend import INTERPRET
+from maxmin_kernels._backend import INTERPRET, keeps
 from maxmin_kernels.log_probs import chunked
 from maxmin_kernels.log_probs.chunked import (
     blocks,
     chunked_backward,
     chunked_forward,
-    keeps,
     kept_rows,
     pick_chunk_size,
     pick_tile,
