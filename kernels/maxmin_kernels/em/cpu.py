@@ -149,7 +149,7 @@ def em_backward_cpu(
             share = torch.empty_like(slope)
         gather(weights, users[block], share)
         if odds is not None and len(odds):
-            # Of a point that is not negative this is share * odds / (1 + odds), whatever the point.
+            # share * odds / (1 + odds): of its point, the odds here as well, only the sign counts.
             against = odds[block]
             torch.ops.aten.log_sigmoid_backward.grad_input(share, against, against, grad_input=slope)
         else:
