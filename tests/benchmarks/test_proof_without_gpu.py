@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+triton = pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def run(script, *arguments, **environment):
@@ -33,8 +34,10 @@ def test_every_kernel_builds_without_a_spill(tmp_path, targets):
     assert {name.split()[0] for name in kernels} >= {"heads_forward", "em_forward", "em_backward", "gae"}
     assert len(rows) == len(kernels) * len(targets)
     assert all(int(row["spills"]) == 0 for row in rows if row["target"].startswith("sm_"))
-    # The aims for the E-step and the heads: registers, instructions an element, 16-byte loads.
-    assert "aim missed" not in result.stdout
+    # The aims for the E-step and the heads: registers, instructions an element, 16-byte loads. They are those
+    # of the compiler that is installed by default; another allots up to eight registers more.
+    if f"triton=={triton.__version__}" in (ROOT / "constraints.txt").read_text().splitlines():
+        assert "aim missed" not in result.stdout
 
 
 def test_a_spill_fails_the_build(tmp_path):
