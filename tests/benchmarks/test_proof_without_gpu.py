@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,11 @@ def test_every_kernel_builds_without_a_spill(tmp_path, targets):
     assert all(int(row["spills"]) == 0 for row in rows if row["target"].startswith("sm_"))
     # The aims for the E-step and the heads: registers, instructions an element, 16-byte loads. They are those
     # of the compiler that is installed by default; another allots up to eight registers more.
-    if f"triton=={triton.__version__}" in (ROOT / "constraints.txt").read_text().splitlines():
-        assert "aim missed" not in result.stdout
+    missed = re.findall(r"aim missed: .*: (\w+) (\d+)\S*, aim (\d+)", result.stdout)
+    assert len(missed) == result.stdout.count("aim missed")
+    default = f"triton=={triton.__version__}" in (ROOT / "constraints.txt").read_text().splitlines()
+    more = 0 if default else 8
+    assert all(fact == "registers" and int(found) <= int(aim) + more for fact, found, aim in missed)
 
 
 def test_a_spill_fails_the_build(tmp_path):

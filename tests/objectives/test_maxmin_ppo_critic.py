@@ -46,6 +46,24 @@ def test_padding_does_not_reach_the_statistics():
         assert torch.equal(norm.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("kind", ["l1", "l2", "smooth_l1"])
+@pytest.mark.parametrize("clip_value", [None, 0.2])
+@pytest.mark.parametrize("wide", ["value_target", "state_value"])
+def test_returns_and_values_of_two_dtypes(kind, clip_value, wide):
+    """As beside a float64 policy: torch 2.11 differentiates no distance between two dtypes."""
+    data = batch((30,), 2, WEIGHTS)
+    expected, slopes = gradients(make(clip_value=clip_value), data.clone())
+    data[wide] = data[wide].double()
+    loss = MaxMinPPOLoss(categorical_actor(), critic(2), loss_critic_type=kind, clip_value=clip_value)
+    loss.set_keys(sample_log_prob="sample_log_prob")
+    found, moved = gradients(loss, data)
+    assert all(gradient.isfinite().all() for gradient in moved.values())
+    if kind == "l2":
+        torch.testing.assert_close(found["loss_critic"].float(), expected["loss_critic"])
+        for name, slope in slopes.items():
+            torch.testing.assert_close(moved[name], slope)
+
+
 def test_clip_value_is_in_units_of_the_spread():
     data = batch((30,), 2, WEIGHTS)
     data["value_target"] = data["value_target"] * 50

@@ -339,6 +339,7 @@ class MaxMinPPOLoss(VectorPPOLoss):
         # torch 2.11 cannot differentiate a distance between two dtypes: of a float64 policy's return, say.
         wide = torch.promote_types(target.dtype, value.dtype)
         target, value = target.to(wide), value.to(wide)
+        old_value = None if old_value is None else old_value.to(wide)
         loss = distance_loss(target, value, loss_function=self.loss_critic_type)
         clip_fraction = None
         if old_value is not None:

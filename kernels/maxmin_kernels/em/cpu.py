@@ -62,12 +62,12 @@ def log_likelihoods(
     rejected: Tensor | None,
     user_offsets: Tensor,
     dtype: torch.dtype,
-    odds: Tensor | None,
+    odds: Tensor,
     measure: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Return each user's log-likelihood under each group [U, K] float64; a block holds whole users.
 
-    The odds [P, K] are written, if wanted.
+    The odds [P, K] are written; [0, K] asks for none.
     """
     users = user_offsets.shape[0] - 1
     sums = torch.zeros(users, chosen.shape[1], dtype=torch.float64)
@@ -81,7 +81,7 @@ def log_likelihoods(
     for (first, low), (last, high) in blocks:
         if low < high:
             other, room = None if rejected is None else rejected[low:high], buffer[: high - low]
-            values = measure(chosen[low:high], other, room if odds is None else odds[low:high], room)
+            values = measure(chosen[low:high], other, odds[low:high] if len(odds) else room, room)
             offsets = user_offsets[first : last + 1] - low
             torch.neg(add_up(values, offsets, rows[: high - low]), out=sums[first:last])
     return sums
@@ -96,7 +96,7 @@ def em_forward_cpu(
     """
     dtype = accumulate_dtype(chosen, rejected, log_prior)
     odds = torch.empty(chosen.shape if keep else (0, chosen.shape[1]), dtype=dtype)
-    inputs = (chosen, rejected, user_offsets.contiguous(), dtype, odds if keep else None)
+    inputs = (chosen, rejected, user_offsets.contiguous(), dtype, odds)
     sums = log_likelihoods(*inputs, surprise)
     if not (known := sums.isfinite()).all():  # a huge margin, or what the scores held
         sums = torch.where(known, sums, log_likelihoods(*inputs, exact_surprise))
@@ -111,7 +111,7 @@ def as_numbers(rows: Tensor) -> Tensor:
     return rows if number is None else rows.view(number).squeeze(1)
 
 
-def gather(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
+def gather_rows(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """Return ``rows[index]`` in `out`, by `take` where a row is a number: in parallel, as what follows is."""
     rows, numbers = as_numbers(rows), as_numbers(out)
     if rows.ndim == 1:
@@ -127,9 +127,9 @@ def em_backward_cpu(
     user_offsets: Tensor,
     responsibilities: Tensor,
     grad: Tensor,
-    odds: Tensor | None = None,
+    odds: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of chosen and rejected as :func:`em_backward_naive`, from the odds if kept.
+    """Return the gradients of chosen and rejected as :func:`em_backward_naive`, from the odds [P, K] if kept.
 
     The gradient of rejected holds each pair's weights first, where it has their precision.
     """
@@ -147,8 +147,8 @@ def em_backward_cpu(
             slope = torch.empty(slope.shape, dtype=dtype)
         if rejected is None or share.dtype != dtype:
             share = torch.empty_like(slope)
-        gather(weights, users[block], share)
-        if odds is not None and len(odds):
+        gather_rows(weights, users[block], share)
+        if len(odds):
             # share * odds / (1 + odds): of its point, the odds here as well, only the sign counts.
             against = odds[block]
             torch.ops.aten.log_sigmoid_backward.grad_input(share, against, against, grad_input=slope)

@@ -40,19 +40,12 @@ def _em_op(
 
 
 @_em_op.register_fake
-def _em_fake(
-    chosen: Tensor,
-    rejected: Tensor | None,
-    user_offsets: Tensor,
-    log_prior: Tensor,
-    plan: Sequence[Tensor],
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _em_fake(chosen: Tensor, rejected: Tensor | None, user_offsets: Tensor, *args: Any) -> Any:
+    log_prior, _, keep = args
     (pairs, groups), users = chosen.shape, user_offsets.shape[0] - 1
     shapes = ((users, groups), (users,), (pairs if keep else 0, groups))
     dtype = accumulate_dtype(chosen, rejected, log_prior)
-    responsibilities, log_likelihood, odds = (chosen.new_empty(shape, dtype=dtype) for shape in shapes)
-    return responsibilities, log_likelihood, odds
+    return tuple(chosen.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @kernel_operator("em_backward", "em.em_backward", floats=(0, 1, 3))
